@@ -1,0 +1,195 @@
+"""Which blocks of one image are in the cache, being fetched, or missing.
+
+One byte a block, not one bit: searches run at the speed of memchr and re, a page of the map needs no
+read-modify-write, and at 64 KiB a block it is 16 KiB for each GiB of image.
+
+    0 MISSING   nobody has it, nobody is fetching it
+    1 DATA      in the cache file
+    2 ZERO      known to read as zeroes; the cache file has a hole there
+    3 CLAIMED   a request is under way (in memory only; saved as MISSING)
+
+Saved bytes only ever go from 0 to 1 or 2 (while the file lives), so a page torn between two versions
+of itself claims nothing that is not true. A block of mixed content (some extents data, some zeroes) is
+DATA; `mixed_zero_bytes` counts the zeroes inside such blocks, for reporting only.
+
+Not thread-safe: the caller holds the lock (`fetcher.py`).
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from lazyfs.core.byte_range import ByteRange
+
+MISSING, DATA, ZERO, CLAIMED = range(4)
+
+PAGE_BLOCKS = 4096
+"""Blocks in one page of the saved map: one page of memory, and of most disks."""
+
+_ABSENT = re.compile(rb"[\x00\x03]")
+_MISSING_RUN = re.compile(rb"\x00+")
+_SAVED = bytes([MISSING, DATA, ZERO, MISSING])
+
+
+class BlockRun(NamedTuple):
+    """Blocks `[first, end)`, by index."""
+
+    first: int
+    end: int
+
+
+class BlockMap:
+    """The state of every block of an image of `size` bytes."""
+
+    def __init__(self, size: int, block_size: int, saved: bytes | None = None, mixed_zero_bytes: int = 0) -> None:
+        """Start with every block missing, or with what `saved()` gave before.
+
+        `saved` may come from a damaged disk: a byte that is not a state counts as missing, and a length
+        that does not fit raises ValueError.
+        """
+        self.size = size
+        self.block_size = block_size
+        self.blocks = -(-size // block_size)
+        if saved is None:
+            self._states = bytearray(self.blocks)
+        else:
+            if len(saved) != self.blocks:
+                raise ValueError(f"a map of {len(saved)} blocks for an image of {self.blocks}")
+            self._states = bytearray(saved.translate(_SAVED + bytes(256 - len(_SAVED))))
+        self._data_bytes = self._bytes_in_state(DATA)
+        self._zero_bytes = self._bytes_in_state(ZERO)
+        self._mixed_zero_bytes = min(mixed_zero_bytes, self._data_bytes)
+        self._dirty_pages: set[int] = set()
+
+    # -- what is here
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes of data in the cache file; zeroes do not count."""
+        return self._data_bytes - self._mixed_zero_bytes
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes known to read as zeroes."""
+        return self._zero_bytes + self._mixed_zero_bytes
+
+    @property
+    def mixed_zero_bytes(self) -> int:
+        """The part of `zero_bytes` that lies in blocks which also hold data."""
+        return self._mixed_zero_bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is DATA or ZERO."""
+        return self._data_bytes + self._zero_bytes == self.size
+
+    def blocks_of(self, wanted: ByteRange) -> BlockRun:
+        """Return the blocks that `wanted` touches."""
+        if wanted.start >= wanted.end:
+            return BlockRun(wanted.start // self.block_size, wanted.start // self.block_size)
+        return BlockRun(wanted.start // self.block_size, -(-wanted.end // self.block_size))
+
+    def bytes_of(self, run: BlockRun) -> ByteRange:
+        """Return the bytes of `run`, cut at the image's end."""
+        return ByteRange(min(run.first * self.block_size, self.size), min(run.end * self.block_size, self.size))
+
+    def state(self, block: int) -> int:
+        """Return MISSING, DATA, ZERO or CLAIMED."""
+        return self._states[block]
+
+    def is_present(self, wanted: ByteRange) -> bool:
+        """Whether every block that `wanted` touches can be read from the cache file."""
+        run = self.blocks_of(wanted)
+        return _ABSENT.search(self._states, run.first, run.end) is None
+
+    def missing_runs(self, within: BlockRun) -> Iterator[BlockRun]:
+        """Yield the maximal runs of MISSING blocks inside `within`, in order."""
+        for match in _MISSING_RUN.finditer(self._states, within.first, within.end):
+            yield BlockRun(*match.span())
+
+    def next_missing(self, first: int, max_blocks: int) -> BlockRun | None:
+        """Return the first run of MISSING blocks at or after block `first`, at most `max_blocks` long."""
+        start = self._states.find(MISSING, first)
+        if start < 0:
+            return None
+        match = _MISSING_RUN.match(self._states, start, min(start + max_blocks, self.blocks))
+        assert match is not None
+        return BlockRun(*match.span())
+
+    def runs(self) -> Iterator[tuple[BlockRun, int]]:
+        """Yield maximal runs of one state, over the whole image, in order."""
+        for match in re.finditer(rb"\x00+|\x01+|\x02+|\x03+", self._states):
+            yield BlockRun(*match.span()), self._states[match.start()]
+
+    # -- changes
+
+    def claim(self, run: BlockRun) -> None:
+        """MISSING -> CLAIMED."""
+        self._change(run, MISSING, CLAIMED)
+
+    def release(self, run: BlockRun) -> None:
+        """CLAIMED -> MISSING: the request failed or its data could not be kept."""
+        self._change(run, CLAIMED, MISSING)
+
+    def keep(self, run: BlockRun, data_bytes: int) -> None:
+        """CLAIMED -> DATA, once the bytes are in the cache file.
+
+        `data_bytes` of the run were written; the rest of it is zeroes. A run without any data becomes ZERO.
+        """
+        length = self.bytes_of(run).length
+        assert 0 <= data_bytes <= length
+        if data_bytes == 0:
+            self._change(run, CLAIMED, ZERO)
+            self._zero_bytes += length
+        else:
+            self._change(run, CLAIMED, DATA)
+            self._data_bytes += length
+            self._mixed_zero_bytes += length - data_bytes
+        self._touch(run)
+
+    def mark_zero(self, within: BlockRun) -> None:
+        """Turn every MISSING block inside `within` to ZERO; the others stay as they are."""
+        for run in list(self.missing_runs(within)):
+            self._change(run, MISSING, ZERO)
+            self._zero_bytes += self.bytes_of(run).length
+            self._touch(run)
+
+    # -- saving
+
+    def take_dirty(self) -> list[tuple[int, bytes]]:
+        """Return (page index, content) for each page changed since the last call, and count them clean.
+
+        The content is a copy: what is marked later does not slip into it. Give pages back with
+        `give_back` if they could not be saved.
+        """
+        pages = []
+        for index in sorted(self._dirty_pages):
+            page = self._states[index * PAGE_BLOCKS : (index + 1) * PAGE_BLOCKS]
+            pages.append((index, bytes(page.translate(_SAVED + bytes(256 - len(_SAVED))))))
+        self._dirty_pages.clear()
+        return pages
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Count pages as dirty again."""
+        self._dirty_pages.update(pages)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything changed since the last `take_dirty`."""
+        return bool(self._dirty_pages)
+
+    # -- inside
+
+    def _change(self, run: BlockRun, old: int, new: int) -> None:
+        length = run.end - run.first
+        assert self._states.count(old, run.first, run.end) == length, f"{run}: not all in state {old}"
+        self._states[run.first : run.end] = bytes([new]) * length
+
+    def _touch(self, run: BlockRun) -> None:
+        self._dirty_pages.update(range(run.first // PAGE_BLOCKS, (run.end - 1) // PAGE_BLOCKS + 1))
+
+    def _bytes_in_state(self, state: int) -> int:
+        total = self._states.count(state) * self.block_size
+        if self.blocks and self._states[-1] == state:
+            total -= self.blocks * self.block_size - self.size
+        return total

@@ -1,0 +1,83 @@
+"""Export names, which a stranger chose, as file names on the mount.
+
+Most names are shown as they are, "/" making folders. The rest is percent-encoded so that every shown
+name is a safe path, and no two exports share one:
+
+    team/ubuntu-24.04   team/ubuntu-24.04     folders
+    100%                100%25                "%" is always encoded, so decoding is unambiguous
+    ../x                ..%2Fx                an empty, "." or ".." component: no folders at all
+    .lazyfs             %2Elazyfs             reserved
+    (empty)             %00                   the default export: an empty C string is just its NUL
+    tab<TAB>            tab%09                control characters
+    (over 255 bytes)    <start>%~<sha256>     cannot be a file name at all
+    a/b beside a        a%2Fb                 a clash: `a` is a file already
+    a beside a/b        %61                   a clash: `a` is a folder already
+    % beside %/b        %25%00                the same, where the first character is encoded anyway
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable
+
+NAME_MAX = 255
+PATH_MAX = 3072
+"""Bytes of a shown path. Linux takes 4,095 for a whole path; the rest is room for the mountpoint."""
+
+RESERVED = frozenset({".lazyfs", "lost+found"})
+"""Names at the top of the cache directory that are not ours to give: our state, and mkfs's folder."""
+
+_HASH_HEX = 32
+
+
+def file_name(export: str, is_free: Callable[[str], bool] = lambda path: True) -> str:
+    """Return the path, relative to the mountpoint, under which `export` is shown.
+
+    Args:
+        is_free: whether a path can be given: it is neither taken, nor a folder, nor below a file.
+            It must be true of all but the plain forms, which is so if all names come from here.
+    """
+    for candidate in (_folders(export), _flat(export)):
+        if candidate is not None and is_free(candidate):
+            return candidate
+    first, flat = _encode_byte(export[:1]), _encode(export).replace("/", "%2F")
+    if flat.startswith(first):
+        # Encoding the first character changes nothing; the NUL that ends a C string does.
+        return _shorten(flat + "%00")
+    return _shorten(first + flat[1:])
+
+
+def _folders(export: str) -> str | None:
+    encoded = _encode(export)
+    components = encoded.split("/")
+    if any(part in ("", ".", "..") for part in components) or components[0] in RESERVED:
+        return None
+    if len(encoded.encode()) > PATH_MAX:
+        return None
+    return "/".join(_shorten(part) for part in components)
+
+
+def _flat(export: str) -> str:
+    flat = _encode(export).replace("/", "%2F")
+    if flat == "":
+        return "%00"
+    if flat in (".", "..") or flat in RESERVED:
+        return _encode_byte(flat[:1]) + flat[1:]
+    return _shorten(flat)
+
+
+def _encode(text: str) -> str:
+    return "".join(_encode_byte(c) if c == "%" or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def _encode_byte(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _shorten(component: str) -> str:
+    raw = component.encode()
+    if len(raw) <= NAME_MAX:
+        return component
+    digest = hashlib.sha256(raw).hexdigest()[:_HASH_HEX]
+    start = raw[: NAME_MAX - _HASH_HEX - 2].decode(errors="ignore")
+    # "%~" is never made by percent-encoding, so a shortened name clashes with no other kind.
+    return f"{start}%~{digest}"

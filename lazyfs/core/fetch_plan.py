@@ -1,0 +1,101 @@
+"""What to fetch for a read, and which image to fill next. Pure decisions; the engine carries them out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lazyfs.core.block_map import BlockMap, BlockRun
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.units import KiB, MiB
+
+MAX_FETCH = 1 * MiB
+"""Longest single demand fetch. A reader waits for the whole of it, so it is no longer than one FUSE read."""
+
+READAHEAD_START = 128 * KiB
+READAHEAD_MAX = 2 * MiB
+"""The window doubles from START to MAX while a stream stays sequential. Unmeasured: the start equals the
+kernel's own default window; the end keeps two fetches of MAX_FETCH in flight ahead of the reader."""
+
+STREAMS = 8
+"""Sequential readers remembered for one image. Unmeasured; the VMs that boot from one image at a time."""
+
+
+class Readahead:
+    """Recognises sequential streams among the reads of one image, and says how far to fetch ahead.
+
+    A read that begins inside a stream's window, or just behind it, continues that stream: the kernel's own
+    readahead makes such reads arrive slightly out of order, and only reads that miss come here, so the
+    next one usually begins where the last window ended.
+    """
+
+    def __init__(self) -> None:
+        self._streams: list[tuple[int, int]] = []  # (end of the last read, window), most recent last
+
+    def window(self, wanted: ByteRange) -> int:
+        """Return the bytes worth fetching beyond `wanted`, 0 for what looks like a random read."""
+        for i, (position, window) in enumerate(self._streams):
+            if position - READAHEAD_START <= wanted.start <= position + window + READAHEAD_START:
+                del self._streams[i]
+                grown = min(max(2 * window, READAHEAD_START), READAHEAD_MAX)
+                self._streams.append((max(position, wanted.end), grown))
+                return grown
+        self._streams.append((wanted.end, 0))
+        del self._streams[:-STREAMS]
+        return 0
+
+
+def plan_read(blocks: BlockMap, wanted: ByteRange, readahead: int) -> list[BlockRun]:
+    """Return the runs of MISSING blocks to fetch for a read of `wanted`, most urgent first.
+
+    Runs that hold wanted bytes come first and end where the wanted blocks end, so that the reader does not
+    wait for readahead; a run is at most MAX_FETCH long (or one block). Claimed blocks are left to those who
+    fetch them. Readahead follows only a read that itself misses.
+    """
+    own = blocks.blocks_of(wanted)
+    runs = [*_limited(blocks, blocks.missing_runs(own))]
+    if readahead and not blocks.is_present(wanted):
+        ahead = ByteRange(wanted.end, min(wanted.end + readahead, blocks.size))
+        beyond = BlockRun(own.end, max(own.end, blocks.blocks_of(ahead).end))
+        runs.extend(_limited(blocks, blocks.missing_runs(beyond)))
+    return runs
+
+
+def _limited(blocks: BlockMap, runs: Iterable[BlockRun]) -> Iterable[BlockRun]:
+    step = max(1, MAX_FETCH // blocks.block_size)
+    for run in runs:
+        for first in range(run.first, run.end, step):
+            yield BlockRun(first, min(first + step, run.end))
+
+
+class FillCursor:
+    """Where population goes on in one image: near the last demand read, then on in file order, then round.
+
+    Jumping to the reader makes population a readahead of its own; wrapping at the end leaves nothing out.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def jump(self, block: int) -> None:
+        """Go on from `block`: a reader needed something that ends there, or population took what ends there."""
+        self._next = block
+
+    def peek(self, blocks: BlockMap, limit: int = 1) -> BlockRun | None:
+        """Return the next run of MISSING blocks, at most `limit` bytes (or one block), or None if there is none."""
+        max_blocks = max(1, limit // blocks.block_size)
+        return blocks.next_missing(self._next, max_blocks) or blocks.next_missing(0, max_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An image that population could work on now."""
+
+    inode: int
+    has_readers: bool
+    last_served: int
+    """A counter, not a time: larger is more recent."""
+
+
+def choose_image(candidates: Iterable[Candidate]) -> int | None:
+    """Return the inode of the image to fill next: one with open readers first, then the longest unserved."""
+    best = min(candidates, key=lambda c: (not c.has_readers, c.last_served, c.inode), default=None)
+    return None if best is None else best.inode

@@ -1,0 +1,183 @@
+"""The QMP wire, both roles, without I/O: bytes in, messages out.
+
+Source: QEMU's "QEMU Machine Protocol Specification" (docs/interop/qmp-spec). One JSON object after
+another; a server writes each on a line of its own ending in CR LF and greets first; a client negotiates
+with `qmp_capabilities` before any other command.
+
+    S: {"QMP": {"version": {...}, "capabilities": []}}
+    C: {"execute": "qmp_capabilities"}
+    S: {"return": {}}
+    C: {"execute": "query-images", "id": 1}
+    S: {"return": [...], "id": 1}     or     {"error": {"class": ..., "desc": ...}, "id": 1}
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_MESSAGE = 64 * 1024
+"""Bytes of the longest message a server accepts: a command is a few hundred; more is a mistake or an attack."""
+
+JsonObject = dict[str, Any]
+
+
+class WireError(Exception):
+    """What arrived is not a QMP message; `desc` goes back to the peer as a GenericError."""
+
+    def __init__(self, desc: str) -> None:
+        super().__init__(desc)
+        self.desc = desc
+
+
+class CommandError(Exception):
+    """A command failed. `kind` is the error class of the QMP specification."""
+
+    def __init__(self, desc: str, kind: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One `execute`."""
+
+    name: str
+    arguments: JsonObject
+    id: object = None
+    has_id: bool = False
+
+
+class Decoder:
+    """Cuts a byte stream into JSON objects. QMP clients may put white space, or nothing, between objects."""
+
+    def __init__(self, max_message: int = MAX_MESSAGE) -> None:
+        self._max_message = max_message
+        self._pending = bytearray()
+        self._scanned = 0
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, data: bytes) -> Iterator[JsonObject]:
+        """Yield each object that `data` completes.
+
+        Raises:
+            WireError: not JSON, not an object, or longer than allowed. The stream cannot be resynchronised:
+                close it.
+        """
+        self._pending += data
+        while (end := self._find_end()) is not None:
+            text = bytes(self._pending[:end])
+            del self._pending[:end]
+            self._scanned = 0
+            try:
+                message = json.loads(text, parse_float=_finite, parse_constant=_finite)
+            except (ValueError, RecursionError) as error:
+                raise WireError("not JSON") from error
+            if not isinstance(message, dict):
+                raise WireError("a message is a JSON object")
+            yield message
+        if len(self._pending) > self._max_message:
+            raise WireError(f"a message is at most {self._max_message} bytes")
+
+    def _find_end(self) -> int | None:
+        pending = self._pending
+        if self._depth == 0 and not self._in_string:
+            stripped = len(pending) - len(pending.lstrip())
+            del pending[:stripped]
+            self._scanned = max(0, self._scanned - stripped)
+            if pending and pending[0] != ord("{"):
+                raise WireError("a message begins with '{'")
+        for i in range(self._scanned, len(pending)):
+            byte = pending[i]
+            if self._in_string:
+                if self._escaped:
+                    self._escaped = False
+                elif byte == ord("\\"):
+                    self._escaped = True
+                elif byte == ord('"'):
+                    self._in_string = False
+            elif byte == ord('"'):
+                self._in_string = True
+            elif byte in b"{[":
+                self._depth += 1
+            elif byte in b"}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    if i + 1 > self._max_message:
+                        raise WireError(f"a message is at most {self._max_message} bytes")
+                    return i + 1
+        self._scanned = len(pending)
+        return None
+
+
+def _finite(number: str) -> float:
+    # Python reads NaN, Infinity and 1e999, and would write them back, as no other JSON parser does.
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not a JSON number")
+    return value
+
+
+def encode(message: JsonObject) -> bytes:
+    """Return one message as a line."""
+    return json.dumps(message, separators=(", ", ": ")).encode() + b"\r\n"
+
+
+@dataclass(slots=True)
+class ServerSession:
+    """The server's side of one connection: negotiation and the shape of commands and answers."""
+
+    package: str
+    version: tuple[int, int, int]
+    _negotiated: bool = field(default=False, init=False)
+
+    def greeting(self) -> JsonObject:
+        """Return the first message."""
+        major, minor, micro = self.version
+        qemu = {"major": major, "minor": minor, "micro": micro}
+        return {"QMP": {"version": {"qemu": qemu, "package": self.package}, "capabilities": []}}
+
+    def command(self, message: JsonObject) -> Command:
+        """Return the command that `message` is.
+
+        Raises:
+            CommandError: it is none, or capabilities negotiation has to come first (CommandNotFound, as in QEMU).
+        """
+        unknown = set(message) - {"execute", "arguments", "id"}
+        if unknown:
+            raise CommandError(f"QMP input member '{min(unknown)}' is unexpected")
+        name = message.get("execute")
+        if not isinstance(name, str):
+            raise CommandError("QMP input lacks member 'execute'")
+        arguments = message.get("arguments", {})
+        if not isinstance(arguments, dict):
+            raise CommandError("QMP input member 'arguments' must be an object")
+        if not self._negotiated and name != "qmp_capabilities":
+            raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+        if name == "qmp_capabilities":
+            if self._negotiated:
+                raise CommandError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+            if arguments.get("enable"):
+                raise CommandError("this server has no capabilities to enable")
+            self._negotiated = True
+        return Command(name, arguments, message.get("id"), "id" in message)
+
+
+def returned(message: JsonObject, value: object) -> JsonObject:
+    """Return the answer to the command `message`."""
+    return _with_id({"return": value}, message)
+
+
+def failed(message: JsonObject, error: CommandError) -> JsonObject:
+    """Return the failure of the command `message`."""
+    return _with_id({"error": {"class": error.kind, "desc": error.desc}}, message)
+
+
+def _with_id(answer: JsonObject, message: JsonObject) -> JsonObject:
+    if "id" in message:
+        answer["id"] = message["id"]
+    return answer

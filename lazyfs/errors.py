@@ -1,0 +1,103 @@
+"""Every error lazyfs raises on purpose, sorted by what the one who catches it may do.
+
+    LazyfsError
+    ├── ConnectionLost      retry, on another connection or later
+    ├── RequestFailed       this request only; the connection and its neighbours go on
+    │   └── TimedOut        nothing answered in time
+    ├── Unsupported         never ask this server again
+    ├── ExportChanged       the export is not the one we have cached: fetch nothing more
+    ├── CacheCorrupt        what is on disk cannot be trusted: discard and fetch again
+    ├── NoSpace             the cache's file system is full: serve without keeping
+    ├── StateError          our own bug: an operation that the state does not permit
+    └── UserError           one line for the user, exit 1
+        └── UsageError      the same, exit 2
+
+Facts are attributes; the message is built from them, once, here.
+"""
+
+import errno
+import os
+
+
+class LazyfsError(Exception):
+    """The root of the tree."""
+
+
+class ConnectionLost(LazyfsError):
+    """The connection to the repository is gone, or could not be made."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri = uri
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no connection to {self.uri}: {self.reason}"
+
+
+class RequestFailed(LazyfsError):
+    """The repository answered one request with an error."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(what, code)
+        self.what = what
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.what} failed: {os.strerror(self.code)}"
+
+
+class TimedOut(RequestFailed):
+    """No answer within the time the user allows (`--io-timeout`)."""
+
+    def __init__(self, what: str, timeout_s: float, reason: str) -> None:
+        super().__init__(what, errno.ETIMEDOUT)
+        self.timeout_s = timeout_s
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.what} had no answer in {self.timeout_s:g} s: {self.reason}"
+
+
+class Unsupported(LazyfsError):
+    """The server cannot do this, and will not later."""
+
+
+class ExportChanged(LazyfsError):
+    """The export is no longer the one that the cache was filled from."""
+
+    def __init__(self, export: str, was: str, now: str) -> None:
+        super().__init__(export, was, now)
+        self.export = export
+        self.was = was
+        self.now = now
+
+    def __str__(self) -> str:
+        return f"changed in the repository (was {self.was}, now {self.now})"
+
+
+class CacheCorrupt(LazyfsError):
+    """A cache file is not what lazyfs wrote."""
+
+
+class NoSpace(LazyfsError):
+    """The file system that holds the cache is full."""
+
+    def __str__(self) -> str:
+        return "no space left for the cache"
+
+
+class StateError(LazyfsError):
+    """An operation that the present state does not permit: a bug in lazyfs."""
+
+
+class UserError(LazyfsError):
+    """Something only the user can mend. The text is one line: what is wrong, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """Wrong arguments."""
+
+    exit_code = 2

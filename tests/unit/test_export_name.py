@@ -1,0 +1,165 @@
+"""Hostile export names become safe paths, and no two of them the same or in each other's way."""
+
+from collections.abc import Callable
+from urllib.parse import unquote_to_bytes
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lazyfs.core import export_name
+from lazyfs.core.export_name import NAME_MAX, PATH_MAX, RESERVED
+
+# No NUL: an export's name is a C string to libnbd.
+fragments = st.one_of(
+    st.sampled_from(
+        ["a", "b", "/", "/", "//", ".", "..", "%", "%%", "%61", "%25", "%2F", "%00", "%~", ".lazyfs", "lost+found"]
+    ),
+    st.sampled_from(["\t", "\n", "\x7f", "\x85", "\u202e", "é", "😀", "\ud800", "\udc80", "~" + "0" * 32]),
+    st.sampled_from(["a" * 255, "a" * 256, "é" * 127, "é" * 128, "%" * 85, "%" * 86, "😀" * 64, "x/" * 1600]),
+)
+hostile = st.one_of(
+    st.lists(fragments, max_size=5).map("".join),
+    st.text(alphabet="ab/%.\t", max_size=6),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=()), max_size=300),
+)
+
+
+class Mount:
+    """What stands on the mount: a file at each taken path, a folder at everything above one."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+
+    def is_free(self, path: str) -> bool:
+        parts = path.split("/")
+        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
+        is_folder = any(other.startswith(path + "/") for other in self.taken)
+        return path not in self.taken and not is_folder and not above & self.taken
+
+    def allot(self, export: str) -> str:
+        path = export_name.file_name(export, self.is_free)
+        assert self.is_free(path), f"{export!r} shown as {path!r}, which is not free beside {self.taken}"
+        self.taken.add(path)
+        return path
+
+
+def check_safe(path: str) -> None:
+    assert len(path.encode()) <= PATH_MAX
+    components = path.split("/")
+    assert components[0] not in RESERVED
+    for component in components:
+        assert component not in ("", ".", "..")
+        assert len(component.encode()) <= NAME_MAX
+        assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in component)
+
+
+def decode(path: str) -> str:
+    """What a person would read in `path`."""
+    return unquote_to_bytes(path).removesuffix(b"\0").decode("utf-8", "surrogatepass")
+
+
+@given(hostile, st.booleans())
+def test_every_shown_name_is_a_safe_relative_path(export: str, clash: bool) -> None:
+    check_safe(export_name.file_name(export))
+    check_safe(export_name.file_name(export, lambda path: not clash))
+    check_safe(export_name.file_name(export, lambda path: "/" not in path))
+
+
+@settings(max_examples=200)
+@given(st.lists(hostile, unique=True, max_size=12))
+def test_no_two_exports_are_in_each_others_way(exports: list[str]) -> None:
+    mount = Mount()
+    for export in exports:
+        check_safe(mount.allot(export))
+    assert len(mount.taken) == len(exports)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.text(alphabet="a/%.\t", max_size=4), unique=True, max_size=40))
+def test_nor_are_many_short_ones(exports: list[str]) -> None:
+    mount = Mount()
+    shown = {export: mount.allot(export) for export in exports}
+    assert {export: decode(path) for export, path in shown.items()} == {export: export for export in exports}
+
+
+@given(hostile)
+def test_a_shown_name_decodes_to_the_export_unless_shortened(export: str) -> None:
+    forms: list[Callable[[str], bool]] = [lambda path: True, lambda path: "/" not in path, lambda path: False]
+    for is_free in forms:
+        path = export_name.file_name(export, is_free)
+        assert "%~" in path or decode(path) == export
+
+
+@pytest.mark.parametrize(
+    ("export", "path"),
+    [
+        ("ubuntu", "ubuntu"),
+        ("team/ubuntu-24.04", "team/ubuntu-24.04"),
+        ("Grüße/日本 😀", "Grüße/日本 😀"),
+        ("100%", "100%25"),
+        ("../x", "..%2Fx"),
+        ("/x", "%2Fx"),
+        ("x/", "x%2F"),
+        ("a//b", "a%2F%2Fb"),
+        ("a/./b", "a%2F.%2Fb"),
+        (".", "%2E"),
+        ("..", "%2E."),
+        ("...", "..."),
+        ("/", "%2F"),
+        ("", "%00"),
+        (".lazyfs", "%2Elazyfs"),
+        (".lazyfs/x", ".lazyfs%2Fx"),
+        ("x/.lazyfs", "x/.lazyfs"),
+        ("lost+found", "%6Cost+found"),
+        ("tab\t", "tab%09"),
+        ("\x85", "%C2%85"),
+        ("\udce9", "%ED%B3%A9"),  # a byte that is not UTF-8, as Python decodes it
+    ],
+)
+def test_names_beside_nothing_else(export: str, path: str) -> None:
+    assert export_name.file_name(export) == path
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "path"),
+    [
+        ("a", "a/b", "a%2Fb"),
+        ("a/b", "a", "%61"),
+        ("a/b", "a/b/c", "a%2Fb%2Fc"),
+        ("a/b/c", "a/b", "a%2Fb"),
+        ("é/b", "é", "%C3%A9"),
+        ("%/b", "%", "%25%00"),
+        ("\t/b", "\t", "%09%00"),
+    ],
+)
+def test_names_that_clash(first: str, then: str, path: str) -> None:
+    mount = Mount()
+    assert mount.allot(first) == export_name.file_name(first)
+    assert mount.allot(then) == path
+
+
+def test_the_last_form_of_a_long_name_differs_too() -> None:
+    for start in ("a", "%"):
+        mount = Mount()
+        long = start * 300
+        folder = mount.allot(long + "/b")
+        file = mount.allot(long)
+        assert "%~" in file
+        assert file != folder.split("/")[0]
+
+
+def test_long_components_are_shortened_each_by_itself() -> None:
+    path = export_name.file_name("a" * 256 + "/" + "b" * 255 + "/" + "é" * 128)
+    first, second, third = path.split("/")
+    assert len(first) == 255
+    assert first.startswith("a" * 221 + "%~")
+    assert second == "b" * 255
+    assert third.startswith("é" * 110 + "%~")
+
+
+def test_a_path_too_long_for_folders_is_one_name() -> None:
+    assert "/" in export_name.file_name("x/" * (PATH_MAX // 2 - 1) + "yz")
+    path = export_name.file_name("x/" * (PATH_MAX // 2) + "y")
+    assert "/" not in path
+    assert path.startswith("x%2Fx%2F")

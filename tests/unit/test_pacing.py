@@ -1,0 +1,174 @@
+"""Rates and waits on a clock that only the test moves."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.core.pacing import Backoff, DemandGate, RateMeter, TokenBucket
+from lazyfs.units import KiB, MiB
+
+BURST_S = 0.1
+
+rates = st.floats(10 * KiB, 2e10)
+clocks = st.floats(0, 1e7)  # uptimes
+pieces = st.lists(st.tuples(st.integers(1, 4 * MiB), st.floats(0, 2)), min_size=2, max_size=40)
+
+
+@given(rates, clocks, st.integers(1, 4 * MiB))
+def test_after_the_wait_the_next_piece_may_start(rate: float, now: float, amount: int) -> None:
+    bucket = TokenBucket(rate)
+    bucket.take(now, amount)
+    wait = bucket.wait(now)
+    assert wait == pytest.approx(amount / rate) or amount / rate < 1e-5
+    # A clock that stands still between two looks, as a test's does, must not make a caller turn for ever.
+    assert bucket.wait(now + wait) == 0
+
+
+@given(rates, clocks, pieces)
+def test_no_interval_carries_more_than_rate_and_burst(rate: float, now: float, plan: list[tuple[int, float]]) -> None:
+    bucket = TokenBucket(rate, BURST_S)
+    sent = []
+    for amount, idle_s in plan:
+        now += idle_s
+        now += bucket.wait(now)
+        assert bucket.wait(now) == 0
+        bucket.take(now, amount)
+        sent.append((now, amount))
+    for i, (start, _) in enumerate(sent):
+        total = 0
+        for at, amount in sent[i:]:
+            # The piece that starts at `at` may take the bucket into debt; those before it are paid for.
+            assert total <= rate * (at - start + BURST_S + 1e-5)
+            total += amount
+
+
+@given(rates, clocks, pieces)
+def test_a_busy_sender_gets_the_whole_rate(rate: float, start: float, plan: list[tuple[int, float]]) -> None:
+    bucket = TokenBucket(rate, BURST_S)
+    now = start
+    for amount, _ in plan:
+        now += bucket.wait(now)
+        bucket.take(now, amount)
+    # The last piece is still to be paid for.
+    owed = sum(amount for amount, _ in plan[:-1])
+    assert now - start == pytest.approx(owed / rate, rel=1e-3, abs=1e-4)
+
+
+def test_idle_time_saves_up_one_burst_only() -> None:
+    bucket = TokenBucket(1000.0, BURST_S)
+    bucket.take(0.0, 1)
+    assert bucket.wait(3600.0) == 0
+    bucket.take(3600.0, 100)
+    assert bucket.wait(3600.0) == 0
+    bucket.take(3600.0, 500)
+    assert bucket.wait(3600.0) == pytest.approx(0.5)
+
+
+def test_no_limit_never_waits() -> None:
+    bucket = TokenBucket(None)
+    bucket.take(0.0, 1 << 60)
+    assert bucket.wait(0.0) == 0
+
+
+# -- DemandGate
+
+
+def test_population_goes_freely_while_no_reader_waits() -> None:
+    gate = DemandGate(trickle_s=1.0)
+    for _ in range(3):
+        assert gate.wait(5.0) == 0
+        gate.take(5.0)
+
+
+@given(clocks, st.integers(1, 20))
+def test_population_trickles_while_a_reader_waits(now: float, requests: int) -> None:
+    gate = DemandGate(trickle_s=1.0)
+    gate.waiting = 1
+    start = now
+    for _ in range(requests):
+        while wait := gate.wait(now):
+            assert now + wait > now, "a clock that stands still would never be let through"
+            now += wait
+        gate.take(now)
+    assert now - start == pytest.approx(requests - 1)
+
+
+def test_the_gate_opens_when_the_last_reader_has_left() -> None:
+    gate = DemandGate(trickle_s=1.0)
+    gate.waiting = 2
+    gate.take(0.0)
+    gate.waiting -= 1
+    assert gate.wait(0.25) == 0.75
+    gate.waiting -= 1
+    assert gate.wait(0.25) == 0
+
+
+# -- Backoff
+
+
+def test_waits_double_up_to_the_limit_until_reset() -> None:
+    backoff = Backoff(first=0.05, limit=1.0)
+    waits = [backoff.next() for _ in range(7)]
+    assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
+    backoff.reset()
+    assert backoff.next() == 0.05
+
+
+# -- RateMeter
+
+
+@given(
+    rate=st.floats(1 * MiB, 1e10),
+    interval_s=st.floats(0.001, 0.05),
+    start=clocks,
+    count=st.integers(1, 300),
+    horizon_s=st.floats(2, 5),
+)
+def test_steady_arrivals_are_measured_at_any_age(
+    rate: float, interval_s: float, start: float, count: int, horizon_s: float
+) -> None:
+    meter = RateMeter(horizon_s)
+    for i in range(count):
+        meter.add(start + i * interval_s, round(rate * interval_s))
+    age = (count - 1) * interval_s
+    measured = meter.rate(start + age)
+    if age < 0.1:
+        assert measured == 0
+    elif age > 0.11:
+        # The first piece arrived without an interval before it: one too many, which shows while young.
+        assert 0.99 * rate < measured < 1.01 * rate * (1 + interval_s / horizon_s) * (1 + interval_s / age)
+
+
+def test_a_new_rate_takes_over_within_a_few_horizons() -> None:
+    meter = RateMeter(3.0)
+    for i in range(1000):
+        meter.add(i * 0.01, 1000)
+    for i in range(1000, 2500):
+        meter.add(i * 0.01, 100)
+    assert meter.rate(25.0) == pytest.approx(10_000, rel=0.1)
+
+
+def test_a_rate_fades_when_nothing_arrives() -> None:
+    meter = RateMeter(3.0)
+    for i in range(100):
+        meter.add(i * 0.1, 1 * MiB)
+    seen = [meter.rate(10.0 + s) for s in range(0, 40, 4)]
+    assert seen == sorted(seen, reverse=True)
+    assert 0 <= seen[-1] < 100
+    assert meter.rate(1e9) == 0
+
+
+def test_looking_changes_nothing() -> None:
+    looked, left_alone = RateMeter(), RateMeter()
+    for i in range(50):
+        for meter in (looked, left_alone):
+            meter.add(i * 0.2, 5000)
+        looked.rate(i * 0.2 + 0.1)
+    assert looked.rate(10.0) == pytest.approx(left_alone.rate(10.0))
+
+
+def test_a_meter_that_saw_nothing_reads_zero() -> None:
+    meter = RateMeter()
+    assert meter.rate(123.0) == 0
+    meter.add(123.0, 1 << 40)
+    assert meter.rate(123.0) == 0  # no time has passed: no rate yet
