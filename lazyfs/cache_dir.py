@@ -1,0 +1,168 @@
+"""The cache directory: opened before mounting, so that it stays reachable under the mount.
+
+    CACHE_DIR/
+        debian-12            whole images, plain files
+        team/ubuntu          "/" in an export name makes folders
+        .lazyfs/             0700
+            lock             flock: one daemon per cache; holds the pid and mountpoint of its owner
+            catalog.sqlite
+            partial/         images being filled
+
+Everything else in it is foreign: lazyfs neither hides nor touches what it did not put there, it refuses.
+"""
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from lazyfs import errors
+from lazyfs.catalog import SqliteCatalog
+from lazyfs.core.export_name import RESERVED
+from lazyfs.core.lifecycle import State
+from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
+from lazyfs.store.raw import RawStore, WholeFile
+from lazyfs.units import GiB, MiB
+
+STATE = ".lazyfs"
+_PARTIAL = f"{STATE}/partial"
+
+
+class CacheDir:
+    """An open, locked cache directory. Implements `interfaces.Stores`."""
+
+    def __init__(self, path: str, mountpoint: str, look: FileLook) -> None:
+        """Open and lock the cache at `path`, creating what is missing, and load its catalog.
+
+        Raises:
+            UserError: it cannot be used; says why.
+        """
+        self.path = path
+        self._look = look
+        try:
+            os.makedirs(path, exist_ok=True)
+            self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
+        self._lock_fd = -1
+        try:
+            self._make_state_folder()
+            self._take_lock(mountpoint)
+            self.catalog = SqliteCatalog(os.path.join(path, STATE, "catalog.sqlite"))
+            self.records = self.catalog.load()
+            self._refuse_foreign()
+            self._sweep()
+        except BaseException:
+            self._close_fds()
+            raise
+
+    # -- interfaces.Stores
+
+    def partial(self, record: ImageRecord) -> Store:
+        """Return the store of an image that is being filled."""
+        return RawStore(self.root_fd, record, self._look)
+
+    def whole(self, record: ImageRecord) -> ImageFile:
+        """Return the plain file of a whole image."""
+        return WholeFile(self.root_fd, record)
+
+    def nearly_full(self) -> bool:
+        """Whether less than 1 % of the file system (at most 1 GiB, at least 1 MiB) is free for us.
+
+        Enough for the catalog, and for neighbours on the same disk to go on for a while. Unmeasured.
+        """
+        room = os.fstatvfs(self.root_fd)
+        reserve = max(min(room.f_blocks * room.f_frsize // 100, GiB), MiB)
+        return room.f_bavail * room.f_frsize < reserve
+
+    # -- opening
+
+    def _make_state_folder(self) -> None:
+        for name in (STATE, _PARTIAL):
+            try:
+                os.mkdir(name, 0o700, dir_fd=self.root_fd)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise errors.UserError(f"cannot write to the cache {self.path}: {error.strerror}") from error
+            found = os.stat(name, dir_fd=self.root_fd, follow_symlinks=False)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise errors.UserError(
+                    f"{self.path}/{name} is not a folder of this user; remove it, or use --cache-dir"
+                )
+
+    def _take_lock(self, mountpoint: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock_fd = os.open(f"{STATE}/lock", flags, 0o600, dir_fd=self.root_fd)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._lock_fd, 4096, 0).decode(errors="replace").strip()
+            raise errors.UserError(
+                f"the cache {self.path} is in use by {owner or 'another lazyfs'}; "
+                f"unmount that first, or give this mount its own --cache-dir"
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})".encode(), 0)
+
+    def _refuse_foreign(self) -> None:
+        ours = {record.path for record in self.records if record.state is State.WHOLE}
+        unfinished = {record.path: record.inode for record in self.records if record.state is not State.WHOLE}
+        for path in _files_below(self.root_fd):
+            if path in ours or (path in unfinished and self._is_finished(path, unfinished[path])):
+                continue
+            raise errors.UserError(
+                f"{self.path} holds {path!r}, which lazyfs did not put there; "
+                f"move it away, or keep the cache elsewhere with --cache-dir"
+            )
+
+    def _is_finished(self, path: str, inode: int) -> bool:
+        """Whether a crash came between linking a whole image into place and telling the catalog."""
+        try:
+            ours = os.stat(f"{_PARTIAL}/{inode}.raw", dir_fd=self.root_fd, follow_symlinks=False)
+            there = os.stat(path, dir_fd=self.root_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+    def _sweep(self) -> None:
+        """Remove partial files that no record speaks of: the rest of a crash, or of an image become whole."""
+        wanted = {str(record.inode) for record in self.records if record.state in (State.PARTIAL, State.FAILED)}
+        for name in _list(self.root_fd, _PARTIAL):
+            if name.partition(".")[0] not in wanted:
+                os.unlink(f"{_PARTIAL}/{name}", dir_fd=self.root_fd)
+
+    # -- closing
+
+    def close(self) -> None:
+        """Close the catalog and unlock. The mount over the directory must be gone."""
+        self.catalog.close()
+        self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in (self._lock_fd, self.root_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _list(root_fd: int, name: str) -> list[str]:
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
+def _files_below(root_fd: int) -> Iterator[str]:
+    """Yield every path below the cache directory that is not a folder, state and reserved names left out."""
+    pending: list[Sequence[str]] = [[]]
+    while pending:
+        folder = pending.pop()
+        for name in sorted(_list(root_fd, "/".join(folder) or ".")):
+            if not folder and name in RESERVED:
+                continue
+            path = "/".join([*folder, name])
+            if stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode):
+                pending.append([*folder, name])
+            else:
+                yield path

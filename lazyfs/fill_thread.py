@@ -1,0 +1,164 @@
+"""Moves claims from the repository to the cache file in a thread: population's inner loop.
+
+Fixed, reused buffers, a few requests in flight, libnbd's own poll: measured at 2.6-3.5 GB/s from a unix
+socket with two such threads, where a new buffer for each request halves it (page faults), requests of 1 MiB
+halve it (they fall out of the CPU's cache), and one event loop for everything thirds it.
+"""
+
+import mmap
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import nbd
+
+from lazyfs import errors, nbd_handle
+from lazyfs.interfaces import Claim, Export, FillWork
+from lazyfs.units import KiB
+
+REQUEST = 256 * KiB
+IN_FLIGHT = 4
+"""Chosen by the measurement above; 128 KiB x 8 was within the noise of it."""
+
+_POLL_MS = 100
+"""How late a stop is noticed."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A buffer, and the claim that is being fetched into it."""
+
+    memory: memoryview
+    claim: Claim | None = None
+    waiting: int = 0
+    code: int = 0
+
+
+class FillConnection:
+    """One connection and its buffers. Belongs to one thread at a time."""
+
+    def __init__(self, uri: str, export: Export, stall_s: float) -> None:
+        self._uri = uri
+        self._export = export
+        self._stall_s = stall_s
+        self._handle: Any = None
+        self._slots: list[_Slot] = []
+        self._last_progress = 0.0
+
+    def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
+        """Do what `interfaces.Filler.run` promises, until `stop` is set.
+
+        After an error, or a stop with requests in flight, the connection is dropped, so that no late reply can
+        reach a buffer that serves another claim.
+        """
+        try:
+            self._connect(stop)
+            self._work(work, time.monotonic() + duration_s, stop)
+        except nbd.Error as error:
+            self._give_up(work, errors.ConnectionLost(self._uri, nbd_handle.reason(error)))
+        except errors.LazyfsError as error:
+            self._give_up(work, error)
+        if any(slot.claim for slot in self._slots):
+            self._give_up(work, None)
+
+    def close(self) -> None:
+        """Drop the connection and the buffers."""
+        self._handle = None
+        self._slots = []
+
+    def _connect(self, stop: threading.Event) -> None:
+        if self._handle is not None:
+            return
+        handle, found = nbd_handle.connect_export(self._uri, self._export.name, stop)
+        check_same(self._export, found)
+        self._handle = handle
+
+    def _give_up(self, work: FillWork, error: Exception | None) -> None:
+        slots = self._slots
+        self.close()
+        for slot in slots:
+            if slot.claim:
+                work.drop(slot.claim, error if isinstance(error, errors.ExportChanged) else None)
+        if error is not None:
+            raise error
+
+    def _work(self, work: FillWork, until: float, stop: threading.Event) -> None:
+        self._last_progress = time.monotonic()
+        busy = 0
+        while not stop.is_set():
+            wait_s, exhausted = 0.0, time.monotonic() > until
+            while busy < IN_FLIGHT and not exhausted and not wait_s:
+                claim = work.claim(REQUEST)
+                if claim is None:
+                    exhausted = True
+                elif isinstance(claim, float):
+                    wait_s = claim
+                elif claim.parts:
+                    self._start(claim)
+                    busy += 1
+                else:  # nothing but zeroes
+                    work.keep(claim)
+            if busy == 0 and exhausted:
+                return
+            if busy == 0:
+                stop.wait(wait_s)
+                self._last_progress = time.monotonic()
+                continue
+            self._handle.poll(_POLL_MS if not wait_s else max(1, min(_POLL_MS, int(wait_s * 1000))))
+            busy -= self._collect(work)
+            if time.monotonic() - self._last_progress > self._stall_s:
+                raise errors.ConnectionLost(self._uri, f"no reply in {self._stall_s:g} s")
+
+    def _start(self, claim: Claim) -> None:
+        length = claim.parts[-1].end - claim.parts[0].start
+        slot = next((slot for slot in self._slots if slot.claim is None and len(slot.memory) >= length), None)
+        if slot is None:
+            # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
+            slot = _Slot(memoryview(mmap.mmap(-1, max(REQUEST, length))))
+            self._slots = [slot, *(other for other in self._slots if other.claim or len(other.memory) >= length)]
+        slot.claim, slot.waiting, slot.code = claim, len(claim.parts), 0
+
+        def completed(err: Any) -> int:
+            slot.waiting -= 1
+            slot.code = slot.code or err.value
+            return 1
+
+        base = claim.parts[0].start
+        for part in claim.parts:
+            target = nbd.Buffer.from_buffer(slot.memory[part.start - base : part.end - base])
+            self._handle.aio_pread(target, part.start, completed)
+
+    def _collect(self, work: FillWork) -> int:
+        """Store what has arrived; return how many slots became free."""
+        freed = 0
+        for slot in self._slots:
+            if slot.claim is None or slot.waiting:
+                continue
+            claim, slot.claim = slot.claim, None
+            freed += 1
+            self._last_progress = time.monotonic()
+            if slot.code:
+                work.drop(claim, errors.RequestFailed(f"reading at {claim.parts[0].start}", slot.code))
+                continue
+            base = claim.parts[0].start
+            try:
+                for part in claim.parts:
+                    work.write(part.start, slot.memory[part.start - base : part.end - base])
+            except (errors.LazyfsError, OSError) as error:
+                work.drop(claim, error)
+            else:
+                work.keep(claim)
+        return freed
+
+
+def check_same(expected: Export, found: Export) -> None:
+    """Compare an export with what the cache was filled from.
+
+    Raises:
+        ExportChanged: size or identity differ.
+    """
+    if found.size != expected.size:
+        raise errors.ExportChanged(expected.name, f"{expected.size} bytes", f"{found.size} bytes")
+    if found.identity != expected.identity:
+        raise errors.ExportChanged(expected.name, repr(expected.identity), repr(found.identity))

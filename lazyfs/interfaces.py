@@ -1,0 +1,278 @@
+"""What the engine needs of the world, as Protocols, and the records that cross the border.
+
+`daemon.py` picks the concrete classes; `tests/fakes.py` has others, which pass the same contract tests.
+Unless it says otherwise, everything here is called from the trio thread only.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lazyfs.core.block_map import BlockMap, BlockRun
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.lifecycle import State
+
+
+@dataclass(frozen=True, slots=True)
+class FileLook:
+    """How files are shown on the mount, and left behind as plain files."""
+
+    mode: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One named disk of the repository, as the server describes it."""
+
+    name: str
+    size: int
+    identity: str
+    """What tells two versions of an export of one size apart: the description the server gives, or ""."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What the catalog keeps of one image."""
+
+    inode: int
+    """Also the key. Never given twice in one cache."""
+    export: str
+    path: str
+    """Where it is shown, relative to the mountpoint."""
+    size: int | None
+    """None until the repository was asked."""
+    identity: str
+    format: str
+    state: State
+    error: str
+    """Why it failed, or what an operator should know; "" if nothing."""
+    block_size: int
+    created_ns: int
+    """When it was first seen, in ns since the epoch: the file's times."""
+    present_bytes: int = 0
+    """Data in the cache file, as of the last checkpoint."""
+    demand_bytes: int = 0
+    populated_bytes: int = 0
+    requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Blocks that population has taken upon itself to fetch."""
+
+    run: BlockRun
+    parts: tuple[ByteRange, ...]
+    """The data in those blocks, in order; the rest reads as zeroes. May be empty."""
+
+
+class Source(Protocol):
+    """One export of the repository, for demand fetches. Safe for many tasks at once.
+
+    Both calls reconnect for as long as it takes: the caller sets a time limit, and may cancel at any moment.
+    """
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`.
+
+        Nothing may be read from the buffer unless this returned. After cancellation the buffer may still be
+        written to: give it to nobody else.
+
+        Raises:
+            RequestFailed: the server refused this request.
+            ExportChanged: size or identity are no longer what they were.
+        """
+        ...
+
+    async def block_status(self, window: ByteRange) -> list[ByteRange]:
+        """Return the ranges of `window` that may hold anything but zeroes, in order.
+
+        Raises:
+            RequestFailed, ExportChanged: as for `pread`.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Drop the connection. A later call connects again."""
+        ...
+
+
+class FillWork(Protocol):
+    """One image as population's workers see it. Every method may be called from any thread."""
+
+    export: Export
+
+    def claim(self, limit: int) -> Claim | float | None:
+        """Take the next missing blocks, at most `limit` bytes (or one block).
+
+        Returns:
+            A claim, which must come back through `keep` or `drop`; or the seconds to wait before asking again
+            (readers come first, or the rate is used up); or None when nothing is left to claim now.
+        """
+        ...
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write data of a claim to the cache file.
+
+        Raises:
+            NoSpace, OSError: the claim must be dropped.
+        """
+        ...
+
+    def keep(self, claim: Claim) -> None:
+        """Everything in `claim.parts` has been written."""
+        ...
+
+    def drop(self, claim: Claim, error: Exception | None) -> None:
+        """The claim could not be fetched or written (or population stops, if `error` is None)."""
+        ...
+
+
+class Filler(Protocol):
+    """Moves claims of one image from the repository to the cache, on a connection of its own."""
+
+    async def run(self, work: FillWork, duration_s: float) -> None:
+        """Work until nothing is left to claim, or about `duration_s` has passed.
+
+        Every claim has come back when this returns or raises. Cancellation takes effect within about 0.1 s.
+
+        Raises:
+            ConnectionLost, ExportChanged.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Drop the connection."""
+        ...
+
+
+class Repository(Protocol):
+    """Where images come from."""
+
+    uri: str
+
+    @property
+    def connected(self) -> bool:
+        """Whether the last attempt to reach the repository succeeded."""
+        ...
+
+    async def list_exports(self) -> list[str]:
+        """Return the names of all exports.
+
+        Raises:
+            ConnectionLost, Unsupported (the server does not list).
+        """
+        ...
+
+    async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
+        """Return, for each name, the export, or why the server would not describe it. One connection for all.
+
+        Raises:
+            ConnectionLost.
+        """
+        ...
+
+    def source(self, export: Export) -> Source:
+        """Return a way to read `export` on demand; connects when first used."""
+        ...
+
+    def filler(self, export: Export) -> Filler:
+        """Return a way to fill from `export`; connects when first used."""
+        ...
+
+
+class ImageFile(Protocol):
+    """The cache file of one image, partial or whole, open for reading. Any thread may call any method."""
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """Return bytes if the page cache has all of them, else None. Does not block."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes. Raises OSError, CacheCorrupt (the file is too short)."""
+        ...
+
+    def remove(self) -> None:
+        """Unlink what is ours of it (for a partial image: never the plain file). Stays readable until `close`."""
+        ...
+
+    def close(self) -> None:
+        """Give up the file; what is on disk stays."""
+        ...
+
+
+class Store(ImageFile, Protocol):
+    """The cache file of an image that is being filled, and its map. Sees whole blocks only.
+
+    `write` and `checkpoint` block, and may run in several threads at the same time.
+    """
+
+    def load(self) -> BlockMap:
+        """Open or create the files; return what they hold. Called once, first.
+
+        Raises:
+            CacheCorrupt: the files exist and are not this image's.
+            NoSpace, OSError.
+        """
+        ...
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError."""
+        ...
+
+    def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
+        """Make durable all data written before the call, then `pages` of the map, in this order.
+
+        Raises:
+            NoSpace, OSError: the pages count as not saved.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Make the complete, checkpointed cache file the plain file at the image's path, durably.
+
+        Reads go on throughout. May be repeated, also by a later process. `remove` takes away what is left
+        of the partial image; call it once the catalog says that the image is whole.
+
+        Raises:
+            UserError: something else lies at that path.
+            NoSpace, OSError.
+        """
+        ...
+
+
+class Stores(Protocol):
+    """The cache directory, as a maker of stores."""
+
+    def partial(self, record: ImageRecord) -> Store:
+        """Return the store of an image that is being filled."""
+        ...
+
+    def whole(self, record: ImageRecord) -> ImageFile:
+        """Return the plain file of a whole image, read-only.
+
+        Raises:
+            CacheCorrupt: it is not there, or has another size.
+        """
+        ...
+
+    def nearly_full(self) -> bool:
+        """Whether the file system has so little room left that population should pause."""
+        ...
+
+
+class Catalog(Protocol):
+    """The records of all images. Each call is one transaction, blocks for an fsync, and may come from any thread."""
+
+    def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
+        """Insert records, whose `inode` is ignored; return them with the inode each was given."""
+        ...
+
+    def update(self, records: Sequence[ImageRecord]) -> None:
+        """Replace the records with the same inodes."""
+        ...
+
+    def remove(self, inodes: Sequence[int]) -> None:
+        """Forget images."""
+        ...

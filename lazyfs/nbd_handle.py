@@ -1,0 +1,293 @@
+"""One libnbd handle: connecting it, and driving it from trio for demand fetches.
+
+How libnbd wants it (docs/libnbd.pod, 1.14), and what follows here:
+
+- a handle serves one export; the export is chosen in option mode, so that the URI stays the repository's;
+- a callback runs under the handle's lock: it calls no method of the handle, returns 1 to retire its
+  command, and reads `err.value`. An exception in it would only be printed, a failing assert abort();
+- a failed read leaves the buffer unspecified;
+- when a handle dies, every command in flight is completed with an error.
+"""
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import nbd
+import trio
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.extent_map import parse_block_status
+from lazyfs.interfaces import Export
+from lazyfs.units import MiB
+
+CONNECT_TIMEOUT_S = 15.0
+"""For one attempt, TLS and option haggling included. Longer than three lost SYNs (1 + 2 + 4 s)."""
+
+_POLL_MS = 100
+"""How late a connecting thread notices that nobody wants it any more."""
+
+_MAX_PAYLOAD = 32 * MiB
+"""What a server that states no maximum must accept (NBD protocol, "Block size constraints")."""
+
+_LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
+"""Completion codes that say the connection ends, not that the request is bad."""
+
+
+REFUSED = frozenset({errno.ENOTSUP, errno.EINVAL, errno.EPERM})
+"""How libnbd reports that a server answered an option with NBD_REP_ERR_UNSUP, _INVALID or _POLICY."""
+
+
+def new_handle() -> Any:
+    """Return an unconnected handle with the settings every use here shares.
+
+    TLS follows from the URI: `nbds` requires it. Local files (certificates, PSK) may be named in the URI,
+    as the URI comes from the administrator.
+    """
+    handle = nbd.NBD()
+    handle.set_opt_mode(True)
+    handle.set_full_info(True)
+    handle.set_uri_allow_local_file(True)
+    handle.set_pread_initialize(False)
+    return handle
+
+
+def connect(uri: str, abandoned: threading.Event) -> Any:
+    """Return a handle in option mode. Blocks; meant for a thread.
+
+    Raises:
+        ConnectionLost: not in CONNECT_TIMEOUT_S, or `abandoned` was set.
+        Unsupported: the server is too old to choose an export by name.
+    """
+    handle = new_handle()
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    try:
+        handle.aio_connect_uri(uri)
+        _poll_until_settled(handle, uri, deadline, abandoned)
+    except nbd.Error as error:
+        raise errors.ConnectionLost(uri, reason(error)) from error
+    if not handle.aio_is_negotiating():
+        raise errors.Unsupported(f"{uri} is a server without named exports (no fixed newstyle negotiation)")
+    return handle
+
+
+def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any, Export]:
+    """Return a handle ready to read export `name`, and what the export is now. Blocks; meant for a thread.
+
+    Raises:
+        ConnectionLost: also if the server does not have the export, as it may be about to.
+        Unsupported.
+    """
+    handle = connect(uri, abandoned)
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    try:
+        handle.set_export_name(name)
+        handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        refused: list[int] = []
+
+        def answered(err: Any) -> int:
+            refused.append(err.value)
+            return 1
+
+        handle.aio_opt_go(answered)
+        _poll_until_settled(handle, uri, deadline, abandoned)
+        if not handle.aio_is_ready():
+            why = errno.errorcode.get(refused[0], str(refused[0])) if refused else "it hung up"
+            raise errors.ConnectionLost(uri, f"the server refuses export {name!r} ({why})")
+        return handle, Export(name, handle.get_size(), description(handle))
+    except nbd.Error as error:
+        raise errors.ConnectionLost(uri, reason(error)) from error
+
+
+def description(handle: Any) -> str:
+    """Return the description of the export the handle was last told about, "" if the server gives none."""
+    try:
+        return str(handle.get_export_description())
+    except (nbd.Error, UnicodeDecodeError):
+        return ""
+
+
+def reason(error: Any) -> str:
+    """Return libnbd's message without the name of its function, which says nothing to a user."""
+    text = str(error.string)
+    head, _, tail = text.partition(": ")
+    return tail if head.startswith("nbd_") and tail else text
+
+
+def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threading.Event) -> None:
+    while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
+        if handle.aio_is_dead() or handle.aio_is_closed():
+            raise errors.ConnectionLost(uri, "the server hung up")
+        if abandoned.is_set():
+            raise errors.ConnectionLost(uri, "not wanted any more")
+        if time.monotonic() > deadline:
+            raise errors.ConnectionLost(uri, f"no answer in {CONNECT_TIMEOUT_S:g} s")
+        handle.poll(_POLL_MS)
+
+
+class _Command:
+    """A command in flight."""
+
+    __slots__ = ("code", "done")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.code = 0
+
+
+class NbdHandle:
+    """A connected handle, many requests in flight at once, driven by the task that runs `run`."""
+
+    def __init__(self, handle: Any, uri: str, export: str, stall_s: float) -> None:
+        """Take over `handle`, from `connect_export`.
+
+        Args:
+            stall_s: when requests are in flight and the server has completed none for so long, the
+                connection counts as lost.
+        """
+        self._handle = handle
+        self._uri = uri
+        self._export = export
+        self._stall_s = stall_s
+        self._fd = handle.aio_get_fd()
+        self._max_payload = handle.get_block_size(nbd.SIZE_MAXIMUM) or _MAX_PAYLOAD
+        self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
+        self._in_flight: set[_Command] = set()
+        self._last_progress = trio.current_time()
+        self._want_write = trio.Event()
+        self._scope = trio.CancelScope()
+        self.broken = ""
+        """Why the connection is of no more use; "" while it is."""
+
+    async def run(self) -> None:
+        """Move bytes until the connection breaks or `close` is called. Raises nothing but Cancelled."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read_loop)
+                    nursery.start_soon(self._write_loop)
+        except* (nbd.Error, OSError) as group:
+            self.broken = self.broken or _first_reason(group)
+        finally:
+            self.broken = self.broken or "closed"
+            for command in self._in_flight:
+                command.done.set()
+            # The last reference: libnbd closes the socket with the handle.
+            del self._handle
+
+    def close(self, why: str = "closed") -> None:
+        """Break the connection; every waiting request raises ConnectionLost."""
+        self.broken = self.broken or why
+        self._scope.cancel()
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; as `interfaces.Source.pread`, but one attempt only.
+
+        Raises:
+            ConnectionLost, RequestFailed.
+        """
+        for piece in ByteRange(0, len(buffer)).split(self._max_payload):
+            target = nbd.Buffer.from_buffer(buffer[piece.start : piece.end])
+            command = self._start(partial(self._handle.aio_pread, target, offset + piece.start))
+            await self._finished(command, f"reading {self._export} at {offset}")
+
+    async def block_status(self, window: ByteRange) -> list[ByteRange]:
+        """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt only.
+
+        Raises:
+            ConnectionLost, RequestFailed.
+        """
+        if not self._has_extents:
+            return [window]
+        data: list[ByteRange] = []
+        position = window.start
+        while position < window.end:
+            entries: list[int] = []
+            asked = ByteRange(position, window.end)
+
+            def extent(context: str, _offset: int, found: list[int], _err: object, into: list[int] = entries) -> int:
+                if context == nbd.CONTEXT_BASE_ALLOCATION:
+                    into.extend(found)
+                return 0
+
+            command = self._start(partial(self._handle.aio_block_status, asked.length, asked.start, extent))
+            await self._finished(command, f"block status of {self._export}")
+            *ranges, reach = parse_block_status(asked, entries, self._export)
+            data.extend(ranges)
+            position = reach.start
+        return data
+
+    def _start(self, submit: Callable[[Callable[[Any], int]], object]) -> _Command:
+        if self.broken:
+            raise errors.ConnectionLost(self._uri, self.broken)
+        command = _Command()
+
+        def completed(err: Any) -> int:
+            command.code = err.value
+            self._last_progress = trio.current_time()
+            command.done.set()
+            return 1
+
+        if not self._in_flight:
+            self._last_progress = trio.current_time()
+        self._in_flight.add(command)
+        try:
+            submit(completed)
+            if self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+                self._want_write.set()
+        except nbd.Error as error:
+            self._in_flight.discard(command)
+            if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+                self.close(reason(error))
+                raise errors.ConnectionLost(self._uri, self.broken) from error
+            raise errors.RequestFailed(f"asking {self._uri} for {self._export}", error.errnum or errno.EIO) from error
+        return command
+
+    async def _finished(self, command: _Command, what: str) -> None:
+        try:
+            while not command.done.is_set():
+                with trio.move_on_at(self._last_progress + self._stall_s):
+                    await command.done.wait()
+                if not command.done.is_set() and trio.current_time() >= self._last_progress + self._stall_s:
+                    self.close(f"no reply in {self._stall_s:g} s")
+                    raise errors.ConnectionLost(self._uri, self.broken)
+        finally:
+            self._in_flight.discard(command)
+        if self.broken or command.code in _LOST:
+            raise errors.ConnectionLost(self._uri, self.broken or "the server shuts down")
+        if command.code:
+            raise errors.RequestFailed(what, command.code)
+
+    async def _read_loop(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            direction = self._handle.aio_get_direction()
+            if direction & nbd.AIO_DIRECTION_READ:
+                self._handle.aio_notify_read()
+            else:  # it must write before it will read
+                await trio.lowlevel.wait_writable(self._fd)
+            if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+                self.broken = self.broken or "the server hung up"
+                self._scope.cancel()
+            if direction & nbd.AIO_DIRECTION_WRITE:
+                self._want_write.set()
+
+    async def _write_loop(self) -> None:
+        while True:
+            await self._want_write.wait()
+            self._want_write = trio.Event()
+            while self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+                await trio.lowlevel.wait_writable(self._fd)
+                if self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+                    self._handle.aio_notify_write()
+
+
+def _first_reason(group: BaseExceptionGroup[Any]) -> str:
+    error = group.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return reason(error) if isinstance(error, nbd.Error) else str(error)
