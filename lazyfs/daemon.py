@@ -1,0 +1,228 @@
+"""The composition root: picks the concrete classes, wires them, and takes them down in order.
+
+mount        cache directory opened and locked -> exports listed -> mounted -> "ready"
+unmount      kernel's connection ends -> population gives back its claims -> checkpoint of every image
+             -> catalog closed -> exit. A crash anywhere costs what the last checkpoint did not have.
+"""
+
+import errno
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyfuse3
+import trio
+
+from lazyfs import errors, mounts
+from lazyfs.cache_dir import CacheDir
+from lazyfs.control_server import ControlServer
+from lazyfs.core.pacing import Backoff
+from lazyfs.core.qmp_wire import CommandError
+from lazyfs.filesystem import Filesystem, Folder, Options
+from lazyfs.fuse_adapter import FuseAdapter
+from lazyfs.image import Image
+from lazyfs.interfaces import FileLook
+from lazyfs.kernel_session import KernelSession
+from lazyfs.population import Population
+from lazyfs.repository import NbdRepository
+
+logger = logging.getLogger(__name__)
+
+FIRST_LIST_S = 10.0
+"""How long a mount waits for a repository that does not answer before it comes up from the catalog."""
+
+MAX_REQUESTS = 2048
+"""FUSE requests handled at once: readers that wait for a repository must leave room for all the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountConfig:
+    """Everything `lazyfs mount` decides."""
+
+    repository: str
+    mountpoint: str
+    cache_dir: str
+    look: FileLook
+    options: Options
+    refresh_s: float
+
+
+def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
+    """Mount, call `on_ready` when the mount answers, and return after it was unmounted.
+
+    Raises:
+        UserError: it could not be mounted; nothing was left behind.
+    """
+    os.umask(0o022)  # folders for whole images
+    _raise_file_limit()
+    # What libnbd or a thread cannot raise to us is reported here, on stderr by default.
+    sys.excepthook = lambda kind, error, trace: logger.error("uncaught", exc_info=(kind, error, trace))
+    cache = CacheDir(config.cache_dir, config.mountpoint, config.look)
+    try:
+        os.chdir("/")
+        trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)
+    except* errors.UserError as group:
+        raise _first(group) from None
+    finally:
+        cache.close()
+
+
+def _first(group: BaseExceptionGroup[errors.UserError]) -> errors.UserError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, errors.UserError)
+    return error
+
+
+def _raise_file_limit() -> None:
+    """Each partial image takes two files and up to three sockets."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _Daemon:
+    def __init__(self, config: MountConfig, cache: CacheDir, on_ready: Callable[[], None]) -> None:
+        self._config = config
+        self._cache = cache
+        self._on_ready = on_ready
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            config, cache = self._config, self._cache
+            self._repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
+            self._filesystem = Filesystem(
+                self._repository, cache, cache.catalog, cache.records, config.options, nursery
+            )
+            self._population = Population(self._repository, cache, self._filesystem.active_images)
+            try:
+                await self._first_list()
+                await self._serve()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._filesystem.aclose()
+                nursery.cancel_scope.cancel()
+
+    async def _first_list(self) -> None:
+        try:
+            with trio.fail_after(FIRST_LIST_S):
+                await self._filesystem.refresh()
+        except trio.TooSlowError:
+            reason = f"{self._config.repository} does not answer"
+        except errors.LazyfsError as error:
+            reason = str(error)
+        else:
+            return
+        if not self._cache.records:
+            raise errors.UserError(f"{reason}; nothing of it is cached here, so there is nothing to show")
+        self._filesystem.list_trouble = reason
+        logger.warning("%s; the mount comes up with what is in the catalog", reason)
+
+    async def _serve(self) -> None:
+        config = self._config
+        self._control = ControlServer(
+            mounts.socket_path(config.mountpoint),
+            {"query-mount": self._query_mount, "query-images": self._query_images},
+        )
+        session = KernelSession(config.mountpoint, config.repository)
+        adapter = FuseAdapter(self._filesystem, config.look, self._cache.root_fd, session.connect_libfuse)
+        pyfuse3.init(adapter, session.libfuse_path, set())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._control.run)
+                nursery.start_soon(self._unmount_on_signal, session)
+                nursery.start_soon(self._refresh)
+                nursery.start_soon(self._start_images, nursery)
+                self._on_ready()
+                await pyfuse3.main(max_tasks=MAX_REQUESTS)
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            _unmount_quietly(session)
+            raise
+        finally:
+            pyfuse3.close(unmount=False)
+        logger.info("unmounted: %s", config.mountpoint)
+
+    async def _start_images(self, nursery: trio.Nursery) -> None:
+        if self._config.options.populate:
+            self._filesystem.on_fillable = self._population.wake
+            nursery.start_soon(self._population.run)
+        await self._filesystem.resume()
+
+    async def _refresh(self) -> None:
+        """Look at the repository's list now and then; sooner while it cannot be had."""
+        backoff = Backoff(first=1.0, limit=self._config.refresh_s)
+        while True:
+            lost = bool(self._filesystem.list_trouble) or not self._repository.connected
+            await trio.sleep(min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s)
+            try:
+                await self._filesystem.refresh()
+                backoff.reset()
+            except errors.LazyfsError as error:
+                logger.debug("no list: %s", error)
+            except OSError as error:
+                logger.warning("the list could not be taken in: %s", error)
+
+    async def _unmount_on_signal(self, session: KernelSession) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
+                try:
+                    await trio.to_thread.run_sync(session.unmount, False)
+                except OSError as error:
+                    if error.errno == errno.EBUSY:
+                        logger.warning("files are open on %s; they fail from now on", session.mountpoint)
+                    _unmount_quietly(session)
+                    pyfuse3.terminate()
+
+    # -- control commands
+
+    async def _query_mount(self, arguments: dict[str, Any]) -> object:
+        _no_more(arguments, set())
+        filesystem = self._filesystem
+        return {
+            "mountpoint": self._config.mountpoint,
+            "cache_dir": self._config.cache_dir,
+            "repository": self._config.repository,
+            "connected": self._repository.connected and not filesystem.list_trouble,
+            "control_socket": self._control.path,
+            "pid": os.getpid(),
+            "reconnects": self._repository.reconnects,
+            "message": filesystem.list_trouble or self._repository.trouble or self._population.paused,
+        }
+
+    async def _query_images(self, arguments: dict[str, Any]) -> object:
+        """Argument `path`: an image or folder relative to the mountpoint; without it, all."""
+        _no_more(arguments, {"path"})
+        path = arguments.get("path", "")
+        if not isinstance(path, str):
+            raise CommandError("Invalid parameter type for 'path', expected: string")
+        node = self._filesystem.image_at(path)
+        if node is None:
+            raise CommandError(f"no image at {path!r}")
+        images = self._filesystem.statistics(_images_below(node))
+        return [{**asdict(one), "path": os.path.join(self._config.mountpoint, one.path)} for one in images]
+
+
+def _no_more(arguments: dict[str, Any], known: set[str]) -> None:
+    for name in arguments:
+        if name not in known:
+            raise CommandError(f"Parameter '{name}' is unexpected")
+
+
+def _images_below(node: Folder | Image) -> list[Image]:
+    if isinstance(node, Image):
+        return [node]
+    return [image for entry in node.entries.values() for image in _images_below(entry)]
+
+
+def _unmount_quietly(session: KernelSession) -> None:
+    try:
+        session.unmount(lazy=True)
+    except OSError as error:
+        logger.debug("unmount: %s", error)

@@ -1,0 +1,482 @@
+"""The in-flight table of one image: who fetches which block, and who waits for it.
+
+A block is fetched by one request at a time, a reader's (`_Fetch`) or population's (`Claim`); whoever else
+wants it joins. `doc/CONCURRENCY.md` has the whole story; in short:
+
+- `_lock` guards the block map, the extents, the cursor, the counters and the waiters, because population's
+  threads change them. It is held for microseconds and never across an await or a system call.
+- Data first, then its state: a block is DATA only after `write` returned.
+- Nothing is kept of a reply that failed.
+"""
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.extent_map import ExtentMap
+from lazyfs.core.fetch_plan import FillCursor, Readahead, plan_read
+from lazyfs.core.pacing import DemandGate, RateMeter, TokenBucket
+from lazyfs.interfaces import Claim, Export, Source, Store
+
+logger = logging.getLogger(__name__)
+
+
+class Pace:
+    """When population may send its next request; shared by all images of a mount, safe from any thread."""
+
+    def __init__(self, fill_rate: int | None, clock: Callable[[], float]) -> None:
+        """`fill_rate`: bytes per second for all images together, None for no limit. `clock`: as trio's."""
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._bucket = TokenBucket(fill_rate)
+        self._gate = DemandGate()
+
+    def wait(self) -> float:
+        """Return the seconds to wait, 0 if the request may go."""
+        with self._lock:
+            now = self.clock()
+            return max(self._bucket.wait(now), self._gate.wait(now))
+
+    def take(self, amount: int) -> None:
+        """Population sends a request for `amount` bytes."""
+        with self._lock:
+            now = self.clock()
+            self._bucket.take(now, amount)
+            self._gate.take(now)
+
+    def demand(self, change: int) -> None:
+        """A demand fetch begins (1) or ends (-1)."""
+        with self._lock:
+            self._gate.waiting += change
+
+
+@dataclass(eq=False, slots=True)
+class _Fetch:
+    """A demand request: its blocks, and its bytes once `done` is set without an error."""
+
+    run: BlockRun
+    span: ByteRange
+    parts: Sequence[ByteRange]
+    data: bytearray
+    done: trio.Event = field(default_factory=trio.Event)
+    error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
+    """None once the data is good: an end that nobody foresaw must not look like success."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCounters:
+    """What one image has fetched in its life."""
+
+    demand_bytes: int
+    populated_bytes: int
+    requests: int
+
+
+class Fetcher:
+    """Reads through the cache of one image. Also what population works on (`interfaces.FillWork`)."""
+
+    def __init__(
+        self,
+        export: Export,
+        source: Source,
+        store: Store,
+        blocks: BlockMap,
+        *,
+        nursery: trio.Nursery,
+        pace: Pace,
+        io_timeout_s: float,
+        counters: FetchCounters,
+        on_changed: Callable[[errors.ExportChanged], None],
+    ) -> None:
+        """Must be made in the trio thread.
+
+        Args:
+            store: loaded; `blocks` is what it holds.
+            nursery: runs the fetches, so that a cancelled reader does not take those who joined it along.
+            on_changed: called in the trio thread when a connection finds another version of the export.
+        """
+        self.export = export
+        self.failure: errors.LazyfsError | None = None
+        """Set: missing ranges are not fetched any more, and reading one raises this."""
+        self.trouble: Exception | None = None
+        """The latest failure of a population request; None once one succeeds."""
+        self.unkept = False
+        """The latest write found the cache's file system full."""
+        self.completed = trio.Event()
+        """Every block is in the cache."""
+        self.dirtied = trio.Event()
+        """Something changed since the last checkpoint."""
+        self._source = source
+        self._store = store
+        self._blocks = blocks
+        self._extents = ExtentMap(export.size)
+        self._nursery = nursery
+        self._pace = pace
+        self._io_timeout_s = io_timeout_s
+        self._demand_bytes = counters.demand_bytes
+        self._populated_bytes = counters.populated_bytes
+        self._requests = counters.requests
+        self._on_changed = on_changed
+        self._token = trio.lowlevel.current_trio_token()
+        self._lock = threading.Lock()
+        self._fetches: dict[int, _Fetch] = {}
+        self._waiters: list[tuple[int, trio.Event]] = []
+        self._learning: dict[int, trio.Event] = {}
+        self._readahead = Readahead()
+        self._cursor = FillCursor()
+        self._meter = RateMeter()
+        self._checkpointing = trio.Lock()
+        if blocks.complete:
+            self.completed.set()
+
+    # -- what is here
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes of data in the cache."""
+        return self._blocks.present_bytes
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes known to be zeroes."""
+        return self._blocks.zero_bytes
+
+    def counters(self) -> FetchCounters:
+        """Return what has been fetched, over the image's life."""
+        with self._lock:
+            return FetchCounters(self._demand_bytes, self._populated_bytes, self._requests)
+
+    def rate(self) -> float:
+        """Return bytes fetched per second, lately."""
+        with self._lock:
+            return self._meter.rate(self._pace.clock())
+
+    # -- readers
+
+    def present(self, wanted: ByteRange) -> bool:
+        """Whether `wanted` can be read from the cache file."""
+        return self._blocks.is_present(wanted)
+
+    async def read_missing(self, wanted: ByteRange, read_cache: Callable[[ByteRange], bytes]) -> bytes | None:
+        """Return the bytes of `wanted`, fetching what is missing; None if all of it is in the cache now.
+
+        Args:
+            read_cache: reads present blocks from the cache file; called in a thread.
+
+        Raises:
+            RequestFailed: the repository refused, or (TimedOut) gave no answer in the time allowed.
+            LazyfsError: `failure`, if the image may not fetch.
+
+        Cancellation: the fetch goes on and is kept; others may have joined it.
+        """
+        try:
+            with trio.fail_after(self._io_timeout_s):
+                while not self.present(wanted):
+                    if self.failure is not None:
+                        raise self.failure
+                    data = await self._try_missing(wanted, read_cache)
+                    if data is not None:
+                        return data
+        except trio.TooSlowError:
+            raise self._timed_out(wanted) from None
+        return None
+
+    async def _try_missing(self, wanted: ByteRange, read_cache: Callable[[ByteRange], bytes]) -> bytes | None:
+        """Make one attempt; None if the state has changed meanwhile and the caller should look again."""
+        while (window := self._extents.first_unknown(self._whole_blocks(wanted))) is not None:
+            await self.learn(window)
+        fetches, joined, claimed = self._plan(wanted)
+        for fetch in fetches:
+            self._nursery.start_soon(self._carry_out, fetch)
+        if claimed is not None:
+            await claimed.wait()
+            return None
+        for fetch in joined:
+            await fetch.done.wait()
+            if isinstance(fetch.error, errors.TimedOut):
+                return None  # its time was up, ours may not be
+            if fetch.error is not None:
+                raise fetch.error
+        return await self._assemble(wanted, joined, read_cache)
+
+    def _plan(self, wanted: ByteRange) -> tuple[list[_Fetch], list[_Fetch], trio.Event | None]:
+        """Claim what is missing; return new fetches, those the reader needs, and what else to wait for."""
+        blocks = self._blocks
+        with self._lock:
+            ahead = self._readahead.window(wanted)
+            ahead = self._extents.known_until(wanted.end, min(wanted.end + ahead, blocks.size)) - wanted.end
+            own = blocks.blocks_of(wanted)
+            new = []
+            for run in plan_read(blocks, wanted, ahead):
+                blocks.claim(run)
+                span = blocks.bytes_of(run)
+                fetch = _Fetch(run, span, self._extents.data_ranges(span), bytearray(span.length))
+                new.append(fetch)
+                for block in range(run.first, run.end):
+                    self._fetches[block] = fetch
+                self._requests += len(fetch.parts)
+            self._cursor.jump(own.end)
+            joined = list(dict.fromkeys(self._fetches[b] for b in range(own.first, own.end) if b in self._fetches))
+            claimed = next(
+                (b for b in range(own.first, own.end) if b not in self._fetches and blocks.state(b) == CLAIMED), None
+            )
+            if claimed is None:
+                return new, joined, None
+            event = trio.Event()
+            self._waiters.append((claimed, event))
+            return new, joined, event
+
+    async def _carry_out(self, fetch: _Fetch) -> None:
+        """Fetch, let the readers go, keep."""
+        settled = False
+        try:
+            self._pace.demand(1)
+            try:
+                with trio.fail_after(self._io_timeout_s):
+                    await self._fetch_parts(fetch)
+                fetch.error = None
+            except trio.TooSlowError:
+                fetch.error = self._timed_out(fetch.span)
+            except errors.ExportChanged as error:
+                fetch.error = error
+                self._on_changed(error)
+            except errors.LazyfsError as error:
+                fetch.error = error
+            finally:
+                self._pace.demand(-1)
+            if fetch.error is not None:
+                return
+            fetch.done.set()
+            fetched = sum(part.length for part in fetch.parts)
+            with self._lock:
+                self._demand_bytes += fetched
+                self._meter.add(self._pace.clock(), fetched)
+            if await trio.to_thread.run_sync(self._write_fetch, fetch):
+                settled = True
+                self._settle(fetch.run, fetched)
+        finally:
+            if not settled:
+                self._settle(fetch.run, None)
+            fetch.done.set()
+
+    async def _fetch_parts(self, fetch: _Fetch) -> None:
+        view = memoryview(fetch.data)
+        if len(fetch.parts) == 1:  # the usual case, without a nursery
+            await self._fetch_part(fetch, view, fetch.parts[0])
+            return
+        failures: list[errors.LazyfsError] = []
+
+        async def one(part: ByteRange) -> None:
+            try:
+                await self._fetch_part(fetch, view, part)
+            except errors.LazyfsError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for part in fetch.parts:
+                nursery.start_soon(one, part)
+        if failures:
+            raise failures[0]
+
+    async def _fetch_part(self, fetch: _Fetch, view: memoryview, part: ByteRange) -> None:
+        start = part.start - fetch.span.start
+        await self._source.pread(part.start, view[start : start + part.length])
+
+    def _write_fetch(self, fetch: _Fetch) -> bool:
+        """Write to the cache file (in a thread); False if that could not be done and nothing is kept."""
+        view = memoryview(fetch.data)
+        try:
+            for part in fetch.parts:
+                start = part.start - fetch.span.start
+                self._store.write(part.start, view[start : start + part.length])
+        except (errors.NoSpace, OSError) as error:
+            self._cannot_keep(error)
+            return False
+        self.unkept = False
+        return True
+
+    async def _assemble(
+        self, wanted: ByteRange, joined: list[_Fetch], read_cache: Callable[[ByteRange], bytes]
+    ) -> bytes | None:
+        """Put together what was fetched and what was there; None if a block is neither."""
+        if len(joined) == 1 and joined[0].span.start <= wanted.start and joined[0].span.end >= wanted.end:
+            start = wanted.start - joined[0].span.start
+            return bytes(memoryview(joined[0].data)[start : start + wanted.length])
+        out = bytearray(wanted.length)
+        gaps = []
+        position = wanted.start
+        for fetch in sorted(joined, key=lambda f: f.span):
+            piece = fetch.span.clip(wanted)
+            start = piece.start - fetch.span.start
+            out[piece.start - wanted.start : piece.end - wanted.start] = fetch.data[start : start + piece.length]
+            if piece.start > position:
+                gaps.append(ByteRange(position, piece.start))
+            position = piece.end
+        if position < wanted.end:
+            gaps.append(ByteRange(position, wanted.end))
+        for gap in gaps:
+            if not self.present(gap):
+                return None
+            data = await trio.to_thread.run_sync(read_cache, gap)
+            out[gap.start - wanted.start : gap.end - wanted.start] = data
+        return bytes(out)
+
+    def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
+        what = f"reading {self.export.name} at {wanted.start}"
+        return errors.TimedOut(what, self._io_timeout_s, "the repository does not answer")
+
+    def _whole_blocks(self, wanted: ByteRange) -> ByteRange:
+        return wanted.align_out(self._blocks.block_size, self._blocks.size)
+
+    # -- extents
+
+    async def learn(self, window: ByteRange) -> None:
+        """Ask the repository what `window` holds, once, however many callers want to know.
+
+        Raises:
+            RequestFailed, ExportChanged: the caller who asked; the others find it unknown and ask again.
+        """
+        if (asked := self._learning.get(window.start)) is not None:
+            await asked.wait()
+            return
+        self._learning[window.start] = trio.Event()
+        try:
+            data = await self._source.block_status(window)
+            with self._lock:
+                self._extents.learn(window, data)
+                for zeroes in self._extents.zero_ranges(window):
+                    size = self._blocks.block_size
+                    whole = -(-zeroes.end // size) if zeroes.end == self._blocks.size else zeroes.end // size
+                    first = -(-zeroes.start // size)
+                    if first < whole:
+                        self._blocks.mark_zero(BlockRun(first, whole))
+            self._note_progress()
+        except errors.ExportChanged as error:
+            self._on_changed(error)
+            raise
+        finally:
+            self._learning.pop(window.start).set()
+
+    async def learn_next(self) -> None:
+        """Learn the window where population goes on next, if it is not known. Raises as `learn`."""
+        with self._lock:
+            run = self._cursor.peek(self._blocks)
+            window = None if run is None else self._extents.first_unknown(self._blocks.bytes_of(run))
+        if window is not None:
+            await self.learn(window)
+
+    # -- interfaces.FillWork: from population's threads
+
+    def claim(self, limit: int) -> Claim | float | None:
+        """Take the next missing blocks."""
+        if self.failure is not None or self.trouble is not None:
+            return None
+        wait_s = self._pace.wait()
+        if wait_s > 0:
+            return wait_s
+        with self._lock:
+            run = self._cursor.peek(self._blocks, limit)
+            if run is None or self._extents.first_unknown(self._blocks.bytes_of(run)) is not None:
+                return None
+            self._cursor.jump(run.end)
+            self._blocks.claim(run)
+            parts = tuple(self._extents.data_ranges(self._blocks.bytes_of(run)))
+            self._requests += len(parts)
+        self._pace.take(sum(part.length for part in parts))
+        return Claim(run, parts)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write data of a claim to the cache file."""
+        self._store.write(offset, data)
+
+    def keep(self, claim: Claim) -> None:
+        """Count a claim as present."""
+        fetched = sum(part.length for part in claim.parts)
+        with self._lock:
+            self._populated_bytes += fetched
+            self._meter.add(self._pace.clock(), fetched)
+        self.unkept = False
+        self._settle(claim.run, fetched)
+
+    def drop(self, claim: Claim, error: Exception | None) -> None:
+        """Give a claim back."""
+        if isinstance(error, errors.RequestFailed):
+            # The cursor is past it: the next turn goes on behind the bad place, and comes round to it again.
+            self.trouble = error
+        elif isinstance(error, errors.NoSpace | OSError):
+            self.trouble = error
+            self._cannot_keep(error)
+        self._settle(claim.run, None)
+
+    # -- saving
+
+    async def checkpoint(self) -> None:
+        """Make durable what is present now.
+
+        Raises:
+            NoSpace, OSError: nothing is lost; the next checkpoint tries again.
+        Cancellation: takes effect before or after, not within.
+        """
+        async with self._checkpointing:
+            with self._lock:
+                self.dirtied = trio.Event()
+                pages = self._blocks.take_dirty()
+                mixed = self._blocks.mixed_zero_bytes
+            if not pages:
+                return
+            try:
+                await trio.to_thread.run_sync(self._store.checkpoint, pages, mixed)
+            except BaseException:
+                with self._lock:
+                    self._blocks.give_back(index for index, _ in pages)
+                raise
+
+    async def aclose(self) -> None:
+        """Drop the connection to the repository."""
+        await self._source.aclose()
+
+    # -- inside
+
+    def _settle(self, run: BlockRun, kept_bytes: int | None) -> None:
+        """End the claim on `run`, kept or not, and wake who waited for it. From any thread."""
+        with self._lock:
+            if kept_bytes is None:
+                self._blocks.release(run)
+            else:
+                self._blocks.keep(run, kept_bytes)
+            for block in range(run.first, run.end):
+                self._fetches.pop(block, None)
+            woken = [event for block, event in self._waiters if run.first <= block < run.end]
+            if woken:
+                self._waiters = [w for w in self._waiters if w[1] not in woken]
+        for event in woken:
+            self._in_trio(event.set)
+        if kept_bytes is not None:
+            self._note_progress()
+
+    def _note_progress(self) -> None:
+        if not self.dirtied.is_set():
+            self._in_trio(self._mark_dirtied)
+        if self._blocks.complete:
+            self._in_trio(self.completed.set)
+
+    def _mark_dirtied(self) -> None:
+        self.dirtied.set()  # whichever event stands there by now
+
+    def _in_trio(self, call: Callable[[], object]) -> None:
+        # A thread may finish its last request after the daemon's loop has ended.
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(call)
+
+    def _cannot_keep(self, error: Exception) -> None:
+        if not self.unkept:
+            logger.warning("cannot keep what is fetched: image=%s reason=%s", self.export.name, error)
+        self.unkept = True

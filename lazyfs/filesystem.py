@@ -1,0 +1,416 @@
+"""Names and inodes: which image is behind which path, as the repository's list changes.
+
+The root and the folders have inode numbers derived from their paths; an image's is its key in the catalog,
+so the same after every restart. Entries of a folder are listed in the order of their inode numbers, which is
+also the position a listing goes on from: new images come last, and none is skipped or shown twice.
+"""
+
+import errno
+import hashlib
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.export_name import file_name
+from lazyfs.core.lifecycle import State
+from lazyfs.fetcher import Pace
+from lazyfs.image import Image, ImageStatistics, Surroundings
+from lazyfs.interfaces import Catalog, Export, ImageRecord, Repository, Stores
+
+logger = logging.getLogger(__name__)
+
+ROOT_INODE = 1
+_FOLDER_BIT = 1 << 62
+"""Set in the inode numbers of folders; images count up from 2."""
+
+DESCRIBE_BATCH = 256
+"""Exports asked about on one connection: 20 ms of questions at 70 us each, one catalog transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user chose about images; the daemon chooses the rest."""
+
+    block_size: int
+    io_timeout_s: float
+    replace_changed: bool
+    populate: bool
+    fill_rate: int | None = None
+    format: str = "raw"
+
+
+@dataclass(eq=False, slots=True)
+class Folder:
+    """A "/" in export names."""
+
+    path: str
+    inode: int
+    parent: "Folder | None"
+    entries: dict[str, "Folder | Image"] = field(default_factory=dict)
+    order: list[tuple[int, str]] | None = None
+    """Inode and name of each entry, sorted; None when out of date."""
+
+
+Node = Folder | Image
+
+
+class Filesystem:
+    """All images of one mount. Trio thread only."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        stores: Stores,
+        catalog: Catalog,
+        records: Sequence[ImageRecord],
+        options: Options,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Start from the catalog's `records`; `refresh` brings in what the repository has."""
+        self.list_trouble = ""
+        """Why the repository could not be listed; "" if it could."""
+        self.on_invalid_entry: Callable[[Folder, str], None] = lambda folder, name: None
+        """The kernel must ask for this name again; set by the adapter."""
+        self.on_invalid_attributes: Callable[[int], None] = lambda inode: None
+        """The kernel must ask for this inode's attributes again; set by the adapter."""
+        self.on_fillable: Callable[[], None] = lambda: None
+        """Set by whoever populates."""
+        self._repository = repository
+        self._catalog = catalog
+        self._options = options
+        self._nursery = nursery
+        self._around = Surroundings(
+            repository=repository,
+            stores=stores,
+            catalog=catalog,
+            nursery=nursery,
+            pace=Pace(options.fill_rate, trio.lowlevel.current_clock().current_time),
+            io_timeout_s=options.io_timeout_s,
+            on_fillable=lambda: self.on_fillable(),
+            on_export_changed=lambda image, error: nursery.start_soon(self._export_changed, image, error),
+            on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
+        )
+        self.root = Folder("", ROOT_INODE, None)
+        self._nodes: dict[int, Node] = {ROOT_INODE: self.root}
+        self._by_export: dict[str, Image] = {}
+        self._active: dict[int, Image] = {}
+        self._describing = trio.Lock()
+        self._refreshing = trio.Lock()
+        for record in records:
+            self._add(Image(record, self._around))
+
+    # -- looking
+
+    def node(self, inode: int) -> Node | None:
+        """Return what has this inode number, also if its name is gone but somebody has it open."""
+        return self._nodes.get(inode)
+
+    def images(self) -> Iterator[Image]:
+        """Yield the images that have a name, in no special order."""
+        return iter(list(self._by_export.values()))
+
+    def active_images(self) -> Iterable[Image]:
+        """Return the images that have a cache file open: those population may look at."""
+        for image in [image for image in self._active.values() if image.fetcher is None]:
+            del self._active[image.inode]  # whole and closed
+        return list(self._active.values())
+
+    def image_at(self, path: str) -> Node | None:
+        """Return what `path`, relative to the mountpoint, names."""
+        node: Node | None = self.root
+        for part in path.split("/") if path else []:
+            node = node.entries.get(part) if isinstance(node, Folder) else None
+        return node
+
+    def entries_after(self, folder: Folder, position: int) -> Iterator[tuple[int, str, Node]]:
+        """Yield (position, name, node) for the entries behind `position`, 0 for the first."""
+        if folder.order is None:
+            folder.order = sorted((node.inode, name) for name, node in folder.entries.items())
+        order = folder.order
+        for inode, name in order[bisect_right(order, (position, "\U0010ffff")) :]:
+            node = folder.entries.get(name)
+            if node is not None:
+                yield inode, name, node
+
+    def statistics(self, images: Iterable[Image] | None = None) -> list[ImageStatistics]:
+        """Return what `status` shows, by path."""
+        chosen = self.images() if images is None else images
+        return sorted((image.statistics() for image in chosen), key=lambda s: s.path)
+
+    # -- opening
+
+    async def open(self, image: Image) -> None:
+        """Open `image`; its population begins with its first open.
+
+        Raises:
+            LazyfsError, OSError: it cannot be opened now; says why.
+        """
+        if image.record.state is State.REMOTE and not image.open_count:
+            # Asked again although known: from here on the size is what the cache is made for.
+            await self._describe([image])
+        if image.record.size is None:
+            raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
+        await image.open()
+        self._active[image.inode] = image
+
+    async def release(self, image: Image) -> None:
+        """Close what `open` opened."""
+        await image.release()
+        if image.retired and not image.open_count:
+            self._nodes.pop(image.inode, None)
+            self._active.pop(image.inode, None)
+
+    async def describe(self, images: Sequence[Image]) -> None:
+        """Learn the sizes that are not known yet, in batches; what the server will not describe stays unknown.
+
+        Raises:
+            TimedOut: the repository does not answer in the time allowed.
+        """
+        if all(image.record.size is not None for image in images):
+            return
+        async with self._describing:
+            # Looked at again under the lock: the one before us may have learned them.
+            await self._describe([image for image in images if image.record.size is None])
+
+    def describe_soon(self, images: Sequence[Image]) -> None:
+        """Let `describe` run in the background, after a listing showed names without sizes."""
+        if not self._describing.locked():
+            self._nursery.start_soon(self._describe_quietly, images)
+
+    async def _describe_quietly(self, images: Sequence[Image]) -> None:
+        with suppress(errors.TimedOut):
+            await self.describe(images)
+
+    async def _describe(self, images: Sequence[Image]) -> None:
+        try:
+            with trio.fail_after(self._options.io_timeout_s):
+                for start in range(0, len(images), DESCRIBE_BATCH):
+                    await self._describe_batch(images[start : start + DESCRIBE_BATCH])
+        except trio.TooSlowError:
+            raise errors.TimedOut(
+                "asking for the size of an image", self._options.io_timeout_s, "the repository does not answer"
+            ) from None
+
+    async def _describe_batch(self, images: Sequence[Image]) -> None:
+        found = await self._ask([image.record.export for image in images])
+        changed = []
+        for image in images:
+            export = found[image.record.export]
+            if isinstance(export, Export):
+                await image.describe(export.size, export.identity)
+                changed.append(image.record)
+            else:
+                logger.warning("no size: image=%s reason=%s", image.record.export, export)
+        await self._update_catalog(changed)
+
+    async def _ask(self, names: Sequence[str]) -> dict[str, Export | str]:
+        """Describe, reconnecting for as long as the caller allows."""
+        while True:
+            try:
+                return await self._repository.describe(names)
+            except errors.ConnectionLost:
+                await trio.sleep(0.5)
+
+    # -- the repository's list
+
+    async def refresh(self) -> None:
+        """Bring the names up to date with the repository, and look whether cached exports changed.
+
+        Raises:
+            ConnectionLost, Unsupported: nothing has changed here; `list_trouble` says why.
+        """
+        async with self._refreshing:
+            try:
+                listed = set(await self._repository.list_exports())
+                await self._take_in(listed)
+                await self._check_versions([i for i in self.images() if i.record.export in listed])
+            except errors.LazyfsError as error:
+                self.list_trouble = str(error)
+                raise
+            self.list_trouble = ""
+
+    async def _take_in(self, listed: set[str]) -> None:
+        known = {image.record.export for image in self.images()}
+        for image in self.images():
+            image.gone = image.record.export not in listed
+        await self._drop([image for image in self.images() if image.gone and _has_nothing(image)])
+        now = time.time_ns()
+        records: list[ImageRecord] = []
+        taken = _Names(self.root)
+        for export in sorted(listed - known):
+            path = file_name(export, taken.is_free)
+            taken.take(path)
+            options = self._options
+            records.append(
+                ImageRecord(0, export, path, None, "", options.format, State.REMOTE, "", options.block_size, now)
+            )
+        if records:
+            for record in await trio.to_thread.run_sync(self._catalog.add, records):
+                self._add(Image(record, self._around))
+
+    async def _drop(self, images: Sequence[Image]) -> None:
+        if images:
+            await trio.to_thread.run_sync(self._catalog.remove, [image.inode for image in images])
+            for image in images:
+                self._unname(image)
+                self._nodes.pop(image.inode, None)
+
+    async def _check_versions(self, images: Sequence[Image]) -> None:
+        """Ask again about what is cached; about what is not, the next open asks."""
+        known = [image for image in images if not _has_nothing(image)]
+        for start in range(0, len(known), DESCRIBE_BATCH):
+            batch = known[start : start + DESCRIBE_BATCH]
+            found = await self._repository.describe([image.record.export for image in batch])
+            for image in batch:
+                export = found[image.record.export]
+                if isinstance(export, Export):
+                    await self._compare(image, export)
+
+    async def _compare(self, image: Image, export: Export) -> None:
+        """Compare a cached image with its export as it is now."""
+        record = image.record
+        if (record.size, record.identity) == (export.size, export.identity):
+            if record.state is not State.REMOTE and record.error.startswith("changed in the repository"):
+                await image.recover()
+            return
+        if record.size != export.size:
+            change = errors.ExportChanged(record.export, f"{record.size} bytes", f"{export.size} bytes")
+        else:
+            change = errors.ExportChanged(record.export, repr(record.identity), repr(export.identity))
+        await self._export_changed(image, change)
+
+    async def _export_changed(self, image: Image, error: errors.ExportChanged) -> None:
+        if image.retired:
+            return
+        if self._options.replace_changed:
+            await self._replace(image, error)
+        else:
+            await image.fail(error)
+
+    async def _replace(self, image: Image, error: errors.ExportChanged) -> None:
+        """Let a new inode take the name; the old one lives until its last close."""
+        logger.info("replaced: image=%s reason=%s", image.record.export, error)
+        old = image.record
+        await image.retire(error)
+        (record,) = await trio.to_thread.run_sync(
+            self._catalog.add,
+            [replace(old, size=None, identity="", state=State.REMOTE, error="", created_ns=time.time_ns(),
+                     present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0)],
+        )  # fmt: skip
+        self._unname(image)
+        if not image.open_count:
+            self._nodes.pop(image.inode, None)
+            self._active.pop(image.inode, None)
+        self._add(Image(record, self._around))
+
+    # -- beginning and end
+
+    async def resume(self) -> None:
+        """Open the partial images of an earlier daemon; a whole image whose file is gone is remote again."""
+        for image in self.images():
+            if image.record.state in (State.PARTIAL, State.FAILED):
+                try:
+                    await image.resume()
+                    self._active[image.inode] = image
+                except (errors.LazyfsError, OSError) as error:
+                    logger.warning("cannot resume: image=%s reason=%s", image.record.export, error)
+        self.on_fillable()
+
+    async def aclose(self) -> None:
+        """Checkpoint and close every image."""
+        for image in list(self._active.values()):
+            try:
+                await image.aclose()
+            except (errors.LazyfsError, OSError) as error:
+                logger.warning("not closed cleanly: image=%s reason=%s", image.record.export, error)
+
+    # -- inside
+
+    def _add(self, image: Image) -> None:
+        *folders, name = image.record.path.split("/")
+        folder = self.root
+        for part in folders:
+            below = folder.entries.get(part)
+            if below is None:
+                path = f"{folder.path}/{part}".lstrip("/")
+                below = Folder(path, _folder_inode(path), folder)
+                self._nodes[below.inode] = below
+                folder.entries[part] = below
+                folder.order = None
+            assert isinstance(below, Folder), f"{image.record.path}: {part} is an image"
+            folder = below
+        folder.entries[name] = image
+        folder.order = None
+        self._nodes[image.inode] = image
+        self._by_export[image.record.export] = image
+        self.on_invalid_entry(folder, name)
+
+    def _unname(self, image: Image) -> None:
+        *folders, name = image.record.path.split("/")
+        folder = self.image_at("/".join(folders))
+        assert isinstance(folder, Folder)
+        self._by_export.pop(image.record.export, None)
+        while True:
+            folder.entries.pop(name, None)
+            folder.order = None
+            self.on_invalid_entry(folder, name)
+            if folder.entries or folder.parent is None:
+                break
+            self._nodes.pop(folder.inode, None)
+            name, folder = folder.path.rpartition("/")[2], folder.parent
+
+    async def _update_catalog(self, records: Sequence[ImageRecord]) -> None:
+        if records:
+            try:
+                await trio.to_thread.run_sync(self._catalog.update, records)
+            except (errors.NoSpace, OSError) as error:
+                logger.warning("the catalog could not be written: %s", error)
+
+
+class _Names:
+    """Which paths can still be given, while new exports are taken in."""
+
+    def __init__(self, root: Folder) -> None:
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+        pending = [root]
+        while pending:
+            folder = pending.pop()
+            for name, node in folder.entries.items():
+                path = f"{folder.path}/{name}".lstrip("/")
+                if isinstance(node, Folder):
+                    self._folders.add(path)
+                    pending.append(node)
+                else:
+                    self._files.add(path)
+
+    def is_free(self, path: str) -> bool:
+        """Whether no file or folder has `path`, and no file is where its folders belong."""
+        return path not in self._files and path not in self._folders and self._files.isdisjoint(_ancestors(path))
+
+    def take(self, path: str) -> None:
+        """Give `path` to a file."""
+        self._files.add(path)
+        self._folders.update(_ancestors(path))
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    position = path.find("/")
+    while position >= 0:
+        yield path[:position]
+        position = path.find("/", position + 1)
+
+
+def _folder_inode(path: str) -> int:
+    digest = hashlib.sha256(path.encode()).digest()
+    return _FOLDER_BIT | int.from_bytes(digest[:8], "little") >> 3
+
+
+def _has_nothing(image: Image) -> bool:
+    return image.record.state is State.REMOTE and not image.open_count

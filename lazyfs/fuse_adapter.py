@@ -1,0 +1,203 @@
+"""pyfuse3's handlers: check, call the engine, translate. The only place where errors become errnos."""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pyfuse3
+
+from lazyfs import errors
+from lazyfs.core.lifecycle import State
+from lazyfs.filesystem import Filesystem, Folder, Node
+from lazyfs.image import Image
+from lazyfs.interfaces import FileLook
+from lazyfs.units import SECTOR
+
+logger = logging.getLogger(__name__)
+
+SETTLED_TIMEOUT_S = 3600.0
+"""How long the kernel may keep what does not change without our telling it."""
+FILLING_TIMEOUT_S = 1.0
+"""How old `du` of an image that is being filled may be."""
+
+
+class FuseAdapter(pyfuse3.Operations):
+    """One mount. A file's handle is its inode number, so that another process could go on with it."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, filesystem: Filesystem, look: FileLook, root_fd: int, on_connected: Callable[[], None]) -> None:
+        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated."""
+        super().__init__()
+        self._filesystem = filesystem
+        self._look = look
+        self._root_fd = root_fd
+        self._on_connected = on_connected
+
+    def init(self) -> None:
+        """libfuse is ready: from here on the kernel listens to notifications."""
+        self._on_connected()
+        self._filesystem.on_invalid_entry = _invalidate_entry
+        self._filesystem.on_invalid_attributes = _invalidate_attributes
+
+    # -- names and attributes
+
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name; ask for its size if that is not known."""
+        with _translated("lookup", parent_inode):
+            child = self._folder(parent_inode).entries.get(os.fsdecode(name))
+            if child is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            return await self._described(child)
+
+    async def getattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
+    ) -> pyfuse3.EntryAttributes:
+        """Return attributes."""
+        with _translated("getattr", inode):
+            return await self._described(self._node(inode))
+
+    async def _described(self, node: Node) -> pyfuse3.EntryAttributes:
+        if isinstance(node, Image):
+            await self._filesystem.describe([node])
+            if node.record.size is None:
+                raise pyfuse3.FUSEError(errno.EIO)
+        return self._attributes(node)
+
+    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(node.inode)
+        entry.generation = 0
+        entry.st_uid = self._look.uid
+        entry.st_gid = self._look.gid
+        if isinstance(node, Folder):
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
+            entry.st_nlink = 2
+            entry.entry_timeout = entry.attr_timeout = SETTLED_TIMEOUT_S
+            return entry
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._look.mode)
+        entry.st_nlink = 1
+        entry.st_size = node.record.size or 0
+        entry.st_blksize = node.record.block_size
+        entry.st_blocks = -(-node.present_bytes() // SECTOR)
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = node.record.created_ns
+        # A name without a size is looked up again by whoever wants more than the name.
+        entry.entry_timeout = SETTLED_TIMEOUT_S if node.record.size is not None else 0
+        filling = node.record.state in (State.PARTIAL, State.FAILED)
+        entry.attr_timeout = FILLING_TIMEOUT_S if filling else entry.entry_timeout
+        return entry
+
+    # -- folders
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        """Open a folder."""
+        with _translated("opendir", inode):
+            return pyfuse3.FileHandleT(self._folder(inode).inode)
+
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a folder from a position on. Never waits for sizes: `ls` needs none."""
+        with _translated("readdir", fh):
+            folder = self._folder(fh)
+            if start_id == 0:
+                images = [node for node in folder.entries.values() if isinstance(node, Image)]
+                unknown = [image for image in images if image.record.size is None]
+                if unknown:
+                    self._filesystem.describe_soon(unknown)
+            for position, name, node in self._filesystem.entries_after(folder, start_id):
+                if not pyfuse3.readdir_reply(
+                    token, pyfuse3.FileNameT(os.fsencode(name)), self._attributes(node), position
+                ):
+                    break
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Close a folder: nothing to do."""
+
+    # -- files
+
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open an image. The page cache keeps what it has: an inode never changes its bytes."""
+        with _translated("open", inode):
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise pyfuse3.FUSEError(errno.EROFS)
+            await self._filesystem.open(self._image(inode))
+            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    async def read(self, fh: pyfuse3.FileHandleT, offset: int, size: int) -> bytes:
+        """Read from an image."""
+        with _translated("read", fh, offset):
+            return await self._image(fh).read(offset, size)
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """Close an image."""
+        with _translated("release", fh):
+            await self._filesystem.release(self._image(fh))
+
+    async def forget(self, inode_list: object) -> None:
+        """The kernel dropped inodes: ours live as long as their names and openers."""
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Report the file system that holds the cache."""
+        with _translated("statfs", 0):
+            room = os.fstatvfs(self._root_fd)
+            reply = pyfuse3.StatvfsData()
+            for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+                setattr(reply, name, getattr(room, name))
+            reply.f_namemax = 255
+            return reply
+
+    # -- inside
+
+    def _node(self, inode: int) -> Node:
+        node = self._filesystem.node(inode)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return node
+
+    def _folder(self, inode: int) -> Folder:
+        node = self._node(inode)
+        if not isinstance(node, Folder):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return node
+
+    def _image(self, inode: int) -> Image:
+        node = self._node(inode)
+        if not isinstance(node, Image):
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        return node
+
+
+@contextmanager
+def _translated(what: str, inode: int, offset: int = 0) -> Iterator[None]:
+    """Turn errors into errnos. A bug becomes EIO and a traceback in the log: it must not end the mount."""
+    try:
+        yield
+    except pyfuse3.FUSEError:
+        raise
+    except errors.LazyfsError as error:
+        logger.warning("%s failed: inode=%d offset=%d reason=%s", what, inode, offset, error)
+        raise pyfuse3.FUSEError(errno.EIO) from error
+    except OSError as error:
+        logger.warning("%s failed: inode=%d offset=%d reason=%s", what, inode, offset, error)
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+    except Exception as error:
+        logger.exception("%s failed, a bug in lazyfs: inode=%d offset=%d", what, inode, offset)
+        raise pyfuse3.FUSEError(errno.EIO) from error
+
+
+def _invalidate_entry(folder: Folder, name: str) -> None:
+    # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve may hold.
+    pyfuse3.invalidate_entry_async(
+        pyfuse3.InodeT(folder.inode), pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True
+    )
+
+
+def _invalidate_attributes(inode: int) -> None:
+    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode.
+    with suppress(FileNotFoundError):
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)

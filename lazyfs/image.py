@@ -1,0 +1,436 @@
+"""One image: its state, its cache file, and reads of it.
+
+Invariants (more in `doc/CONCURRENCY.md`):
+
+- `_changing` serialises every change of state; `record` is replaced, never edited, and the catalog knows a
+  state before anybody relies on it.
+- The bytes behind one Image never change version: when the export changes, a new Image with a new inode
+  takes the name (`filesystem.py`), and this one serves what it has to those who have it open.
+- `_file` stays open while anybody reads: it is closed only with no open count and no population.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core import lifecycle
+from lazyfs.core.block_map import BlockMap
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.lifecycle import State
+from lazyfs.fetcher import FetchCounters, Fetcher, Pace
+from lazyfs.interfaces import Catalog, Export, ImageFile, ImageRecord, Repository, Store, Stores
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_S = 5.0
+"""Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """What `status` shows of an image."""
+
+    name: str
+    path: str
+    inode: int
+    size: int | None
+    format: str
+    state: str
+    present_bytes: int
+    zero_bytes: int
+    fetched_bytes: int
+    demand_bytes: int
+    populated_bytes: int
+    requests: int
+    open_count: int
+    fill_rate: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every image of a mount shares."""
+
+    repository: Repository
+    stores: Stores
+    catalog: Catalog
+    nursery: trio.Nursery
+    pace: Pace
+    io_timeout_s: float
+    on_fillable: Callable[[], None]
+    """Population has something to look at."""
+    on_export_changed: Callable[["Image", errors.ExportChanged], None]
+    on_attributes_changed: Callable[["Image"], None]
+    """What the kernel caches about the file is out of date."""
+
+
+class Image:
+    """An export as this host sees it. Trio thread only."""
+
+    def __init__(self, record: ImageRecord, around: Surroundings) -> None:
+        self.record = record
+        self.open_count = 0
+        self.gone = False
+        """The repository does not list it any more."""
+        self.retired = False
+        """Another inode has the name now; this one lives until it is closed."""
+        self.last_served = 0
+        """Population's turn counter when it last worked here."""
+        self.fill_after = 0.0
+        """Population leaves it alone until this time (trio's clock), after a failure."""
+        self.fill_trouble = ""
+        """Why the latest turn of population failed."""
+        self.fetcher: Fetcher | None = None
+        self._around = around
+        self._file: ImageFile | None = None
+        self._store: Store | None = None
+        self._changing = trio.Lock()
+        self._scope = trio.CancelScope()
+
+    # -- as the file system sees it
+
+    @property
+    def inode(self) -> int:
+        """The inode number: st_ino, and the key in the catalog."""
+        return self.record.inode
+
+    def present_bytes(self) -> int:
+        """Return the bytes of data in the cache file, which is also what `du` shows."""
+        return self.record.present_bytes if self.fetcher is None else self.fetcher.present_bytes
+
+    @property
+    def fillable(self) -> bool:
+        """Whether population could do something here."""
+        return (
+            self.record.state is State.PARTIAL
+            and self.fetcher is not None
+            and self.fetcher.failure is None
+            and not self.fetcher.completed.is_set()
+            and not isinstance(self._store, _UnkeptStore)
+        )
+
+    async def open(self) -> None:
+        """Count an opener, and begin the cache if this is the first one ever.
+
+        The size must be known (`Filesystem.describe`).
+
+        Raises:
+            CacheCorrupt, OSError: the cache file cannot be used; the open does not count.
+        """
+        self.open_count += 1
+        try:
+            async with self._changing:
+                if self._file is None:
+                    await self._open_file()
+        except BaseException:
+            self.open_count -= 1
+            raise
+        self._around.on_fillable()
+
+    async def release(self) -> None:
+        """Uncount an opener. No read of this opener may be under way."""
+        self.open_count -= 1
+        if self.open_count:
+            return
+        async with self._changing:
+            idle = self.record.state is State.WHOLE or self.retired or isinstance(self._store, _UnkeptStore)
+            if not self.open_count and idle:
+                await self._close_file()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes at `offset`, fewer at the image's end. The image must be open.
+
+        Raises:
+            RequestFailed, ExportChanged, UserError: a missing range cannot be had.
+            OSError, CacheCorrupt: the cache file cannot be read.
+        Cancellation: nothing is lost.
+        """
+        assert self._file is not None
+        assert self.record.size is not None
+        wanted = ByteRange(min(offset, self.record.size), min(offset + length, self.record.size))
+        if not wanted.length:
+            return b""
+        if self.fetcher is not None and not self.fetcher.present(wanted):
+            data = await self.fetcher.read_missing(wanted, self._read_cache)
+            if data is not None:
+                return data
+        ready = self._file.read_nowait(wanted.start, wanted.length)
+        return ready if ready is not None else await trio.to_thread.run_sync(self._read_cache, wanted)
+
+    def _read_cache(self, wanted: ByteRange) -> bytes:
+        assert self._file is not None
+        return self._file.read(wanted.start, wanted.length)
+
+    # -- the life of an image
+
+    async def resume(self) -> None:
+        """Open what an earlier daemon left of a partial or failed image, so that population can go on."""
+        async with self._changing:
+            if self._file is None:
+                await self._open_file()
+
+    async def fail(self, reason: errors.LazyfsError) -> None:
+        """Fetch nothing more; present ranges stay readable."""
+        async with self._changing:
+            if self.fetcher is not None:
+                self.fetcher.failure = reason
+            if self.record.state is State.WHOLE:
+                await self._save(error=str(reason))
+            elif self.record.state in (State.PARTIAL, State.FAILED) and self.record.error != str(reason):
+                logger.warning("image failed: image=%s reason=%s", self.record.export, reason)
+                await self._save(state=State.FAILED, error=str(reason))
+
+    async def recover(self) -> None:
+        """The cause of a failure is gone: the export is again what the cache was filled from."""
+        async with self._changing:
+            if self.record.state is State.FAILED:
+                await self._save(state=State.PARTIAL, error="")
+                if self.fetcher is not None:
+                    self.fetcher.failure = None
+            elif self.record.error:
+                await self._save(error="")
+        self._around.on_fillable()
+
+    async def describe(self, size: int, identity: str) -> None:
+        """Take over what the repository says of an image that has nothing cached."""
+        async with self._changing:
+            if self.record.state is State.REMOTE and self._file is None:
+                self.record = replace(self.record, size=size, identity=identity)
+
+    async def retire(self, reason: errors.LazyfsError) -> None:
+        """Give up the name: remove what is cached; who has it open keeps what was present."""
+        self.retired = True
+        self._scope.cancel()
+        async with self._changing:
+            if self.fetcher is not None:
+                self.fetcher.failure = reason
+                await self.fetcher.aclose()
+            file = self._file
+            if file is None and self.record.state is State.WHOLE:
+                file = await self._open_whole()
+            elif file is None and self.record.state is not State.REMOTE:
+                file = self._around.stores.partial(self.record)
+            if file is not None:
+                await trio.to_thread.run_sync(file.remove)
+            await trio.to_thread.run_sync(self._around.catalog.remove, [self.inode])
+            if self.open_count:
+                self._file = file
+            else:
+                self._file = file
+                await self._close_file()
+
+    async def aclose(self) -> None:
+        """Save everything and close; for the daemon's end, when nobody reads any more."""
+        self._scope.cancel()
+        async with self._changing:
+            if self.fetcher is not None and self.record.state in (State.PARTIAL, State.FAILED) and not self.retired:
+                await self._checkpoint()
+            await self._close_file()
+
+    # -- inside; all with `_changing` held
+
+    async def _open_file(self) -> None:
+        if self.record.state is State.WHOLE:
+            self._file = await self._open_whole()
+            return
+        assert self.record.size is not None
+        if self.record.state is State.REMOTE:
+            await self._save(state=State.PARTIAL)
+            self._around.on_attributes_changed(self)
+        store, blocks = await trio.to_thread.run_sync(self._load_store)
+        self._store = self._file = store
+        self.fetcher = self._make_fetcher(store, blocks)
+        if self.record.state is State.FAILED:
+            self.fetcher.failure = errors.UserError(self.record.error)
+        if not isinstance(store, _UnkeptStore):
+            self._scope = trio.CancelScope()
+            self._around.nursery.start_soon(self._look_after, self.fetcher)
+
+    async def _open_whole(self) -> ImageFile:
+        return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
+
+    def _load_store(self) -> tuple[Store, BlockMap]:
+        assert self.record.size is not None
+        store = self._around.stores.partial(self.record)
+        try:
+            try:
+                return store, store.load()
+            except errors.CacheCorrupt as error:
+                logger.warning("cached part discarded: image=%s reason=%s", self.record.export, error)
+                store.close()
+                store.remove()
+                store = self._around.stores.partial(self.record)
+                return store, store.load()
+        except errors.NoSpace:
+            logger.warning("no room to cache: image=%s; it is served from the repository", self.record.export)
+            store.close()
+            return _UnkeptStore(), BlockMap(self.record.size, self.record.block_size)
+        except BaseException:
+            store.close()
+            raise
+
+    def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
+        record, around = self.record, self._around
+        assert record.size is not None
+        export = Export(record.export, record.size, record.identity)
+        return Fetcher(
+            export,
+            around.repository.source(export),
+            store,
+            blocks,
+            nursery=around.nursery,
+            pace=around.pace,
+            io_timeout_s=around.io_timeout_s,
+            counters=FetchCounters(record.demand_bytes, record.populated_bytes, record.requests),
+            on_changed=lambda error: around.on_export_changed(self, error),
+        )
+
+    async def _close_file(self) -> None:
+        if self.fetcher is not None:
+            await self.fetcher.aclose()
+        if self._file is not None:
+            self._file.close()
+        self.fetcher = self._store = self._file = None
+
+    async def _save(self, **changes: object) -> None:
+        """Change the record, catalog first."""
+        if isinstance(state := changes.get("state"), State) and state is not self.record.state:
+            lifecycle.check(self.record.state, state)
+        counters: dict[str, object] = {}
+        if self.fetcher is not None:
+            now = self.fetcher.counters()
+            counters = {n: getattr(now, n) for n in ("demand_bytes", "populated_bytes", "requests")}
+            counters["present_bytes"] = self.fetcher.present_bytes
+        record = replace(self.record, **(counters | changes))  # type: ignore[arg-type]
+        if not self.retired:
+            try:
+                await trio.to_thread.run_sync(self._around.catalog.update, [record])
+            except (errors.NoSpace, OSError) as error:
+                if record.state is State.WHOLE and self.record.state is not State.WHOLE:
+                    raise
+                # The catalog catches up with the next change; at worst a restart asks or counts again.
+                logger.warning("the catalog could not be written: %s", error)
+        self.record = record
+
+    # -- the task of an image that is being filled
+
+    async def _look_after(self, fetcher: Fetcher) -> None:
+        """Checkpoint while it fills; hand off when it is complete."""
+        with self._scope:
+            while not fetcher.completed.is_set():
+                async with trio.open_nursery() as nursery:
+                    for event in (fetcher.dirtied, fetcher.completed):
+                        nursery.start_soon(_wait_then_cancel, event, nursery.cancel_scope)
+                with trio.move_on_after(CHECKPOINT_S):
+                    await fetcher.completed.wait()
+                async with self._changing:
+                    await self._checkpoint()
+            while not await self._hand_off(fetcher):  # noqa: ASYNC110 - a disk or a file in the way tells nobody
+                await trio.sleep(CHECKPOINT_S)
+
+    async def _checkpoint(self) -> None:
+        assert self.fetcher is not None
+        try:
+            await self.fetcher.checkpoint()
+        except (errors.NoSpace, OSError) as error:
+            logger.warning("checkpoint failed, to be repeated: image=%s reason=%s", self.record.export, error)
+        else:
+            await self._save()
+
+    async def _hand_off(self, fetcher: Fetcher) -> bool:
+        """Turn the complete image into a plain file; False if that failed and is worth another try later."""
+        assert self._store is not None
+        async with self._changing:
+            if self.record.state is State.FAILED:
+                return False
+            try:
+                await fetcher.checkpoint()
+                await trio.to_thread.run_sync(self._store.finish)
+                await self._save(state=State.WHOLE, error="")
+                await trio.to_thread.run_sync(self._store.remove)
+            except (errors.LazyfsError, OSError) as error:
+                if self.record.error != str(error):
+                    logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)
+                    self.record = replace(self.record, error=str(error))
+                return False
+            logger.info("image is whole: image=%s size=%d", self.record.export, self.record.size)
+            await fetcher.aclose()
+            if self.open_count == 0:
+                await self._close_file()
+        self._around.on_attributes_changed(self)
+        return True
+
+    # -- reporting
+
+    def statistics(self) -> ImageStatistics:
+        """Return what `status` shows, as of now."""
+        record, fetcher = self.record, self.fetcher
+        if fetcher is not None:
+            counters, zero, rate = fetcher.counters(), fetcher.zero_bytes, fetcher.rate()
+        else:
+            counters, rate = FetchCounters(record.demand_bytes, record.populated_bytes, record.requests), 0.0
+            zero = (record.size or 0) - record.present_bytes if record.state is State.WHOLE else 0
+        return ImageStatistics(
+            name=record.export,
+            path=record.path,
+            inode=record.inode,
+            size=record.size,
+            format=record.format,
+            state=record.state.value,
+            present_bytes=self.present_bytes(),
+            zero_bytes=zero,
+            fetched_bytes=counters.demand_bytes + counters.populated_bytes,
+            demand_bytes=counters.demand_bytes,
+            populated_bytes=counters.populated_bytes,
+            requests=counters.requests,
+            open_count=self.open_count,
+            fill_rate=rate if record.state is State.PARTIAL else 0.0,
+            error="; ".join(self._messages()),
+        )
+
+    def _messages(self) -> Iterable[str]:
+        if self.record.error:
+            yield self.record.error
+        if self.gone:
+            yield "not in the repository any more"
+        if self.record.state is State.PARTIAL and self.fetcher is not None:
+            if self.fetcher.unkept or isinstance(self._store, _UnkeptStore):
+                yield "the cache's disk is full: reads are served from the repository and not kept"
+            elif self.fill_trouble:
+                yield self.fill_trouble
+
+
+class _UnkeptStore:
+    """Stands in for a store when there is no room even for its map: nothing is present, nothing is kept."""
+
+    def load(self) -> BlockMap:
+        raise errors.StateError("not loaded")
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        raise errors.StateError("nothing is kept")
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise errors.StateError("nothing is kept")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        raise errors.NoSpace
+
+    def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        raise errors.NoSpace
+
+    def remove(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+async def _wait_then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

@@ -1,0 +1,194 @@
+"""The kernel's side of FUSE: mounting, FUSE_INIT, and slipping the connection under libfuse.
+
+lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself, because libfuse 3.14 and pyfuse3 offer no way to
+set what a cache needs (background requests, readahead, later: passthrough and resend). pyfuse3 is then given
+one end of a socket pair that holds a made-up FUSE_INIT; once libfuse has read that, the real connection is
+dup2'ed over it. libfuse's answer to the made-up request reaches the kernel as a reply to nothing, which is
+refused with ENOENT and ignored.
+
+All structures are native-endian, as include/uapi/linux/fuse.h has them (protocol 7.38, Linux 6.2; later
+kernels speak it).
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import socket
+import struct
+import subprocess
+
+from lazyfs import errors
+from lazyfs.mounts import FS_TYPE
+from lazyfs.units import KiB, MiB
+
+logger = logging.getLogger(__name__)
+
+# fuse.h: opcode and header sizes
+FUSE_INIT = 26
+IN_HEADER = struct.Struct("=IIQQIIIHH")  # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
+OUT_HEADER = struct.Struct("=IiQ")  # fuse_out_header: len, error, unique
+INIT_IN = struct.Struct("=5I44x")  # fuse_init_in: major, minor, max_readahead, flags, flags2, unused[11]
+INIT_IN_SHORT = struct.Struct("=4I")  # as kernels before 5.17 send it
+INIT_OUT = struct.Struct("=4IHHIIHHII24x")  # fuse_init_out
+MAJOR, MINOR = 7, 38
+OLDEST_MINOR = 31  # Linux 5.4; nothing older has been tried
+
+# fuse.h: FUSE_INIT flags
+ASYNC_READ = 1 << 0
+BIG_WRITES = 1 << 5
+DO_READDIRPLUS = 1 << 13
+PARALLEL_DIROPS = 1 << 18
+ABORT_ERROR = 1 << 21
+MAX_PAGES = 1 << 22
+EXPLICIT_INVAL_DATA = 1 << 25
+INIT_EXT = 1 << 30
+WANTED = ASYNC_READ | BIG_WRITES | DO_READDIRPLUS | PARALLEL_DIROPS | ABORT_ERROR | MAX_PAGES | EXPLICIT_INVAL_DATA
+
+# mount.h
+MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MNT_DETACH = 2
+
+MAX_READ = 1 * MiB
+"""Longest read request: 256 pages, the most the kernel takes."""
+MAX_WRITE = 4 * KiB
+"""Nothing is ever written; small, as it bounds the kernel's idea of a request buffer."""
+MAX_BACKGROUND = 512
+"""Readahead requests in flight for the whole mount. The kernel's default of 12 would let one image whose
+repository is gone stop the readahead of all others."""
+
+_INIT_BUFFER = 128 * KiB
+
+
+def encode_init_in(flags: int) -> bytes:
+    """Return the made-up FUSE_INIT request for libfuse."""
+    body = INIT_IN.pack(MAJOR, MINOR, MAX_READ, flags & ~INIT_EXT, 0)
+    return IN_HEADER.pack(IN_HEADER.size + len(body), FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
+
+
+def answer_init(request: bytes) -> tuple[bytes, int]:
+    """Return the reply to the kernel's FUSE_INIT, and the flags both sides agree on.
+
+    Raises:
+        UserError: the kernel is too old.
+    """
+    _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
+    if opcode != FUSE_INIT:
+        raise errors.StateError(f"the kernel's first request has opcode {opcode}, not FUSE_INIT")
+    major, minor, readahead, offered = INIT_IN_SHORT.unpack_from(request, IN_HEADER.size)
+    if (major, minor) < (MAJOR, OLDEST_MINOR):
+        raise errors.UserError(
+            f"the kernel speaks FUSE {major}.{minor}; lazyfs needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4)"
+        )
+    flags = offered & WANTED
+    body = INIT_OUT.pack(
+        MAJOR, min(minor, MINOR), min(readahead, MAX_READ), flags,
+        MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // (4 * KiB), 0, 0, 0,
+    )  # fmt: skip
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body, flags
+
+
+class KernelSession:
+    """A mounted, negotiated FUSE connection."""
+
+    def __init__(self, mountpoint: str, source: str) -> None:
+        """Mount at `mountpoint`, read-only, and answer FUSE_INIT. Blocks for a few milliseconds.
+
+        As root the mount is open to all users (permissions are checked by the kernel); as a user, through
+        fusermount3, it is that user's alone.
+
+        Raises:
+            UserError: it could not be mounted.
+        """
+        self.mountpoint = mountpoint
+        self._as_root = os.geteuid() == 0
+        self._fd = self._mount_as_root(source) if self._as_root else self._mount_as_user(source)
+        try:
+            reply, flags = answer_init(os.read(self._fd, _INIT_BUFFER))
+            os.write(self._fd, reply)
+        except BaseException:
+            self.unmount(lazy=True)
+            raise
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._made_up = ours
+        self._libfuse_fd = os.dup(theirs.fileno())
+        theirs.close()
+        ours.send(encode_init_in(flags))
+
+    @property
+    def libfuse_path(self) -> str:
+        """What pyfuse3.init takes for its mountpoint."""
+        return f"/dev/fd/{self._libfuse_fd}"
+
+    def connect_libfuse(self) -> None:
+        """Put the real connection in the place of the made-up one. To be called from Operations.init."""
+        os.dup2(self._fd, self._libfuse_fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._made_up.close()
+
+    def unmount(self, lazy: bool) -> None:
+        """Unmount; `lazy` also if files are open.
+
+        Raises:
+            OSError: EBUSY, or EINVAL if it is not mounted any more.
+        """
+        unmount(self.mountpoint, lazy)
+
+    def _mount_as_root(self, source: str) -> int:
+        try:
+            fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise errors.UserError(f"cannot open /dev/fuse: {error.strerror}; load the fuse module") from error
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ}"
+        libc = ctypes.CDLL(None, use_errno=True)
+        paths = os.fsencode(source), os.fsencode(self.mountpoint)
+        if libc.mount(*paths, FS_TYPE.encode(), MS_RDONLY | MS_NOSUID | MS_NODEV, options.encode()):
+            code = ctypes.get_errno()
+            os.close(fd)
+            raise errors.UserError(f"cannot mount on {self.mountpoint}: {os.strerror(code)}")
+        return fd
+
+    def _mount_as_user(self, source: str) -> int:
+        """fusermount3 mounts, and sends the fd over the socket that _FUSE_COMMFD names (libfuse, lib/mount.c)."""
+        subtype = FS_TYPE.partition(".")[2]
+        name = source.replace("\\", "\\\\").replace(",", "\\,")
+        options = f"ro,nosuid,nodev,default_permissions,max_read={MAX_READ},subtype={subtype},fsname={name}"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs:
+            try:
+                done = subprocess.run(
+                    ["fusermount3", "-o", options, "--", self.mountpoint],
+                    env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                    pass_fds=[theirs.fileno()],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+            except FileNotFoundError as error:
+                raise errors.UserError("fusermount3 is missing: install the package fuse3, or mount as root") from error
+            theirs.close()
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if done.returncode or not fds:
+            raise errors.UserError(f"cannot mount on {self.mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+
+def unmount(mountpoint: str, lazy: bool) -> None:
+    """Unmount a FUSE file system, as root or with fusermount3; `lazy` also if files are open.
+
+    Raises:
+        OSError: EBUSY while files are open, EINVAL if nothing is mounted there, or what fusermount3 reports.
+    """
+    if os.geteuid() != 0:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            message = done.stderr.strip().removeprefix("fusermount3: ")
+            raise OSError(errno.EBUSY if "busy" in message.lower() else errno.EINVAL, message)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

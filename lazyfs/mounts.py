@@ -1,0 +1,82 @@
+"""Where lazyfs is mounted on this host, and where each mount's control socket is.
+
+Sources: proc(5) for mountinfo, systemd.unit(5) for the escaping of paths, unix(7) for the length of a
+socket's path.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+
+FS_TYPE = "fuse.lazyfs"
+
+_SUN_PATH_MAX = 107  # sizeof sun_path less the NUL
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A lazyfs mount."""
+
+    mountpoint: str
+    repository: str
+    device: str
+    """"major:minor", as sysfs names the connection and the backing device."""
+
+
+def lazyfs_mounts() -> list[Mount]:
+    """Return all lazyfs mounts of this mount namespace, in the order they were made."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return [mount for line in lines if (mount := _parse(line)) is not None]
+
+
+def mount_of(path: str) -> Mount | None:
+    """Return the lazyfs mount that `path` lies on. Looks at mountpoints only, so a dead mount cannot block it."""
+    absolute = os.path.abspath(path)
+    best = None
+    for mount in lazyfs_mounts():
+        inside = absolute == mount.mountpoint or absolute.startswith(mount.mountpoint.rstrip("/") + "/")
+        if inside and (best is None or len(mount.mountpoint) >= len(best.mountpoint)):
+            best = mount
+    return best
+
+
+def runtime_dir() -> str:
+    """Return the folder of control sockets: /run/lazyfs, or the user's own."""
+    if os.geteuid() == 0:
+        return "/run/lazyfs"
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/lazyfs-{os.geteuid()}", "lazyfs")
+
+
+def socket_path(mountpoint: str) -> str:
+    """Return the path of the control socket of the lazyfs on `mountpoint`.
+
+    The mountpoint is escaped as systemd does; if that is too long for a socket, its end is replaced by a hash.
+    """
+    name = _escape(os.path.normpath(mountpoint))
+    room = _SUN_PATH_MAX - len(os.fsencode(runtime_dir())) - len("/.sock")
+    if len(name) > room:
+        digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+        name = f"{name[: room - len(digest) - 1]}~{digest}"
+    return f"{runtime_dir()}/{name}.sock"
+
+
+def _escape(path: str) -> str:
+    """As `systemd-escape --path`."""
+    raw = os.fsencode(path).strip(b"/")
+    escaped = re.sub(rb"[^A-Za-z0-9:_./]", lambda m: b"\\x%02x" % m[0][0], raw).replace(b"/", b"-")
+    return escaped.decode() or "-"
+
+
+def _parse(line: str) -> Mount | None:
+    # 36 35 0:45 / /mnt rw,nosuid - fuse.lazyfs nbd://host rw,...
+    before, _, after = line.rstrip("\n").partition(" - ")
+    kind, source, *_ = after.split(" ")
+    if kind != FS_TYPE:
+        return None
+    _, _, device, _, mountpoint, *_ = before.split(" ")
+    return Mount(_unescape(mountpoint), _unescape(source), device)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)

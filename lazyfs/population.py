@@ -1,0 +1,139 @@
+"""Fills images in the background: a few workers share all of them fairly, those with open readers first.
+
+A worker takes the image that has waited longest, gives it one turn of at most TURN_S, and chooses again.
+What to fetch, and when readers must be let past, the image's fetcher decides (`Fetcher.claim`); how bytes move,
+the repository's fillers. When nothing can be filled no task wakes up.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core import fetch_plan
+from lazyfs.core.pacing import Backoff
+from lazyfs.image import Image
+from lazyfs.interfaces import Filler, Repository, Stores
+
+logger = logging.getLogger(__name__)
+
+WORKERS = 2
+"""Two threads saturate a 2-core host (2.6-3.5 GB/s); a third only took time from the FUSE loop."""
+
+TURN_S = 2.0
+"""Long enough that a reconnect (3 round trips, 60 ms at 20 ms each) costs little, short enough for fairness."""
+
+ROOM_CHECK_S = 1.0
+"""Between looks at a disk that was nearly full."""
+
+MAX_RETRY_S = 60.0
+"""Between turns of an image whose ranges fail; the repository may mend it at any time."""
+
+
+class Population:
+    """The workers of one mount."""
+
+    def __init__(self, repository: Repository, stores: Stores, images: Callable[[], Iterable[Image]]) -> None:
+        """`images`: those to look at; asked anew for each turn."""
+        self.paused = ""
+        """Why nothing is being filled although something could be; "" if it is."""
+        self._repository = repository
+        self._stores = stores
+        self._images = images
+        self._wake = trio.Event()
+        self._turns = 0
+        self._backoffs: dict[int, Backoff] = {}
+
+    def wake(self) -> None:
+        """Something may have become fillable."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Fill until cancelled. Everything claimed has been given back then."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(WORKERS):
+                nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        fillers: dict[int, Filler] = {}
+        while True:
+            # Renewed before looking: what happens after the look is not missed by the wait.
+            if self._wake.is_set():
+                self._wake = trio.Event()
+            wake = self._wake
+            image = self._choose()
+            await self._close_unused(fillers, image)
+            if image is None:
+                await self._wait(wake)
+            elif self._stores.nearly_full():
+                self.paused = "the cache's disk is nearly full"
+                await trio.sleep(ROOM_CHECK_S)
+            else:
+                self.paused = ""
+                await self._turn(image, fillers)
+
+    def _choose(self) -> Image | None:
+        now = trio.current_time()
+        ready = {image.inode: image for image in self._images() if image.fillable and image.fill_after <= now}
+        inode = fetch_plan.choose_image(
+            fetch_plan.Candidate(image.inode, image.open_count > 0, image.last_served) for image in ready.values()
+        )
+        return None if inode is None else ready[inode]
+
+    async def _wait(self, wake: trio.Event) -> None:
+        """Until somebody calls `wake`, or an image that failed is due again."""
+        self.paused = ""
+        due = min((image.fill_after for image in self._images() if image.fillable), default=math.inf)
+        with trio.move_on_at(due):
+            await wake.wait()
+
+    async def _turn(self, image: Image, fillers: dict[int, Filler]) -> None:
+        self._turns += 1
+        image.last_served = self._turns
+        fetcher = image.fetcher
+        assert fetcher is not None
+        before = fetcher.counters().populated_bytes
+        fetcher.trouble = None
+        try:
+            await fetcher.learn_next()
+            filler = fillers.get(image.inode)
+            if filler is None:
+                filler = fillers[image.inode] = self._repository.filler(fetcher.export)
+            await filler.run(fetcher, TURN_S)
+        except errors.ExportChanged as error:
+            await image.fail(error)
+            return
+        except errors.LazyfsError as error:
+            trouble: Exception | None = error
+        else:
+            trouble = fetcher.trouble
+        self._note(image, trouble, fetcher.counters().populated_bytes > before)
+
+    def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
+        """Keep book of failures: an image whose turn failed waits before its next, longer each time."""
+        if trouble is None:
+            image.fill_trouble = ""
+            self._backoffs.pop(image.inode, None)
+            return
+        image.fill_trouble = str(trouble)
+        if progress:
+            self._backoffs.pop(image.inode, None)
+        backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))
+        if isinstance(trouble, errors.ConnectionLost):
+            backoff = Backoff(first=1.0)
+        image.fill_after = trio.current_time() + backoff.next()
+        logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
+
+    async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:
+        """Close connections of images that are whole, failed or gone, and of all when there is nothing to do."""
+        fillable = {image.inode for image in self._images() if image.fillable} if keep is not None else set()
+        for inode in [inode for inode in fillers if inode not in fillable]:
+            await fillers.pop(inode).aclose()
+        while len(fillers) > _MAX_CONNECTIONS:
+            await fillers.pop(next(iter(fillers))).aclose()
+
+
+_MAX_CONNECTIONS = 8
+"""Kept by one worker for images it will come back to."""
