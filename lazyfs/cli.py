@@ -205,7 +205,7 @@ def _mountpoint(path: str) -> str:
     mountpoint = os.path.realpath(path)
     mounted = [mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == mountpoint]
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # unlike stat, never answered from the kernel's cache
     except FileNotFoundError:
         raise errors.UserError(f"the mountpoint {mountpoint} does not exist; make it with mkdir") from None
     except OSError as error:
@@ -330,7 +330,12 @@ def _status(options: argparse.Namespace) -> int:
 
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(status_view.render(_query_all(options.paths)), refresh=True)
+            picture = status_view.render(_query_all(options.paths))
+            if console.is_terminal:
+                live.update(picture, refresh=True)
+            else:  # a log or a pipe: one picture after another
+                console.print(picture)
+                sys.stdout.flush()
             time.sleep(WATCH_S)
 
 

@@ -66,8 +66,11 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     try:
         os.chdir("/")
         trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)
-    except* errors.UserError as group:
-        raise _first(group) from None
+    except BaseExceptionGroup as group:
+        for_user, others = group.split(errors.UserError)
+        if for_user is None or others is not None:
+            raise
+        raise _first(for_user) from None
     finally:
         cache.close()
 

@@ -203,6 +203,8 @@ class Fetcher:
             await fetch.done.wait()
             if isinstance(fetch.error, errors.TimedOut):
                 return None  # its time was up, ours may not be
+            if isinstance(fetch.error, errors.RequestFailed) and not self._only_for(fetch, wanted):
+                return None  # somebody else's, and it may have failed where we do not read: ask for our own blocks
             if fetch.error is not None:
                 raise fetch.error
         return await self._assemble(wanted, joined, read_cache)
@@ -247,7 +249,7 @@ class Fetcher:
                 fetch.error = self._timed_out(fetch.span)
             except errors.ExportChanged as error:
                 fetch.error = error
-                self._on_changed(error)
+                self.changed(error)
             except errors.LazyfsError as error:
                 fetch.error = error
             finally:
@@ -333,6 +335,9 @@ class Fetcher:
         what = f"reading {self.export.name} at {wanted.start}"
         return errors.TimedOut(what, self._io_timeout_s, "the repository does not answer")
 
+    def _only_for(self, fetch: _Fetch, wanted: ByteRange) -> bool:
+        return fetch.span.clip(self._whole_blocks(wanted)) == fetch.span
+
     def _whole_blocks(self, wanted: ByteRange) -> ByteRange:
         return wanted.align_out(self._blocks.block_size, self._blocks.size)
 
@@ -360,7 +365,7 @@ class Fetcher:
                         self._blocks.mark_zero(BlockRun(first, whole))
             self._note_progress()
         except errors.ExportChanged as error:
-            self._on_changed(error)
+            self.changed(error)
             raise
         finally:
             self._learning.pop(window.start).set()
@@ -373,6 +378,20 @@ class Fetcher:
         if window is not None:
             await self.learn(window)
 
+    async def learn_ahead(self) -> None:
+        """Learn every window with missing blocks: the fill never stops at one, and the time to go is right.
+
+        A failure ends it silently: whoever needs the window asks again and reports it.
+        """
+        position = 0
+        with suppress(errors.LazyfsError):
+            while (run := self._blocks.next_missing(position, 1)) is not None:
+                window = self._extents.window_of(self._blocks.bytes_of(run).start)
+                if self._extents.first_unknown(window) is not None:
+                    await self.learn(window)
+                position = self._blocks.blocks_of(window).end
+                await trio.lowlevel.checkpoint()
+
     # -- interfaces.FillWork: from population's threads
 
     def claim(self, limit: int) -> Claim | float | None:
@@ -384,7 +403,13 @@ class Fetcher:
             return wait_s
         with self._lock:
             run = self._cursor.peek(self._blocks, limit)
-            if run is None or self._extents.first_unknown(self._blocks.bytes_of(run)) is not None:
+            if run is None:
+                return None
+            span = self._blocks.bytes_of(run)
+            known = self._extents.known_until(span.start, span.end)
+            if known < span.end:  # windows are whole blocks
+                run = BlockRun(run.first, known // self._blocks.block_size)
+            if run.first == run.end:
                 return None
             self._cursor.jump(run.end)
             self._blocks.claim(run)
@@ -437,7 +462,13 @@ class Fetcher:
             except BaseException:
                 with self._lock:
                     self._blocks.give_back(index for index, _ in pages)
+                self.dirtied.set()
                 raise
+
+    def changed(self, error: errors.ExportChanged) -> None:
+        """A connection found another version of the export: fetch nothing more, and report it."""
+        self.failure = error
+        self._on_changed(error)
 
     async def aclose(self) -> None:
         """Drop the connection to the repository."""

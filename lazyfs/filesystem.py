@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -101,6 +101,7 @@ class Filesystem:
         self._by_export: dict[str, Image] = {}
         self._active: dict[int, Image] = {}
         self._describing = trio.Lock()
+        self._sizes_timed_out = False
         self._refreshing = trio.Lock()
         for record in records:
             self._add(Image(record, self._around))
@@ -153,7 +154,7 @@ class Filesystem:
         """
         if image.record.state is State.REMOTE and not image.open_count:
             # Asked again although known: from here on the size is what the cache is made for.
-            await self._describe([image])
+            await self._in_time(self._describe, [image])
         if image.record.size is None:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
         await image.open()
@@ -174,9 +175,7 @@ class Filesystem:
         """
         if all(image.record.size is not None for image in images):
             return
-        async with self._describing:
-            # Looked at again under the lock: the one before us may have learned them.
-            await self._describe([image for image in images if image.record.size is None])
+        await self._in_time(self._describe_unknown, images)
 
     def describe_soon(self, images: Sequence[Image]) -> None:
         """Let `describe` run in the background, after a listing showed names without sizes."""
@@ -187,15 +186,28 @@ class Filesystem:
         with suppress(errors.TimedOut):
             await self.describe(images)
 
+    async def _describe_unknown(self, images: Sequence[Image]) -> None:
+        async with self._describing:
+            # Looked at again under the lock: the one before us may have learned them.
+            await self._describe([image for image in images if image.record.size is None])
+
     async def _describe(self, images: Sequence[Image]) -> None:
+        for start in range(0, len(images), DESCRIBE_BATCH):
+            await self._describe_batch(images[start : start + DESCRIBE_BATCH])
+
+    async def _in_time(self, call: Callable[[Sequence[Image]], Awaitable[None]], images: Sequence[Image]) -> None:
+        too_late = errors.TimedOut(
+            "asking for the size of an image", self._options.io_timeout_s, "the repository does not answer"
+        )
+        if self._sizes_timed_out and not self._repository.connected:
+            raise too_late  # `ls -l` of thousands waits once, not once for each
         try:
             with trio.fail_after(self._options.io_timeout_s):
-                for start in range(0, len(images), DESCRIBE_BATCH):
-                    await self._describe_batch(images[start : start + DESCRIBE_BATCH])
+                await call(images)
         except trio.TooSlowError:
-            raise errors.TimedOut(
-                "asking for the size of an image", self._options.io_timeout_s, "the repository does not answer"
-            ) from None
+            self._sizes_timed_out = True
+            raise too_late from None
+        self._sizes_timed_out = False
 
     async def _describe_batch(self, images: Sequence[Image]) -> None:
         found = await self._ask([image.record.export for image in images])
@@ -239,6 +251,7 @@ class Filesystem:
         known = {image.record.export for image in self.images()}
         for image in self.images():
             image.gone = image.record.export not in listed
+        self.on_fillable()  # some may be back
         await self._drop([image for image in self.images() if image.gone and _has_nothing(image)])
         now = time.time_ns()
         records: list[ImageRecord] = []
@@ -288,10 +301,14 @@ class Filesystem:
     async def _export_changed(self, image: Image, error: errors.ExportChanged) -> None:
         if image.retired:
             return
-        if self._options.replace_changed:
-            await self._replace(image, error)
-        else:
+        if not self._options.replace_changed:
             await image.fail(error)
+            return
+        try:
+            await self._replace(image, error)
+        except (errors.LazyfsError, OSError) as failed:
+            logger.warning("cannot replace, to be repeated: image=%s reason=%s", image.record.export, failed)
+            image.retired = False
 
     async def _replace(self, image: Image, error: errors.ExportChanged) -> None:
         """Let a new inode take the name; the old one lives until its last close."""

@@ -11,6 +11,7 @@ Invariants (more in `doc/CONCURRENCY.md`):
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -106,6 +107,7 @@ class Image:
         """Whether population could do something here."""
         return (
             self.record.state is State.PARTIAL
+            and not self.gone
             and self.fetcher is not None
             and self.fetcher.failure is None
             and not self.fetcher.completed.is_set()
@@ -208,18 +210,13 @@ class Image:
             if self.fetcher is not None:
                 self.fetcher.failure = reason
                 await self.fetcher.aclose()
-            file = self._file
-            if file is None and self.record.state is State.WHOLE:
-                file = await self._open_whole()
-            elif file is None and self.record.state is not State.REMOTE:
-                file = self._around.stores.partial(self.record)
-            if file is not None:
-                await trio.to_thread.run_sync(file.remove)
+            if self.record.state is State.WHOLE:
+                await self._remove_plain_file()
+            elif self.record.state is not State.REMOTE:
+                partial = self._store or self._around.stores.partial(self.record)
+                await trio.to_thread.run_sync(partial.remove)
             await trio.to_thread.run_sync(self._around.catalog.remove, [self.inode])
-            if self.open_count:
-                self._file = file
-            else:
-                self._file = file
+            if not self.open_count:
                 await self._close_file()
 
     async def aclose(self) -> None:
@@ -251,6 +248,16 @@ class Image:
 
     async def _open_whole(self) -> ImageFile:
         return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
+
+    async def _remove_plain_file(self) -> None:
+        # Not through `_file`, which is the partial store's if the image became whole while it was open.
+        # A file that is gone, or is not what we left there, is not ours to remove.
+        with suppress(errors.CacheCorrupt):
+            plain = await self._open_whole()
+            try:
+                await trio.to_thread.run_sync(plain.remove)
+            finally:
+                plain.close()
 
     def _load_store(self) -> tuple[Store, BlockMap]:
         assert self.record.size is not None
@@ -404,16 +411,16 @@ class Image:
 
 
 class _UnkeptStore:
-    """Stands in for a store when there is no room even for its map: nothing is present, nothing is kept."""
+    """Stands in for a store when there is no room even for its map: no data is kept, and so only zeroes are present."""
 
     def load(self) -> BlockMap:
         raise errors.StateError("not loaded")
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        raise errors.StateError("nothing is kept")
+        return bytes(length)
 
     def read(self, offset: int, length: int) -> bytes:
-        raise errors.StateError("nothing is kept")
+        return bytes(length)
 
     def write(self, offset: int, data: memoryview) -> None:
         raise errors.NoSpace

@@ -14,6 +14,7 @@ import trio
 from lazyfs import errors
 from lazyfs.core import fetch_plan
 from lazyfs.core.pacing import Backoff
+from lazyfs.fetcher import Fetcher
 from lazyfs.image import Image
 from lazyfs.interfaces import Filler, Repository, Stores
 
@@ -27,6 +28,12 @@ TURN_S = 2.0
 
 ROOM_CHECK_S = 1.0
 """Between looks at a disk that was nearly full."""
+
+LEARN_S = 10.0
+"""For one question about extents, before an image counts as unreachable and the worker turns to the next."""
+
+LOOK_AGAIN_S = 0.5
+"""Before another turn of an image of which everything missing is being fetched already."""
 
 MAX_RETRY_S = 60.0
 """Between turns of an image whose ranges fail; the repository may mend it at any time."""
@@ -94,22 +101,48 @@ class Population:
         image.last_served = self._turns
         fetcher = image.fetcher
         assert fetcher is not None
-        before = fetcher.counters().populated_bytes
+        before, began = fetcher.counters().populated_bytes, trio.current_time()
         fetcher.trouble = None
         try:
-            await fetcher.learn_next()
+            await self._learn(fetcher)
             filler = fillers.get(image.inode)
             if filler is None:
                 filler = fillers[image.inode] = self._repository.filler(fetcher.export)
-            await filler.run(fetcher, TURN_S)
+            await self._fill(fetcher, filler)
         except errors.ExportChanged as error:
-            await image.fail(error)
+            fetcher.changed(error)
             return
         except errors.LazyfsError as error:
             trouble: Exception | None = error
         else:
             trouble = fetcher.trouble
-        self._note(image, trouble, fetcher.counters().populated_bytes > before)
+        progress = fetcher.counters().populated_bytes > before
+        if trouble is None and not progress and trio.current_time() < began + TURN_S:
+            # Others have claimed all that is missing. Their end, good or bad, tells us nothing.
+            image.fill_after = max(image.fill_after, trio.current_time() + LOOK_AGAIN_S)
+        else:
+            self._note(image, trouble, progress)
+
+    async def _learn(self, fetcher: Fetcher) -> None:
+        """Learn what the fill needs next; a source reconnects for ever, a worker must not."""
+        try:
+            with trio.fail_after(LEARN_S):
+                await fetcher.learn_next()
+        except trio.TooSlowError:
+            raise errors.ConnectionLost(self._repository.uri, f"no answer in {LEARN_S:g} s") from None
+
+    async def _fill(self, fetcher: Fetcher, filler: Filler) -> None:
+        """Let the filler work, and learn meanwhile what the rest of the image holds."""
+        failure: errors.LazyfsError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetcher.learn_ahead)
+            try:
+                await filler.run(fetcher, TURN_S)
+            except errors.LazyfsError as error:  # kept out of the nursery's exception group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
         """Keep book of failures: an image whose turn failed waits before its next, longer each time."""

@@ -39,6 +39,8 @@ class NbdRepository:
         self.trouble = ""
         """Why the last attempt failed; "" if it did not."""
         self.reconnects = 0
+        self._names_per_connection = MAX_EXPORTS
+        """How many exports the server describes on one connection; lowered when it hangs up earlier."""
         self._nursery = nursery
         self._stall_s = io_timeout_s / 3
         # Not the default limiter: attempts that hang must not keep cache files from being read.
@@ -77,18 +79,19 @@ class NbdRepository:
         return await self._in_thread(self._connects, partial(self._describe, names))
 
     def _describe(self, names: Sequence[str], abandoned: threading.Event) -> dict[str, Export | str]:
-        handle = nbd_handle.connect(self.uri, abandoned)
+        """On as few connections as the server allows: nbdkit 1.32 hangs up after 32 options on one."""
         found: dict[str, Export | str] = {}
-        for name in names:
+        while len(found) < len(names):
+            before = len(found)
+            handle = nbd_handle.connect(self.uri, abandoned)
             try:
-                handle.set_export_name(name)
-                handle.opt_info()
-                found[name] = Export(name, handle.get_size(), nbd_handle.description(handle))
+                for name in names[before : before + self._names_per_connection]:
+                    found[name] = _describe_one(handle, name)
+                handle.opt_abort()
             except nbd.Error as error:
-                if not handle.aio_is_negotiating():
+                if len(found) == before:
                     raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
-                found[name] = nbd_handle.reason(error)
-        handle.opt_abort()
+                self._names_per_connection = max(1, len(found) - before - 1)
         return found
 
     def source(self, export: Export) -> Source:
@@ -131,6 +134,18 @@ class NbdRepository:
             logger.info("repository %s is back", self.uri)
         self.connected, self.trouble = True, ""
         return result
+
+
+def _describe_one(handle: Any, name: str) -> Export | str:
+    """Return the export, or why the server will not describe it. Raises nbd.Error if the connection is lost."""
+    try:
+        handle.set_export_name(name)
+        handle.opt_info()
+        return Export(name, handle.get_size(), nbd_handle.description(handle))
+    except nbd.Error as error:
+        if not handle.aio_is_negotiating():
+            raise
+        return nbd_handle.reason(error)
 
 
 async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) -> T:

@@ -48,11 +48,12 @@ def plan_read(blocks: BlockMap, wanted: ByteRange, readahead: int) -> list[Block
 
     Runs that hold wanted bytes come first and end where the wanted blocks end, so that the reader does not
     wait for readahead; a run is at most MAX_FETCH long (or one block). Claimed blocks are left to those who
-    fetch them. Readahead follows only a read that itself misses.
+    fetch them. Readahead follows only a read that has something to fetch itself: twenty readers of one block must
+    not look like one who reads on.
     """
     own = blocks.blocks_of(wanted)
     runs = [*_limited(blocks, blocks.missing_runs(own))]
-    if readahead and not blocks.is_present(wanted):
+    if readahead and runs:
         ahead = ByteRange(wanted.end, min(wanted.end + readahead, blocks.size))
         beyond = BlockRun(own.end, max(own.end, blocks.blocks_of(ahead).end))
         runs.extend(_limited(blocks, blocks.missing_runs(beyond)))

@@ -1,0 +1,232 @@
+"""A repository, a mount and a user, all real, for one test; and the promise that nothing stays behind."""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+DEADLINE_S = 60.0
+KiB = 1024
+MiB = 1024 * KiB
+
+_libc = ctypes.CDLL(None)
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """preexec_fn: the process gets a signal when the test's process ends, however that ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, number)
+
+
+def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait for a condition, not for a time."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"not in {deadline_s:g} s: {what}"
+        time.sleep(0.02)
+
+
+class Nbdkit:
+    """nbdkit on a unix socket; restartable."""
+
+    def __init__(self, socket: Path, *arguments: str, log: Path) -> None:
+        self.socket = socket
+        self.arguments = arguments
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.socket}"
+
+    def start(self) -> None:
+        process = self._spawn()
+        wait_until(self._answers, "nbdkit answers")
+        threading.Thread(target=self._restart_if_it_crashes, args=(process,), daemon=True).start()
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        self.socket.unlink(missing_ok=True)
+        command = ["nbdkit", "--foreground", "--readonly", "--unix", str(self.socket), *self.arguments]
+        with self.log.with_suffix(".stderr").open("ab") as stderr:
+            self.process = subprocess.Popen(command, stderr=stderr, preexec_fn=die_with_parent)
+        return self.process
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.with_suffix(".stderr").read_text()
+        return self.socket.exists()
+
+    def _restart_if_it_crashes(self, process: "subprocess.Popen[bytes]") -> None:
+        """As its service manager would.
+
+        nbdkit 1.32 can abort when a client vanishes with requests in flight ("raw_send_socket: Assertion
+        `sock >= 0' failed"), which is just what a killed daemon does to it. This thread must not end before what
+        it started: PR_SET_PDEATHSIG counts the thread as the parent.
+        """
+        while True:
+            process.wait()
+            if self.process is not process:
+                return
+            process = self._spawn()
+
+    def kill(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def reads(self, export: str | None = None) -> list[tuple[int, int]]:
+        """(offset, length) of each read in the log filter's file, in order."""
+        connections: dict[str, str] = {}
+        found = []
+        for line in self.log.read_text().splitlines() if self.log.exists() else []:
+            if opened := re.search(r'connection=(\d+) .*?export="?([^" ]*)"?', line):
+                connections.setdefault(opened[1], opened[2])
+            read = re.search(r"connection=(\d+) Read id=\d+ offset=(0x[0-9a-f]+) count=(0x[0-9a-f]+)", line)
+            if read and (export is None or connections.get(read[1]) == export):
+                found.append((int(read[2], 16), int(read[3], 16)))
+        return found
+
+    def bytes_read(self) -> int:
+        return sum(length for _, length in self.reads())
+
+
+class Lab:
+    """One test's world, in a temporary folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.repository = folder / "repository"
+        self.mnt = folder / "mnt"
+        self.log = folder / "lazyfs.log"
+        self.repository.mkdir()
+        self.mnt.mkdir()
+        self.daemon: subprocess.Popen[str] | None = None
+        self._servers: list[Nbdkit] = []
+        # A test that hangs inside a read of the mount cannot be interrupted, but its daemon can be killed.
+        self._watchdog = threading.Timer(100, self.kill_daemon)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    # -- the repository
+
+    def image(self, name: str, size: int, data: dict[int, bytes] | None = None) -> Path:
+        """Make an image: sparse, with `data` at offsets; without `data`, random bytes all over."""
+        path = self.repository / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            if data is None:
+                file.write(os.urandom(size))
+            file.truncate(size)
+            for offset, content in (data or {}).items():
+                file.seek(offset)
+                file.write(content)
+        return path
+
+    def serve(self, *filters: str, parameters: tuple[str, ...] = ()) -> Nbdkit:
+        """Serve the repository folder, with the log filter on top."""
+        log = self.folder / "nbdkit.log"
+        arguments = ["--filter=log", *(f"--filter={name}" for name in filters), "file", f"dir={self.repository}"]
+        return self.serve_with(*arguments, f"logfile={log}", *parameters)
+
+    def serve_with(self, *arguments: str) -> Nbdkit:
+        server = Nbdkit(self.folder / f"nbd{len(self._servers)}.sock", *arguments, log=self.folder / "nbdkit.log")
+        self._servers.append(server)
+        return server
+
+    # -- the user
+
+    def lazyfs(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the command as a user would."""
+        command = [sys.executable, "-m", "lazyfs", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        assert not check or done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr}{self.log_text()}"
+        return done
+
+    def mount(self, uri: str, *options: str | Path) -> None:
+        """Mount in the foreground, as a child that cannot outlive the test; return when it answers."""
+        assert self.daemon is None
+        read_fd, write_fd = os.pipe()
+        command = [sys.executable, "-m", "lazyfs", "mount", uri, str(self.mnt), "--foreground", "--io-timeout", "20"]
+        command += [*map(str, options), "--ready-fd", str(write_fd), "--log-file", str(self.log)]
+        self.daemon = subprocess.Popen(command, pass_fds=[write_fd], preexec_fn=die_with_parent, text=True)
+        os.close(write_fd)
+        with os.fdopen(read_fd) as answer:
+            said = answer.readline().strip()
+        assert said == "ready", f"{said}\n{self.log_text()}"
+
+    def umount(self) -> None:
+        self.lazyfs("umount", self.mnt)
+        assert self.daemon is not None
+        assert self.daemon.wait(DEADLINE_S) == 0, self.log_text()
+        self.daemon = None
+
+    def kill_daemon(self) -> None:
+        """kill -9, and clear the dead mount away as a remount would."""
+        if self.daemon is not None:
+            self.daemon.kill()
+            self.daemon.wait()
+            self.daemon = None
+
+    def status(self) -> dict[str, Any]:
+        (mount,) = json.loads(self.lazyfs("status", self.mnt, "--json").stdout)["mounts"]
+        assert isinstance(mount, dict)
+        return mount
+
+    def image_status(self, name: str) -> dict[str, Any]:
+        (found,) = [image for image in self.status()["images"] if image["name"] == name]
+        assert isinstance(found, dict)
+        return found
+
+    def wait_for_state(self, name: str, state: str) -> dict[str, Any]:
+        wait_until(lambda: self.image_status(name)["state"] == state, f"{name} is {state}")
+        return self.image_status(name)
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
+
+    # -- the end
+
+    def close(self) -> None:
+        self._watchdog.cancel()
+        daemon = self.daemon
+        if daemon is not None and daemon.poll() is None:
+            daemon.terminate()
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        while str(self.mnt) in Path("/proc/self/mountinfo").read_text():
+            subprocess.run(["umount", "-l", str(self.mnt)], check=True)
+        for server in self._servers:
+            server.kill()
+
+
+@contextmanager
+def lab_in(folder: Path) -> Iterator[Lab]:
+    """A Lab that is taken down whatever happens."""
+    lab = Lab(folder)
+    try:
+        yield lab
+    finally:
+        lab.close()
+
+
+def pread(path: Path, offset: int, length: int, flags: int = 0) -> bytes:
+    """Read from a file with a descriptor of its own."""
+    fd = os.open(path, os.O_RDONLY | flags)
+    try:
+        return os.pread(fd, length, offset)
+    finally:
+        os.close(fd)

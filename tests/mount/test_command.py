@@ -1,0 +1,146 @@
+"""The command as its user meets it: exit codes, one-line errors, status."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "lazyfs", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required"),
+        (["frobnicate"], "invalid choice"),
+        (["mount"], "required"),
+        (["mount", "http://host", "/mnt"], "not an NBD URI"),
+        (["mount", "nbd://host/export", "/mnt"], "give the server alone: nbd://host"),
+        (["mount", "nbd+unix:///?socket=relative", "/mnt"], "absolute path"),
+        (["mount", "nbd://", "/mnt"], "no host"),
+        (["mount", "nbd://h", "/mnt", "--block-size", "100"], "power of two"),
+        (["mount", "nbd://h", "/mnt", "--fill-rate", "fast"], "not a size"),
+        (["mount", "nbd://h", "/mnt", "--fill-rate", "0"], "at least 1"),
+        (["mount", "nbd://h", "/mnt", "--io-timeout", "-1"], "seconds"),
+        (["mount", "nbd://h", "/mnt", "--mode", "999"], "octal"),
+        (["mount", "nbd://h", "/mnt", "--format", "vmdk"], "raw"),
+        (["status", "--json", "--watch"], "--watch"),
+        (["umount"], "required"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_2(arguments: list[str], says: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("lazyfs: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["mount", "nbd+unix:///?socket=/nonexistent", "/nonexistent/mnt"], "does not exist"),
+        (["mount", "nbd+unix:///?socket=/nonexistent", "/proc/version"], "not a folder"),
+        (["umount", "/"], "no lazyfs is mounted"),
+        (["status", "/"], "not on a lazyfs mount"),
+    ],
+)
+def test_failures_are_one_line_and_exit_1(arguments: list[str], says: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert says in done.stderr
+
+
+def test_every_verb_has_help_with_an_example() -> None:
+    for verb in ("mount", "status", "umount"):
+        assert "example: lazyfs" in run(verb, "--help").stdout
+    assert re.fullmatch(r"lazyfs \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_background_mount_returns_when_it_answers(lab: Lab) -> None:
+    source = lab.image("dense", 1 * MiB)
+    server = lab.serve()
+    lab.lazyfs("mount", server.uri, lab.mnt, "--log-file", lab.log)
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+    pid = lab.status()["pid"]
+    lab.lazyfs("umount", lab.mnt)
+    assert _has_ended(pid)
+    assert not os.path.ismount(lab.mnt)
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return stat.rpartition(")")[2].split()[0] == "Z"  # nobody may reap orphans in a container
+
+
+def test_status_json_has_what_programs_rely_on(lab: Lab) -> None:
+    lab.image("team/dense", 1 * MiB)
+    lab.image("flat", 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    status = lab.status()
+    assert {"mountpoint", "cache_dir", "repository", "connected", "control_socket", "images"} <= set(status)
+    assert status["mountpoint"] == status["cache_dir"] == str(lab.mnt)
+    assert status["repository"] == server.uri
+    assert status["connected"] is True
+    assert os.stat(status["control_socket"]).st_mode & 0o777 == 0o600
+    (image,) = status["images"]  # nbdkit's file plugin does not serve folders
+    assert {"name", "path", "size", "format", "state", "present_bytes", "zero_bytes", "fetched_bytes", "demand_bytes",
+            "populated_bytes", "requests", "open_count", "error"} <= set(image)  # fmt: skip
+    assert (image["name"], image["path"], image["state"]) == ("flat", f"{lab.mnt}/flat", "remote")
+    fd = os.open(lab.mnt / "flat", os.O_RDONLY)
+    os.pread(fd, 1, 0)
+    (opened,) = json.loads(lab.lazyfs("status", lab.mnt / "flat", "--json").stdout)["mounts"][0]["images"]
+    assert (opened["open_count"], opened["state"], opened["size"]) == (1, "partial", 1 * MiB)
+    os.close(fd)
+    everything = json.loads(lab.lazyfs("status", "--json").stdout)
+    assert str(lab.mnt) in [mount["mountpoint"] for mount in everything["mounts"]]
+    assert "no image at" in lab.lazyfs("status", lab.mnt / "absent", check=False).stderr
+
+
+def test_status_table_and_watch(lab: Lab) -> None:
+    lab.image("dense", 1 * MiB)
+    lab.mount(lab.serve().uri, "--no-populate")
+    pread(lab.mnt / "dense", 0, 64 * KiB)
+    table = lab.lazyfs("status", lab.mnt).stdout
+    assert re.search(r"dense +1 MiB +\d+ % .* partial", table)
+    command = [sys.executable, "-m", "lazyfs", "status", "--watch", str(lab.mnt)]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+    assert watch.stdout is not None
+    try:
+        assert any("dense" in line for line in iter(watch.stdout.readline, ""))
+    finally:
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(20) == 130
+        watch.stdout.close()
+
+
+def test_umount_of_a_busy_mount_is_refused(lab: Lab) -> None:
+    lab.image("dense", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    with (lab.mnt / "dense").open("rb"):
+        refused = lab.lazyfs("umount", lab.mnt, check=False)
+    assert refused.returncode == 1
+    assert "in use" in refused.stderr
+    lab.umount()
+
+
+def test_du_shows_what_is_cached(lab: Lab) -> None:
+    lab.image("dense", 2 * MiB)
+    lab.mount(lab.serve().uri)
+    assert (lab.mnt / "dense").stat().st_blocks == 0
+    (lab.mnt / "dense").read_bytes()
+    lab.wait_for_state("dense", "whole")
+    wait_until(lambda: (lab.mnt / "dense").stat().st_blocks * 512 == 2 * MiB, "du is up to date")

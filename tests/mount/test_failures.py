@@ -1,0 +1,306 @@
+"""Each row of the table of failures, caused for real."""
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from lab import KiB, Lab, MiB, pread, wait_until
+
+
+def test_repository_dies_and_returns_while_readers_wait(lab: Lab) -> None:
+    source = lab.image("dense", 16 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
+    server.kill()
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]  # present: nobody notices
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(pread, lab.mnt / "dense", i * 3 * MiB + 64 * KiB, 128 * KiB) for i in range(4)]
+        wait_until(lambda: not lab.status()["connected"], "status says the repository is gone")
+        assert not any(read.done() for read in waiting)
+        server.start()
+        for i, read in enumerate(waiting):
+            start = i * 3 * MiB + 64 * KiB
+            assert read.result(30) == expected[start : start + 128 * KiB]
+    wait_until(lambda: lab.status()["connected"], "status says it is back")
+
+
+def test_repository_killed_again_and_again_in_the_middle_of_reads(lab: Lab) -> None:
+    source = lab.image("dense", 16 * MiB)
+    server = lab.serve("rate", parameters=("rate=100M", "burstiness=0.05"))
+    lab.mount(server.uri)
+    compare = subprocess.Popen(["cmp", source, lab.mnt / "dense"])
+    for _ in range(5):
+        time.sleep(0.1)  # somewhere in the middle
+        server.kill()
+        server.start()
+    assert compare.wait(60) == 0
+    lab.wait_for_state("dense", "whole")
+    subprocess.run(["cmp", source, lab.mnt / "dense"], check=True)
+
+
+def test_io_timeout_fails_that_read_alone_and_later_ones_work(lab: Lab) -> None:
+    source = lab.image("dense", 4 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "1")
+    pread(lab.mnt / "dense", 0, 64 * KiB)
+    server.kill()
+    with pytest.raises(OSError, match="Input/output error") as failure:
+        pread(lab.mnt / "dense", 2 * MiB, 4 * KiB)
+    assert failure.value.errno == errno.EIO
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
+    server.start()
+    assert pread(lab.mnt / "dense", 2 * MiB, 4 * KiB) == expected[2 * MiB : 2 * MiB + 4 * KiB]
+
+
+def test_server_that_accepts_and_never_answers(lab: Lab) -> None:
+    lab.image("dense", 4 * MiB)
+    lab.image("other", 1 * MiB)
+    server = lab.serve("pause", parameters=(f"pause-control={lab.folder}/pause.sock",))
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "3")
+    other = (lab.mnt / "other").read_bytes()
+    _pause(lab.folder / "pause.sock", b"p")
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "dense", 0, 4 * KiB)
+    assert (lab.mnt / "other").read_bytes() == other  # another image, present: unaffected
+    _pause(lab.folder / "pause.sock", b"r")
+    wait_until(lambda: _readable(lab.mnt / "dense"), "works again")
+
+
+def _pause(path: Path, letter: bytes) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+        client.sendall(letter)
+        assert client.recv(1) == letter.upper()
+
+
+def _readable(path: Path) -> bool:
+    try:
+        pread(path, 0, 4 * KiB)
+    except OSError:
+        return False
+    return True
+
+
+def test_read_error_from_the_server_fails_that_read_and_keeps_nothing(lab: Lab) -> None:
+    source = lab.image("dense", 4 * MiB)
+    trigger = lab.folder / "trigger"
+    trigger.touch()
+    server = lab.serve("error", parameters=("error-pread=EIO", "error-pread-rate=100%", f"error-file={trigger}"))
+    lab.mount(server.uri)
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "dense", 0, 4 * KiB)
+    wait_until(lambda: "Input/output error" in lab.image_status("dense")["error"], "status says why")
+    assert lab.image_status("dense")["present_bytes"] == 0
+    trigger.unlink()
+    wait_until(lambda: _readable(lab.mnt / "dense"), "works again")
+    lab.wait_for_state("dense", "whole")
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+
+
+def test_one_dead_image_does_not_stop_readers_of_another(lab: Lab) -> None:
+    """200 reads hang in the repository; a read of another image's present range, and its readahead, go on."""
+    lab.image("dead", 64 * MiB)
+    lab.image("fine", 8 * MiB)
+    server = lab.serve("pause", parameters=(f"pause-control={lab.folder}/pause.sock",))
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "8")
+    fine = (lab.mnt / "fine").read_bytes()
+    subprocess.run(["cp", lab.mnt / "fine", "/dev/null"], check=True)
+    (lab.mnt / "dead").open("rb").close()
+    _pause(lab.folder / "pause.sock", b"p")
+
+    def hang(index: int) -> None:
+        with pytest.raises(OSError, match="Input/output error"):
+            pread(lab.mnt / "dead", index * 300 * KiB, 128 * KiB)
+
+    threads = [threading.Thread(target=hang, args=(i,)) for i in range(200)]
+    for thread in threads:
+        thread.start()
+    fd = os.open(lab.mnt / "fine", os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert os.read(fd, 8 * MiB) == fine
+    os.close(fd)
+    assert all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_mount_with_the_repository_down(lab: Lab) -> None:
+    whole = lab.image("whole", 1 * MiB)
+    partial = lab.image("partial", 4 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--fill-rate", "8M")
+    assert (lab.mnt / "whole").read_bytes() == whole.read_bytes()
+    lab.wait_for_state("whole", "whole")
+    lab.umount()
+    lab.mount(server.uri, "--no-populate")
+    pread(lab.mnt / "partial", 0, 64 * KiB)
+    lab.umount()
+    server.kill()
+
+    lab.mount(server.uri, "--io-timeout", "1")
+    assert sorted(os.listdir(lab.mnt)) == ["partial", "whole"]
+    status = lab.status()
+    assert status["connected"] is False
+    assert "refused" in status["message"] or "No such file" in status["message"]
+    assert (lab.mnt / "whole").read_bytes() == whole.read_bytes()
+    assert pread(lab.mnt / "partial", 0, 64 * KiB) == partial.read_bytes()[: 64 * KiB]
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "partial", 2 * MiB, 1)
+    server.start()
+    lab.wait_for_state("partial", "whole")
+    assert (lab.mnt / "partial").read_bytes() == partial.read_bytes()
+
+
+def test_first_mount_of_an_absent_repository_says_why(lab: Lab) -> None:
+    refused = lab.lazyfs("mount", f"nbd+unix:///?socket={lab.folder}/none", lab.mnt, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "nothing of it is cached here" in refused.stderr
+    assert not os.path.ismount(lab.mnt)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "tiny"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_cache_disk_fails_no_read_and_recovers(tiny_disk: Path, lab: Lab) -> None:
+    source = lab.image("dense", 12 * MiB)
+    small = lab.image("small", 1 * MiB)
+    server = lab.serve()
+    ballast = tiny_disk / ".lazyfs"
+    lab.mount(server.uri, "--cache-dir", tiny_disk / "cache")
+    assert (lab.mnt / "small").read_bytes() == small.read_bytes()
+    lab.wait_for_state("small", "whole")
+    for _ in range(2):
+        subprocess.run(["cmp", source, lab.mnt / "dense"], check=True)
+        fd = os.open(lab.mnt / "dense", os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    status = lab.image_status("dense")
+    assert status["state"] == "partial"
+    assert 0 < status["present_bytes"] < 8 * MiB
+    assert "full" in status["error"] + lab.status()["message"]
+    subprocess.run(["mount", "-o", "remount,size=32m", str(tiny_disk)], check=True)
+    lab.wait_for_state("dense", "whole")
+    assert lab.status()["message"] == ""
+    lab.umount()
+    assert (tiny_disk / "cache" / "dense").read_bytes() == source.read_bytes()
+    assert not ballast.exists()
+
+
+# -- exports that change
+
+
+def test_export_that_changes_while_partial(lab: Lab) -> None:
+    source = lab.image("dense", 4 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--refresh", "0.3")
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
+    _replace(source, os.urandom(5 * MiB))
+    status = lab.wait_for_state("dense", "failed")
+    assert "changed in the repository (was 4194304 bytes, now 5242880 bytes)" in status["error"]
+    assert (lab.mnt / "dense").stat().st_size == 4 * MiB
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "dense", 2 * MiB, 1)
+    _replace(source, expected)  # the old version is published again
+    lab.wait_for_state("dense", "partial")
+    assert (lab.mnt / "dense").read_bytes() == expected
+
+
+def test_export_that_changes_while_partial_is_not_mixed_after_a_restart(lab: Lab) -> None:
+    source = lab.image("dense", 4 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
+    lab.umount()
+    _replace(source, os.urandom(5 * MiB))
+    lab.mount(server.uri)
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "dense", 2 * MiB, 1)
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
+    lab.wait_for_state("dense", "failed")
+
+
+def test_export_that_changes_while_whole_is_kept(lab: Lab) -> None:
+    source = lab.image("dense", 1 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--refresh", "0.3")
+    assert (lab.mnt / "dense").read_bytes() == expected
+    lab.wait_for_state("dense", "whole")
+    _replace(source, os.urandom(2 * MiB))
+    wait_until(lambda: "changed in the repository" in lab.image_status("dense")["error"], "status says so")
+    assert lab.image_status("dense")["state"] == "whole"
+    assert (lab.mnt / "dense").read_bytes() == expected
+    lab.umount()
+    assert (lab.mnt / "dense").read_bytes() == expected
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_on_change_replace_takes_the_new_version_as_a_new_inode(lab: Lab, opened: bool) -> None:
+    source = lab.image("dense", 1 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--on-change", "replace", "--refresh", "0.3")
+    assert (lab.mnt / "dense").read_bytes() == expected
+    lab.wait_for_state("dense", "whole")
+    inode = (lab.mnt / "dense").stat().st_ino
+    old = os.open(lab.mnt / "dense", os.O_RDONLY) if opened else None
+    new = os.urandom(2 * MiB)
+    _replace(source, new)
+    wait_until(lambda: (lab.mnt / "dense").stat().st_ino != inode, "a new inode")
+    assert (lab.mnt / "dense").read_bytes() == new
+    if old is not None:
+        os.posix_fadvise(old, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(old, 2 * MiB, 0) == expected
+        os.close(old)
+    lab.wait_for_state("dense", "whole")
+    lab.umount()
+    assert (lab.mnt / "dense").read_bytes() == new
+
+
+def test_identity_tells_versions_of_one_size_apart(lab: Lab) -> None:
+    """The description that the server gives an export counts as its version."""
+    image = lab.image("v", 1 * MiB)
+    script = lab.folder / "description"
+    script.write_text("build 1")
+    server = lab.serve_with(
+        "eval",
+        f"export_description=cat {script}",
+        "get_size=echo 1M",
+        f"pread=dd if={image} iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none",
+        "list_exports=echo v",
+    )
+    lab.mount(server.uri, "--no-populate", "--refresh", "0.3")
+    pread(lab.mnt / "v", 0, 4 * KiB)
+    script.write_text("build 2")
+    assert "was 'build 1', now 'build 2'" in lab.wait_for_state("v", "failed")["error"]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Publish a new version as a repository would: a new file under the old name."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(content)
+    new.rename(path)
