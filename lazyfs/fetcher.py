@@ -470,6 +470,11 @@ class Fetcher:
         self.failure = error
         self._on_changed(error)
 
+    async def rest(self) -> None:
+        """Drop the connection if nothing is under way on it: the last reader has gone."""
+        if not self._fetches and not self._learning:
+            await self._source.aclose()
+
     async def aclose(self) -> None:
         """Drop the connection to the repository."""
         await self._source.aclose()

@@ -139,8 +139,12 @@ class Image:
             return
         async with self._changing:
             idle = self.record.state is State.WHOLE or self.retired or isinstance(self._store, _UnkeptStore)
-            if not self.open_count and idle:
+            if self.open_count:
+                return
+            if idle:
                 await self._close_file()
+            elif self.fetcher is not None:
+                await self.fetcher.rest()
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return the bytes at `offset`, fewer at the image's end. The image must be open.

@@ -190,11 +190,10 @@ class _NbdSource:
         return await self._retry(lambda handle: handle.block_status(window))
 
     async def aclose(self) -> None:
-        """Drop the connection."""
-        async with self._connecting:
-            if self._handle is not None:
-                self._handle.close()
-                self._handle = None
+        """Drop the connection. Does not wait for an attempt under way: that belongs to a reader who still waits."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()
 
     async def _retry(self, attempt: Callable[[nbd_handle.NbdHandle], Awaitable[T]]) -> T:
         while True:

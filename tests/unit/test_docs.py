@@ -1,0 +1,31 @@
+"""The documents name tests and modules; these must exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_tests_exist(document: Path) -> None:
+    for name, function in re.findall(r"`(?:tests/)?(\w+/test_\w+\.py)(?:::(\w+))?`", document.read_text()):
+        path = ROOT / "tests" / name
+        assert path.is_file(), f"{document.name} names {name}"
+        assert not function or f"def {function}(" in path.read_text(), f"{document.name} names {name}::{function}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_promise_names_a_test() -> None:
+    text = (ROOT / "doc" / "SEMANTICS.md").read_text()
+    promises, _, _ = text.partition("## Limits")
+    for promise in re.findall(r"^- .*?(?=^- |^#|^\||\Z)", promises, re.MULTILINE | re.DOTALL):
+        assert re.search(r"`\w+/test_\w+\.py", promise), promise
