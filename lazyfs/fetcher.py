@@ -29,6 +29,12 @@ from lazyfs.interfaces import Claim, Export, Source, Store
 logger = logging.getLogger(__name__)
 
 
+KERNEL_RETRY_S = 0.05
+"""A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c): that second
+request for the same offset fails with the first, or the reader would wait for two timeouts. It comes within a
+millisecond; this leaves room for a busy host."""
+
+
 class Pace:
     """When population may send its next request; shared by all images of a mount, safe from any thread."""
 
@@ -130,6 +136,7 @@ class Fetcher:
         self._fetches: dict[int, _Fetch] = {}
         self._waiters: list[tuple[int, trio.Event]] = []
         self._learning: dict[int, trio.Event] = {}
+        self._timeouts: dict[int, float] = {}
         self._readahead = Readahead()
         self._cursor = FillCursor()
         self._meter = RateMeter()
@@ -177,6 +184,9 @@ class Fetcher:
 
         Cancellation: the fetch goes on and is kept; others may have joined it.
         """
+        now = trio.current_time()
+        if (failed := self._timeouts.get(wanted.start)) is not None and now < failed + KERNEL_RETRY_S:
+            raise self._timed_out(wanted)
         try:
             with trio.fail_after(self._io_timeout_s):
                 while not self.present(wanted):
@@ -186,6 +196,9 @@ class Fetcher:
                     if data is not None:
                         return data
         except trio.TooSlowError:
+            now = trio.current_time()
+            self._timeouts = {start: at for start, at in self._timeouts.items() if now < at + KERNEL_RETRY_S}
+            self._timeouts[wanted.start] = now
             raise self._timed_out(wanted) from None
         return None
 

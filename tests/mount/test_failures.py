@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -58,6 +59,7 @@ def test_io_timeout_fails_that_read_alone_and_later_ones_work(lab: Lab) -> None:
     assert failure.value.errno == errno.EIO
     assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
     server.start()
+    wait_until(lambda: _readable(lab.mnt / "dense", 2 * MiB), "works again")
     assert pread(lab.mnt / "dense", 2 * MiB, 4 * KiB) == expected[2 * MiB : 2 * MiB + 4 * KiB]
 
 
@@ -76,17 +78,16 @@ def test_server_that_accepts_and_never_answers(lab: Lab) -> None:
 
 
 def _pause(path: Path, letter: bytes) -> None:
-    import socket
-
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(os.fspath(path))
         client.sendall(letter)
-        assert client.recv(1) == letter.upper()
+        # Nothing: nbdkit 1.32 can abort on resuming requests whose client has gone; then it is restarted, unpaused.
+        assert client.recv(1) in (letter.upper(), b"" if letter == b"r" else letter.upper())
 
 
-def _readable(path: Path) -> bool:
+def _readable(path: Path, offset: int = 0) -> bool:
     try:
-        pread(path, 0, 4 * KiB)
+        pread(path, offset, 4 * KiB)
     except OSError:
         return False
     return True
