@@ -12,9 +12,11 @@ Everything else in it is foreign: lazyfs neither hides nor touches what it did n
 """
 
 import fcntl
+import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lazyfs import errors
 from lazyfs.catalog import SqliteCatalog
@@ -24,7 +26,11 @@ from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
 from lazyfs.store.raw import RawStore, WholeFile
 from lazyfs.units import GiB, MiB
 
+logger = logging.getLogger(__name__)
+
 STATE = ".lazyfs"
+
+CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
 _PARTIAL = f"{STATE}/partial"
 
 
@@ -49,7 +55,7 @@ class CacheDir:
             self._make_state_folder()
             self._take_lock(mountpoint)
             self.catalog = SqliteCatalog(os.path.join(path, STATE, "catalog.sqlite"))
-            self.records = self.catalog.load()
+            self.records = [self._look_at_whole(record) for record in self.catalog.load()]
             self._refuse_foreign()
             self._sweep()
         except BaseException:
@@ -105,9 +111,33 @@ class CacheDir:
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})".encode(), 0)
 
+    def _look_at_whole(self, record: ImageRecord) -> ImageRecord:
+        """Return the record of an image as it is now, if somebody removed or changed its plain file meanwhile.
+
+        A file that is gone was evicted by hand: the image is remote again. One of another size is left alone and
+        reported, and when it is gone, too, the image is remote again.
+        """
+        if record.state is not State.WHOLE and record.error != CHANGED_BY_HAND:
+            return record
+        try:
+            found = os.stat(record.path, dir_fd=self.root_fd, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            logger.info("the plain file was removed, so it is remote again: image=%s", record.export)
+            now = replace(
+                record, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0
+            )
+        else:
+            if stat.S_ISREG(found.st_mode) and found.st_size == record.size:
+                now = replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
+            else:
+                now = replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
+        if now != record:
+            self.catalog.update([now])
+        return now
+
     def _refuse_foreign(self) -> None:
-        ours = {record.path for record in self.records if record.state is State.WHOLE}
-        unfinished = {record.path: record.inode for record in self.records if record.state is not State.WHOLE}
+        ours = {r.path for r in self.records if r.state is State.WHOLE or r.error == CHANGED_BY_HAND}
+        unfinished = {record.path: record.inode for record in self.records if record.path not in ours}
         for path in _files_below(self.root_fd):
             if path in ours or (path in unfinished and self._is_finished(path, unfinished[path])):
                 continue

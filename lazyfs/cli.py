@@ -304,6 +304,7 @@ def _log_to(options: argparse.Namespace) -> None:
         handler, text = logging.handlers.SysLogHandler("/dev/log"), "lazyfs[%(process)d]: %(message)s"
     else:
         handler = logging.NullHandler()
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)  # its debug messages are several for each request
     logging.basicConfig(level=options.log_level.upper(), handlers=[handler], format=text)
 
 

@@ -32,6 +32,10 @@ _FOLDER_BIT = 1 << 62
 DESCRIBE_BATCH = 256
 """Exports asked about on one connection: 20 ms of questions at 70 us each, one catalog transaction."""
 
+NO_SIZES_S = 5.0
+"""After a question about sizes had no answer, others fail at once for so long: time for a listing of thousands,
+and how late a user may notice that the repository is back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -101,7 +105,7 @@ class Filesystem:
         self._by_export: dict[str, Image] = {}
         self._active: dict[int, Image] = {}
         self._describing = trio.Lock()
-        self._sizes_timed_out = False
+        self._no_sizes_until = 0.0
         self._refreshing = trio.Lock()
         for record in records:
             self._add(Image(record, self._around))
@@ -199,15 +203,15 @@ class Filesystem:
         too_late = errors.TimedOut(
             "asking for the size of an image", self._options.io_timeout_s, "the repository does not answer"
         )
-        if self._sizes_timed_out and not self._repository.connected:
+        if trio.current_time() < self._no_sizes_until and not self._repository.connected:
             raise too_late  # `ls -l` of thousands waits once, not once for each
         try:
             with trio.fail_after(self._options.io_timeout_s):
                 await call(images)
         except trio.TooSlowError:
-            self._sizes_timed_out = True
+            self._no_sizes_until = trio.current_time() + NO_SIZES_S
             raise too_late from None
-        self._sizes_timed_out = False
+        self._no_sizes_until = 0.0
 
     async def _describe_batch(self, images: Sequence[Image]) -> None:
         found = await self._ask([image.record.export for image in images])
@@ -329,7 +333,7 @@ class Filesystem:
     # -- beginning and end
 
     async def resume(self) -> None:
-        """Open the partial images of an earlier daemon; a whole image whose file is gone is remote again."""
+        """Open the partial images of an earlier daemon."""
         for image in self.images():
             if image.record.state in (State.PARTIAL, State.FAILED):
                 try:

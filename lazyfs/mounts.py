@@ -45,7 +45,7 @@ def runtime_dir() -> str:
     """Return the folder of control sockets: /run/lazyfs, or the user's own."""
     if os.geteuid() == 0:
         return "/run/lazyfs"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/lazyfs-{os.geteuid()}", "lazyfs")
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or os.path.expanduser("~/.cache"), "lazyfs")
 
 
 def socket_path(mountpoint: str) -> str:

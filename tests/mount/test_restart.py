@@ -159,3 +159,38 @@ def test_sigterm_unmounts_and_saves(lab: Lab) -> None:
     assert not os.path.ismount(lab.mnt)
     lab.mount(server.uri, "--no-populate")
     assert lab.image_status("dense")["present_bytes"] == present >= 64 * KiB
+
+
+def test_a_plain_file_that_was_removed_is_fetched_again(lab: Lab) -> None:
+    source = lab.image("dense", 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+    lab.wait_for_state("dense", "whole")
+    lab.umount()
+    (lab.mnt / "dense").unlink()
+    lab.mount(server.uri)
+    assert lab.image_status("dense")["state"] == "remote"
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+    lab.wait_for_state("dense", "whole")
+
+
+def test_a_plain_file_that_was_changed_by_hand_is_reported_and_left_alone(lab: Lab) -> None:
+    source = lab.image("dense", 1 * MiB)
+    other = lab.image("other", 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+    lab.wait_for_state("dense", "whole")
+    lab.umount()
+    os.truncate(lab.mnt / "dense", 1000)
+    lab.mount(server.uri)
+    status = lab.image_status("dense")
+    assert status["state"] == "failed"
+    assert "changed by hand" in status["error"]
+    assert (lab.mnt / "other").read_bytes() == other.read_bytes()
+    lab.umount()
+    assert (lab.mnt / "dense").stat().st_size == 1000
+    (lab.mnt / "dense").unlink()
+    lab.mount(server.uri)
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
