@@ -23,8 +23,9 @@ from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
 from lazyfs.core.fetch_plan import FillCursor, Readahead, plan_read
-from lazyfs.core.pacing import DemandGate, RateMeter, TokenBucket
+from lazyfs.core.pacing import RateMeter
 from lazyfs.interfaces import Claim, Export, Source, Store
+from lazyfs.pace import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +34,6 @@ KERNEL_RETRY_S = 0.05
 """A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c): that second
 request for the same offset fails with the first, or the reader would wait for two timeouts. It comes within a
 millisecond; this leaves room for a busy host."""
-
-
-class Pace:
-    """When population may send its next request; shared by all images of a mount, safe from any thread."""
-
-    def __init__(self, fill_rate: int | None, clock: Callable[[], float]) -> None:
-        """`fill_rate`: bytes per second for all images together, None for no limit. `clock`: as trio's."""
-        self.clock = clock
-        self._lock = threading.Lock()
-        self._bucket = TokenBucket(fill_rate)
-        self._gate = DemandGate()
-
-    def wait(self) -> float:
-        """Return the seconds to wait, 0 if the request may go."""
-        with self._lock:
-            now = self.clock()
-            return max(self._bucket.wait(now), self._gate.wait(now))
-
-    def take(self, amount: int) -> None:
-        """Population sends a request for `amount` bytes."""
-        with self._lock:
-            now = self.clock()
-            self._bucket.take(now, amount)
-            self._gate.take(now)
-
-    def demand(self, change: int) -> None:
-        """A demand fetch begins (1) or ends (-1)."""
-        with self._lock:
-            self._gate.waiting += change
 
 
 @dataclass(eq=False, slots=True)
@@ -209,6 +181,8 @@ class Fetcher:
         fetches, joined, claimed = self._plan(wanted)
         for fetch in fetches:
             self._nursery.start_soon(self._carry_out, fetch)
+            # Most urgent first: trio would run what starts together in random order.
+            await trio.lowlevel.cancel_shielded_checkpoint()
         if claimed is not None:
             await claimed.wait()
             return None
@@ -284,14 +258,12 @@ class Fetcher:
 
     async def _fetch_parts(self, fetch: _Fetch) -> None:
         view = memoryview(fetch.data)
-        if len(fetch.parts) == 1:  # the usual case, without a nursery
-            await self._fetch_part(fetch, view, fetch.parts[0])
-            return
         failures: list[errors.LazyfsError] = []
 
         async def one(part: ByteRange) -> None:
             try:
-                await self._fetch_part(fetch, view, part)
+                start = part.start - fetch.span.start
+                await self._source.pread(part.start, view[start : start + part.length])
             except errors.LazyfsError as error:
                 failures.append(error)
 
@@ -300,10 +272,6 @@ class Fetcher:
                 nursery.start_soon(one, part)
         if failures:
             raise failures[0]
-
-    async def _fetch_part(self, fetch: _Fetch, view: memoryview, part: ByteRange) -> None:
-        start = part.start - fetch.span.start
-        await self._source.pread(part.start, view[start : start + part.length])
 
     def _write_fetch(self, fetch: _Fetch) -> bool:
         """Write to the cache file (in a thread); False if that could not be done and nothing is kept."""

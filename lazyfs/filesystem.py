@@ -19,9 +19,9 @@ import trio
 from lazyfs import errors
 from lazyfs.core.export_name import file_name
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import Pace
 from lazyfs.image import Image, ImageStatistics, Surroundings
 from lazyfs.interfaces import Catalog, Export, ImageRecord, Repository, Stores
+from lazyfs.pace import Pace
 
 logger = logging.getLogger(__name__)
 

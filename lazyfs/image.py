@@ -21,8 +21,9 @@ from lazyfs.core import lifecycle
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import FetchCounters, Fetcher, Pace
+from lazyfs.fetcher import FetchCounters, Fetcher
 from lazyfs.interfaces import Catalog, Export, ImageFile, ImageRecord, Repository, Store, Stores
+from lazyfs.pace import Pace
 
 logger = logging.getLogger(__name__)
 

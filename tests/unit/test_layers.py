@@ -26,6 +26,7 @@ ROWS = [
     "population",
     "image",
     "fetcher",
+    "pace",
     # I/O
     "mounts",
     "cache_dir",
@@ -55,7 +56,7 @@ ROWS = [
 ]
 """Every module; one may import only those printed below it. `__init__` stands for each package's own file."""
 
-ENGINE = {"filesystem", "population", "image", "fetcher", "interfaces"}
+ENGINE = {"filesystem", "population", "image", "fetcher", "pace", "interfaces"}
 IO = {"cache_dir", "catalog", "repository", "fill_thread", "nbd_handle", "store.raw", "store.qcow2"}
 MAY_CHOOSE_IO = IO | {"daemon"}
 
