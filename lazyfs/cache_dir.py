@@ -16,6 +16,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from lazyfs import errors
@@ -32,6 +33,7 @@ STATE = ".lazyfs"
 
 CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
 _PARTIAL = f"{STATE}/partial"
+_CATALOG = f"{STATE}/catalog.sqlite"
 
 
 class CacheDir:
@@ -52,15 +54,12 @@ class CacheDir:
             raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
         self._lock_fd = -1
         try:
-            self._make_state_folder()
-            self._take_lock(mountpoint)
-            self.catalog = SqliteCatalog(os.path.join(path, STATE, "catalog.sqlite"))
-            self.records = [self._look_at_whole(record) for record in self.catalog.load()]
-            self._refuse_foreign()
-            self._sweep()
-        except BaseException:
-            self._close_fds()
-            raise
+            self._open(mountpoint)
+        except (errors.NoSpace, errors.CacheCorrupt) as error:
+            raise errors.UserError(f"cannot use {path} as the cache: {error}") from error
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            raise errors.UserError(f"cannot use {path} as the cache: {what}") from error
 
     # -- interfaces.Stores
 
@@ -82,6 +81,19 @@ class CacheDir:
         return room.f_bavail * room.f_frsize < reserve
 
     # -- opening
+
+    def _open(self, mountpoint: str) -> None:
+        with ExitStack() as undo:
+            undo.callback(self._close_fds)
+            self._make_state_folder()
+            self._take_lock(mountpoint)
+            self._check_catalog_file()
+            self.catalog = SqliteCatalog(os.path.join(self.path, _CATALOG))
+            undo.callback(self.catalog.close)
+            self.records = [self._look_at_whole(record) for record in self.catalog.load()]
+            self._refuse_foreign()
+            self._sweep()
+            undo.pop_all()
 
     def _make_state_folder(self) -> None:
         for name in (STATE, _PARTIAL):
@@ -110,6 +122,15 @@ class CacheDir:
             ) from None
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})".encode(), 0)
+
+    def _check_catalog_file(self) -> None:
+        """SQLite would follow a symlink."""
+        try:
+            found = os.stat(_CATALOG, dir_fd=self.root_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(found.st_mode):
+            raise errors.UserError(f"{self.path}/{_CATALOG} is not a plain file; remove it, or use --cache-dir")
 
     def _look_at_whole(self, record: ImageRecord) -> ImageRecord:
         """Return the record of an image as it is now, if somebody removed or changed its plain file meanwhile.

@@ -58,13 +58,20 @@ class SqliteCatalog:
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise _translate(error, path) from error
+        try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA temp_store = MEMORY")
             self._create_or_check()
         except sqlite3.Error as error:
+            self._db.close()
             raise _translate(error, path) from error
+        except BaseException:
+            self._db.close()
+            raise
 
     def _create_or_check(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -78,7 +85,9 @@ class SqliteCatalog:
                 self._db.execute("INSERT INTO sqlite_sequence VALUES ('images', ?)", (_FIRST_INODE - 1,))
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             else:
-                self._db.execute("PRAGMA quick_check")
+                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise errors.CacheCorrupt(f"the catalog is damaged: {found.splitlines()[-1]}")
 
     def load(self) -> list[ImageRecord]:
         """Return all records, by inode.

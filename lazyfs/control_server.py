@@ -42,28 +42,27 @@ class ControlServer:
         self.path = path
         self._commands = {**commands, "query-commands": self._query_commands, "query-version": self._query_version}
         self._clients = 0
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
             with suppress(FileNotFoundError):
                 os.unlink(path)
-            listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             old = os.umask(0o177)
             try:
                 listening.bind(path)
             finally:
                 os.umask(old)
             listening.listen(MAX_CLIENTS)
-            self._socket = trio.socket.from_stdlib_socket(listening)
         except OSError as error:
-            raise errors.UserError(f"cannot make the control socket {path}: {error.strerror}") from error
+            listening.close()
+            raise errors.UserError(f"cannot make the control socket {path}: {error.strerror or error}") from error
+        self._socket = trio.socket.from_stdlib_socket(listening)
 
     async def run(self) -> None:
         """Serve until cancelled, then remove the socket."""
         try:
-            async with trio.open_nursery() as nursery:
-                while True:
-                    client, _ = await self._socket.accept()
-                    nursery.start_soon(self._serve, trio.SocketStream(client))
+            # It also waits for better times when no descriptor is left for a client.
+            await trio.serve_listeners(self._serve, [trio.SocketListener(self._socket)])
         finally:
             self._socket.close()
             with suppress(FileNotFoundError):
@@ -90,25 +89,31 @@ class ControlServer:
         async for data in stream:
             try:
                 for message in decoder.feed(bytes(data)):
-                    await stream.send_all(qmp_wire.encode(await self._answer(session, message)))
+                    await stream.send_all(await self._answer(session, message))
             except qmp_wire.WireError as error:
                 failure = qmp_wire.CommandError(f"JSON parse error, {error.desc}")
                 await stream.send_all(qmp_wire.encode(qmp_wire.failed({}, failure)))
                 return
 
-    async def _answer(self, session: qmp_wire.ServerSession, message: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, session: qmp_wire.ServerSession, message: dict[str, Any]) -> bytes:
         try:
-            command = session.command(message)
-            if command.name == "qmp_capabilities":
-                return qmp_wire.returned(message, {})
-            handler = self._commands.get(command.name)
-            if handler is None:
-                raise qmp_wire.CommandError(f"The command {command.name} has not been found", "CommandNotFound")
-            return qmp_wire.returned(message, await handler(command.arguments))
+            return qmp_wire.encode(qmp_wire.returned(message, await self._execute(session.command(message))))
         except qmp_wire.CommandError as error:
-            return qmp_wire.failed(message, error)
+            failure = error
         except errors.LazyfsError as error:
-            return qmp_wire.failed(message, qmp_wire.CommandError(str(error)))
+            failure = qmp_wire.CommandError(str(error))
+        except Exception:
+            logger.exception("a control command failed, a bug in lazyfs")
+            failure = qmp_wire.CommandError("the command failed, a bug in lazyfs; the log has the details")
+        return qmp_wire.encode(qmp_wire.failed(message, failure))
+
+    async def _execute(self, command: qmp_wire.Command) -> object:
+        if command.name == "qmp_capabilities":
+            return {}
+        handler = self._commands.get(command.name)
+        if handler is None:
+            raise qmp_wire.CommandError(f"The command {command.name} has not been found", "CommandNotFound")
+        return await handler(command.arguments)
 
     async def _query_commands(self, _arguments: dict[str, Any]) -> object:
         return [{"name": name} for name in sorted([*self._commands, "qmp_capabilities"])]

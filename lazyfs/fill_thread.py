@@ -43,6 +43,7 @@ class FillConnection:
         self._export = export
         self._stall_s = stall_s
         self._handle: Any = None
+        self._max_payload = 0
         self._slots: list[_Slot] = []
         self._last_progress = 0.0
 
@@ -72,6 +73,7 @@ class FillConnection:
             return
         handle, found = nbd_handle.connect_export(self._uri, self._export.name, stop)
         check_same(self._export, found)
+        self._max_payload = nbd_handle.max_payload(handle)
         self._handle = handle
 
     def _give_up(self, work: FillWork, error: Exception | None) -> None:
@@ -117,7 +119,8 @@ class FillConnection:
             # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
             slot = _Slot(memoryview(mmap.mmap(-1, max(REQUEST, length))))
             self._slots = [slot, *(other for other in self._slots if other.claim or len(other.memory) >= length)]
-        slot.claim, slot.waiting, slot.code = claim, len(claim.parts), 0
+        pieces = [piece for part in claim.parts for piece in part.split(self._max_payload)]
+        slot.claim, slot.waiting, slot.code = claim, len(pieces), 0
 
         def completed(err: Any) -> int:
             slot.waiting -= 1
@@ -125,15 +128,18 @@ class FillConnection:
             return 1
 
         base = claim.parts[0].start
-        for part in claim.parts:
-            target = nbd.Buffer.from_buffer(slot.memory[part.start - base : part.end - base])
-            self._handle.aio_pread(target, part.start, completed)
+        for piece in pieces:
+            target = nbd.Buffer.from_buffer(slot.memory[piece.start - base : piece.end - base])
+            self._handle.aio_pread(target, piece.start, completed)
 
     def _collect(self, work: FillWork) -> int:
-        """Store what has arrived; return how many slots became free."""
-        freed = 0
+        """Store what has arrived; return how many slots became free. Raises ConnectionLost."""
+        freed, lost = 0, False
         for slot in self._slots:
             if slot.claim is None or slot.waiting:
+                continue
+            if slot.code in nbd_handle.LOST:
+                lost = True
                 continue
             claim, slot.claim = slot.claim, None
             freed += 1
@@ -149,6 +155,8 @@ class FillConnection:
                 work.drop(claim, error)
             else:
                 work.keep(claim)
+        if lost:
+            raise errors.ConnectionLost(self._uri, "the server hung up, or is about to")
         return freed
 
 

@@ -218,7 +218,10 @@ class Store(ImageFile, Protocol):
         ...
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError."""
+        """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError (also after `close`).
+
+        `close` may come at any moment, as population's threads cannot be cancelled in the middle of a write.
+        """
         ...
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:

@@ -10,9 +10,12 @@ How libnbd wants it (docs/libnbd.pod, 1.14), and what follows here:
 """
 
 import errno
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -34,7 +37,7 @@ _POLL_MS = 100
 _MAX_PAYLOAD = 32 * MiB
 """What a server that states no maximum must accept (NBD protocol, "Block size constraints")."""
 
-_LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
+LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
 """Completion codes that say the connection ends, not that the request is bad."""
 
 
@@ -70,7 +73,7 @@ def connect(uri: str, abandoned: threading.Event) -> Any:
         _poll_until_settled(handle, uri, deadline, abandoned)
     except nbd.Error as error:
         raise errors.ConnectionLost(uri, reason(error)) from error
-    if not handle.aio_is_negotiating():
+    if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
         raise errors.Unsupported(f"{uri} is a server without named exports (no fixed newstyle negotiation)")
     return handle
 
@@ -98,17 +101,72 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any
         if not handle.aio_is_ready():
             why = errno.errorcode.get(refused[0], str(refused[0])) if refused else "it hung up"
             raise errors.ConnectionLost(uri, f"the server refuses export {name!r} ({why})")
-        return handle, Export(name, handle.get_size(), description(handle))
+        found = described(handle, name)
     except nbd.Error as error:
         raise errors.ConnectionLost(uri, reason(error)) from error
+    if isinstance(found, str):
+        raise errors.ConnectionLost(uri, f"export {name!r}: {found}")
+    return handle, found
 
 
-def description(handle: Any) -> str:
-    """Return the description of the export the handle was last told about, "" if the server gives none."""
+class Watchdog:
+    """Bounds libnbd's blocking calls inside a `with`, by cutting the connection under them.
+
+    The calls that negotiate options wait for a server for ever; their `aio_` forms do not say why one was refused.
+    """
+
+    def __init__(self, handle: Any, uri: str, abandoned: threading.Event) -> None:
+        """Watch `handle`, which is connected: until `abandoned` is set, or nothing comes in CONNECT_TIMEOUT_S."""
+        self._uri = uri
+        self._abandoned = abandoned
+        self._connection = socket.socket(fileno=os.dup(handle.aio_get_fd()))
+        self._done = threading.Event()
+        self._cut = ""
+        self._thread = threading.Thread(target=self._watch, name="nbd-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self.progress()
+        self._thread.start()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Raises ConnectionLost in the place of the nbd.Error that cutting the connection led to."""
+        self._done.set()
+        self._thread.join()
+        self._connection.close()
+        if self._cut and isinstance(error, nbd.Error):
+            raise errors.ConnectionLost(self._uri, self._cut) from error
+
+    def progress(self) -> None:
+        """Something came. May be called in libnbd's callbacks."""
+        self._deadline = time.monotonic() + CONNECT_TIMEOUT_S
+
+    def _watch(self) -> None:
+        while not self._done.wait(_POLL_MS / 1000):
+            if self._abandoned.is_set():
+                self._cut = "not wanted any more"
+            elif time.monotonic() > self._deadline:
+                self._cut = f"no answer in {CONNECT_TIMEOUT_S:g} s"
+            if self._cut:
+                with suppress(OSError):  # the server was faster
+                    self._connection.shutdown(socket.SHUT_RDWR)
+                return
+
+
+def described(handle: Any, name: str) -> Export | str:
+    """Return what the handle was last told about an export, or what is wrong with that. Raises nbd.Error."""
+    size = handle.get_size()
+    if size < 0:  # libnbd 1.14's Python takes 64 bits for a signed number
+        return "the server claims that it has 8 EiB or more"
     try:
-        return str(handle.get_export_description())
+        return Export(name, size, str(handle.get_export_description()))
     except (nbd.Error, UnicodeDecodeError):
-        return ""
+        return Export(name, size, "")
+
+
+def max_payload(handle: Any) -> int:
+    """Return how many bytes the server of a connected handle gives in answer to one read."""
+    return int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_PAYLOAD
 
 
 def reason(error: Any) -> str:
@@ -121,7 +179,9 @@ def reason(error: Any) -> str:
 def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threading.Event) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
         if handle.aio_is_dead() or handle.aio_is_closed():
-            raise errors.ConnectionLost(uri, "the server hung up")
+            # libnbd keeps it to itself that a server has refused TLS.
+            hint = ", or does not do TLS" if uri.startswith("nbds") else ""
+            raise errors.ConnectionLost(uri, f"the server hung up{hint}")
         if abandoned.is_set():
             raise errors.ConnectionLost(uri, "not wanted any more")
         if time.monotonic() > deadline:
@@ -154,7 +214,7 @@ class NbdHandle:
         self._export = export
         self._stall_s = stall_s
         self._fd = handle.aio_get_fd()
-        self._max_payload = handle.get_block_size(nbd.SIZE_MAXIMUM) or _MAX_PAYLOAD
+        self._max_payload = max_payload(handle)
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self._in_flight: set[_Command] = set()
         self._last_progress = trio.current_time()
@@ -257,8 +317,10 @@ class NbdHandle:
                     raise errors.ConnectionLost(self._uri, self.broken)
         finally:
             self._in_flight.discard(command)
-        if self.broken or command.code in _LOST:
-            raise errors.ConnectionLost(self._uri, self.broken or "the server shuts down")
+        if not self.broken and command.code in LOST:
+            self.close("the server shuts down")
+        if self.broken:
+            raise errors.ConnectionLost(self._uri, self.broken)
         if command.code:
             raise errors.RequestFailed(what, command.code)
 

@@ -1,6 +1,7 @@
 """The repository over NBD: its list of exports, and connections that come back after every loss."""
 
 import logging
+import math
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -61,16 +62,22 @@ class NbdRepository:
         names: list[str] = []
 
         def found(name: str, _description: str) -> int:
+            watchdog.progress()
             if len(names) < MAX_EXPORTS:
                 names.append(name)
             return 0
 
         try:
-            count = handle.opt_list(found)
-            handle.opt_abort()
+            with nbd_handle.Watchdog(handle, self.uri, abandoned) as watchdog:
+                count = handle.opt_list(found)
+                handle.opt_abort()
         except nbd.Error as error:
             if error.errnum in nbd_handle.REFUSED:
-                raise errors.Unsupported(f"{self.uri} does not list its exports: {nbd_handle.reason(error)}") from error
+                # libnbd does not tell a server that wants TLS first from one that cannot list.
+                hint = "" if self.uri.startswith("nbds") else "; it may want TLS (nbds)"
+                raise errors.Unsupported(
+                    f"{self.uri} does not list its exports: {nbd_handle.reason(error)}{hint}"
+                ) from error
             raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
         return names, min(count, MAX_EXPORTS)
 
@@ -81,13 +88,16 @@ class NbdRepository:
     def _describe(self, names: Sequence[str], abandoned: threading.Event) -> dict[str, Export | str]:
         """On as few connections as the server allows: nbdkit 1.32 hangs up after 32 options on one."""
         found: dict[str, Export | str] = {}
+        names = list(dict.fromkeys(names))
         while len(found) < len(names):
             before = len(found)
             handle = nbd_handle.connect(self.uri, abandoned)
             try:
-                for name in names[before : before + self._names_per_connection]:
-                    found[name] = _describe_one(handle, name)
-                handle.opt_abort()
+                with nbd_handle.Watchdog(handle, self.uri, abandoned) as watchdog:
+                    for name in names[before : before + self._names_per_connection]:
+                        found[name] = _describe_one(handle, name)
+                        watchdog.progress()
+                    handle.opt_abort()
             except nbd.Error as error:
                 if len(found) == before:
                     raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
@@ -141,7 +151,7 @@ def _describe_one(handle: Any, name: str) -> Export | str:
     try:
         handle.set_export_name(name)
         handle.opt_info()
-        return Export(name, handle.get_size(), nbd_handle.description(handle))
+        return nbd_handle.described(handle, name)
     except nbd.Error as error:
         if not handle.aio_is_negotiating():
             raise
@@ -180,6 +190,7 @@ class _NbdSource:
         self._handle: nbd_handle.NbdHandle | None = None
         self._connecting = trio.Lock()
         self._backoff = Backoff()
+        self._next_attempt = -math.inf
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """As `interfaces.Source.pread`."""
@@ -201,7 +212,10 @@ class _NbdSource:
                 result = await attempt(await self._connected())
             except errors.ConnectionLost as error:
                 logger.debug("demand connection lost: export=%s reason=%s", self._export.name, error.reason)
-                await trio.sleep(self._backoff.next())
+                if trio.current_time() >= self._next_attempt:
+                    # Once for all who wait: twenty readers must not look like twenty failed attempts.
+                    self._next_attempt = trio.current_time() + self._backoff.next()
+                await trio.sleep_until(self._next_attempt)
             else:
                 self._backoff.reset()
                 return result

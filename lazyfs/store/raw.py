@@ -12,6 +12,7 @@ At every moment at least one of the two names is there, and `finish` may be repe
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -21,6 +22,7 @@ from lazyfs.core.block_map import BlockMap
 from lazyfs.interfaces import FileLook, ImageRecord
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
@@ -86,31 +88,51 @@ class RawStore(_FileReader):
         self._header = map_file.MapHeader(record.inode, record.size, record.block_size, record.export, record.identity)
         self._fd = -1
         self._map_fd = -1
+        self._lock = threading.Lock()
+        self._writers = 0
+        self._closed = False
 
     def load(self) -> BlockMap:
         """Open the files, or create them: the data file first, so that no map is ever without its data."""
         with _space_errors():
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
-            data_size = os.fstat(self._fd).st_size
-            if data_size != self._size:
-                os.ftruncate(self._fd, self._size)
-            self._map_fd = os.open(self._map_name, flags, 0o600, dir_fd=self._root_fd)
-            if data_size != self._size or os.fstat(self._map_fd).st_size == 0:
+            self._fd = self._open_data()
+            self._map_fd = os.open(self._map_name, _OPEN, 0o600, dir_fd=self._root_fd)
+            data, saved = os.fstat(self._fd), os.fstat(self._map_fd)
+            if data.st_size == 0 or (saved.st_size == 0 and data.st_blocks == 0):
                 return self._create_map()
+            # Not emptied and used again: the file may be the plain file already, by another name.
+            if data.st_size != self._size:
+                raise errors.CacheCorrupt(f"the cache file has {data.st_size} bytes, the image {self._size}")
+            if saved.st_size == 0:
+                raise errors.CacheCorrupt("the map is missing")
             return self._load_map()
 
+    def _open_data(self) -> int:
+        try:
+            return os.open(self._data_name, _OPEN, 0o600, dir_fd=self._root_fd)
+        except PermissionError:
+            # `finish` gave it its mode, and the catalog was not told before the daemon ended.
+            fd = os.open(self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+            try:
+                os.chmod(f"/proc/self/fd/{fd}", 0o600)
+            finally:
+                os.close(fd)
+            return os.open(self._data_name, _OPEN, 0o600, dir_fd=self._root_fd)
+
     def _create_map(self) -> BlockMap:
-        blocks = BlockMap(self._size, self._record.block_size)
-        length = map_file.page_offset(-(-blocks.blocks // map_file.PAGE))
+        blocks = -(-self._size // self._record.block_size)
+        length = map_file.page_offset(-(-blocks // map_file.PAGE))
+        # An old map goes before the data file gets its size: the two must not be taken for a pair after a power cut.
         os.ftruncate(self._map_fd, 0)
+        os.fdatasync(self._map_fd)
+        os.ftruncate(self._fd, self._size)
         os.posix_fallocate(self._map_fd, 0, length)
         os.fdatasync(self._map_fd)
         # The header last: until it is there, an all-zero file says nothing about anything.
         _write_all(self._map_fd, self._header.encode(), 0)
         os.fdatasync(self._map_fd)
         self._sync_folder(".lazyfs/partial")
-        return blocks
+        return BlockMap(self._size, self._record.block_size)
 
     def _load_map(self) -> BlockMap:
         self._header.check(os.pread(self._map_fd, map_file.PAGE, 0))
@@ -124,8 +146,17 @@ class RawStore(_FileReader):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write data of whole blocks, holes left out."""
-        with _space_errors():
-            _write_all(self._fd, data, offset)
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._writers += 1
+        try:
+            with _space_errors():
+                _write_all(self._fd, data, offset)
+        finally:
+            with self._lock:
+                self._writers -= 1
+                self._close_if_unused()
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         """Data, fdatasync, map, fdatasync."""
@@ -145,10 +176,10 @@ class RawStore(_FileReader):
             os.utime(self._fd, ns=(self._record.created_ns, self._record.created_ns))
             os.fsync(self._fd)
             folders = _parents(path)
-            for folder in folders:
-                with suppress(FileExistsError):
-                    os.mkdir(folder, 0o755, dir_fd=self._root_fd)
             try:
+                for folder in folders:
+                    with suppress(FileExistsError):
+                        os.mkdir(folder, 0o755, dir_fd=self._root_fd)
                 # A link, not a rename: it never replaces a file, and the partial name stays until the catalog is told.
                 os.link(
                     self._data_name, path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd, follow_symlinks=False
@@ -177,11 +208,17 @@ class RawStore(_FileReader):
                 os.unlink(name, dir_fd=self._root_fd)
 
     def close(self) -> None:
-        """Close the files."""
-        for fd in (self._fd, self._map_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._map_fd = -1
+        """Close the files, once the writes under way have ended: by then their number could be another file's."""
+        with self._lock:
+            self._closed = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._closed and not self._writers:
+            for fd in (self._fd, self._map_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._map_fd = -1
 
     def _sync_folder(self, name: str) -> None:
         fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_fd)
@@ -203,7 +240,9 @@ class WholeFile(_FileReader):
         self._root_fd = root_fd
         self._path = record.path
         try:
-            self._fd = os.open(record.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+            # O_NONBLOCK: should somebody have put a fifo there.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._fd = os.open(record.path, flags, dir_fd=root_fd)
         except OSError as error:
             raise errors.CacheCorrupt(f"the plain file cannot be opened: {error.strerror}") from error
         found = os.fstat(self._fd)
