@@ -1,0 +1,810 @@
+"""The NBD repository with real servers of every kind, and with ones that break every promise."""
+
+import functools
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted_server as nbd
+import servers
+import trio
+from conftest import Peers
+from filling import Work
+from scripted_server import Conversation
+
+from lazyfs import errors, nbd_handle
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.interfaces import Export, Source
+from lazyfs.repository import NbdRepository
+from lazyfs.units import KiB, MiB
+
+pytestmark = pytest.mark.trio
+
+SIZE = 4 * MiB
+HOLE = ByteRange(1 * MiB, 3 * MiB)
+
+
+@functools.cache
+def content() -> bytes:
+    """Random data around a hole."""
+    head, tail = os.urandom(HOLE.start), os.urandom(SIZE - HOLE.end)
+    return head + bytes(HOLE.length) + tail
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return make_image(tmp_path / "image.raw")
+
+
+def make_image(path: Path) -> Path:
+    with path.open("wb") as file:
+        file.write(content()[: HOLE.start])
+        file.seek(HOLE.end)
+        file.write(content()[HOLE.end :])
+    return path
+
+
+async def read(source: Source, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    with trio.fail_after(servers.DEADLINE_S):
+        await source.pread(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+async def check_export(repository: NbdRepository, export: Export, *, extents: bool = True) -> None:
+    """Read, ask for block status, and fill, each on its own connection."""
+    source = repository.source(export)
+    for offset, length in [(0, 4 * KiB), (SIZE - 4 * KiB, 4 * KiB), (512 * KiB, 3 * MiB), (0, SIZE)]:
+        assert await read(source, offset, length) == content()[offset : offset + length]
+    everything = ByteRange(0, SIZE)
+    data = await source.block_status(everything)
+    assert data == ([ByteRange(0, HOLE.start), ByteRange(HOLE.end, SIZE)] if extents else [everything])
+    assert await source.block_status(ByteRange(HOLE.start, HOLE.end)) == (
+        [] if extents else [ByteRange(HOLE.start, HOLE.end)]
+    )
+    await source.aclose()
+    assert await read(source, 8 * KiB, 4 * KiB) == content()[8 * KiB : 12 * KiB]  # connects again
+    await source.aclose()
+    work = Work(export, data)
+    filler = repository.filler(export)
+    with trio.fail_after(servers.DEADLINE_S):
+        await filler.run(work, 60)
+    await filler.aclose()
+    assert bytes(work.file) == content()
+    work.check_all_kept()
+
+
+def calls(repository: NbdRepository) -> list[Callable[[], Awaitable[object]]]:
+    """The three ways of connecting."""
+    return [
+        repository.list_exports,
+        functools.partial(repository.describe, [""]),
+        functools.partial(repository.connect_export, Export("", SIZE, "")),
+    ]
+
+
+@pytest.fixture
+def repository_of(nursery: trio.Nursery) -> Any:
+    def make(server: servers.Server | nbd.ScriptedServer | str, io_timeout_s: float = 30.0) -> NbdRepository:
+        return NbdRepository(server if isinstance(server, str) else server.uri, nursery, io_timeout_s)
+
+    return make
+
+
+# -- servers as they should be
+
+
+@pytest.mark.parametrize("name", ["", "debian", "team/ubuntu 24.04 ü%"])
+async def test_qemu_nbd(peers: Peers, image: Path, repository_of: Any, name: str) -> None:
+    repository = repository_of(peers.qemu_nbd(image, "-x", name, "-D", "build 17 ü"))
+    assert await repository.list_exports() == [name]
+    found = await repository.describe([name])
+    assert found == {name: Export(name, SIZE, "build 17 ü")}
+    assert repository.connected
+    await check_export(repository, found[name])
+
+
+async def test_qemu_nbd_without_a_description(peers: Peers, image: Path, repository_of: Any) -> None:
+    repository = repository_of(peers.qemu_nbd(image))
+    assert await repository.list_exports() == [""]
+    found = await repository.describe([""])
+    assert found == {"": Export("", SIZE, "")}
+    await check_export(repository, found[""])
+
+
+async def test_qemu_storage_daemon_with_several_exports(peers: Peers, tmp_path: Path, repository_of: Any) -> None:
+    names = ["a", "b/c", "with space", "ü"]
+    images = {name: (make_image(tmp_path / f"{i}.raw"), f"v{i}" if i % 2 else "") for i, name in enumerate(names)}
+    repository = repository_of(peers.storage_daemon(images))
+    assert sorted(await repository.list_exports()) == sorted(names)
+    found = await repository.describe(names)
+    assert found == {name: Export(name, SIZE, images[name][1]) for name in names}
+    async with trio.open_nursery() as nursery:
+        for name in names:
+            nursery.start_soon(check_export, repository, found[name])
+
+
+async def test_exports_that_are_not_there_are_described_by_the_servers_words(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
+    repository = repository_of(peers.qemu_nbd(image, "-x", "here"))
+    found = await repository.describe(["gone", "here", "gone too"])
+    assert list(found) == ["gone", "here", "gone too"]
+    assert found["here"] == Export("here", SIZE, "")
+    for name in ("gone", "gone too"):
+        assert isinstance(found[name], str)
+        assert found[name]
+    assert repository.connected
+
+
+async def test_names_asked_for_twice_are_described_once(peers: Peers, image: Path, repository_of: Any) -> None:
+    repository = repository_of(peers.qemu_nbd(image, "-x", "here"))
+    with trio.fail_after(servers.DEADLINE_S):
+        assert list(await repository.describe(["here", "here", "gone", "gone"])) == ["here", "gone"]
+
+
+async def test_a_server_without_structured_replies(peers: Peers, image: Path, repository_of: Any) -> None:
+    """Then there is no block status: everything counts as data."""
+    repository = repository_of(peers.nbdkit("--no-sr", "file", image))
+    found = await repository.describe([""])
+    await check_export(repository, found[""], extents=False)
+
+
+async def test_a_server_without_extents(peers: Peers, image: Path, repository_of: Any) -> None:
+    repository = repository_of(peers.nbdkit("--filter=noextents", "file", image))
+    found = await repository.describe([""])
+    await check_export(repository, found[""], extents=False)
+
+
+async def test_a_server_that_takes_64_kib_at_most(peers: Peers, image: Path, repository_of: Any) -> None:
+    server = peers.nbdkit(
+        "--filter=blocksize-policy", "file", image,
+        "blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536", "blocksize-error-policy=error",
+    )  # fmt: skip
+    repository = repository_of(server)
+    found = await repository.describe([""])
+    await check_export(repository, found[""])
+    assert max(length for _, length in server.reads()) == 64 * KiB
+
+
+async def test_extents_in_small_pieces(peers: Peers, tmp_path: Path, repository_of: Any) -> None:
+    """A server may answer for less than was asked; a window is asked for until it is known."""
+    repository = repository_of(peers.nbdkit("--no-sr", "null", "size=0"))
+    assert (await repository.describe([""]))[""].size == 0
+    path = tmp_path / "comb.raw"
+    with path.open("wb") as file:
+        file.truncate(64 * MiB)
+        for start in range(0, 64 * MiB, 64 * KiB):
+            file.seek(start)
+            file.write(b"x" * 4096)
+    repository = repository_of(peers.qemu_nbd(path))
+    source = repository.source((await repository.describe([""]))[""])
+    data = await source.block_status(ByteRange(0, 64 * MiB))
+    assert data == [ByteRange(start, start + 4096) for start in range(0, 64 * MiB, 64 * KiB)]
+
+
+async def test_many_reads_at_once_on_one_connection(peers: Peers, image: Path, repository_of: Any) -> None:
+    server = peers.nbdkit("file", image)
+    repository = repository_of(server)
+    source = repository.source((await repository.describe([""]))[""])
+
+    async def one(offset: int) -> None:
+        assert await read(source, offset, 10 * KiB) == content()[offset : offset + 10 * KiB]
+
+    async with trio.open_nursery() as nursery:
+        for offset in range(0, 2 * MiB, 10 * KiB):
+            nursery.start_soon(one, offset)
+    text = server.request_log.read_text()
+    assert len(set(re.findall(r"connection=(\d+) Read", text))) == 1
+
+
+async def test_a_cancelled_read_disturbs_no_other(peers: Peers, image: Path, repository_of: Any) -> None:
+    repository = repository_of(peers.nbdkit("--filter=delay", "file", image, "rdelay=100ms"))
+    source = repository.source((await repository.describe([""]))[""])
+    await read(source, 0, 512)
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def cancelled() -> None:
+            with scope:
+                await read(source, 0, 256 * KiB)
+
+        nursery.start_soon(cancelled)
+        nursery.start_soon(read, source, 4096, 4096)
+        await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+        assert await read(source, 8192, 4096) == content()[8192 : 8192 + 4096]
+
+
+async def test_a_failed_request_is_that_requests_alone(
+    peers: Peers, image: Path, tmp_path: Path, repository_of: Any
+) -> None:
+    trigger = tmp_path / "trigger"
+    server = peers.nbdkit("--filter=error", "file", image, "error-pread=ENOSPC", "error-pread-rate=100%",
+                          f"error-file={trigger}")  # fmt: skip
+    repository = repository_of(server)
+    source = repository.source((await repository.describe([""]))[""])
+    trigger.touch()
+    with pytest.raises(errors.RequestFailed, match="No space left"):
+        await read(source, 0, 4096)
+    assert repository.connected
+    trigger.unlink()
+    assert await read(source, 0, 4096) == content()[:4096]
+    assert repository.reconnects == 0
+
+
+async def test_reads_beyond_the_end_are_refused(peers: Peers, image: Path, repository_of: Any) -> None:
+    repository = repository_of(peers.nbdkit("file", image))
+    source = repository.source((await repository.describe([""]))[""])
+    with pytest.raises(errors.RequestFailed):
+        await read(source, SIZE - 100, 200)
+    assert await read(source, SIZE - 100, 100) == content()[-100:]
+
+
+@pytest.mark.parametrize("option", ["--oldstyle", "--mask-handshake=0", "--mask-handshake=1", "--mask-handshake=2"])
+async def test_servers_of_another_age(peers: Peers, image: Path, repository_of: Any, option: str) -> None:
+    server = peers.nbdkit(option, "file", image)
+    repository = repository_of(server)
+    fixed_newstyle = option.endswith("=1")
+    if fixed_newstyle:  # all that is needed
+        await check_export(repository, (await repository.describe([""]))[""])
+        return
+    for call in calls(repository):
+        with pytest.raises((errors.Unsupported, errors.ConnectionLost)) as failure:
+            await call()
+        assert server.uri in str(failure.value)
+
+
+async def test_more_exports_than_a_server_answers_for_on_one_connection(
+    peers: Peers, tmp_path: Path, repository_of: Any
+) -> None:
+    names = [f"{i:03}" for i in range(100)]
+    (tmp_path / "exports").mkdir()
+    for name in names:
+        (tmp_path / "exports" / name).write_bytes(bytes(512 * (int(name) + 1)))
+    repository = repository_of(peers.nbdkit("file", f"dir={tmp_path}/exports"))
+    assert sorted(await repository.list_exports()) == names
+    for _ in range(2):
+        found = await repository.describe(names)
+        assert found == {name: Export(name, 512 * (int(name) + 1), "") for name in names}
+    assert repository.reconnects == 0
+
+
+# -- servers that go and come
+
+
+async def test_restarts_between_calls(peers: Peers, image: Path, repository_of: Any) -> None:
+    server = peers.nbdkit("file", image)
+    repository = repository_of(server)
+    export = (await repository.describe([""]))[""]
+    source = repository.source(export)
+    for i in range(3):
+        assert await read(source, i * 4096, 4096) == content()[i * 4096 : (i + 1) * 4096]
+        server.restart()
+        assert await repository.list_exports() == [""]
+        server.restart()
+        assert await source.block_status(ByteRange(HOLE.start, HOLE.end)) == []
+        server.restart()
+        await check_export(repository, export)
+    assert repository.connected
+
+
+async def test_gone_and_back(peers: Peers, image: Path, repository_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = peers.nbdkit("file", image)
+    repository = repository_of(server)
+    source = repository.source((await repository.describe([""]))[""])
+    server.kill()
+    for _ in range(3):
+        with pytest.raises(errors.ConnectionLost) as failure:
+            await repository.list_exports()
+    assert not repository.connected
+    assert repository.trouble == str(failure.value)
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1, "one line for each loss"
+    async with trio.open_nursery() as nursery:
+        got: list[bytes] = []
+
+        async def wait() -> None:
+            got.append(await read(source, 0, 4096))
+
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        server.start()
+    assert got == [content()[:4096]]
+    assert repository.connected
+    assert repository.trouble == ""
+    assert repository.reconnects == 1
+
+
+async def test_killed_with_reads_in_flight(peers: Peers, image: Path, repository_of: Any) -> None:
+    """They go on by themselves when it is back."""
+    server = peers.nbdkit("--filter=delay", "file", image, "rdelay=300ms")
+    repository = repository_of(server)
+    source = repository.source((await repository.describe([""]))[""])
+    got: dict[int, bytes] = {}
+
+    async def one(offset: int) -> None:
+        got[offset] = await read(source, offset, 4096)
+
+    async with trio.open_nursery() as nursery:
+        for offset in range(0, 64 * KiB, 4096):
+            nursery.start_soon(one, offset)
+        await servers_until(lambda: server.reads())
+        server.restart()
+    assert got == {offset: content()[offset : offset + 4096] for offset in range(0, 64 * KiB, 4096)}
+
+
+async def servers_until(condition: Any) -> None:
+    with trio.fail_after(servers.DEADLINE_S):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("change", ["size", "identity"])
+async def test_another_export_behind_the_same_name(
+    peers: Peers, tmp_path: Path, repository_of: Any, change: str
+) -> None:
+    repository = repository_of(peers.qemu_nbd(make_image(tmp_path / "i"), "-x", "e", "-D", "new"))
+    expected = Export("e", SIZE + 512, "new") if change == "size" else Export("e", SIZE, "old")
+    with pytest.raises(errors.ExportChanged) as failure:
+        await read(repository.source(expected), 0, 512)
+    assert ("4194816" if change == "size" else "'old'") in str(failure.value)
+    with pytest.raises(errors.ExportChanged):
+        await repository.filler(expected).run(Work(expected, []), 1)
+
+
+# -- TLS
+
+PSK = "0123456789abcdef0123456789abcdef"
+
+
+def tls_uri(server: servers.Server, user: str, psk: Path) -> str:
+    return f"nbds+unix://{user}@/?socket={server.path}&tls-psk-file={psk}"
+
+
+@pytest.fixture
+def psk(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.psk"
+    path.write_text(f"alice:{PSK}\n")
+    return path
+
+
+async def test_tls_with_a_shared_key(peers: Peers, image: Path, psk: Path, repository_of: Any) -> None:
+    server = peers.nbdkit("--tls=require", f"--tls-psk={psk}", "file", image)
+    repository = repository_of(tls_uri(server, "alice", psk))
+    assert await repository.list_exports() == [""]
+    await check_export(repository, (await repository.describe([""]))[""])
+    assert "tls=1" in server.request_log.read_text()
+    assert "tls=0" not in server.request_log.read_text()
+
+
+@pytest.mark.parametrize("wrong", ["key", "user", "no key"])
+async def test_tls_with_the_wrong_key(
+    peers: Peers, image: Path, psk: Path, tmp_path: Path, repository_of: Any, wrong: str
+) -> None:
+    server = peers.nbdkit("--tls=require", f"--tls-psk={psk}", "file", image)
+    other = tmp_path / "other.psk"
+    other.write_text(f"{'eve' if wrong == 'user' else 'alice'}:{PSK if wrong == 'user' else PSK[::-1]}\n")
+    user = "eve" if wrong == "user" else "alice"
+    repository = repository_of(tls_uri(server, user, tmp_path / "missing.psk" if wrong == "no key" else other))
+    with trio.fail_after(servers.DEADLINE_S), pytest.raises(errors.ConnectionLost) as failure:
+        await repository.list_exports()
+    assert failure.value.reason
+    assert "Success" not in failure.value.reason
+    assert not server.request_log.read_text().count("Connect")
+
+
+async def test_a_plaintext_client_at_a_tls_server(peers: Peers, image: Path, psk: Path, repository_of: Any) -> None:
+    server = peers.nbdkit("--tls=require", f"--tls-psk={psk}", "file", image)
+    repository = repository_of(server)
+    with pytest.raises((errors.ConnectionLost, errors.Unsupported)) as failure:
+        await repository.list_exports()
+    assert "TLS" in str(failure.value)
+
+
+async def test_nbds_is_never_downgraded(peers: Peers, image: Path, psk: Path, repository_of: Any) -> None:
+    server = peers.nbdkit("file", image)
+    repository = repository_of(tls_uri(server, "alice", psk))
+    for call in calls(repository):
+        with pytest.raises(errors.ConnectionLost, match="TLS"):
+            await call()
+    assert not server.request_log.read_text().count("Connect")
+
+
+class TlsServer(servers.Server):
+    """nbdkit on 127.0.0.1, as certificates are for host names."""
+
+    def __init__(self, path: Path, certificates: Path, image: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        super().__init__(
+            path,
+            ["nbdkit", "--foreground", "--exit-with-parent", "--readonly", "--ipaddr=127.0.0.1", f"--port={self.port}",
+             "--tls=require", f"--tls-certificates={certificates}", "file", image],
+        )  # fmt: skip
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.messages.read_text()
+        try:
+            with socket.create_connection(("127.0.0.1", self.port)) as client:
+                return client.recv(8) == b"NBDMAGIC"
+        except OSError:
+            return False
+
+
+def make_certificates(folder: Path, *, host: str) -> Path:
+    """A CA and a server's certificate, as nbdkit-tls(1) names the files."""
+    servers.requires("openssl")
+    folder.mkdir()
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *key, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-subj", "/CN=CA", "-days", "2")
+    openssl("req", *key, "-keyout", "server-key.pem", "-out", "server.csr", "-subj", f"/CN={host}")
+    (folder / "ext").write_text(f"subjectAltName=DNS:{host}\n")
+    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial",
+            "-out", "server-cert.pem", "-days", "2", "-extfile", "ext")  # fmt: skip
+    return folder
+
+
+async def test_tls_with_certificates(image: Path, tmp_path: Path, repository_of: Any) -> None:
+    trusted = make_certificates(tmp_path / "trusted", host="localhost")
+    foreign = make_certificates(tmp_path / "foreign", host="localhost")
+    other_host = make_certificates(tmp_path / "other", host="example.com")
+    server = TlsServer(tmp_path / "x509", trusted, image)
+    impostor = TlsServer(tmp_path / "impostor", other_host, image)
+    try:
+        server.start()
+        repository = repository_of(f"nbds://localhost:{server.port}/?tls-certificates={trusted}")
+        await check_export(repository, (await repository.describe([""]))[""])
+
+        with pytest.raises(errors.ConnectionLost, match="certificate"):
+            await repository_of(f"nbds://localhost:{server.port}/?tls-certificates={foreign}").list_exports()
+
+        impostor.start()
+        with pytest.raises(errors.ConnectionLost, match="certificate"):
+            await repository_of(f"nbds://localhost:{impostor.port}/?tls-certificates={other_host}").list_exports()
+    finally:
+        server.kill()
+        impostor.kill()
+
+
+# -- no server at all
+
+
+@pytest.mark.parametrize("what", ["nothing", "file", "folder", "dead socket", "no port", "no host"])
+async def test_nobody_there(tmp_path: Path, repository_of: Any, what: str) -> None:
+    path = tmp_path / "s"
+    uri = f"nbd+unix:///?socket={path}"
+    match what:
+        case "file":
+            path.touch()
+        case "folder":
+            path.mkdir()
+        case "dead socket":
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(str(path))
+        case "no port":
+            uri = "nbd://127.0.0.1:1"
+        case "no host":
+            uri = "nbd://host.invalid"
+    repository = repository_of(uri)
+    with trio.fail_after(servers.DEADLINE_S), pytest.raises(errors.ConnectionLost) as failure:
+        await repository.list_exports()
+    assert failure.value.uri == uri
+    assert "nbd_" not in failure.value.reason
+
+
+# -- servers that break every promise
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd_handle, "CONNECT_TIMEOUT_S", 0.5)
+
+
+def greeted(conversation: Conversation) -> int:
+    """Greet, do without structured replies; return the option that comes then."""
+    conversation.greet()
+    while True:
+        option, _ = conversation.option()
+        if option != nbd.OPT_STRUCTURED_REPLY:
+            return option
+        conversation.refuse(option)
+
+
+def says(data: bytes) -> Any:
+    def script(conversation: Conversation) -> None:
+        conversation.send(data)
+        conversation.until_gone()
+
+    return script
+
+
+def _greets_then(data: bytes) -> Any:
+    def script(conversation: Conversation) -> None:
+        conversation.greet()
+        conversation.send(data)
+        conversation.until_gone()
+
+    return script
+
+
+def _lists_then(data: bytes) -> Any:
+    def script(conversation: Conversation) -> None:
+        greeted(conversation)
+        conversation.send(data)
+        conversation.until_gone()
+
+    return script
+
+
+HOSTILE = {
+    "closes at once": lambda conversation: None,
+    "closes after the greeting": lambda conversation: conversation.send(b"NBDMAGICIHAVEOPT\0\3"),
+    "closes in the greeting": lambda conversation: conversation.send(b"NBDMAGI"),
+    "closes at the first option": lambda conversation: conversation.greet(),
+    "closes at the list": lambda conversation: greeted(conversation),
+    "says nothing": lambda conversation: conversation.until_gone(),
+    "says nothing after the greeting": _greets_then(b""),
+    "says nothing to the list": _lists_then(b""),
+    "speaks HTTP": says(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+    "speaks garbage": says(os.urandom(1000)),
+    "greets, then garbage": _greets_then(os.urandom(1000)),
+    "lists garbage": _lists_then(os.urandom(1000)),
+    "lists for another option": _lists_then(nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_GO, nbd.REP_ACK, 0)),
+    "a name longer than its reply": _lists_then(
+        nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 8) + b"\xff\xff\xff\xffname"
+    ),
+    "a reply of 4 GiB": _lists_then(nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 2**32 - 1)),
+    "half a reply": _lists_then(nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 20) + b"\0\0"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.usefixtures("impatient")
+async def test_a_hostile_server_is_a_lost_connection(peers: Peers, repository_of: Any, kind: str) -> None:
+    repository = repository_of(peers.scripted(HOSTILE[kind]))
+    with trio.fail_after(5):
+        for call in calls(repository):
+            with pytest.raises(errors.ConnectionLost) as failure:
+                await call()
+            assert failure.value.reason
+            assert not repository.connected
+
+
+SILENT = ["says nothing", "says nothing after the greeting", "says nothing to the list"]
+
+
+@pytest.mark.parametrize("kind", SILENT)
+async def test_waiting_for_a_silent_server_can_be_cancelled(peers: Peers, repository_of: Any, kind: str) -> None:
+    server = peers.scripted(HOSTILE[kind])
+    repository = repository_of(server)
+    for call in calls(repository):
+        before = server.clients
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await servers_until(lambda before=before: server.clients > before)
+            began = time.monotonic()
+            nursery.cancel_scope.cancel()
+        assert time.monotonic() - began < 1
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_list_that_trickles_in_takes_its_time_and_can_be_cancelled(peers: Peers, repository_of: Any) -> None:
+    """The time limit is on silence, as a list of a million names takes long."""
+
+    def script(conversation: Conversation) -> None:
+        option = greeted(conversation)
+        assert option == nbd.OPT_LIST
+        while True:
+            conversation.reply(nbd.OPT_LIST, nbd.REP_SERVER, b"\0\0\0\1x")
+            time.sleep(0.05)  # a slow server is what is tested
+
+    repository = repository_of(peers.scripted(script))
+    began = time.monotonic()
+    with trio.move_on_after(1.2) as scope:
+        await repository.list_exports()
+    assert scope.cancelled_caught
+    assert time.monotonic() - began < 2
+
+
+async def test_a_server_that_does_not_list(peers: Peers, repository_of: Any) -> None:
+    for kind in (nbd.REP_ERR_UNSUP, nbd.REP_ERR_POLICY):
+        repository = repository_of(
+            peers.scripted(lambda conversation, kind=kind: _refuse_all(conversation, greeted(conversation), kind))
+        )
+        with pytest.raises(errors.Unsupported, match="does not list its exports"):
+            await repository.list_exports()
+
+
+def _refuse_all(conversation: Conversation, option: int, kind: int) -> None:
+    while option != nbd.OPT_ABORT:
+        conversation.refuse(option, kind)
+        option, _ = conversation.option()
+
+
+async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pytest.LogCaptureFixture,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Any bytes may be a name; those that are not UTF-8 are left out. libnbd's own complaint goes to sys.excepthook."""
+    complaints: list[object] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *what: complaints.append(what))
+    names = [b"a", b"", b"\xff\xfe", b"..", b"a/b", b"\n", "\U0001f600".encode(), b"a", b"x" * 4096, b"\xed\xa0\x80"]
+
+    def script(conversation: Conversation) -> None:
+        assert greeted(conversation) == nbd.OPT_LIST
+        conversation.list(*names)
+        conversation.option()
+
+    repository = repository_of(peers.scripted(script))
+    listed = await repository.list_exports()
+    assert listed == ["a", "", "..", "a/b", "\n", "\U0001f600", "a", "x" * 4096]
+    assert "2 exports whose names are not UTF-8" in caplog.text
+
+
+def info_script(answers: dict[bytes, tuple[int, bytes]], options_per_connection: int = 10**9) -> Any:
+    """Describe exports: name -> (size, description); hang up after so many."""
+
+    def script(conversation: Conversation) -> None:
+        option = 0
+        conversation.greet()
+        for _ in range(options_per_connection):
+            option, data = conversation.option()
+            if option in (nbd.OPT_INFO, nbd.OPT_GO):
+                length = int.from_bytes(data[:4], "big")
+                name = data[4 : 4 + length]
+                if name in answers:
+                    conversation.info(option, *answers[name])
+                else:
+                    conversation.refuse(option, nbd.REP_ERR_UNKNOWN)
+            elif option == nbd.OPT_ABORT:
+                conversation.reply(option, nbd.REP_ACK)
+                return
+            else:
+                conversation.refuse(option)
+
+    return script
+
+
+async def test_impossible_sizes_and_descriptions(peers: Peers, repository_of: Any) -> None:
+    answers = {
+        b"largest": (2**63 - 1, b""), b"too large": (2**63, b""), b"all ones": (2**64 - 1, b"x"),
+        b"empty": (0, b"nothing"), b"odd": (12345, b"d" * 4000), b"not utf-8": (512, b"\xff\xfe"), b"last": (512, b""),
+    }  # fmt: skip
+    repository = repository_of(peers.scripted(info_script(answers)))
+    found = await repository.describe([name.decode() for name in answers] + ["unknown"])
+    assert found["largest"] == Export("largest", 2**63 - 1, "")
+    for name in ("too large", "all ones", "unknown"):
+        assert isinstance(found[name], str), name
+    assert found["empty"] == Export("empty", 0, "nothing")
+    assert found["odd"] == Export("odd", 12345, "d" * 4000)
+    assert found["last"] == Export("last", 512, ""), "no description is taken over from another export"
+    assert isinstance(found["not utf-8"], Export)
+    with pytest.raises(errors.ConnectionLost):
+        await repository.connect_export(Export("too large", 2**63, ""))
+
+
+@pytest.mark.parametrize("options", [2, 3, 4, 7, 33])
+async def test_a_server_that_hangs_up_after_some_options(peers: Peers, repository_of: Any, options: int) -> None:
+    answers = {b"%d" % i: (512 * i, b"") for i in range(40)}
+    server = peers.scripted(info_script(answers, options))
+    repository = repository_of(server)
+    with trio.fail_after(servers.DEADLINE_S):
+        found = await repository.describe([name.decode() for name in answers])
+    assert [export.size for export in found.values()] == [512 * i for i in range(40)]
+
+
+async def test_a_server_that_never_gets_to_an_answer(peers: Peers, repository_of: Any) -> None:
+    repository = repository_of(peers.scripted(info_script({b"a": (512, b"")}, 1)))
+    with trio.fail_after(servers.DEADLINE_S), pytest.raises(errors.ConnectionLost):
+        await repository.describe(["a"])
+
+
+# -- the transmission phase
+
+
+def transmission(reply: Any) -> Any:
+    """Go, then hand each request (its handle, offset, length) to `reply`; simple replies only."""
+
+    def script(conversation: Conversation) -> None:
+        conversation.greet()
+        while True:
+            option, _ = conversation.option()
+            if option == nbd.OPT_GO:
+                conversation.info(option, SIZE)
+                break
+            conversation.refuse(option)
+        while True:
+            header = conversation.receive(28)
+            if header[6:8] != b"\0\0":  # NBD_CMD_DISC
+                return
+            reply(conversation, header[8:16], int.from_bytes(header[16:24], "big"), int.from_bytes(header[24:], "big"))
+
+    return script
+
+
+def simple_reply(handle: bytes, error: int = 0) -> bytes:
+    return b"\x67\x44\x66\x98" + error.to_bytes(4, "big") + handle
+
+
+def _answers_right(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+    conversation.send(simple_reply(handle) + content()[offset : offset + length])
+
+
+def _hangs_up(conversation: Conversation, *_: object) -> None:
+    raise ConnectionResetError
+
+
+def _hangs_up_in_the_data(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+    conversation.send(simple_reply(handle) + b"wrong" * 10)
+    raise ConnectionResetError
+
+
+def _sends_garbage(conversation: Conversation, *_: object) -> None:
+    conversation.send(b"garbage!" * 100)
+
+
+def _answers_another(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+    conversation.send(simple_reply(bytes(8)) + bytes(length))
+
+
+def _shuts_down(conversation: Conversation, handle: bytes, *_: object) -> None:
+    conversation.send(simple_reply(handle, 108))
+
+
+def _says_nothing(conversation: Conversation, *_: object) -> None:
+    conversation.until_gone()
+
+
+MISDEEDS = [_hangs_up, _hangs_up_in_the_data, _sends_garbage, _answers_another, _shuts_down, _says_nothing]
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+async def test_a_lost_connection_in_a_read_is_made_again(peers: Peers, repository_of: Any, misdeed: Any) -> None:
+    """The first two connections misbehave."""
+    began: list[int] = []
+
+    def script(conversation: Conversation) -> None:
+        began.append(1)
+        transmission(misdeed if len(began) <= 2 else _answers_right)(conversation)
+
+    repository = repository_of(peers.scripted(script), io_timeout_s=1.5)  # silence counts as lost after a third of it
+    source = repository.source(Export("", SIZE, ""))
+    assert await read(source, 4096, 100_000) == content()[4096:104_096]
+    assert len(began) == 3
+    assert await read(source, 0, 4096) == content()[:4096]
+    assert len(began) == 3
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+async def test_a_lost_connection_in_a_fill_ends_that_run(peers: Peers, repository_of: Any, misdeed: Any) -> None:
+    began: list[int] = []
+
+    def script(conversation: Conversation) -> None:
+        began.append(1)
+        transmission(misdeed if len(began) <= 2 else _answers_right)(conversation)
+
+    repository = repository_of(peers.scripted(script), io_timeout_s=1.5)
+    export = Export("", SIZE, "")
+    filler = repository.filler(export)
+    work = Work(export, [ByteRange(0, SIZE)])
+    for _ in range(2):
+        with trio.fail_after(5), pytest.raises(errors.ConnectionLost):
+            await filler.run(work, 60)
+        assert not work.outstanding
+        assert not work.kept
+        work.retry()
+    await filler.run(work, 60)
+    work.check_all_kept()
+    assert bytes(work.file) == content()

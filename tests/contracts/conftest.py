@@ -1,0 +1,1 @@
+"""The contract tests run each fake beside the real thing."""

@@ -1,0 +1,359 @@
+"""What every Store and ImageFile promises, in memory and on disk."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import MemoryStores, pattern
+
+from lazyfs import errors
+from lazyfs.core.block_map import DATA, PAGE_BLOCKS, ZERO, BlockMap, BlockRun
+from lazyfs.core.lifecycle import State
+from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
+from lazyfs.store.raw import RawStore, WholeFile
+from lazyfs.units import KiB
+
+BLOCK = 16 * KiB
+SIZE = 40 * BLOCK - 512
+RECORD = ImageRecord(
+    7, "team/disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, 1_600_000_000_000_000_000
+)
+CONTENT = pattern(SIZE)
+
+
+class Disk:
+    """A cache directory, as far as stores see it."""
+
+    def __init__(
+        self,
+        partial: Callable[[ImageRecord], Store],
+        whole: Callable[[ImageRecord], ImageFile],
+        put: Callable[[str, bytes], None],
+        get: Callable[[str], bytes | None],
+        files: Callable[[], int],
+    ) -> None:
+        self.partial, self.whole = partial, whole
+        self.put, self.get = put, get
+        """The plain files."""
+        self.files = files
+        """How many partial images there are."""
+        self.opened: list[Store] = []
+
+    def load(self, record: ImageRecord = RECORD) -> tuple[Store, BlockMap]:
+        store = self.partial(record)
+        self.opened.append(store)
+        return store, store.load()
+
+
+def memory(_folder: Path) -> tuple[Disk, Callable[[], None]]:
+    stores = MemoryStores()
+
+    def get(path: str) -> bytes | None:
+        return bytes(stores.plain[path]) if path in stores.plain else None
+
+    return Disk(stores.partial, stores.whole, stores.plain.__setitem__, get, lambda: len(stores.partials)), lambda: None
+
+
+def raw(folder: Path) -> tuple[Disk, Callable[[], None]]:
+    (folder / ".lazyfs/partial").mkdir(parents=True)
+    root_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    look = FileLook(0o444, os.getuid(), os.getgid())
+
+    def put(path: str, content: bytes) -> None:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content)
+
+    def get(path: str) -> bytes | None:
+        return (folder / path).read_bytes() if (folder / path).exists() else None
+
+    disk = Disk(
+        lambda record: RawStore(root_fd, record, look),
+        lambda record: WholeFile(root_fd, record),
+        put,
+        get,
+        lambda: len({path.stem for path in (folder / ".lazyfs/partial").iterdir()}),
+    )
+    return disk, lambda: os.close(root_fd)
+
+
+@pytest.fixture(params=[memory, raw], ids=["memory", "raw"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
+    made, close = request.param(tmp_path)
+    yield made
+    for store in made.opened:
+        store.close()
+    close()
+
+
+def keep(store: Store, blocks: BlockMap, first: int, end: int) -> None:
+    """Write blocks, and say so in the map, as a fetcher does."""
+    run = BlockRun(first, end)
+    span = blocks.bytes_of(run)
+    blocks.claim(run)
+    store.write(span.start, memoryview(CONTENT[span.start : span.end]))
+    blocks.keep(run, span.length)
+
+
+def save(store: Store, blocks: BlockMap) -> None:
+    store.checkpoint(blocks.take_dirty(), blocks.mixed_zero_bytes)
+
+
+def finished(disk: Disk) -> Store:
+    store, blocks = disk.load()
+    keep(store, blocks, 0, 40)
+    save(store, blocks)
+    store.finish()
+    return store
+
+
+def test_a_new_store_has_nothing(disk: Disk) -> None:
+    _, blocks = disk.load()
+    assert (blocks.size, blocks.block_size, blocks.present_bytes, blocks.zero_bytes) == (SIZE, BLOCK, 0, 0)
+    assert not blocks.dirty
+
+
+def test_what_was_written_is_read_at_once_and_the_rest_is_zeroes(disk: Disk) -> None:
+    store, blocks = disk.load()
+    keep(store, blocks, 3, 5)
+    assert store.read(3 * BLOCK + 5, BLOCK) == CONTENT[3 * BLOCK + 5 : 4 * BLOCK + 5]
+    assert store.read(2 * BLOCK, BLOCK) == bytes(BLOCK)
+    assert store.read(5 * BLOCK - 3, 6) == CONTENT[5 * BLOCK - 3 : 5 * BLOCK] + bytes(3)
+    for start in range(0, SIZE, BLOCK):
+        assert store.read_nowait(start, 512) in (None, store.read(start, 512))
+
+
+def test_a_read_beyond_the_end_is_not_answered_short(disk: Disk) -> None:
+    store, _ = disk.load()
+    assert len(store.read(SIZE - 512, 512)) == 512
+    with pytest.raises(errors.CacheCorrupt):
+        store.read(SIZE - 512, 513)
+
+
+def test_a_checkpoint_outlasts_the_store(disk: Disk) -> None:
+    store, blocks = disk.load()
+    keep(store, blocks, 0, 2)
+    keep(store, blocks, 39, 40)
+    blocks.mark_zero(BlockRun(10, 20))
+    blocks.claim(BlockRun(20, 21))
+    save(store, blocks)
+    keep(store, blocks, 30, 31)  # and never saved
+    store.close()
+    store, again = disk.load()
+    assert [(tuple(run), state) for run, state in again.runs() if state] == [
+        ((0, 2), DATA), ((10, 20), ZERO), ((39, 40), DATA)
+    ]  # fmt: skip
+    assert store.read(39 * BLOCK, BLOCK - 512) == CONTENT[39 * BLOCK :]
+    keep(store, again, 20, 21)
+
+
+def test_the_bytes_of_zeroes_in_mixed_blocks_outlast_the_store(disk: Disk) -> None:
+    store, blocks = disk.load()
+    blocks.claim(BlockRun(0, 1))
+    store.write(4096, memoryview(CONTENT[4096:8192]))
+    blocks.keep(BlockRun(0, 1), 4096)
+    save(store, blocks)
+    store.close()
+    store, again = disk.load()
+    assert (again.present_bytes, again.zero_bytes) == (4096, BLOCK - 4096)
+    assert store.read(0, BLOCK) == bytes(4096) + CONTENT[4096:8192] + bytes(BLOCK - 8192)
+
+
+def test_a_map_of_several_pages(disk: Disk) -> None:
+    record = replace(RECORD, size=(2 * PAGE_BLOCKS + 5) * 4096, block_size=4096)
+    store, blocks = disk.load(record)
+    assert record.size is not None
+    for block in (0, PAGE_BLOCKS, 2 * PAGE_BLOCKS + 4):
+        blocks.claim(BlockRun(block, block + 1))
+        store.write(block * 4096, memoryview(bytes([block % 251 + 1]) * 4096))
+        blocks.keep(BlockRun(block, block + 1), 4096)
+        save(store, blocks)
+    store.close()
+    store, again = disk.load(record)
+    assert [run.first for run, state in again.runs() if state == DATA] == [0, PAGE_BLOCKS, 2 * PAGE_BLOCKS + 4]
+    assert store.read(record.size - 4096, 4096) == bytes([(2 * PAGE_BLOCKS + 4) % 251 + 1]) * 4096
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(RECORD, identity="v2"),
+        replace(RECORD, export="other"),
+        replace(RECORD, block_size=2 * BLOCK),
+    ],
+)
+def test_a_map_of_another_image_is_refused_and_can_be_removed(disk: Disk, other: ImageRecord) -> None:
+    store, blocks = disk.load()
+    keep(store, blocks, 0, 2)
+    save(store, blocks)
+    store.close()
+    wrong = disk.partial(other)
+    with pytest.raises(errors.CacheCorrupt):
+        wrong.load()
+    wrong.close()
+    wrong.remove()
+    _, blocks = disk.load(other)
+    assert blocks.present_bytes == 0
+
+
+def test_images_are_kept_apart(disk: Disk) -> None:
+    one, blocks = disk.load()
+    two, others = disk.load(replace(RECORD, inode=8, path="other"))
+    keep(one, blocks, 0, 1)
+    assert two.read(0, BLOCK) == bytes(BLOCK)
+    save(one, blocks)
+    assert others.present_bytes == 0
+    assert disk.files() == 2
+
+
+def test_writes_from_several_threads_at_once(disk: Disk) -> None:
+    store, blocks = disk.load()
+    threads = [threading.Thread(target=keep_only, args=(store, first)) for first in range(0, 40, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    blocks.claim(BlockRun(0, 40))
+    blocks.keep(BlockRun(0, 40), SIZE)
+    save(store, blocks)
+    assert store.read(0, SIZE) == CONTENT
+
+
+def keep_only(store: Store, first: int) -> None:
+    for block in range(first, first + 10):
+        end = min((block + 1) * BLOCK, SIZE)
+        store.write(block * BLOCK, memoryview(CONTENT[block * BLOCK : end]))
+
+
+def test_an_empty_image(disk: Disk) -> None:
+    record = replace(RECORD, size=0)
+    store, blocks = disk.load(record)
+    assert blocks.complete
+    store.finish()
+    store.remove()
+    assert disk.get("team/disk") == b""
+    plain = disk.whole(record)
+    assert plain.read(0, 0) == b""
+    plain.close()
+
+
+# -- the end of a partial image
+
+
+def test_finishing_makes_the_plain_file_while_reads_go_on(disk: Disk) -> None:
+    store = finished(disk)
+    assert disk.get("team/disk") == CONTENT
+    assert store.read(BLOCK, BLOCK) == CONTENT[BLOCK : 2 * BLOCK]
+    assert disk.files() == 1
+    store.remove()
+    assert disk.files() == 0
+    assert disk.get("team/disk") == CONTENT
+    assert store.read(BLOCK, BLOCK) == CONTENT[BLOCK : 2 * BLOCK]
+
+
+def test_finishing_may_be_repeated_also_by_a_later_process(disk: Disk) -> None:
+    finished(disk).finish()
+    store, blocks = disk.load()
+    assert blocks.complete
+    store.finish()
+    assert disk.get("team/disk") == CONTENT
+    store.remove()
+    store.remove()
+
+
+def test_a_foreign_file_in_the_way_is_refused_and_left_alone(disk: Disk) -> None:
+    disk.put("team/disk", b"precious")
+    with pytest.raises(errors.UserError, match="team/disk"):
+        finished(disk)
+    assert disk.get("team/disk") == b"precious"
+    assert disk.files() == 1
+
+
+def test_removing_before_the_end_leaves_nothing_but_what_is_open(disk: Disk) -> None:
+    store, blocks = disk.load()
+    keep(store, blocks, 0, 1)
+    save(store, blocks)
+    store.remove()
+    assert disk.files() == 0
+    assert store.read(0, BLOCK) == CONTENT[:BLOCK]
+    store.close()
+    store.close()
+    _, blocks = disk.load()
+    assert blocks.present_bytes == 0
+
+
+def test_removing_what_was_never_loaded(disk: Disk) -> None:
+    store, blocks = disk.load()
+    keep(store, blocks, 0, 1)
+    save(store, blocks)
+    store.close()
+    disk.partial(RECORD).remove()
+    assert disk.files() == 0
+
+
+def test_a_write_after_the_close_fails_and_touches_nothing(disk: Disk) -> None:
+    store, _ = disk.load()
+    store.close()
+    other, _ = disk.load(replace(RECORD, inode=8, path="other"))  # may get the same descriptors
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        store.write(0, memoryview(CONTENT[:BLOCK]))
+    assert other.read(0, BLOCK) == bytes(BLOCK)
+
+
+# -- whole images
+
+
+def test_the_plain_file_of_a_whole_image(disk: Disk) -> None:
+    store = finished(disk)
+    store.remove()
+    store.close()
+    plain = disk.whole(RECORD)
+    assert plain.read(0, SIZE) == CONTENT
+    assert plain.read_nowait(5, 100) in (None, CONTENT[5:105])
+    with pytest.raises(errors.CacheCorrupt):
+        plain.read(SIZE - 1, 2)
+    plain.remove()
+    assert disk.get("team/disk") is None
+    assert plain.read(0, SIZE) == CONTENT
+    plain.remove()
+    plain.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("content", [None, b"", CONTENT[:-1], CONTENT + b"x"])
+def test_a_plain_file_that_cannot_be_the_image_is_refused(disk: Disk, content: bytes | None) -> None:
+    if content is not None:
+        disk.put("team/disk", content)
+    with pytest.raises(errors.CacheCorrupt):
+        disk.whole(RECORD)
+
+
+# -- on disk only
+
+
+@pytest.mark.parametrize("disk", [raw], ids=["raw"], indirect=True)
+def test_a_close_waits_for_the_write_that_is_under_way(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the descriptor's number could be another file's by the time the write uses it."""
+    store, _ = disk.load()
+    writing, closed = threading.Event(), threading.Event()
+    real_pwrite, descriptors = os.pwrite, []
+
+    def slow_pwrite(fd: int, data: memoryview, offset: int) -> int:
+        writing.set()
+        assert closed.wait(20)
+        descriptors.append(os.fstat(fd).st_size)
+        return real_pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow_pwrite)
+    thread = threading.Thread(target=store.write, args=(0, memoryview(CONTENT[:BLOCK])))
+    thread.start()
+    assert writing.wait(20)
+    store.close()
+    closed.set()
+    thread.join()
+    assert descriptors == [SIZE]
+    monkeypatch.undo()
+    again, _ = disk.load()
+    assert again.read(0, BLOCK) == CONTENT[:BLOCK]

@@ -1,0 +1,146 @@
+"""A whole engine over the fakes, on a clock that jumps: hours of outage take microseconds.
+
+A mock clock knows nothing of threads and would jump while one works. So `run` replaces trio's threads by calls in
+the loop, with the same promises: others run before and after, and a call that has begun is not cancelled.
+"""
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import trio
+from fakes import FakeRepository, MemoryCatalog, MemoryStores, Request
+from trio.testing import MockClock
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.filesystem import Filesystem, Options
+from lazyfs.image import Image
+from lazyfs.population import Population
+from lazyfs.units import KiB
+
+BLOCK = 64 * KiB
+IO_TIMEOUT_S = 30.0
+FIRST_LIST_S = 10.0
+
+
+class InlineThreads:
+    """What `trio.to_thread.run_sync` is during `run`."""
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        """Of every call, in the clock's time."""
+
+    async def run_sync(self, call: Callable[..., Any], *args: Any, **_options: object) -> Any:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            await trio.sleep(self.delay_s)
+        try:
+            return call(*args)
+        finally:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+threads = InlineThreads()
+
+
+def run(test: Callable[[], Awaitable[Any]], clock: object = None, instruments: object = ()) -> Any:
+    """`trio.run` with a jumping clock, inline threads, and the same order of tasks every time."""
+    assert clock is None, "this runner brings its own clock"
+    real = trio.to_thread.run_sync
+    threads.delay_s = 0.0
+    # As Hypothesis' trio support does it; there is no public way.
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    trio._core._run._r = random.Random(0)
+    try:
+        trio.to_thread.run_sync = threads.run_sync
+        return trio.run(test, clock=MockClock(autojump_threshold=0), instruments=instruments)
+    finally:
+        trio.to_thread.run_sync = real
+
+
+def blocks(first: int, end: int | None = None) -> ByteRange:
+    """The bytes of blocks `[first, end)`, of one block if `end` is left out."""
+    return ByteRange(first * BLOCK, (first + 1 if end is None else end) * BLOCK)
+
+
+class World:
+    """Repository, cache directory and catalog, which outlive the daemons that run over them."""
+
+    def __init__(self, **options: Any) -> None:
+        self.repository = FakeRepository()
+        self.stores = MemoryStores()
+        self.catalog = MemoryCatalog(self.stores.journal)
+        self.options = replace(
+            Options(block_size=BLOCK, io_timeout_s=IO_TIMEOUT_S, replace_changed=False, populate=True), **options
+        )
+        self.filesystem: Filesystem
+        self.population: Population
+
+    @asynccontextmanager
+    async def daemon(self, *, populate: bool = False, crash: bool = False) -> AsyncIterator["World"]:
+        """Run a daemon as `daemon.py` does; it ends with the block, cleanly or (`crash`) not."""
+        self.stores.sweep(self.catalog.load())
+        async with trio.open_nursery() as nursery:
+            self.filesystem = filesystem = Filesystem(
+                self.repository, self.stores, self.catalog, self.catalog.load(), self.options, nursery
+            )
+            self.population = Population(self.repository, self.stores, filesystem.active_images)
+            filesystem.list_trouble = "the repository does not answer"
+            with trio.move_on_after(FIRST_LIST_S), suppress(errors.ConnectionLost):
+                await filesystem.refresh()
+            async with trio.open_nursery() as inner:
+                if populate:
+                    filesystem.on_fillable = self.population.wake
+                    inner.start_soon(self.population.run)
+                await filesystem.resume()
+                yield self
+                inner.cancel_scope.cancel()
+            if not crash:
+                await filesystem.aclose()
+            nursery.cancel_scope.cancel()
+        if crash:
+            self.stores.crash()
+        assert not self.stores.odd_writes
+        assert not self.stores.open_files
+
+    # -- shorthands
+
+    def image(self, name: str) -> Image:
+        """The image that has this export's name now."""
+        return self.filesystem._by_export[name]
+
+    async def open(self, name: str) -> Image:
+        image = self.image(name)
+        await self.filesystem.open(image)
+        return image
+
+    async def close(self, image: Image) -> None:
+        await self.filesystem.release(image)
+
+    async def check(self, image: Image, where: ByteRange, content: bytes | None = None) -> None:
+        """Read, and compare with the export, or with an older `content` of it."""
+        if content is None:
+            content = self.repository.exports[image.record.export].content
+        got = await image.read(where.start, where.length)
+        assert got == content[where.start : where.end], f"wrong bytes at {where}"
+
+    def demand(self, name: str | None = None) -> list[ByteRange]:
+        return self.repository.reads(name, "demand")
+
+    def fills(self, name: str | None = None) -> list[Request]:
+        return [r for r in self.repository.log if r.kind == "fill" and (name is None or r.export == name)]
+
+
+async def until(condition: Callable[[], object], limit_s: float = 300.0) -> None:
+    """Let time pass until `condition` holds."""
+    with trio.fail_after(limit_s):
+        while not condition():  # noqa: ASYNC110 - the clock is not real
+            await trio.sleep(0.01)
+
+
+def seconds_to_next_wakeup() -> float:
+    """inf if no task will wake up by itself."""
+    return trio.lowlevel.current_statistics().seconds_to_next_deadline

@@ -1,0 +1,571 @@
+"""Who fetches which block, who joins, and what is kept of what went wrong."""
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from engine_world import BLOCK, IO_TIMEOUT_S, blocks, run, threads, until
+from fakes import FakeRepository, MemoryStores, pattern
+from trio.testing import wait_all_tasks_blocked
+
+from lazyfs import errors
+from lazyfs.core import extent_map
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.lifecycle import State
+from lazyfs.fetcher import KERNEL_RETRY_S, FetchCounters, Fetcher
+from lazyfs.interfaces import Claim, Export, ImageRecord
+from lazyfs.pace import Pace
+from lazyfs.units import KiB, MiB
+
+pytestmark = pytest.mark.trio(run=run)
+
+SIZE = 4 * MiB - 512
+
+
+class Bench:
+    """One fetcher over a fake export "disk" and a memory store."""
+
+    def __init__(
+        self, nursery: trio.Nursery, size: int = SIZE, holes: list[ByteRange] | None = None, block_size: int = BLOCK
+    ) -> None:
+        self.nursery = nursery
+        self.repository = FakeRepository()
+        self.content = self.repository.add("disk", pattern(size), holes or []).content
+        self.stores = MemoryStores()
+        record = ImageRecord(2, "disk", "disk", size, "", "raw", State.PARTIAL, "", block_size, 0)
+        self.store = self.stores.partial(record)
+        self.blocks = self.store.load()
+        self.changes: list[errors.ExportChanged] = []
+        export = Export("disk", size, "")
+        self.fetcher = Fetcher(
+            export,
+            self.repository.source(export),
+            self.store,
+            self.blocks,
+            nursery=nursery,
+            pace=Pace(None, trio.current_time),
+            io_timeout_s=IO_TIMEOUT_S,
+            counters=FetchCounters(0, 0, 0),
+            on_changed=self.changes.append,
+        )
+
+    async def read(self, where: ByteRange) -> bytes:
+        """As `Image.read` does it."""
+        data = None
+        if not self.fetcher.present(where):
+            data = await self.fetcher.read_missing(where, lambda gap: self.store.read(gap.start, gap.length))
+        return self.store.read(where.start, where.length) if data is None else data
+
+    async def check(self, where: ByteRange) -> None:
+        assert await self.read(where) == self.content[where.start : where.end]
+
+    async def settled(self) -> None:
+        """Until no fetch is under way."""
+        await until(lambda: not self.fetcher._fetches)
+
+    def demand(self) -> list[ByteRange]:
+        return self.repository.reads("disk", "demand")
+
+    def nothing_kept(self) -> bool:
+        return self.blocks.present_bytes == 0 and not any(self.stores.partials[2].data)
+
+
+@asynccontextmanager
+async def bench(**options: object) -> AsyncIterator[Bench]:
+    async with trio.open_nursery() as nursery:
+        made = Bench(nursery, **options)  # type: ignore[arg-type]
+        yield made
+        assert not made.stores.odd_writes
+        nursery.cancel_scope.cancel()
+
+
+# -- one request for many readers
+
+
+async def test_eight_readers_of_a_cold_block_cause_one_request() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        async with trio.open_nursery() as readers:
+            for i in range(8):
+                readers.start_soon(b.check, ByteRange(5 * BLOCK + i * 8 * KiB, 5 * BLOCK + (i + 1) * 8 * KiB))
+        assert b.demand() == [blocks(5)]
+        assert b.repository.status_log == [("disk", ByteRange(0, SIZE))]
+        await b.settled()
+        await b.check(blocks(5))
+        assert b.demand() == [blocks(5)]
+        assert b.fetcher.counters() == FetchCounters(BLOCK, 0, 1)
+
+
+async def test_overlapping_readers_fetch_each_byte_once() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        async with trio.open_nursery() as readers:
+            for start, end in [(0, 3), (2, 9), (1, 2), (8, 40), (20, 63), (5, 6)]:
+                readers.start_soon(b.check, ByteRange(start * BLOCK + 100, end * BLOCK - 100))
+        await b.settled()
+        asked = b.demand()
+        assert sum(r.length for r in asked) == len({i for r in asked for i in range(r.start, r.end, 512)}) * 512
+        assert b.repository.bytes_read() == b.fetcher.present_bytes == b.fetcher.counters().demand_bytes
+
+
+async def test_a_read_of_everything_is_cut_into_fetches_that_run_together() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        await b.check(ByteRange(0, SIZE))
+        assert trio.current_time() == pytest.approx(2, abs=0.1)  # block status, then all the reads
+        assert sorted(b.demand()) == list(ByteRange(0, SIZE).split(MiB))
+        await until(b.fetcher.completed.is_set)
+
+
+async def test_what_is_present_is_not_fetched_again_for_a_read_across_it() -> None:
+    async with bench() as b:
+        await b.check(blocks(10))
+        await b.check(blocks(20))
+        await b.settled()
+        del b.repository.log[:]
+        await b.check(ByteRange(5 * BLOCK + 100, 25 * BLOCK - 100))
+        assert sorted(b.demand())[:3] == [blocks(5, 10), blocks(11, 20), blocks(21, 25)]
+
+
+async def test_a_cancelled_reader_takes_nobody_along() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        async with trio.open_nursery() as readers:
+            first = trio.CancelScope()
+
+            async def impatient() -> None:
+                with first:
+                    await b.read(blocks(7))
+
+            readers.start_soon(impatient)
+            await trio.sleep(1.5)  # the read is under way
+            readers.start_soon(b.check, blocks(7))
+            await wait_all_tasks_blocked()
+            first.cancel()
+        assert first.cancelled_caught
+        assert b.demand() == [blocks(7)]
+
+
+async def test_what_a_cancelled_reader_asked_for_is_kept() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        with trio.move_on_after(1.5) as scope:
+            await b.read(blocks(7))
+        assert scope.cancelled_caught
+        await trio.sleep(1)
+        assert b.fetcher.present(blocks(7))
+        await b.check(blocks(7))
+        assert b.demand() == [blocks(7)]
+
+
+async def test_a_reader_cancelled_while_it_learns_extents_leaves_the_question_to_the_next() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        async with trio.open_nursery() as readers:
+            first = trio.CancelScope()
+
+            async def impatient() -> None:
+                with first:
+                    await b.read(blocks(7))
+
+            readers.start_soon(impatient)
+            await trio.sleep(0.5)
+            readers.start_soon(b.check, blocks(8))
+            await wait_all_tasks_blocked()
+            first.cancel()
+        assert b.demand() == [blocks(8)]
+
+
+async def test_the_reader_does_not_wait_for_the_disk_and_later_readers_join_meanwhile() -> None:
+    async with bench() as b:
+        threads.delay_s = 5
+        await b.check(blocks(0))
+        assert trio.current_time() < 1
+        assert not b.fetcher.present(blocks(0))  # data first, then its state
+        await b.check(blocks(0))
+        assert trio.current_time() < 1
+        assert b.demand() == [blocks(0)]
+        await b.settled()
+        assert b.fetcher.present(blocks(0))
+
+
+# -- population's claims
+
+
+def take(b: Bench, limit: int = 256 * KiB) -> Claim:
+    claim = b.fetcher.claim(limit)
+    assert isinstance(claim, Claim)
+    return claim
+
+
+async def test_a_reader_joins_what_population_has_claimed() -> None:
+    async with bench() as b:
+        await b.fetcher.learn_next()
+        claim = take(b)
+        assert claim.parts == (blocks(0, 4),)
+        async with trio.open_nursery() as readers:
+            readers.start_soon(b.check, blocks(1))
+            readers.start_soon(b.check, ByteRange(3 * BLOCK, 5 * BLOCK))
+            await wait_all_tasks_blocked()
+            b.fetcher.write(0, memoryview(b.content[: 4 * BLOCK]))
+            b.fetcher.keep(claim)
+        assert min(b.demand()).start == 4 * BLOCK
+        assert b.fetcher.counters().populated_bytes == 4 * BLOCK
+
+
+@pytest.mark.parametrize("error", [None, errors.RequestFailed("x", errno.EIO), errors.NoSpace()])
+async def test_a_reader_fetches_itself_what_population_gives_back(error: Exception | None) -> None:
+    async with bench() as b:
+        await b.fetcher.learn_next()
+        claim = take(b)
+        async with trio.open_nursery() as readers:
+            readers.start_soon(b.check, blocks(1))
+            await wait_all_tasks_blocked()
+            assert b.demand() == []
+            b.fetcher.drop(claim, error)
+        assert blocks(1) in b.demand()
+        assert b.fetcher.trouble is error
+
+
+async def test_a_reader_of_a_stuck_claim_times_out_alone() -> None:
+    async with bench() as b:
+        await b.fetcher.learn_next()
+        claim = take(b)
+        with pytest.raises(errors.TimedOut):
+            await b.read(blocks(1))
+        await b.check(blocks(9))
+        b.fetcher.drop(claim, None)
+        await trio.sleep(KERNEL_RETRY_S)
+        await b.check(blocks(1))
+
+
+async def test_population_goes_on_where_a_reader_is_then_comes_round() -> None:
+    async with bench() as b:
+        await b.check(blocks(40))
+        await b.settled()
+        assert [take(b, 16 * BLOCK).run for _ in range(3)] == [(41, 57), (57, 64), (0, 16)]
+
+
+async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extent_map, "WINDOW", MiB)
+    async with bench() as b:
+        await b.check(blocks(13))  # claims of 4 blocks now meet the window's end in their middle
+        await b.settled()
+        claimed = []
+        while len(claimed) < 63:
+            await b.fetcher.learn_next()
+            before = len(claimed)
+            while isinstance(claim := b.fetcher.claim(4 * BLOCK), Claim):
+                claimed.extend(range(*claim.run))
+            assert len(claimed) > before, f"no progress after {claimed[-1:]}"
+        assert sorted(claimed) == [i for i in range(64) if i != 13]
+
+
+async def test_nothing_is_claimed_of_an_image_that_failed() -> None:
+    async with bench() as b:
+        await b.fetcher.learn_next()
+        b.fetcher.failure = errors.ExportChanged("disk", "a", "b")
+        assert b.fetcher.claim(BLOCK) is None
+
+
+# -- holes
+
+
+async def test_holes_are_never_fetched() -> None:
+    async with bench(holes=[blocks(0, 8), blocks(16, 64)]) as b:
+        await b.check(ByteRange(0, SIZE))
+        await until(b.fetcher.completed.is_set)
+        assert b.demand() == [blocks(8, 16)]
+        assert (b.fetcher.present_bytes, b.fetcher.zero_bytes) == (8 * BLOCK, SIZE - 8 * BLOCK)
+
+
+async def test_a_block_of_data_and_hole_fetches_only_the_data() -> None:
+    hole = ByteRange(BLOCK + 8 * KiB, BLOCK + 40 * KiB)
+    async with bench(holes=[hole]) as b:
+        await b.check(blocks(1))
+        assert sorted(b.demand()) == [ByteRange(BLOCK, hole.start), ByteRange(hole.end, 2 * BLOCK)]
+        await b.settled()
+        await b.check(blocks(1))
+        assert b.fetcher.present_bytes == BLOCK - hole.length
+        assert b.fetcher.zero_bytes == hole.length
+
+
+async def test_an_image_that_is_one_hole_is_complete_once_that_is_known() -> None:
+    async with bench(holes=[ByteRange(0, SIZE)]) as b:
+        await b.fetcher.learn_next()
+        await until(b.fetcher.completed.is_set)
+        assert b.demand() == []
+
+
+async def test_each_window_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extent_map, "WINDOW", MiB)
+    async with bench() as b:
+        b.repository.delay_s = 1
+        async with trio.open_nursery() as readers:
+            for place in (3, 14, 20, 17, 27):
+                readers.start_soon(b.check, blocks(place, place + 4))
+        assert sorted(window for _, window in b.repository.status_log) == [ByteRange(0, MiB), ByteRange(MiB, 2 * MiB)]
+
+
+# -- failures
+
+
+async def test_a_refused_request_fails_its_reader_only_and_keeps_nothing() -> None:
+    async with bench() as b:
+        b.repository.fail("disk", blocks(3), errno.EIO)
+        with pytest.raises(errors.RequestFailed) as caught:
+            await b.read(blocks(3))
+        assert caught.value.code == errno.EIO
+        await b.settled()
+        assert b.nothing_kept()
+        await b.check(blocks(2))
+        await b.check(blocks(10))
+        b.repository.heal()
+        await b.check(blocks(3))
+
+
+async def test_all_who_joined_a_refused_request_hear_of_it() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        b.repository.fail("disk", blocks(3))
+        failed = []
+
+        async def reader() -> None:
+            with pytest.raises(errors.RequestFailed):
+                await b.read(blocks(3))
+            failed.append(1)
+
+        async with trio.open_nursery() as readers:
+            for _ in range(5):
+                readers.start_soon(reader)
+        assert len(failed) == 5
+        assert b.demand() == [blocks(3)]
+
+
+async def test_a_bad_place_in_somebody_elses_fetch_does_not_fail_a_reader_beside_it() -> None:
+    async with bench() as b:
+        b.repository.delay_s = 1
+        b.repository.fail("disk", blocks(10))
+        async with trio.open_nursery() as readers:
+
+            async def wide() -> None:
+                with pytest.raises(errors.RequestFailed):
+                    await b.read(blocks(0, 16))
+
+            readers.start_soon(wide)
+            await trio.sleep(1.5)
+            readers.start_soon(b.check, blocks(2))  # joins the wide fetch, which is going to fail
+
+
+async def test_a_bad_place_ahead_does_not_fail_a_sequential_reader_before_it() -> None:
+    async with bench() as b:
+        b.repository.fail("disk", blocks(12))
+        for i in range(12):
+            await b.check(blocks(i))
+        with pytest.raises(errors.RequestFailed):
+            await b.read(blocks(12))
+        for i in range(13, 20):
+            await b.check(blocks(i))
+
+
+async def test_one_bad_part_of_a_mixed_block_fails_the_block() -> None:
+    async with bench(holes=[ByteRange(16 * KiB, 32 * KiB)]) as b:
+        b.repository.fail("disk", ByteRange(60 * KiB, 61 * KiB))
+        with pytest.raises(errors.RequestFailed):
+            await b.read(blocks(0))
+        await b.settled()
+        assert b.nothing_kept()
+
+
+async def test_reads_wait_for_a_repository_that_is_down() -> None:
+    async with bench() as b:
+        await b.check(blocks(0))
+        await b.settled()
+        b.repository.down = True
+        async with trio.open_nursery() as readers:
+            for i in range(1, 9):
+                readers.start_soon(b.check, blocks(i))
+            await trio.sleep(IO_TIMEOUT_S - 5)
+            await b.check(blocks(0))  # present: nobody notices
+            b.repository.down = False
+        assert trio.current_time() < IO_TIMEOUT_S
+        await b.settled()
+        assert b.fetcher.present(blocks(0, 9))
+
+
+async def test_a_short_outage_costs_many_readers_no_more_than_one() -> None:
+    async with bench() as b:
+        await b.fetcher.learn_next()
+        b.repository.down = True
+        async with trio.open_nursery() as readers:
+            for i in range(20):
+                readers.start_soon(b.check, blocks(3 * i))
+            await trio.sleep(0.3)
+            b.repository.down = False
+        assert trio.current_time() < 0.5
+
+
+@pytest.mark.parametrize("how", ["down", "hang"])
+@pytest.mark.parametrize("learned", [False, True])
+async def test_a_repository_that_stays_away_times_out_each_read_alone(how: str, learned: bool) -> None:
+    async with bench() as b:
+        if learned:
+            await b.fetcher.learn_next()
+        if how == "down":
+            b.repository.down = True
+        else:
+            b.repository.hang()
+        ended = []
+
+        async def reader(start_s: float, block: int) -> None:
+            await trio.sleep(start_s)
+            with pytest.raises(errors.TimedOut) as caught:
+                await b.read(blocks(block))
+            assert caught.value.code == errno.ETIMEDOUT
+            ended.append(round(trio.current_time()))
+
+        async with trio.open_nursery() as readers:
+            readers.start_soon(reader, 0, 3)
+            readers.start_soon(reader, 10, 3)  # joins; its own time counts
+            readers.start_soon(reader, 20, 5)
+        assert ended == [30, 40, 50]
+        assert b.nothing_kept()
+        b.repository.down = False
+        b.repository.go_on()
+        await b.check(blocks(3, 6))
+
+
+async def test_the_kernels_second_try_of_a_read_that_timed_out_fails_at_once_and_nothing_else_does() -> None:
+    async with bench() as b:
+        await b.check(blocks(0))
+        await b.settled()
+        b.repository.down = True
+        with pytest.raises(errors.TimedOut):
+            await b.read(blocks(3))
+        b.repository.down = False
+        began = trio.current_time()
+        with pytest.raises(errors.TimedOut):
+            await b.read(ByteRange(3 * BLOCK, 3 * BLOCK + 4096))
+        assert trio.current_time() == began
+        await b.check(ByteRange(3 * BLOCK + 4096, 4 * BLOCK))
+        await b.settled()
+        await b.check(blocks(0))
+        await b.check(blocks(3))
+
+
+async def test_a_late_answer_after_a_timeout_is_not_mistaken_for_another() -> None:
+    async with bench() as b:
+        await b.fetcher.learn_next()
+        b.repository.delay_s = IO_TIMEOUT_S + 1
+        with pytest.raises(errors.TimedOut):
+            await b.read(blocks(3))
+        b.repository.delay_s = 0.5
+        await trio.sleep(KERNEL_RETRY_S)
+        await b.check(blocks(3))
+        await trio.sleep(5 * IO_TIMEOUT_S)
+        await b.check(blocks(3))
+
+
+async def test_a_full_disk_costs_no_read() -> None:
+    async with bench(holes=[blocks(5)]) as b:
+        b.stores.full = True
+        for _ in range(2):
+            await b.check(blocks(0, 8))
+            await b.settled()
+        assert b.fetcher.unkept
+        assert b.nothing_kept()
+        assert b.repository.bytes_read() == 14 * BLOCK
+        b.stores.full = False
+        await b.check(blocks(0, 8))
+        await b.settled()
+        assert not b.fetcher.unkept
+        assert b.fetcher.present(blocks(0, 8))
+
+
+async def test_a_changed_export_is_reported_and_fails_the_read() -> None:
+    async with bench() as b:
+        await b.check(blocks(0))
+        b.repository.add("disk", pattern(SIZE, seed=1), identity="second")
+        with pytest.raises(errors.ExportChanged):
+            await b.read(blocks(30))
+        assert [change.now for change in b.changes] == ["'second'"]
+        assert b.fetcher.present_bytes == BLOCK
+
+
+async def test_a_failed_image_serves_what_it_has_and_says_why_it_serves_no_more() -> None:
+    async with bench() as b:
+        await b.check(blocks(0))
+        await b.settled()
+        b.fetcher.failure = errors.UserError("because")
+        await b.check(blocks(0))
+        for where in (blocks(1), blocks(0, 2)):
+            with pytest.raises(errors.UserError, match="because"):
+                await b.read(where)
+        assert b.demand() == [blocks(0)]
+
+
+async def test_an_end_in_the_middle_leaves_no_claim_behind() -> None:
+    async with bench() as b:
+        b.repository.hang()
+        async with trio.open_nursery() as fetches:
+            b.fetcher._nursery = fetches
+            with trio.move_on_after(1):
+                await b.read(blocks(3))
+            fetches.cancel_scope.cancel()
+        assert b.fetcher._fetches == {}
+        assert [state for _, state in b.blocks.runs()] == [0]
+
+
+# -- saving
+
+
+async def test_a_checkpoint_saves_what_is_present_when_it_begins() -> None:
+    async with bench() as b:
+        assert not b.fetcher.dirtied.is_set()
+        await b.check(blocks(0))
+        await b.settled()
+        await until(b.fetcher.dirtied.is_set)
+        await b.fetcher.checkpoint()
+        assert not b.fetcher.dirtied.is_set()
+        assert b.stores.journal == ["data 2", "map 2"]
+        await b.fetcher.checkpoint()
+        assert b.stores.checkpoints == 1  # nothing new
+        await b.check(blocks(9))
+        await b.settled()
+        b.stores.crash()
+        assert b.stores.partials[2].states == bytes([1] + 63 * [0])
+        assert b.stores.partials[2].data[:BLOCK] == b.content[:BLOCK]
+
+
+async def test_a_claim_under_way_is_saved_as_missing() -> None:
+    async with bench() as b:
+        await b.check(blocks(0))
+        await b.settled()
+        take(b)
+        await b.fetcher.checkpoint()
+        assert b.stores.partials[2].states == bytes([1] + 63 * [0])
+
+
+async def test_a_checkpoint_that_failed_is_still_to_be_done() -> None:
+    async with bench() as b:
+        await b.check(blocks(0))
+        await b.settled()
+        b.stores.checkpoint_error = errors.NoSpace()
+        with pytest.raises(errors.NoSpace):
+            await b.fetcher.checkpoint()
+        assert b.fetcher.dirtied.is_set()
+        b.stores.checkpoint_error = None
+        await b.fetcher.checkpoint()
+        assert b.stores.partials[2].states == bytes([1] + 63 * [0])
+
+
+async def test_blocks_larger_than_a_request_and_images_smaller_than_a_block() -> None:
+    async with bench(size=3 * MiB, block_size=2 * MiB) as b:
+        await b.check(ByteRange(2 * MiB - 1, 2 * MiB + 1))
+        assert sorted(b.demand()) == [ByteRange(0, 2 * MiB), ByteRange(2 * MiB, 3 * MiB)]
+    async with bench(size=513) as b:
+        await b.check(ByteRange(512, 513))
+        await until(b.fetcher.completed.is_set)
+        assert b.demand() == [ByteRange(0, 513)]

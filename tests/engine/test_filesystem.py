@@ -1,0 +1,396 @@
+"""Names and inodes as the repository's list changes; sizes; versions; the beginning and the end."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import trio
+from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, until
+from fakes import pattern
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.lifecycle import State
+from lazyfs.filesystem import NO_SIZES_S, ROOT_INODE, Folder
+from lazyfs.image import Image
+from lazyfs.units import MiB
+
+pytestmark = pytest.mark.trio(run=run)
+
+SIZE = MiB
+ALL = ByteRange(0, SIZE)
+
+
+def world_with(*names: str, **options: object) -> World:
+    world = World(**options)
+    for name in names:
+        world.repository.add(name, pattern(SIZE))
+    return world
+
+
+def tree(world: World) -> dict[str, str]:
+    """Path -> export, found by walking folders as a user would."""
+    found: dict[str, str] = {}
+
+    def walk(folder: Folder, path: str) -> None:
+        for position, name, node in world.filesystem.entries_after(folder, 0):
+            assert position == node.inode
+            assert world.filesystem.node(node.inode) is node
+            assert name not in ("", ".", "..")
+            assert "/" not in name
+            if isinstance(node, Folder):
+                assert node.parent is folder
+                assert node.entries, "an empty folder"
+                walk(node, f"{path}{name}/")
+            else:
+                assert world.filesystem.image_at(f"{path}{name}") is node
+                found[f"{path}{name}"] = node.record.export
+
+    walk(world.filesystem.root, "")
+    assert world.filesystem.node(ROOT_INODE) is world.filesystem.root
+    return found
+
+
+# -- names
+
+
+async def test_slashes_make_folders() -> None:
+    world = world_with("debian", "team/ubuntu", "team/x/y")
+    async with world.daemon():
+        assert tree(world) == {name: name for name in ("debian", "team/ubuntu", "team/x/y")}
+        assert world.filesystem.image_at("") is world.filesystem.root
+        assert world.filesystem.image_at("team/none") is None
+        assert world.filesystem.image_at("debian/none") is None
+
+
+async def test_names_that_cannot_be_files_are_encoded() -> None:
+    hostile = ["", ".", "..", "../../etc/passwd", "/abs", "a//b", "end/", ".lazyfs", ".lazyfs/lock", "nul\0", "x" * 300]
+    world = world_with(*hostile, "100%", "100%25")
+    async with world.daemon():
+        found = tree(world)
+        assert sorted(found.values()) == sorted([*hostile, "100%", "100%25"])
+        assert found["%00"] == ""
+        assert found["..%2F..%2Fetc%2Fpasswd"] == "../../etc/passwd"
+        assert found["%2Elazyfs"] == ".lazyfs"
+        assert all(len(part.encode()) <= 255 for path in found for part in path.split("/"))
+        assert not any(path.split("/")[0] == ".lazyfs" for path in found)
+        world.repository.exports["../../etc/passwd"] = replace(world.repository.exports[""], content=b"harmless")
+        assert await (await world.open("../../etc/passwd")).read(0, 100) == b"harmless"
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("order", [["a", "a/b"], ["a/b", "a"]])
+async def test_a_file_and_a_folder_of_one_name(order: list[str], together: bool) -> None:
+    world = world_with(*(order if together else order[:1]))
+    async with world.daemon():
+        first = tree(world)
+        world.repository.add(order[1], pattern(SIZE))
+        await world.filesystem.refresh()
+        found = tree(world)
+        assert sorted(found.values()) == ["a", "a/b"]
+        assert first.items() <= found.items()  # a name once given stays
+    async with world.daemon():
+        assert tree(world) == found
+
+
+async def test_a_name_given_is_kept_when_its_clash_goes_away() -> None:
+    world = world_with("a", "a/b")
+    async with world.daemon():
+        before = tree(world)
+        del world.repository.exports["a"]
+        await world.filesystem.refresh()
+        after = tree(world)
+        assert after == {path: export for path, export in before.items() if export == "a/b"}
+        world.repository.add("a", pattern(SIZE))
+        await world.filesystem.refresh()
+        assert sorted(tree(world).values()) == ["a", "a/b"]
+
+
+# -- new, gone
+
+
+async def test_new_exports_appear_and_unused_ones_disappear() -> None:
+    world = world_with("old", "kept", "team/only")
+    async with world.daemon():
+        invalid: list[str] = []
+        world.filesystem.on_invalid_entry = lambda folder, name: invalid.append(f"{folder.path}/{name}")
+        await world.open("kept")
+        folder = world.filesystem.image_at("team")
+        assert isinstance(folder, Folder)
+        world.repository.exports = {"new": world.repository.exports["old"]}
+        await world.filesystem.refresh()
+        assert sorted(tree(world)) == ["kept", "new"]
+        assert set(invalid) == {"/old", "team/only", "/team", "/new"}
+        assert world.filesystem.node(folder.inode) is None
+        assert "not in the repository any more" in world.image("kept").statistics().error
+        assert sorted(r.export for r in world.catalog.load()) == ["kept", "new"]
+
+
+async def test_what_is_cached_outlasts_its_export() -> None:
+    world = world_with("disk")
+    content = world.repository.exports["disk"].content
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+    world.repository.exports.clear()
+    async with world.daemon():
+        await world.check(await world.open("disk"), ALL, content)
+    world.repository.down = True
+    async with world.daemon():
+        assert "no connection" in world.filesystem.list_trouble
+        await world.check(await world.open("disk"), ALL, content)
+
+
+async def test_inodes_stay_and_are_never_given_twice() -> None:
+    world = world_with("a", "b", "c/d")
+    async with world.daemon():
+        before = {path: world.filesystem.image_at(path).inode for path in ("a", "b", "c/d", "c")}
+    async with world.daemon():
+        assert {path: world.filesystem.image_at(path).inode for path in before} == before
+        keep = world.repository.exports.pop("b")
+        await world.filesystem.refresh()
+        world.repository.exports["b"] = keep
+        await world.filesystem.refresh()
+        assert world.image("b").inode not in before.values()
+
+
+async def test_a_repository_that_cannot_be_listed_changes_nothing_and_is_reported() -> None:
+    world = world_with("a", "b")
+    async with world.daemon():
+        world.repository.down = True
+        with pytest.raises(errors.ConnectionLost):
+            await world.filesystem.refresh()
+        assert "no connection" in world.filesystem.list_trouble
+        assert sorted(tree(world)) == ["a", "b"]
+        assert not any(image.gone for image in world.filesystem.images())
+        world.repository.down = False
+        await world.filesystem.refresh()
+        assert world.filesystem.list_trouble == ""
+
+
+# -- positions in a listing
+
+
+def listing(world: World, position: int, limit: int) -> list[tuple[int, str]]:
+    found: Iterable[tuple[int, str, object]] = world.filesystem.entries_after(world.filesystem.root, position)
+    return [(position, name) for position, name, _ in found][:limit]
+
+
+async def test_a_listing_goes_on_where_it_stopped_whatever_came_and_went() -> None:
+    world = world_with(*(f"disk {i:02}" for i in range(20)), "folder/x")
+    async with world.daemon():
+        first = listing(world, 0, 8)
+        for name in ("disk 03", "disk 07", "disk 08", "disk 12"):
+            del world.repository.exports[name]
+        for name in ("aaa", "disk 05b", "zzz"):
+            world.repository.add(name, b"")
+        await world.filesystem.refresh()
+        shown = [name for _, name in first]
+        while more := listing(world, first[-1][0], 3):
+            shown += [name for _, name in more]
+            first = more
+        stayed = {f"disk {i:02}" for i in range(20)} - {"disk 03", "disk 07", "disk 08", "disk 12"}
+        assert len(shown) == len(set(shown))
+        assert stayed | {"aaa", "disk 05b", "zzz", "folder"} <= set(shown)
+
+
+# -- sizes
+
+
+async def test_sizes_are_asked_in_batches_and_once() -> None:
+    world = World()
+    for i in range(600):
+        world.repository.add(f"disk {i}", bytes(i))
+    async with world.daemon():
+        images = list(world.filesystem.images())
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(world.filesystem.describe, images)
+        assert world.repository.describes == 3
+        assert {image.record.export: image.record.size for image in images} == {f"disk {i}": i for i in range(600)}
+    async with world.daemon():
+        world.filesystem.describe_soon(list(world.filesystem.images()))
+        await trio.sleep(1)
+        assert world.repository.describes == 3
+
+
+async def test_an_export_the_server_will_not_describe_spoils_no_other() -> None:
+    world = world_with("good", "bad")
+    world.repository.refused.add("bad")
+    async with world.daemon():
+        await world.filesystem.describe(list(world.filesystem.images()))
+        assert world.image("good").record.size == SIZE
+        assert world.image("bad").record.size is None
+        with pytest.raises(errors.RequestFailed):
+            await world.open("bad")
+        world.repository.refused.clear()
+        await world.check(await world.open("bad"), ALL)
+
+
+async def test_asking_for_sizes_waits_for_the_repository_but_not_for_ever() -> None:
+    world = world_with("disk", "other")
+    async with world.daemon():
+        world.repository.down = True
+        world.filesystem.describe_soon([world.image("disk")])
+        with pytest.raises(errors.TimedOut):
+            await world.open("disk")
+        assert trio.current_time() == pytest.approx(IO_TIMEOUT_S, abs=1)
+        began = trio.current_time()
+        with pytest.raises(errors.TimedOut):  # `ls -l` of thousands waits once
+            await world.filesystem.describe([world.image("other")])
+        assert trio.current_time() == began
+        await trio.sleep(NO_SIZES_S)
+        async with trio.open_nursery() as nursery:  # nobody else has noticed that it is back
+            nursery.start_soon(world.open, "disk")
+            await trio.sleep(10)
+            world.repository.down = False
+        assert world.image("disk").open_count == 1
+
+
+# -- versions
+
+
+async def test_a_remote_image_is_opened_as_it_is_now() -> None:
+    world = world_with("disk")
+    async with world.daemon():
+        await world.filesystem.describe([world.image("disk")])
+        world.repository.add("disk", pattern(2 * SIZE, seed=3), identity="new")
+        image = await world.open("disk")
+        assert image.record.size == 2 * SIZE
+        await world.check(image, ByteRange(0, 2 * SIZE))
+
+
+@pytest.mark.parametrize("found_by", ["a reader", "refresh"])
+async def test_replacing_gives_a_new_inode_and_old_openers_keep_old_bytes(found_by: str) -> None:
+    world = world_with("disk", replace_changed=True)
+    old = world.repository.exports["disk"].content
+    async with world.daemon():
+        invalid: list[str] = []
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 2))
+        world.filesystem.on_invalid_entry = lambda folder, name: invalid.append(name)
+        new = world.repository.add("disk", pattern(2 * SIZE, seed=1), identity="new").content
+        if found_by == "refresh":
+            await world.filesystem.refresh()
+        else:
+            async with trio.open_nursery() as nursery:  # several find it at the same time
+                for i in range(4):
+                    nursery.start_soon(failing_read, image, blocks(8 + i))
+            await until(lambda: world.image("disk") is not image)
+        now = await world.open("disk")
+        assert "disk" in invalid
+        assert now.inode != image.inode
+        assert now.record.path == image.record.path
+        await world.check(now, ByteRange(0, 2 * SIZE), new)
+        await until(lambda: now.record.state is State.WHOLE)
+        await world.check(image, blocks(0, 2), old)
+        await failing_read(image, blocks(3))
+        assert [r.inode for r in world.catalog.load()] == [now.inode]
+        assert world.filesystem.node(image.inode) is image
+        await world.close(image)
+        assert world.filesystem.node(image.inode) is None
+        assert len(world.stores.open_files) == 1
+        await world.filesystem.refresh()
+        assert world.image("disk") is now
+    assert world.stores.plain == {"disk": new}
+
+
+async def failing_read(image: Image, where: ByteRange) -> None:
+    with pytest.raises(errors.ExportChanged):
+        await image.read(where.start, where.length)
+
+
+async def test_replacing_a_whole_image() -> None:
+    world = world_with("disk", replace_changed=True)
+    old = world.repository.exports["disk"].content
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        new = world.repository.add("disk", pattern(SIZE, seed=1), identity="new").content
+        await world.filesystem.refresh()
+        assert world.stores.plain == {}
+        await world.check(image, ALL, old)
+        now = await world.open("disk")
+        await world.check(now, ALL, new)
+
+
+async def test_one_image_that_cannot_be_replaced_stops_neither_the_others_nor_the_daemon() -> None:
+    world = world_with("a", "b", replace_changed=True)
+    async with world.daemon():
+        for name in "ab":
+            image = await world.open(name)
+            await world.check(image, ALL)
+            await until(lambda image=image: image.record.state is State.WHOLE)
+            await world.close(image)
+        world.stores.plain.pop("a")
+        for name in "ab":
+            world.repository.add(name, pattern(SIZE, seed=1), identity="new")
+        await world.filesystem.refresh()
+        assert world.filesystem.list_trouble == ""
+        for name in "ab":
+            await world.check(await world.open(name), ALL)
+
+
+async def test_a_catalog_that_fails_during_a_replacement_does_not_end_the_daemon() -> None:
+    world = world_with("disk", replace_changed=True)
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        world.catalog.error = OSError(5, "I/O error")
+        world.repository.add("disk", pattern(SIZE, seed=1), identity="new")
+        await failing_read(image, blocks(9))
+        await trio.sleep(60)
+        world.catalog.error = None
+        await world.filesystem.refresh()
+        await world.check(await world.open("disk"), ALL)
+        assert len(world.catalog.load()) == 1
+
+
+async def test_an_open_file_goes_on_when_its_export_disappears_and_returns() -> None:
+    world = world_with("disk")
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        keep = world.repository.exports.pop("disk")
+        await world.filesystem.refresh()
+        await image.read(0, BLOCK)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.read, 9 * BLOCK, BLOCK)
+            await trio.sleep(5)
+            world.repository.exports["disk"] = keep
+        await world.filesystem.refresh()
+        assert image.statistics().error == ""
+
+
+# -- statistics, the end
+
+
+async def test_statistics_are_ordered_by_path() -> None:
+    world = world_with("b", "a", "c/d")
+    async with world.daemon():
+        assert [s.path for s in world.filesystem.statistics()] == ["a", "b", "c/d"]
+        assert [s.path for s in world.filesystem.statistics([world.image("b")])] == ["b"]
+
+
+async def test_the_end_comes_although_one_image_cannot_be_saved() -> None:
+    world = world_with("a", "b")
+    async with world.daemon():
+        for name in "ab":
+            await world.check(await world.open(name), blocks(0))
+        world.stores.checkpoint_error = errors.NoSpace()
+    assert not world.stores.open_files
+
+
+async def test_an_end_while_a_reader_waits_for_a_dead_repository() -> None:
+    world = world_with("disk")
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        world.repository.hang()
+        with trio.move_on_after(1):
+            await image.read(5 * BLOCK, BLOCK)
+    world.repository.go_on()
+    async with world.daemon():
+        await world.check(await world.open("disk"), ALL)

@@ -1,0 +1,403 @@
+"""The life of one image: begun by an open, checkpointed, handed off, failed, recovered, retired."""
+
+import pytest
+import trio
+from engine_world import BLOCK, World, blocks, run, seconds_to_next_wakeup, until
+from fakes import pattern
+from trio.testing import wait_all_tasks_blocked
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.lifecycle import State
+from lazyfs.image import CHECKPOINT_S
+from lazyfs.units import MiB
+
+pytestmark = pytest.mark.trio(run=run)
+
+SIZE = MiB - 512
+ALL = ByteRange(0, SIZE)
+
+
+def world_with_disk(holes: list[ByteRange] | None = None, **options: object) -> World:
+    world = World(**options)
+    world.repository.add("disk", pattern(SIZE), holes or [])
+    return world
+
+
+async def test_the_first_open_makes_a_remote_image_partial_and_fetches_nothing() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        assert world.image("disk").record.state is State.REMOTE
+        assert not world.stores.partials
+        image = await world.open("disk")
+        assert world.catalog.load()[0].state is State.PARTIAL
+        assert list(world.stores.partials) == [image.inode]
+        assert world.repository.log == []
+
+
+async def test_reads_end_where_the_image_ends() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        content = world.repository.exports["disk"].content
+        assert await image.read(SIZE - 10, 4096) == content[-10:]
+        assert await image.read(SIZE, 1) == b""
+        assert await image.read(10 * SIZE, 4096) == b""
+        assert await image.read(0, 0) == b""
+        assert await image.read(SIZE - 1, 2) == content[-1:]
+
+
+async def test_every_byte_whatever_the_borders_of_reads() -> None:
+    world = world_with_disk(holes=[ByteRange(5 * BLOCK + 4096, 7 * BLOCK)])
+    async with world.daemon():
+        image = await world.open("disk")
+        for step in (BLOCK + 4097, 511):
+            for start in range(0, SIZE, step):
+                await world.check(image, ByteRange(start, min(start + step, SIZE)))
+
+
+# -- hand-off
+
+
+async def test_a_complete_image_becomes_a_plain_file_in_this_order() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        i = image.inode
+        assert world.stores.journal == [
+            *(f"partial {i}", f"data {i}", f"map {i}", f"finish {i}", f"whole {i}", f"remove {i}")
+        ]
+        assert world.stores.plain["disk"] == world.repository.exports["disk"].content
+        await world.check(image, ALL)  # on the descriptor it was opened with
+        await world.close(image)
+        assert not world.stores.open_files
+        again = await world.open("disk")
+        world.repository.down = True
+        await world.check(again, ALL)
+        await world.close(again)
+
+
+async def test_an_empty_image_is_whole_once_it_is_opened() -> None:
+    world = World()
+    world.repository.add("empty", b"")
+    async with world.daemon():
+        image = await world.open("empty")
+        assert await image.read(0, 4096) == b""
+        await until(lambda: image.record.state is State.WHOLE)
+        assert world.stores.plain == {"empty": b""}
+
+
+async def test_a_foreign_file_in_the_way_is_reported_and_not_touched() -> None:
+    world = world_with_disk()
+    world.stores.plain["disk"] = b"precious"
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: "in the way" in image.statistics().error)
+        await trio.sleep(60)
+        assert image.record.state is State.PARTIAL
+        await world.check(image, ALL)
+        assert world.stores.plain["disk"] == b"precious"
+        del world.stores.plain["disk"]
+        await until(lambda: image.record.state is State.WHOLE)
+        assert image.statistics().error == ""
+
+
+async def test_a_catalog_that_cannot_be_written_delays_the_hand_off() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        world.catalog.error = OSError(5, "I/O error")
+        await world.check(image, ALL)
+        await trio.sleep(60)
+        assert image.record.state is State.PARTIAL
+        assert image.inode in world.stores.partials
+        world.catalog.error = None
+        await until(lambda: image.record.state is State.WHOLE)
+
+
+@pytest.mark.parametrize("after", ["finish", "whole"])
+async def test_a_crash_in_the_middle_of_a_hand_off_is_finished_by_the_next_daemon(after: str) -> None:
+    world = world_with_disk()
+    async with world.daemon(crash=True):
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        if after == "finish":
+            world.catalog.error = OSError(5, "I/O error")
+        await until(lambda: any(line.startswith(after) for line in world.stores.journal))
+    world.catalog.error = None
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        assert world.repository.bytes_read() == SIZE
+
+
+# -- checkpoints and counters
+
+
+async def test_checkpoints_come_while_something_changes_and_then_no_more() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        for i in range(10):
+            await world.check(image, blocks(i))
+            await trio.sleep(1)
+        await trio.sleep(CHECKPOINT_S)
+        assert 2 <= world.stores.checkpoints <= 4
+        record = world.catalog.load()[0]
+        assert record.present_bytes == image.present_bytes() >= 10 * BLOCK
+        assert record.demand_bytes == world.repository.bytes_read()
+        assert record.requests == len(world.repository.log)
+        await wait_all_tasks_blocked()
+        assert seconds_to_next_wakeup() == float("inf")
+
+
+async def test_counters_and_blocks_survive_a_clean_restart() -> None:
+    world = world_with_disk(holes=[blocks(2, 4)])
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 6))
+        before = image.statistics()
+    async with world.daemon():
+        image = world.image("disk")
+        after = image.statistics()
+        assert (after.present_bytes, after.zero_bytes) == (before.present_bytes, before.zero_bytes)
+        assert (after.demand_bytes, after.requests) == (before.demand_bytes, before.requests)
+        del world.repository.log[:]
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 6))
+        assert world.repository.log == []
+
+
+async def test_a_crash_costs_what_the_last_checkpoint_did_not_have() -> None:
+    world = world_with_disk()
+    async with world.daemon(crash=True):
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        await until(lambda: world.stores.checkpoints)
+        await world.check(image, blocks(9))
+        assert image.fetcher is not None
+        await until(lambda: image.fetcher.present(blocks(9)))
+    del world.repository.log[:]
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        assert world.repository.log == []
+        await world.check(image, blocks(9))
+        assert world.repository.reads() == [blocks(9)]
+
+
+async def test_a_checkpoint_that_fails_is_repeated_although_nothing_else_changes() -> None:
+    world = world_with_disk()
+    async with world.daemon(crash=True):
+        image = await world.open("disk")
+        world.stores.checkpoint_error = errors.NoSpace()
+        await world.check(image, blocks(0))
+        await trio.sleep(60)
+        assert world.stores.checkpoints == 0
+        world.stores.checkpoint_error = None
+        await trio.sleep(3 * CHECKPOINT_S)
+        assert world.stores.checkpoints == 1
+
+
+async def test_a_catalog_that_cannot_be_written_fails_no_read() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        world.catalog.error = errors.NoSpace()
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        await trio.sleep(60)
+        world.catalog.error = None
+        await world.check(image, blocks(5))
+        await trio.sleep(60)
+        assert world.catalog.load()[0].state is State.PARTIAL
+
+
+async def test_a_damaged_cache_is_discarded_and_fetched_again() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        await world.check(await world.open("disk"), blocks(0, 4))
+    for disk in world.stores.partials.values():
+        disk.damaged = True
+        disk.data[:] = b"?" * SIZE
+    async with world.daemon():
+        image = await world.open("disk")
+        assert image.present_bytes() == 0
+        await world.check(image, ALL)
+
+
+# -- a full disk
+
+
+async def test_without_room_even_to_begin_reads_are_served_and_status_says_so() -> None:
+    world = world_with_disk(holes=[blocks(3, 5), ByteRange(6 * BLOCK + 4096, 6 * BLOCK + 8192)])
+    world.stores.full = True
+    async with world.daemon():
+        image = await world.open("disk")
+        for _ in range(2):
+            await world.check(image, ALL)
+            await world.check(image, blocks(3))
+            await world.check(image, blocks(4, 7))
+        assert "disk is full" in image.statistics().error
+        assert not image.fillable
+        await world.close(image)
+        world.stores.full = False
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+
+
+async def test_an_empty_or_all_hole_image_without_room() -> None:
+    world = World()
+    world.repository.add("empty", b"")
+    world.repository.add("hole", bytes(SIZE), [ALL])
+    world.stores.full = True
+    async with world.daemon():
+        assert await (await world.open("empty")).read(0, 10) == b""
+        assert await (await world.open("hole")).read(5, BLOCK) == bytes(BLOCK)
+
+
+async def test_a_disk_that_fills_up_is_reported_until_there_is_room() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        world.stores.full = True
+        await world.check(image, blocks(8))
+        await trio.sleep(1)
+        assert "disk is full" in image.statistics().error
+        await world.check(image, blocks(0))
+        world.stores.full = False
+        await world.check(image, blocks(8))
+        await until(lambda: image.statistics().error == "")
+
+
+# -- another version of the export
+
+
+async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recovers() -> None:
+    world = world_with_disk()
+    old = world.repository.exports["disk"]
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 2))
+        world.repository.add("disk", pattern(SIZE, seed=1), identity="new")
+        with pytest.raises(errors.ExportChanged):
+            await image.read(9 * BLOCK, BLOCK)
+        await until(lambda: image.record.state is State.FAILED)
+        assert world.catalog.load()[0].state is State.FAILED
+        assert image.statistics().error == "changed in the repository (was '', now 'new')"
+        await world.check(image, blocks(0, 2), old.content)
+        with pytest.raises(errors.ExportChanged):
+            await image.read(BLOCK, 2 * BLOCK)
+        assert not image.fillable
+    async with world.daemon():  # and so after a restart
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 2), old.content)
+        with pytest.raises(errors.LazyfsError, match="changed in the repository"):
+            await image.read(9 * BLOCK, BLOCK)
+        world.repository.exports["disk"] = old
+        await world.filesystem.refresh()
+        assert image.record.state is State.PARTIAL
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        assert image.statistics().error == ""
+
+
+async def test_a_whole_image_whose_export_changed_keeps_its_bytes_and_says_so() -> None:
+    world = world_with_disk()
+    old = world.repository.exports["disk"]
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        world.repository.add("disk", pattern(2 * SIZE, seed=1))
+        for _ in range(2):
+            await world.filesystem.refresh()
+        assert image.record.state is State.WHOLE
+        assert image.statistics().error == f"changed in the repository (was {SIZE} bytes, now {2 * SIZE} bytes)"
+        await world.check(image, ALL, old.content)
+        assert world.stores.plain["disk"] == old.content
+        world.repository.exports["disk"] = old
+        await world.filesystem.refresh()
+        assert image.statistics().error == ""
+
+
+async def test_a_changed_image_that_happens_to_be_complete_is_not_handed_off() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ByteRange(0, SIZE - BLOCK))
+        await image.fail(errors.ExportChanged("disk", "a", "b"))
+        await trio.sleep(60)
+        assert world.stores.plain == {}
+        await image.recover()
+        await world.check(image, ALL)
+        await image.fail(errors.ExportChanged("disk", "a", "b"))
+        await trio.sleep(60)
+        assert world.stores.plain == {}
+        await image.recover()
+        await until(lambda: image.record.state is State.WHOLE)
+
+
+async def test_a_retired_image_serves_what_it_had_until_its_last_close() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 2))
+        await image.retire(errors.ExportChanged("disk", "a", "b"))
+        assert not world.stores.partials
+        assert world.catalog.load() == []
+        await world.check(image, blocks(0, 2))
+        with pytest.raises(errors.ExportChanged):
+            await image.read(5 * BLOCK, 1)
+        await world.filesystem.release(image)
+        assert not world.stores.open_files
+
+
+async def test_retiring_a_whole_image_whose_file_is_gone() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        await world.close(image)
+        world.stores.plain.clear()
+        await image.retire(errors.ExportChanged("disk", "a", "b"))
+        assert world.catalog.load() == []
+
+
+async def test_an_open_that_fails_does_not_count() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        await world.close(image)
+        plain = world.stores.plain.pop("disk")
+        with pytest.raises(errors.CacheCorrupt):
+            await world.open("disk")
+        assert image.open_count == 0
+        world.stores.plain["disk"] = plain
+        await world.check(await world.open("disk"), ALL)
+
+
+async def test_statistics_tell_each_byte_from_the_others() -> None:
+    world = world_with_disk(holes=[blocks(2, 4)])
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0, 4))
+        await until(lambda: image.statistics().present_bytes)
+        found = image.statistics()
+        assert (found.name, found.path, found.size, found.state) == ("disk", "disk", SIZE, "partial")
+        assert (found.present_bytes, found.zero_bytes, found.open_count) == (2 * BLOCK, 2 * BLOCK, 1)
+        assert (found.fetched_bytes, found.populated_bytes, found.requests) == (2 * BLOCK, 0, 1)
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        await world.close(image)
+        found = image.statistics()
+        assert (found.present_bytes, found.zero_bytes, found.state) == (SIZE - 2 * BLOCK, 2 * BLOCK, "whole")
+        assert found.fill_rate == 0

@@ -1,0 +1,532 @@
+"""The world in memory: a repository, stores and a catalog with a switch for each thing that can go wrong.
+
+They pass the same contract tests as the real ones (`contracts/`). All time in them is trio's clock.
+"""
+
+import array
+import errno
+import functools
+import math
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.block_map import DATA, PAGE_BLOCKS, BlockMap
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.extent_map import GRAIN
+from lazyfs.core.lifecycle import State
+from lazyfs.core.pacing import Backoff
+from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageFile, ImageRecord, Source, Store
+from lazyfs.units import KiB
+
+POISON = 0xEE
+"""What an unanswered or refused request leaves in its buffer."""
+
+Kind = Literal["demand", "fill"]
+T = TypeVar("T")
+
+
+@functools.cache
+def pattern(size: int, seed: int = 0) -> bytes:
+    """Bytes in which each aligned group of 8 says where it is and of which seed: none looks like another."""
+    first = (seed + 1) << 48
+    words = array.array("Q", range(first, first + size, 8))
+    words.byteswap()  # reads better in a dump
+    return words.tobytes()[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeExport:
+    """A disk of the fake repository."""
+
+    content: bytes
+    data: tuple[ByteRange, ...]
+    """What block status calls data; the rest reads as zeroes."""
+    identity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One read request as it reached the fake repository."""
+
+    export: str
+    offset: int
+    length: int
+    kind: Kind
+    at: float
+    """trio's clock."""
+
+    @property
+    def range(self) -> ByteRange:
+        return ByteRange(self.offset, self.offset + self.length)
+
+
+class FakeRepository:
+    """Implements `interfaces.Repository`."""
+
+    REQUEST = 256 * KiB
+    """What its fillers claim at once."""
+
+    def __init__(self) -> None:
+        self.uri = "fake://repository"
+        self.connected = False
+        self.exports: dict[str, FakeExport] = {}
+        self.log: list[Request] = []
+        self.status_log: list[tuple[str, ByteRange]] = []
+        self.lists = self.describes = 0
+        self.down = False
+        """Nothing can be reached, and what is under way is lost."""
+        self.refused: set[str] = set()
+        """Exports that are listed but cannot be opened or described."""
+        self.delay_s = 0.0
+        """Of every answer."""
+        self.demand_delay_s = 0.0
+        """More, of answers to demand reads."""
+        self.fill_in_flight = 1
+        """Requests that one filler has under way at once."""
+        self.fill_connects = 0
+        self._bad: list[tuple[str, ByteRange, int]] = []
+        self._running = trio.Event()
+        self._running.set()
+
+    # -- switches
+
+    def add(self, name: str, content: bytes, holes: Iterable[ByteRange] = (), identity: str = "") -> FakeExport:
+        """Add or replace an export. Bytes inside `holes` become zero and are reported as such."""
+        made, data, position = bytearray(content), [], 0
+        for hole in sorted(hole.clip(ByteRange(0, len(content))) for hole in holes):
+            made[hole.start : hole.end] = bytes(hole.length)
+            if hole.length and hole.start > position:
+                data.append(ByteRange(position, hole.start))
+            position = max(position, hole.end if hole.length else 0)
+        if position < len(made):
+            data.append(ByteRange(position, len(made)))
+        self.exports[name] = export = FakeExport(bytes(made), tuple(data), identity)
+        return export
+
+    def fail(self, name: str, where: ByteRange, code: int = errno.EIO) -> None:
+        """Refuse every read of `name` that touches `where`."""
+        self._bad.append((name, where, code))
+
+    def heal(self) -> None:
+        """Refuse nothing any more."""
+        self._bad.clear()
+
+    def hang(self) -> None:
+        """Answer nothing until `go_on`."""
+        if self._running.is_set():
+            self._running = trio.Event()
+
+    def go_on(self) -> None:
+        """End `hang`."""
+        self._running.set()
+
+    # -- oracles
+
+    def reads(self, name: str | None = None, kind: Kind | None = None) -> list[ByteRange]:
+        """The ranges asked for, in order."""
+        return [r.range for r in self.log if (name is None or r.export == name) and (kind is None or r.kind == kind)]
+
+    def bytes_read(self, name: str | None = None, kind: Kind | None = None) -> int:
+        return sum(asked.length for asked in self.reads(name, kind))
+
+    # -- interfaces.Repository
+
+    async def list_exports(self) -> list[str]:
+        self.lists += 1
+        await self._answer()
+        return list(self.exports)
+
+    async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
+        self.describes += 1
+        await self._answer()
+        return {name: self._describe(name) for name in names}
+
+    def source(self, export: Export) -> Source:
+        return _FakeSource(self, export)
+
+    def filler(self, export: Export) -> Filler:
+        return _FakeFiller(self, export)
+
+    # -- inside
+
+    def _describe(self, name: str) -> Export | str:
+        found = self.exports.get(name)
+        if found is None or name in self.refused:
+            return "the server refuses it"
+        return Export(name, len(found.content), found.identity)
+
+    async def _answer(self) -> None:
+        """Reach the server, and wait as long as it takes to answer.
+
+        Raises:
+            ConnectionLost.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_up()
+        await trio.sleep(self.delay_s)
+        await self._running.wait()
+        self._check_up()
+        self.connected = True
+
+    def _check_up(self) -> None:
+        if self.down:
+            self.connected = False
+            raise errors.ConnectionLost(self.uri, "down")
+
+    def _check_version(self, expected: Export) -> FakeExport:
+        found = self._describe(expected.name)
+        if isinstance(found, str):
+            raise errors.ConnectionLost(self.uri, found)
+        if found.size != expected.size:
+            raise errors.ExportChanged(expected.name, f"{expected.size} bytes", f"{found.size} bytes")
+        if found.identity != expected.identity:
+            raise errors.ExportChanged(expected.name, repr(expected.identity), repr(found.identity))
+        return self.exports[expected.name]
+
+    async def read(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
+        """One attempt to read."""
+        buffer[:] = bytes([POISON]) * len(buffer)
+        self._check_up()
+        self._check_version(export)
+        asked = ByteRange(offset, offset + len(buffer))
+        assert 0 <= asked.start < asked.end <= export.size
+        self.log.append(Request(export.name, offset, len(buffer), kind, trio.current_time()))
+        if kind == "demand":
+            await trio.sleep(self.demand_delay_s)
+        await self._answer()
+        content = self._check_version(export).content
+        for name, where, code in self._bad:
+            if name == export.name and where.overlaps(asked):
+                raise errors.RequestFailed(f"reading {name} at {offset}", code)
+        buffer[:] = content[asked.start : asked.end]
+
+    async def status(self, export: Export, window: ByteRange) -> list[ByteRange]:
+        """One attempt to ask for block status."""
+        self._check_up()
+        self._check_version(export)
+        self.status_log.append((export.name, window))
+        await self._answer()
+        data = self._check_version(export).data
+        return [piece.clip(window) for piece in data if piece.overlaps(window)]
+
+
+class _FakeSource:
+    """Reconnects for ever, as the real one does."""
+
+    def __init__(self, repository: FakeRepository, export: Export) -> None:
+        self._repository = repository
+        self._export = export
+        self._backoff = Backoff()
+        self._next_attempt = -math.inf
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        await self._retry(lambda: self._repository.read(self._export, offset, buffer, "demand"))
+
+    async def block_status(self, window: ByteRange) -> list[ByteRange]:
+        return await self._retry(lambda: self._repository.status(self._export, window))
+
+    async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                result = await attempt()
+            except errors.ConnectionLost:
+                if trio.current_time() >= self._next_attempt:
+                    self._next_attempt = trio.current_time() + self._backoff.next()
+                await trio.sleep_until(self._next_attempt)
+            else:
+                self._backoff.reset()
+                return result
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class _FakeFiller:
+    """A few requests at a time; every claim comes back, whatever happens."""
+
+    def __init__(self, repository: FakeRepository, export: Export) -> None:
+        self._repository = repository
+        self._export = export
+        self._connected = False
+
+    async def run(self, work: FillWork, duration_s: float) -> None:
+        failures: list[errors.LazyfsError] = []
+        until = trio.current_time() + duration_s
+
+        async def worker() -> None:
+            try:
+                await self._work(work, until)
+            except (errors.ConnectionLost, errors.ExportChanged) as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        await self._connect()
+        async with trio.open_nursery() as nursery:
+            for _ in range(self._repository.fill_in_flight):
+                nursery.start_soon(worker)
+        if failures:
+            self._connected = False
+            raise failures[0]
+
+    async def _connect(self) -> None:
+        if not self._connected:
+            self._repository.fill_connects += 1
+            await self._repository._answer()
+            self._repository._check_version(self._export)
+            self._connected = True
+
+    async def _work(self, work: FillWork, until: float) -> None:
+        while trio.current_time() <= until:
+            claim = work.claim(self._repository.REQUEST)
+            if claim is None:
+                return
+            if isinstance(claim, float):
+                assert claim > 0
+                await trio.sleep(claim)
+                continue
+            await self._move(work, claim)
+
+    async def _move(self, work: FillWork, claim: Claim) -> None:
+        error: Exception | None = None
+        kept = False
+        try:
+            for part in claim.parts:
+                buffer = memoryview(bytearray(part.length))
+                await self._repository.read(self._export, part.start, buffer, "fill")
+                work.write(part.start, buffer)
+            kept = True
+        except errors.ExportChanged as changed:
+            error = changed
+            raise
+        except (errors.RequestFailed, errors.NoSpace, OSError) as failed:
+            error = failed
+        finally:
+            if kept:
+                work.keep(claim)
+            else:
+                work.drop(claim, error)
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        self._connected = False
+        await trio.lowlevel.checkpoint()
+
+
+# -- the cache directory
+
+
+class _Disk:
+    """The files of one partial image: what was written, and what would outlast a power cut."""
+
+    def __init__(self, record: ImageRecord) -> None:
+        assert record.size is not None
+        self.header = (record.inode, record.size, record.block_size, record.export, record.identity)
+        self.data = bytearray(record.size)
+        self.safe_data = bytes(record.size)
+        self.states = bytes(-(-record.size // record.block_size))
+        self.mixed_zero_bytes = 0
+        self.damaged = False
+
+
+class MemoryStores:
+    """A cache directory in memory. Implements `interfaces.Stores`."""
+
+    def __init__(self) -> None:
+        self.partials: dict[int, _Disk] = {}
+        self.plain: dict[str, bytearray | bytes] = {}
+        """Plain files by path, whole images and what else a test puts there."""
+        self.full = False
+        """Every write fails with NoSpace, and nothing new can be begun."""
+        self.room_low = False
+        """What `nearly_full` says."""
+        self.checkpoint_error: Exception | None = None
+        self.checkpoints = 0
+        self.odd_writes: list[ByteRange] = []
+        """Writes that began or ended where no store should see a border."""
+        self.journal: list[str] = []
+        """What became durable, in order; a catalog may write to it too."""
+        self.open_files: set[object] = set()
+
+    def partial(self, record: ImageRecord) -> Store:
+        return MemoryStore(self, record)
+
+    def whole(self, record: ImageRecord) -> ImageFile:
+        return _MemoryPlainFile(self, record)
+
+    def nearly_full(self) -> bool:
+        return self.room_low
+
+    def sweep(self, records: Iterable[ImageRecord]) -> None:
+        """Remove partial files that no record speaks of, as opening a real cache directory does."""
+        wanted = {record.inode for record in records if record.state in (State.PARTIAL, State.FAILED)}
+        self.partials = {inode: disk for inode, disk in self.partials.items() if inode in wanted}
+
+    def crash(self) -> None:
+        """Forget what no checkpoint made durable."""
+        for disk in self.partials.values():
+            disk.data[:] = disk.safe_data
+        self.open_files.clear()
+
+
+class _MemoryReader:
+    _bytes: bytearray | bytes | None = None
+
+    def __init__(self, stores: MemoryStores) -> None:
+        self._stores = stores
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        # The page cache has the even 64 KiB, so that both ways of reading are in use.
+        return None if offset // (64 * KiB) % 2 else self.read(offset, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if self._bytes is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        data = bytes(self._bytes[offset : offset + length])
+        if len(data) != length:
+            raise errors.CacheCorrupt(f"the cache file ends at {len(self._bytes)}, inside the image")
+        return data
+
+    def close(self) -> None:
+        self._bytes = None
+        self._stores.open_files.discard(self)
+
+
+class MemoryStore(_MemoryReader):
+    """Implements `interfaces.Store`, and holds its caller to the order of data and map."""
+
+    def __init__(self, stores: MemoryStores, record: ImageRecord) -> None:
+        super().__init__(stores)
+        assert record.size is not None
+        self._record = record
+        self._size = record.size
+        self._lock = threading.Lock()
+        self._disk: _Disk | None = None
+        self._written: set[int] = set()
+
+    def load(self) -> BlockMap:
+        record, stores = self._record, self._stores
+        disk = stores.partials.get(record.inode)
+        if disk is None:
+            if stores.full:
+                raise errors.NoSpace
+            disk = stores.partials[record.inode] = _Disk(record)
+        elif disk.damaged or disk.header != _Disk(record).header:
+            raise errors.CacheCorrupt("the map belongs to another image, size or version")
+        self._disk, self._bytes = disk, disk.data
+        stores.open_files.add(self)
+        blocks = BlockMap(self._size, record.block_size, disk.states, disk.mixed_zero_bytes)
+        self._written = {block for block in range(blocks.blocks) if blocks.state(block) == DATA}
+        return blocks
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with self._lock:
+            if self._disk is None or self._bytes is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            if self._stores.full:
+                raise errors.NoSpace
+            end = offset + len(data)
+            if offset % GRAIN or (end % GRAIN and end != self._size) or end > self._size or not data:
+                self._stores.odd_writes.append(ByteRange(offset, end))
+            self._disk.data[offset:end] = data
+            self._written.update(range(offset // self._record.block_size, -(-end // self._record.block_size)))
+
+    def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
+        if self._disk is None or self._bytes is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if self._stores.checkpoint_error is not None:
+            raise self._stores.checkpoint_error
+        with self._lock:
+            self._disk.safe_data = bytes(self._disk.data)
+            self._stores.checkpoints += 1
+            self._stores.journal.append(f"data {self._record.inode}")
+            states = bytearray(self._disk.states)
+            for index, content in pages:
+                first = index * PAGE_BLOCKS
+                assert len(content) == min(PAGE_BLOCKS, len(states) - first)
+                claims = {first + i for i, state in enumerate(content) if state == DATA}
+                assert claims <= self._written, "the map says DATA of a block that nobody wrote"
+                assert all(new >= old for new, old in zip(content, states[first:], strict=False) if old)
+                states[first : first + len(content)] = content
+            self._disk.states = bytes(states)
+            self._disk.mixed_zero_bytes = mixed_zero_bytes
+            self._stores.journal.append(f"map {self._record.inode}")
+
+    def finish(self) -> None:
+        assert self._disk is not None
+        there = self._stores.plain.get(self._record.path)
+        if there is not None and there is not self._disk.data:
+            raise errors.UserError(
+                f"cannot put the whole image at {self._record.path}: a file that lazyfs did not put there is in the way"
+            )
+        assert self._disk.safe_data == self._disk.data, "not checkpointed"
+        self._stores.plain[self._record.path] = self._disk.data
+        self._stores.journal.append(f"finish {self._record.inode}")
+
+    def remove(self) -> None:
+        if self._stores.partials.pop(self._record.inode, None) is not None:
+            self._stores.journal.append(f"remove {self._record.inode}")
+
+
+class _MemoryPlainFile(_MemoryReader):
+    """Implements `interfaces.ImageFile` for a whole image."""
+
+    def __init__(self, stores: MemoryStores, record: ImageRecord) -> None:
+        super().__init__(stores)
+        self._path = record.path
+        found = stores.plain.get(record.path)
+        if found is None:
+            raise errors.CacheCorrupt("the plain file cannot be opened: No such file or directory")
+        if len(found) != record.size:
+            raise errors.CacheCorrupt(f"the plain file has {len(found)} bytes, the image {record.size}")
+        self._bytes = found
+        stores.open_files.add(self)
+
+    def remove(self) -> None:
+        self._stores.plain.pop(self._path, None)
+
+
+class MemoryCatalog:
+    """Implements `interfaces.Catalog`."""
+
+    def __init__(self, journal: list[str] | None = None) -> None:
+        self.records: dict[int, ImageRecord] = {}
+        self.error: Exception | None = None
+        """Raised by every call."""
+        self._next = 2
+        self._journal = [] if journal is None else journal
+
+    def load(self) -> list[ImageRecord]:
+        return [self.records[inode] for inode in sorted(self.records)]
+
+    def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
+        self._check()
+        added = [replace(record, inode=self._next + i) for i, record in enumerate(records)]
+        self._next += len(records)
+        self.records.update((record.inode, record) for record in added)
+        return added
+
+    def update(self, records: Sequence[ImageRecord]) -> None:
+        self._check()
+        for record in records:
+            if record.inode in self.records:
+                if self.records[record.inode].state is not record.state:
+                    self._journal.append(f"{record.state.value} {record.inode}")
+                self.records[record.inode] = record
+
+    def remove(self, inodes: Sequence[int]) -> None:
+        self._check()
+        for inode in inodes:
+            self.records.pop(inode, None)
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
