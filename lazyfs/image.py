@@ -219,6 +219,7 @@ class Image:
                 await self._remove_plain_file()
             elif self.record.state is not State.REMOTE:
                 partial = self._store or self._around.stores.partial(self.record)
+                await trio.to_thread.run_sync(partial.unfinish)
                 await trio.to_thread.run_sync(partial.remove)
             await trio.to_thread.run_sync(self._around.catalog.remove, [self.inode])
             if not self.open_count:
@@ -273,6 +274,7 @@ class Image:
             except errors.CacheCorrupt as error:
                 logger.warning("cached part discarded: image=%s reason=%s", self.record.export, error)
                 store.close()
+                store.unfinish()
                 store.remove()
                 store = self._around.stores.partial(self.record)
                 return store, store.load()
@@ -435,6 +437,9 @@ class _UnkeptStore:
 
     def finish(self) -> None:
         raise errors.NoSpace
+
+    def unfinish(self) -> None:
+        pass
 
     def remove(self) -> None:
         pass

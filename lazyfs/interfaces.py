@@ -244,6 +244,13 @@ class Store(ImageFile, Protocol):
         """
         ...
 
+    def unfinish(self) -> None:
+        """Undo `finish`, before `remove`, for an image that is given up although the catalog was never told.
+
+        Does nothing if the file at the image's path is another. Needs no `load`.
+        """
+        ...
+
 
 class Stores(Protocol):
     """The cache directory, as a maker of stores."""

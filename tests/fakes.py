@@ -468,6 +468,12 @@ class MemoryStore(_MemoryReader):
         self._stores.plain[self._record.path] = self._disk.data
         self._stores.journal.append(f"finish {self._record.inode}")
 
+    def unfinish(self) -> None:
+        disk = self._stores.partials.get(self._record.inode)
+        if disk is not None and self._stores.plain.get(self._record.path) is disk.data:
+            del self._stores.plain[self._record.path]
+            self._stores.journal.append(f"unfinish {self._record.inode}")
+
     def remove(self) -> None:
         if self._stores.partials.pop(self._record.inode, None) is not None:
             self._stores.journal.append(f"remove {self._record.inode}")

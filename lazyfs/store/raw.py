@@ -196,9 +196,15 @@ class RawStore(_FileReader):
             for folder in ["", *folders]:
                 self._sync_folder(folder)
 
+    def unfinish(self) -> None:
+        """Unlink the plain file if it is another name of the data file."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if self._is_ours(self._record.path):
+                os.unlink(self._record.path, dir_fd=self._root_fd)
+
     def _is_ours(self, path: str) -> bool:
         there = os.stat(path, dir_fd=self._root_fd, follow_symlinks=False)
-        ours = os.fstat(self._fd)
+        ours = os.stat(self._data_name, dir_fd=self._root_fd, follow_symlinks=False)
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def remove(self) -> None:

@@ -270,7 +270,7 @@ async def test_a_source_waits_for_a_repository_that_is_down(lab: Lab) -> None:
             for i, buffer in enumerate(buffers):
                 nursery.start_soon(source.pread, i * 4096, memoryview(buffer))
             nursery.start_soon(ask)
-            while repository.connected:  # noqa: ASYNC110 - it has no event for this
+            while repository.connected:
                 await trio.sleep(0.01)
             lab.start()
         assert b"".join(buffers) == lab.content[: 8 * 4096]

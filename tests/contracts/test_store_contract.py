@@ -271,6 +271,28 @@ def test_a_foreign_file_in_the_way_is_refused_and_left_alone(disk: Disk) -> None
     assert disk.files() == 1
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_an_end_of_which_the_catalog_was_never_told_can_be_undone(disk: Disk, loaded: bool) -> None:
+    store = finished(disk)
+    store = store if loaded else disk.partial(RECORD)
+    store.unfinish()
+    assert disk.get("team/disk") is None
+    assert disk.files() == 1
+    store.unfinish()
+    store.remove()
+    store.unfinish()
+    assert disk.files() == 0
+
+
+def test_undoing_the_end_leaves_a_foreign_file_alone(disk: Disk) -> None:
+    store, _ = disk.load()
+    store.unfinish()
+    disk.put("team/disk", b"precious")
+    store.unfinish()
+    disk.partial(replace(RECORD, inode=99)).unfinish()
+    assert disk.get("team/disk") == b"precious"
+
+
 def test_removing_before_the_end_leaves_nothing_but_what_is_open(disk: Disk) -> None:
     store, blocks = disk.load()
     keep(store, blocks, 0, 1)

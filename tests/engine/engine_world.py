@@ -137,7 +137,7 @@ class World:
 async def until(condition: Callable[[], object], limit_s: float = 300.0) -> None:
     """Let time pass until `condition` holds."""
     with trio.fail_after(limit_s):
-        while not condition():  # noqa: ASYNC110 - the clock is not real
+        while not condition():
             await trio.sleep(0.01)
 
 

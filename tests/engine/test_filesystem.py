@@ -316,6 +316,28 @@ async def test_replacing_a_whole_image() -> None:
         await world.check(now, ALL, new)
 
 
+@pytest.mark.parametrize("crash", [True, False])
+async def test_replacing_an_image_between_its_plain_file_and_the_word_to_the_catalog(crash: bool) -> None:
+    world = world_with("disk", replace_changed=True)
+    new = pattern(SIZE, seed=1)
+    async with world.daemon(crash=crash):
+        image = await world.open("disk")
+        world.catalog.error = OSError(5, "I/O error")
+        await world.check(image, ALL)
+        await until(lambda: "disk" in world.stores.plain)
+        if not crash:
+            world.catalog.error = None
+            world.repository.add("disk", new, identity="new")
+            await world.filesystem.refresh()
+    world.catalog.error = None
+    world.repository.add("disk", new, identity="new")
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        assert world.stores.plain == {"disk": new}
+
+
 async def test_one_image_that_cannot_be_replaced_stops_neither_the_others_nor_the_daemon() -> None:
     world = world_with("a", "b", replace_changed=True)
     async with world.daemon():

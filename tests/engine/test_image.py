@@ -229,6 +229,22 @@ async def test_a_damaged_cache_is_discarded_and_fetched_again() -> None:
         await world.check(image, ALL)
 
 
+async def test_a_damaged_cache_whose_plain_file_the_catalog_does_not_know_is_discarded_too() -> None:
+    world = world_with_disk()
+    async with world.daemon(crash=True):
+        image = await world.open("disk")
+        world.catalog.error = OSError(5, "I/O error")
+        await world.check(image, ALL)
+        await until(lambda: world.stores.plain)
+    world.catalog.error = None
+    world.stores.partials[image.inode].damaged = True
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL)
+        await until(lambda: image.record.state is State.WHOLE)
+        assert world.stores.plain["disk"] == world.repository.exports["disk"].content
+
+
 # -- a full disk
 
 
