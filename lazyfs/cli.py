@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
@@ -443,6 +444,9 @@ def _umount(options: argparse.Namespace) -> int:
         raise errors.UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}") from error
     if pidfd is not None:
         _wait_for_end(pidfd)
+    else:
+        with suppress(OSError):  # what the dead daemon could not clear away itself
+            os.unlink(mounts.socket_path(mount.mountpoint))
     return 0
 
 

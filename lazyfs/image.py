@@ -9,7 +9,9 @@ Invariants (more in `doc/CONCURRENCY.md`):
 - `_file` stays open while anybody reads: it is closed only with no open count and no population.
 """
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,11 +26,16 @@ from lazyfs.core.lifecycle import State
 from lazyfs.fetcher import FetchCounters, Fetcher
 from lazyfs.interfaces import Catalog, Export, ImageFile, ImageRecord, Repository, Store, Stores
 from lazyfs.pace import Pace
+from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_S = 5.0
 """Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
+
+
+MAX_BLOCKS = 256 * MiB
+"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +128,14 @@ class Image:
         The size must be known (`Filesystem.describe`).
 
         Raises:
-            CacheCorrupt, OSError: the cache file cannot be used; the open does not count.
+            CacheCorrupt, OSError: the cache file cannot be used (ESTALE: retired); the open does not count.
         """
         self.open_count += 1
         try:
             async with self._changing:
+                if self.retired:
+                    # Its files are gone; the kernel looks the name up again and finds the new inode.
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
                 if self._file is None:
                     await self._open_file()
         except BaseException:
@@ -240,6 +250,8 @@ class Image:
             self._file = await self._open_whole()
             return
         assert self.record.size is not None
+        if self._too_large():
+            raise errors.UserError(self._too_large())
         if self.record.state is State.REMOTE:
             await self._save(state=State.PARTIAL)
             self._around.on_attributes_changed(self)
@@ -251,6 +263,12 @@ class Image:
         if not isinstance(store, _UnkeptStore):
             self._scope = trio.CancelScope()
             self._around.nursery.start_soon(self._look_after, self.fetcher)
+
+    def _too_large(self) -> str:
+        """Why this image cannot be cached with these blocks; "" if it can."""
+        if -(-(self.record.size or 0) // self.record.block_size) <= MAX_BLOCKS:
+            return ""
+        return "too large for its blocks: mount with a larger --block-size and an empty cache"
 
     async def _open_whole(self) -> ImageFile:
         return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
@@ -303,11 +321,12 @@ class Image:
         )
 
     async def _close_file(self) -> None:
-        if self.fetcher is not None:
-            await self.fetcher.aclose()
-        if self._file is not None:
-            self._file.close()
+        fetcher, file = self.fetcher, self._file
         self.fetcher = self._store = self._file = None
+        if file is not None:
+            file.close()  # first: what follows may be cancelled
+        if fetcher is not None:
+            await fetcher.aclose()
 
     async def _save(self, **changes: object) -> None:
         """Change the record, catalog first."""
@@ -406,8 +425,8 @@ class Image:
         )
 
     def _messages(self) -> Iterable[str]:
-        if self.record.error:
-            yield self.record.error
+        if self.record.error or self._too_large():
+            yield self.record.error or self._too_large()
         if self.gone:
             yield "not in the repository any more"
         if self.record.state is State.PARTIAL and self.fetcher is not None:

@@ -53,18 +53,18 @@ def socket_path(mountpoint: str) -> str:
 
     The mountpoint is escaped as systemd does; if that is too long for a socket, its end is replaced by a hash.
     """
-    name = _escape(os.path.normpath(mountpoint))
+    path = os.fsencode(os.path.normpath(mountpoint)).strip(b"/")
+    name = _escape(path)
     room = _SUN_PATH_MAX - len(os.fsencode(runtime_dir())) - len("/.sock")
     if len(name) > room:
-        digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+        digest = hashlib.sha256(b"/" + path).hexdigest()[:16]
         name = f"{name[: room - len(digest) - 1]}~{digest}"
     return f"{runtime_dir()}/{name}.sock"
 
 
-def _escape(path: str) -> str:
+def _escape(path: bytes) -> str:
     """As `systemd-escape --path`."""
-    raw = os.fsencode(path).strip(b"/")
-    escaped = re.sub(rb"[^A-Za-z0-9:_./]", lambda m: b"\\x%02x" % m[0][0], raw).replace(b"/", b"-")
+    escaped = re.sub(rb"^\.|[^A-Za-z0-9:_./]", lambda m: b"\\x%02x" % m[0][0], path).replace(b"/", b"-")
     return escaped.decode() or "-"
 
 

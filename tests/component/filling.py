@@ -3,6 +3,9 @@
 import threading
 from collections.abc import Callable, Iterable
 
+import servers
+import trio
+
 from lazyfs.core.block_map import BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.interfaces import Claim, Export
@@ -82,3 +85,10 @@ class Work:
 
     def kept_runs(self) -> list[BlockRun]:
         return sorted(claim.run for claim in self.kept)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition, not for a time."""
+    with trio.fail_after(servers.DEADLINE_S):
+        while not condition():
+            await trio.sleep(0.005)

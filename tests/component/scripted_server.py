@@ -18,8 +18,8 @@ REP_ACK, REP_SERVER, REP_INFO = 1, 2, 3
 REP_ERR_UNSUP, REP_ERR_POLICY, REP_ERR_UNKNOWN = 2**31 + 1, 2**31 + 2, 2**31 + 6
 INFO_EXPORT, INFO_DESCRIPTION = 0, 2
 
-_OPTION = struct.Struct(">8sII")
-_REPLY = struct.Struct(">QIII")
+OPTION = struct.Struct(">8sII")
+REPLY = struct.Struct(">QIII")
 
 
 class Conversation:
@@ -35,12 +35,12 @@ class Conversation:
 
     def option(self) -> tuple[int, bytes]:
         """Wait for the client's next option."""
-        magic, option, length = _OPTION.unpack(self.receive(_OPTION.size))
+        magic, option, length = OPTION.unpack(self.receive(OPTION.size))
         assert magic == b"IHAVEOPT"
         return option, self.receive(length)
 
     def reply(self, option: int, kind: int, data: bytes = b"") -> None:
-        self.send(_REPLY.pack(0x3E889045565A9, option, kind, len(data)) + data)
+        self.send(REPLY.pack(0x3E889045565A9, option, kind, len(data)) + data)
 
     def list(self, *names: bytes) -> None:
         """Answer NBD_OPT_LIST."""
@@ -74,6 +74,34 @@ class Conversation:
                 raise ConnectionResetError(errno.ECONNRESET, "the client is gone")
             data += more
         return data
+
+
+Request = Callable[["Conversation", bytes, int, int], None]
+
+
+def transmission(size: int, answer: Request) -> Callable[["Conversation"], None]:
+    """A script that serves one export: `answer` gets each read request's handle, offset and length."""
+
+    def script(conversation: Conversation) -> None:
+        conversation.greet()
+        while True:
+            option, _ = conversation.option()
+            if option == OPT_GO:
+                conversation.info(option, size)
+                break
+            conversation.refuse(option)
+        while True:
+            header = conversation.receive(28)
+            if header[6:8] != b"\0\0":  # NBD_CMD_DISC
+                return
+            answer(conversation, header[8:16], int.from_bytes(header[16:24], "big"), int.from_bytes(header[24:], "big"))
+
+    return script
+
+
+def simple_reply(handle: bytes, error: int = 0) -> bytes:
+    """The header of a simple reply."""
+    return b"\x67\x44\x66\x98" + error.to_bytes(4, "big") + handle
 
 
 class ScriptedServer:

@@ -13,7 +13,8 @@ import pytest
 import servers
 import trio
 from conftest import Peers
-from filling import Work
+from filling import Work, until
+from scripted_server import Conversation, ScriptedServer, simple_reply, transmission
 
 from lazyfs import errors, fill_thread
 from lazyfs.core.byte_range import ByteRange
@@ -37,7 +38,7 @@ def pattern(size: int) -> bytes:
 
 @pytest.fixture
 def filler_of(nursery: trio.Nursery) -> Callable[..., Filler]:
-    def make(server: servers.Server, export: Export = EXPORT, io_timeout_s: float = 30.0) -> Filler:
+    def make(server: servers.Server | ScriptedServer, export: Export = EXPORT, io_timeout_s: float = 30.0) -> Filler:
         return NbdRepository(server.uri, nursery, io_timeout_s).filler(export)
 
     return make
@@ -62,12 +63,6 @@ async def running(filler: Filler, work: Work) -> AsyncIterator[list[BaseExceptio
     async with trio.open_nursery() as nursery:
         nursery.start_soon(runner)
         yield raised
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(servers.DEADLINE_S):
-        while not condition():
-            await trio.sleep(0.005)
 
 
 def by(work: Work, kind: type[Exception]) -> list[Claim]:
@@ -357,18 +352,34 @@ async def test_cancelled_while_waiting_as_told(peers: Peers, filler_of: Any) -> 
 
 
 async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
-    server = peers.nbdkit("--filter=delay", "pattern", f"size={SIZE}", "rdelay=5ms")
+    """A server that answers 13 requests of each connection, the rest never."""
+
+    def script(conversation: Conversation) -> None:
+        answered = 0
+
+        def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+            nonlocal answered
+            answered += 1
+            if answered > 13:
+                conversation.until_gone()
+            conversation.send(simple_reply(handle) + pattern(SIZE)[offset : offset + length])
+
+        transmission(SIZE, answer)(conversation)
+
+    server = peers.scripted(script)
     work = Work(EXPORT, ALL)
     filler = filler_of(server)
-    for round_ in range(1, 6):
+    for round_ in range(1, 5):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, filler, work)
-            await until(lambda round_=round_: len(work.kept) >= 8 * round_)
+            await until(lambda round_=round_: len(work.kept) == 13 * round_)
+            await until(lambda: len(work.outstanding) == fill_thread.IN_FLIGHT)
             nursery.cancel_scope.cancel()
         assert not work.outstanding
         work.retry()
     await run(filler, work)
     work.check_all_kept()
+    assert server.clients == 5
     assert bytes(work.file) == pattern(SIZE)
 
 

@@ -17,8 +17,8 @@ import scripted_server as nbd
 import servers
 import trio
 from conftest import Peers
-from filling import Work
-from scripted_server import Conversation
+from filling import Work, until
+from scripted_server import Conversation, simple_reply, transmission
 
 from lazyfs import errors, nbd_handle
 from lazyfs.core.byte_range import ByteRange
@@ -336,15 +336,9 @@ async def test_killed_with_reads_in_flight(peers: Peers, image: Path, repository
     async with trio.open_nursery() as nursery:
         for offset in range(0, 64 * KiB, 4096):
             nursery.start_soon(one, offset)
-        await servers_until(lambda: server.reads())
+        await until(lambda: server.reads())
         server.restart()
     assert got == {offset: content()[offset : offset + 4096] for offset in range(0, 64 * KiB, 4096)}
-
-
-async def servers_until(condition: Any) -> None:
-    with trio.fail_after(servers.DEADLINE_S):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize("change", ["size", "identity"])
@@ -563,12 +557,12 @@ HOSTILE = {
     "speaks garbage": says(os.urandom(1000)),
     "greets, then garbage": _greets_then(os.urandom(1000)),
     "lists garbage": _lists_then(os.urandom(1000)),
-    "lists for another option": _lists_then(nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_GO, nbd.REP_ACK, 0)),
+    "lists for another option": _lists_then(nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_GO, nbd.REP_ACK, 0)),
     "a name longer than its reply": _lists_then(
-        nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 8) + b"\xff\xff\xff\xffname"
+        nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 8) + b"\xff\xff\xff\xffname"
     ),
-    "a reply of 4 GiB": _lists_then(nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 2**32 - 1)),
-    "half a reply": _lists_then(nbd._REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 20) + b"\0\0"),
+    "a reply of 4 GiB": _lists_then(nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 2**32 - 1)),
+    "half a reply": _lists_then(nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 20) + b"\0\0"),
 }
 
 
@@ -595,7 +589,7 @@ async def test_waiting_for_a_silent_server_can_be_cancelled(peers: Peers, reposi
         before = server.clients
         async with trio.open_nursery() as nursery:
             nursery.start_soon(call)
-            await servers_until(lambda before=before: server.clients > before)
+            await until(lambda before=before: server.clients > before)
             began = time.monotonic()
             nursery.cancel_scope.cancel()
         assert time.monotonic() - began < 1
@@ -714,30 +708,6 @@ async def test_a_server_that_never_gets_to_an_answer(peers: Peers, repository_of
 # -- the transmission phase
 
 
-def transmission(reply: Any) -> Any:
-    """Go, then hand each request (its handle, offset, length) to `reply`; simple replies only."""
-
-    def script(conversation: Conversation) -> None:
-        conversation.greet()
-        while True:
-            option, _ = conversation.option()
-            if option == nbd.OPT_GO:
-                conversation.info(option, SIZE)
-                break
-            conversation.refuse(option)
-        while True:
-            header = conversation.receive(28)
-            if header[6:8] != b"\0\0":  # NBD_CMD_DISC
-                return
-            reply(conversation, header[8:16], int.from_bytes(header[16:24], "big"), int.from_bytes(header[24:], "big"))
-
-    return script
-
-
-def simple_reply(handle: bytes, error: int = 0) -> bytes:
-    return b"\x67\x44\x66\x98" + error.to_bytes(4, "big") + handle
-
-
 def _answers_right(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
     conversation.send(simple_reply(handle) + content()[offset : offset + length])
 
@@ -777,7 +747,7 @@ async def test_a_lost_connection_in_a_read_is_made_again(peers: Peers, repositor
 
     def script(conversation: Conversation) -> None:
         began.append(1)
-        transmission(misdeed if len(began) <= 2 else _answers_right)(conversation)
+        transmission(SIZE, misdeed if len(began) <= 2 else _answers_right)(conversation)
 
     repository = repository_of(peers.scripted(script), io_timeout_s=1.5)  # silence counts as lost after a third of it
     source = repository.source(Export("", SIZE, ""))
@@ -793,7 +763,7 @@ async def test_a_lost_connection_in_a_fill_ends_that_run(peers: Peers, repositor
 
     def script(conversation: Conversation) -> None:
         began.append(1)
-        transmission(misdeed if len(began) <= 2 else _answers_right)(conversation)
+        transmission(SIZE, misdeed if len(began) <= 2 else _answers_right)(conversation)
 
     repository = repository_of(peers.scripted(script), io_timeout_s=1.5)
     export = Export("", SIZE, "")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import trio
-from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, until
+from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, threads, until
 from fakes import pattern
 
 from lazyfs import errors
@@ -314,6 +314,27 @@ async def test_replacing_a_whole_image() -> None:
         await world.check(image, ALL, old)
         now = await world.open("disk")
         await world.check(now, ALL, new)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_an_open_in_the_middle_of_a_replacement_is_told_to_look_again(whole: bool) -> None:
+    world = world_with("disk", replace_changed=True)
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, ALL if whole else blocks(0))
+        await trio.sleep(20)
+        await world.close(image)
+        world.repository.add("disk", pattern(SIZE, seed=1), identity="new")
+        threads.delay_s = 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.filesystem.refresh)
+            await until(lambda: image.retired)
+            with pytest.raises(OSError, match="Stale file handle"):
+                await world.filesystem.open(image)
+        assert image.open_count == 0
+        assert not world.stores.partials
+        assert not world.stores.plain
+        await world.check(await world.open("disk"), ALL)
 
 
 @pytest.mark.parametrize("crash", [True, False])

@@ -3,6 +3,7 @@
 Not asynchronous themselves: each example is a run of its own.
 """
 
+import errno
 from dataclasses import dataclass
 
 import pytest
@@ -213,12 +214,22 @@ class Model:
 
     async def open(self, name: str) -> Image:
         if name not in self.open_files:
-            image = await self.world.open(name)
+            image = await self.open_by_name(name)
             if name in self.open_files:  # somebody was faster
                 await self.world.close(image)
             else:
                 self.open_files[name] = image
         return self.open_files[name]
+
+    async def open_by_name(self, name: str) -> Image:
+        """As the kernel does it: an inode that has just been replaced is looked up again."""
+        while True:
+            try:
+                return await self.world.open(name)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                await trio.sleep(0.1)
 
     async def close(self, name: str) -> None:
         if name in self.open_files:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lazyfs import mounts
+
 PR_SET_PDEATHSIG = 1
 DEADLINE_S = 60.0
 KiB = 1024
@@ -209,6 +211,7 @@ class Lab:
                 daemon.wait()
         while str(self.mnt) in Path("/proc/self/mountinfo").read_text():
             subprocess.run(["umount", "-l", str(self.mnt)], check=True)
+        Path(mounts.socket_path(str(self.mnt))).unlink(missing_ok=True)
         for server in self._servers:
             server.kill()
 

@@ -123,3 +123,14 @@ def test_a_foreign_file_in_the_way_of_a_whole_image_is_not_touched(lab: Lab) -> 
     (cache / "dense").unlink()
     lab.wait_for_state("dense", "whole")
     assert (cache / "dense").read_bytes() == source.read_bytes()
+
+
+def test_an_image_too_large_for_its_blocks_is_refused_with_a_reason(lab: Lab) -> None:
+    """A stranger's word of a size must not cost us that much memory."""
+    lab.image("fine", 1 * MiB)
+    server = lab.serve_with("eval", "list_exports=echo huge", "get_size=echo 1152921504606846976")
+    lab.mount(server.uri)
+    assert (lab.mnt / "huge").stat().st_size == 1 << 60
+    with pytest.raises(OSError, match="Input/output error"):
+        (lab.mnt / "huge").open("rb")
+    assert "--block-size" in lab.image_status("huge")["error"]
