@@ -15,21 +15,26 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from lazyfs import errors
+from lazyfs import errors, mounts
 from lazyfs.catalog import SqliteCatalog
 from lazyfs.core.export_name import RESERVED
 from lazyfs.core.lifecycle import State
 from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
 from lazyfs.store.raw import RawStore, WholeFile
+from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import GiB, MiB
 
 logger = logging.getLogger(__name__)
 
 STATE = ".lazyfs"
+
+ENDING_S = 20.0
+"""How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow disk."""
 
 CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
 _PARTIAL = f"{STATE}/partial"
@@ -48,15 +53,21 @@ class CacheDir:
         self.path = path
         self._look = look
         try:
-            os.makedirs(path, exist_ok=True)
+            # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not fill another disk.
+            with suppress(FileExistsError):
+                os.mkdir(path)
             self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
         self._lock_fd = -1
         try:
             self._open(mountpoint)
-        except (errors.NoSpace, errors.CacheCorrupt) as error:
+        except errors.NoSpace as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error}") from error
+        except errors.CacheCorrupt as error:
+            raise errors.UserError(
+                f"cannot use {path} as the cache: {error}; move it away, or start anew with --cache-dir"
+            ) from error
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
             raise errors.UserError(f"cannot use {path} as the cache: {what}") from error
@@ -66,6 +77,10 @@ class CacheDir:
     def partial(self, record: ImageRecord) -> Store:
         """Return the store of an image that is being filled."""
         return RawStore(self.root_fd, record, self._look)
+
+    def unkept(self) -> Store:
+        """Return a store that keeps nothing."""
+        return UnkeptStore()
 
     def whole(self, record: ImageRecord) -> ImageFile:
         """Return the plain file of a whole image."""
@@ -112,16 +127,26 @@ class CacheDir:
     def _take_lock(self, mountpoint: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock_fd = os.open(f"{STATE}/lock", flags, 0o600, dir_fd=self.root_fd)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(self._lock_fd, 4096, 0).decode(errors="replace").strip()
+        deadline = time.monotonic() + ENDING_S
+        while not self._try_lock():
+            owner = os.pread(self._lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
+            mounted = any(f"the lazyfs on {mount.mountpoint} (pid" in owner for mount in mounts.lazyfs_mounts())
+            if not mounted and time.monotonic() < deadline:
+                time.sleep(0.1)  # unmounted a moment ago, it saves what it has
+                continue
             raise errors.UserError(
                 f"the cache {self.path} is in use by {owner or 'another lazyfs'}; "
                 f"unmount that first, or give this mount its own --cache-dir"
-            ) from None
+            )
         os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})".encode(), 0)
+        os.pwrite(self._lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})".encode(errors="surrogateescape"), 0)
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _check_catalog_file(self) -> None:
         """SQLite would follow a symlink."""

@@ -116,6 +116,14 @@ class SqliteCatalog:
         with self._transaction():
             self._db.executemany(_UPDATE, [(*_row(record)[1:], record.inode) for record in records])
 
+    def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
+        """Set sizes and identities of remote images; one transaction for all."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE images SET size = ?, identity = ? WHERE inode = ? AND state = 'remote'",
+                [(size, identity, inode) for inode, size, identity in described],
+            )
+
     def remove(self, inodes: Sequence[int]) -> None:
         """Delete; one transaction for all."""
         with self._transaction():

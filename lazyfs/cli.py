@@ -6,28 +6,32 @@ Exit 0: done; 1: it failed, with one line on stderr that says why and what to do
 import argparse
 import asyncio
 import errno
+import io
 import json
 import logging
 import logging.handlers
 import os
 import select
+import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
 
-from lazyfs import __version__, errors, mounts
-from lazyfs.units import KiB, MiB, parse_size
-
-SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
+from lazyfs import arguments as arguments_of
+from lazyfs import errors, mounts
+from lazyfs.units import GiB
 
 WATCH_S = 1.0
 """Between two pictures of `status --watch`."""
 
 _PIPE_WIDTH = 160
+
+MAX_ANSWER = 1 * GiB
+"""Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at 20,000 images."""
 
 CONTROL_TIMEOUT_S = 10.0
 """A daemon answers in milliseconds; one that does not in this time hangs."""
@@ -35,11 +39,15 @@ CONTROL_TIMEOUT_S = 10.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names are any bytes; terminals speak some encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        options = _parser().parse_args(words)
+        options = arguments_of.parser(_mount, _status, _umount).parse_args(words)
         options.words = words
         code: int = options.run(options)
+        sys.stdout.flush()
     except errors.UserError as error:
         print(f"lazyfs: {error}", file=sys.stderr)
         return error.exit_code
@@ -48,141 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"lazyfs: {error.strerror or error}", file=sys.stderr)
+        return 1
     return code
-
-
-# -- arguments
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, not the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise errors.UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lazyfs", description="Shows every image of an NBD repository as a local file.")
-    parser.add_argument("--version", action="version", version=f"lazyfs {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    _add_mount(verbs)
-    _add_status(verbs)
-    _add_umount(verbs)
-    return parser
-
-
-def _add_mount(verbs: Any) -> None:
-    mount = verbs.add_parser(
-        "mount",
-        help="mount a repository",
-        description="Mount a repository: every export becomes a read-only file, fetched when read, and kept.",
-        epilog="example: lazyfs mount nbd://images.example.com /var/lib/imagecache",
-    )
-    mount.set_defaults(run=_mount)
-    mount.add_argument("repository", metavar="REPOSITORY", type=_uri, help="NBD URI without an export name")
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder; also the cache by default")
-    mount.add_argument("--cache-dir", metavar="DIR", help="keep the cache here, not under the mountpoint")
-    mount.add_argument("--format", choices=["raw"], default="raw", help="of cache files (default: raw)")
-    mount.add_argument("--block-size", metavar="SIZE", type=_block_size, default=64 * KiB,
-                       help="unit of fetching, a power of two from 4K to 4M (default: 64K)")  # fmt: skip
-    mount.add_argument("--no-populate", action="store_true", help="fetch only what is read")
-    mount.add_argument("--fill-rate", metavar="BYTES/s", type=_rate, help="limit population, such as 50M or 1GiB")
-    mount.add_argument("--io-timeout", metavar="SECONDS", type=_seconds, default=120.0,
-                       help="how long a read waits for the repository before it fails (default: 120)")  # fmt: skip
-    mount.add_argument("--refresh", metavar="SECONDS", type=_seconds, default=60.0,
-                       help="how often the repository is asked for its list (default: 60)")  # fmt: skip
-    mount.add_argument("--on-change", choices=["keep", "replace"], default="keep",
-                       help="when an export changes, keep the cached version (default) or replace it")  # fmt: skip
-    mount.add_argument("--mode", metavar="OCTAL", type=_mode, default=0o444, help="of files (default: 0444)")
-    mount.add_argument("--uid", metavar="N", type=int, default=os.geteuid(), help="owner of files")
-    mount.add_argument("--gid", metavar="N", type=int, default=os.getegid(), help="group of files")
-    mount.add_argument("--foreground", action="store_true", help="stay; log to stderr")
-    mount.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    mount.add_argument("--log-file", metavar="FILE", help="log here (default: syslog; in the foreground stderr)")
-    mount.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
-
-
-def _add_status(verbs: Any) -> None:
-    status = verbs.add_parser(
-        "status",
-        help="show mounts and images",
-        description="Show what is mounted, and how much of each image is here.",
-        epilog="example: lazyfs status /var/lib/imagecache/debian-12 --watch",
-    )
-    status.set_defaults(run=_status)
-    status.add_argument(
-        "paths", metavar="PATH", nargs="*", help="a mount, or an image or folder on it (default: every mount)"
-    )
-    status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--watch", action="store_true", help="redraw every second until interrupted")
-
-
-def _add_umount(verbs: Any) -> None:
-    umount = verbs.add_parser(
-        "umount",
-        help="unmount, and wait until everything is saved",
-        description="Unmount, and wait until the daemon has saved everything and ended.",
-        epilog="example: lazyfs umount /var/lib/imagecache",
-    )
-    umount.set_defaults(run=_umount)
-    umount.add_argument("mountpoint", metavar="MOUNTPOINT")
-
-
-def _uri(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in SCHEMES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an NBD URI such as nbd://HOST or nbd+unix:///?socket=PATH")
-    if parts.path.strip("/"):
-        server = text.replace(parts.path, "/" if parts.query else "", 1)
-        raise argparse.ArgumentTypeError(f"{text!r} names one export; give the server alone: {server}")
-    if parts.scheme.endswith("+unix"):
-        socket = parse_qs(parts.query).get("socket", [""])[0]
-        if not os.path.isabs(socket):
-            raise argparse.ArgumentTypeError(f"{text!r} needs an absolute path: {parts.scheme}:///?socket=/PATH")
-    elif not parts.hostname:
-        raise argparse.ArgumentTypeError(f"{text!r} names no host")
-    return text
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _rate(text: str) -> int:
-    rate = _size(text.removesuffix("/s"))
-    if rate < 1:
-        raise argparse.ArgumentTypeError("a rate is at least 1 byte per second; --no-populate turns population off")
-    return rate
-
-
-def _block_size(text: str) -> int:
-    size = _size(text)
-    if not 4 * KiB <= size <= 4 * MiB or size & (size - 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 4K to 4M")
-    return size
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _mode(text: str) -> int:
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an octal file mode such as 0444")
-    return mode & ~0o222  # the file system is read-only
 
 
 # -- mount
@@ -192,9 +70,16 @@ def _mount(options: argparse.Namespace) -> int:
     mountpoint = _mountpoint(options.mountpoint)
     if os.geteuid() != 0 and (options.uid, options.gid) != (os.geteuid(), os.getegid()):
         raise errors.UsageError("only root can give files to others: leave out --uid and --gid")
-    if options.foreground:
-        return _serve(options, mountpoint)
-    return _serve_in_background(options, mountpoint)
+    if not options.foreground:
+        return _serve_in_background(options, mountpoint)
+    try:
+        _serve(options, mountpoint)
+    except errors.UserError as error:
+        if options.ready_fd is None:
+            raise
+        _report(options.ready_fd, str(error))
+        return error.exit_code
+    return 0
 
 
 def _mountpoint(path: str) -> str:
@@ -203,6 +88,8 @@ def _mountpoint(path: str) -> str:
     Raises:
         UserError: it is no folder, or something is mounted there.
     """
+    if not path:
+        raise errors.UsageError("the mountpoint is an empty name")
     mountpoint = os.path.realpath(path)
     mounted = [mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == mountpoint]
     try:
@@ -223,7 +110,7 @@ def _mountpoint(path: str) -> str:
     return mountpoint
 
 
-def _serve(options: argparse.Namespace, mountpoint: str) -> int:
+def _serve(options: argparse.Namespace, mountpoint: str) -> None:
     try:
         # Here, not above: status and umount need neither pyfuse3 nor libnbd, and start in half the time.
         from lazyfs import daemon
@@ -249,15 +136,11 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> int:
     )
     try:
         daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
-    except errors.UserError as error:
-        if options.ready_fd is None:
-            raise
-        _report(options.ready_fd, str(error))
-        return error.exit_code
+    except errors.UserError:
+        raise
     except Exception:
         logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
         raise errors.UserError("the daemon failed, a bug in lazyfs; the log has the details") from None
-    return 0
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:
@@ -269,14 +152,17 @@ def _missing_module(error: ModuleNotFoundError) -> str:
 
 
 def _report(ready_fd: int | None, message: str) -> None:
+    """Tell the process that waits for this daemon; once, as it listens to the first line only."""
     if ready_fd is not None:
-        os.write(ready_fd, message.encode() + b"\n")
-        os.close(ready_fd)
+        with suppress(OSError):
+            os.write(ready_fd, message.encode() + b"\n")
+            os.close(ready_fd)
 
 
 def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
     read_fd, write_fd = os.pipe()
-    command = [sys.executable, "-m", "lazyfs", *options.words, "--foreground", "--ready-fd", str(write_fd)]
+    # -P: not the lazyfs, or the trio, that lies in the folder where the user happens to stand.
+    command = [sys.executable, "-P", "-m", "lazyfs", *options.words, "--foreground", "--ready-fd", str(write_fd)]
     with open(os.devnull, "r+b") as null:
         child = subprocess.Popen(
             command, stdin=null, stdout=null, stderr=null, pass_fds=[write_fd], start_new_session=True
@@ -326,13 +212,13 @@ def _status(options: argparse.Namespace) -> int:
     # A pipe has no width: let lines be as long as they are.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     if not options.watch:
-        console.print(status_view.render(_query_all(options.paths)))
+        console.print(status_view.render(_query_all(options.paths), console.width))
         return 0
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            picture = status_view.render(_query_all(options.paths))
+            picture = status_view.render(_query_all(options.paths), console.width)
             if console.is_terminal:
                 live.update(picture, refresh=True)
             else:  # a log or a pipe: one picture after another
@@ -393,7 +279,7 @@ async def _ask(mount: mounts.Mount, commands: Sequence[tuple[str, dict[str, Any]
     from qemu.qmp import ExecuteError, QMPClient, QMPError
 
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
-    client = QMPClient("lazyfs")
+    client = QMPClient("lazyfs", readbuflen=MAX_ANSWER)
     try:
         async with asyncio.timeout(CONTROL_TIMEOUT_S):
             await client.connect(mounts.socket_path(mount.mountpoint))
@@ -411,10 +297,11 @@ async def _ask(mount: mounts.Mount, commands: Sequence[tuple[str, dict[str, Any]
 
 
 def _alive(mount: mounts.Mount) -> bool:
+    """Whether a daemon holds the connection, be it one that hangs (then this hangs, too)."""
     try:
         os.statvfs(mount.mountpoint)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
     return True
 
 
@@ -431,15 +318,12 @@ def _umount(options: argparse.Namespace) -> int:
             raise errors.UserError(f"no lazyfs is mounted on {options.mountpoint}")
     from lazyfs import kernel_session
 
+    dead = not _alive(mount)  # and has nothing to save
+    pidfd = _pidfd(_daemon_pid(mount))
     try:
-        status = asyncio.run(_ask(mount, [("query-mount", {})]))[0]
-    except errors.UserError:
-        status = {}  # a dead daemon has nothing to save
-    pidfd = _pidfd(status.get("pid"))
-    try:
-        kernel_session.unmount(mount.mountpoint, lazy=not status)
+        kernel_session.unmount(mount.mountpoint, lazy=dead)
     except OSError as error:
-        if "pid" in status and error.errno == errno.EBUSY:
+        if error.errno == errno.EBUSY:
             raise errors.UserError(f"{mount.mountpoint} is in use; close what is open there (see fuser -vm)") from error
         raise errors.UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}") from error
     if pidfd is not None:
@@ -448,6 +332,17 @@ def _umount(options: argparse.Namespace) -> int:
         with suppress(OSError):  # what the dead daemon could not clear away itself
             os.unlink(mounts.socket_path(mount.mountpoint))
     return 0
+
+
+def _daemon_pid(mount: mounts.Mount) -> int | None:
+    """Return who listens on the control socket (unix(7), SO_PEERCRED); that takes no answer from it."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(mounts.socket_path(mount.mountpoint))
+        except OSError:
+            return None
+        pid, _, _ = struct.unpack("=iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return int(pid) or None
 
 
 def _pidfd(pid: int | None) -> int | None:

@@ -64,9 +64,13 @@ class ControlServer:
             # It also waits for better times when no descriptor is left for a client.
             await trio.serve_listeners(self._serve, [trio.SocketListener(self._socket)])
         finally:
-            self._socket.close()
-            with suppress(FileNotFoundError):
-                os.unlink(self.path)
+            self.close()
+
+    def close(self) -> None:
+        """Remove the socket."""
+        self._socket.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:

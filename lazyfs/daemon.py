@@ -132,10 +132,14 @@ class _Daemon:
             mounts.socket_path(config.mountpoint),
             {"query-mount": self._query_mount, "query-images": self._query_images},
         )
-        session = KernelSession(config.mountpoint, config.repository)
-        adapter = FuseAdapter(self._filesystem, config.look, self._cache.root_fd, session.connect_libfuse)
-        pyfuse3.init(adapter, session.libfuse_path, set())
         try:
+            session = KernelSession(config.mountpoint, config.repository)
+        except BaseException:
+            self._control.close()
+            raise
+        adapter = FuseAdapter(self._filesystem, config.look, self._cache.root_fd, session.connect_libfuse)
+        try:
+            pyfuse3.init(adapter, session.libfuse_path, set())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._control.run)
                 nursery.start_soon(self._unmount_on_signal, session)
@@ -205,7 +209,7 @@ class _Daemon:
         path = arguments.get("path", "")
         if not isinstance(path, str):
             raise CommandError("Invalid parameter type for 'path', expected: string")
-        node = self._filesystem.image_at(path)
+        node = self._filesystem.node_at(path)
         if node is None:
             raise CommandError(f"no image at {path!r}")
         images = self._filesystem.statistics(_images_below(node))
@@ -219,9 +223,14 @@ def _no_more(arguments: dict[str, Any], known: set[str]) -> None:
 
 
 def _images_below(node: Folder | Image) -> list[Image]:
-    if isinstance(node, Image):
-        return [node]
-    return [image for entry in node.entries.values() for image in _images_below(entry)]
+    images, pending = [], [node]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Image):
+            images.append(node)
+        else:
+            pending.extend(node.entries.values())
+    return images
 
 
 def _unmount_quietly(session: KernelSession) -> None:

@@ -2,6 +2,7 @@
 
     LazyfsError
     ├── ConnectionLost      retry, on another connection or later
+    │   └── ExportRefused   the same, but the server answers: it does not give this export now
     ├── RequestFailed       this request only; the connection and its neighbours go on
     │   └── TimedOut        nothing answered in time
     ├── Unsupported         never ask this server again
@@ -33,6 +34,10 @@ class ConnectionLost(LazyfsError):
 
     def __str__(self) -> str:
         return f"no connection to {self.uri}: {self.reason}"
+
+
+class ExportRefused(ConnectionLost):
+    """The server is there, but refuses this export, for now: it may be about to offer it."""
 
 
 class RequestFailed(LazyfsError):

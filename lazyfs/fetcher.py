@@ -24,7 +24,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
 from lazyfs.core.fetch_plan import FillCursor, Readahead, plan_read
 from lazyfs.core.pacing import RateMeter
-from lazyfs.interfaces import Claim, Export, Source, Store
+from lazyfs.interfaces import Claim, Export, FetchCounters, Source, Store
 from lazyfs.pace import Pace
 
 logger = logging.getLogger(__name__)
@@ -47,15 +47,6 @@ class _Fetch:
     done: trio.Event = field(default_factory=trio.Event)
     error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
     """None once the data is good: an end that nobody foresaw must not look like success."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchCounters:
-    """What one image has fetched in its life."""
-
-    demand_bytes: int
-    populated_bytes: int
-    requests: int
 
 
 class Fetcher:
@@ -84,6 +75,8 @@ class Fetcher:
         self.export = export
         self.failure: errors.LazyfsError | None = None
         """Set: missing ranges are not fetched any more, and reading one raises this."""
+        self.distrust: errors.CacheCorrupt | None = None
+        """Set: not even present ranges may be read; only a restart, from the last checkpoint, mends that."""
         self.trouble: Exception | None = None
         """The latest failure of a population request; None once one succeeds."""
         self.unkept = False
@@ -200,7 +193,7 @@ class Fetcher:
         """Claim what is missing; return new fetches, those the reader needs, and what else to wait for."""
         blocks = self._blocks
         with self._lock:
-            ahead = self._readahead.window(wanted)
+            ahead = 0 if self.unkept else self._readahead.window(wanted)
             ahead = self._extents.known_until(wanted.end, min(wanted.end + ahead, blocks.size)) - wanted.end
             own = blocks.blocks_of(wanted)
             new = []
@@ -352,11 +345,13 @@ class Fetcher:
             self._learning.pop(window.start).set()
 
     async def learn_next(self) -> None:
-        """Learn the window where population goes on next, if it is not known. Raises as `learn`."""
-        with self._lock:
-            run = self._cursor.peek(self._blocks)
-            window = None if run is None else self._extents.first_unknown(self._blocks.bytes_of(run))
-        if window is not None:
+        """Learn windows from where population goes on, until one has something to fetch. Raises as `learn`."""
+        while True:
+            with self._lock:
+                run = self._cursor.peek(self._blocks)
+                window = None if run is None else self._extents.first_unknown(self._blocks.bytes_of(run))
+            if window is None:
+                return
             await self.learn(window)
 
     async def learn_ahead(self) -> None:
@@ -424,14 +419,17 @@ class Fetcher:
 
     # -- saving
 
-    async def checkpoint(self) -> None:
-        """Make durable what is present now.
+    async def checkpoint(self, limiter: trio.CapacityLimiter) -> None:
+        """Make durable what is present now, in a thread of `limiter`.
 
         Raises:
             NoSpace, OSError: nothing is lost; the next checkpoint tries again.
+            CacheCorrupt: data was lost, and present blocks are not to be trusted; nothing is read any more.
         Cancellation: takes effect before or after, not within.
         """
         async with self._checkpointing:
+            if self.distrust is not None:
+                raise self.distrust
             with self._lock:
                 self.dirtied = trio.Event()
                 pages = self._blocks.take_dirty()
@@ -439,8 +437,10 @@ class Fetcher:
             if not pages:
                 return
             try:
-                await trio.to_thread.run_sync(self._store.checkpoint, pages, mixed)
-            except BaseException:
+                await trio.to_thread.run_sync(self._store.checkpoint, pages, mixed, limiter=limiter)
+            except BaseException as error:
+                if isinstance(error, errors.CacheCorrupt):
+                    self.failure = self.distrust = error
                 with self._lock:
                     self._blocks.give_back(index for index, _ in pages)
                 self.dirtied.set()

@@ -58,7 +58,7 @@ class FillConnection:
             self._work(work, time.monotonic() + duration_s, stop)
         except nbd.Error as error:
             self._give_up(work, errors.ConnectionLost(self._uri, nbd_handle.reason(error)))
-        except errors.LazyfsError as error:
+        except Exception as error:
             self._give_up(work, error)
         if any(slot.claim for slot in self._slots):
             self._give_up(work, None)
@@ -116,9 +116,11 @@ class FillConnection:
         length = claim.parts[-1].end - claim.parts[0].start
         slot = next((slot for slot in self._slots if slot.claim is None and len(slot.memory) >= length), None)
         if slot is None:
-            # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
-            slot = _Slot(memoryview(mmap.mmap(-1, max(REQUEST, length))))
+            slot = _Slot(memoryview(b""))
+            slot.claim = claim  # it must come back even if there is no memory for it
             self._slots = [slot, *(other for other in self._slots if other.claim or len(other.memory) >= length)]
+            # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
+            slot.memory = memoryview(mmap.mmap(-1, max(REQUEST, length)))
         pieces = [piece for part in claim.parts for piece in part.split(self._max_payload)]
         slot.claim, slot.waiting, slot.code = claim, len(pieces), 0
 

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -37,6 +38,7 @@ class FuseAdapter(pyfuse3.Operations):
         self._look = look
         self._root_fd = root_fd
         self._on_connected = on_connected
+        self._mounted_ns = time.time_ns()
 
     def init(self) -> None:
         """libfuse is ready: from here on the kernel listens to notifications."""
@@ -77,6 +79,7 @@ class FuseAdapter(pyfuse3.Operations):
         entry.st_uid = self._look.uid
         entry.st_gid = self._look.gid
         if isinstance(node, Folder):
+            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = self._mounted_ns
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
             entry.st_nlink = 2
             entry.entry_timeout = entry.attr_timeout = SETTLED_TIMEOUT_S
@@ -198,6 +201,6 @@ def _invalidate_entry(folder: Folder, name: str) -> None:
 
 
 def _invalidate_attributes(inode: int) -> None:
-    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode.
-    with suppress(FileNotFoundError):
+    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode; EINVAL: it is unmounted.
+    with suppress(OSError):
         pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)

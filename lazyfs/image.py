@@ -23,8 +23,8 @@ from lazyfs.core import lifecycle
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import FetchCounters, Fetcher
-from lazyfs.interfaces import Catalog, Export, ImageFile, ImageRecord, Repository, Store, Stores
+from lazyfs.fetcher import Fetcher
+from lazyfs.interfaces import Catalog, Export, FetchCounters, ImageFile, ImageRecord, Repository, Store, Stores
 from lazyfs.pace import Pace
 from lazyfs.units import MiB
 
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_S = 5.0
 """Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
 
+
+ROOM_CHECK_S = 5.0
+"""Between looks for room for an image that is read without being kept."""
 
 MAX_BLOCKS = 256 * MiB
 """Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
@@ -69,6 +72,8 @@ class Surroundings:
     nursery: trio.Nursery
     pace: Pace
     io_timeout_s: float
+    syncs: trio.CapacityLimiter
+    """Threads for checkpoints and hand-offs: slow disks must not take those that cache reads need."""
     on_fillable: Callable[[], None]
     """Population has something to look at."""
     on_export_changed: Callable[["Image", errors.ExportChanged], None]
@@ -96,6 +101,8 @@ class Image:
         self._around = around
         self._file: ImageFile | None = None
         self._store: Store | None = None
+        self._unkept = False
+        """There was no room even for a map: `_store` keeps nothing."""
         self._changing = trio.Lock()
         self._scope = trio.CancelScope()
 
@@ -119,7 +126,7 @@ class Image:
             and self.fetcher is not None
             and self.fetcher.failure is None
             and not self.fetcher.completed.is_set()
-            and not isinstance(self._store, _UnkeptStore)
+            and not self._unkept
         )
 
     async def open(self) -> None:
@@ -135,6 +142,8 @@ class Image:
             async with self._changing:
                 if self.retired:
                     # Its files are gone; the kernel looks the name up again and finds the new inode.
+                    if self.open_count == 1:  # `retire` left the file open for us
+                        await self._close_file()
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
                 if self._file is None:
                     await self._open_file()
@@ -149,7 +158,7 @@ class Image:
         if self.open_count:
             return
         async with self._changing:
-            idle = self.record.state is State.WHOLE or self.retired or isinstance(self._store, _UnkeptStore)
+            idle = self.record.state is State.WHOLE or self.retired or self._unkept
             if self.open_count:
                 return
             if idle:
@@ -170,6 +179,8 @@ class Image:
         wanted = ByteRange(min(offset, self.record.size), min(offset + length, self.record.size))
         if not wanted.length:
             return b""
+        if self.fetcher is not None and self.fetcher.distrust is not None:
+            raise self.fetcher.distrust
         if self.fetcher is not None and not self.fetcher.present(wanted):
             data = await self.fetcher.read_missing(wanted, self._read_cache)
             if data is not None:
@@ -194,9 +205,9 @@ class Image:
         async with self._changing:
             if self.fetcher is not None:
                 self.fetcher.failure = reason
-            if self.record.state is State.WHOLE:
+            if self.record.state is State.WHOLE and self.record.error != str(reason):
                 await self._save(error=str(reason))
-            elif self.record.state in (State.PARTIAL, State.FAILED) and self.record.error != str(reason):
+            elif self.record.state is State.PARTIAL:  # a failed image keeps its first reason
                 logger.warning("image failed: image=%s reason=%s", self.record.export, reason)
                 await self._save(state=State.FAILED, error=str(reason))
 
@@ -255,13 +266,16 @@ class Image:
         if self.record.state is State.REMOTE:
             await self._save(state=State.PARTIAL)
             self._around.on_attributes_changed(self)
-        store, blocks = await trio.to_thread.run_sync(self._load_store)
+        store, blocks, kept = await trio.to_thread.run_sync(self._load_store)
+        self._unkept = not kept
         self._store = self._file = store
         self.fetcher = self._make_fetcher(store, blocks)
         if self.record.state is State.FAILED:
             self.fetcher.failure = errors.UserError(self.record.error)
-        if not isinstance(store, _UnkeptStore):
-            self._scope = trio.CancelScope()
+        self._scope = trio.CancelScope()
+        if self._unkept:
+            self._around.nursery.start_soon(self._wait_for_room, store)
+        else:
             self._around.nursery.start_soon(self._look_after, self.fetcher)
 
     def _too_large(self) -> str:
@@ -283,23 +297,24 @@ class Image:
             finally:
                 plain.close()
 
-    def _load_store(self) -> tuple[Store, BlockMap]:
+    def _load_store(self) -> tuple[Store, BlockMap, bool]:
+        """Return the store, what it holds, and whether it keeps anything."""
         assert self.record.size is not None
         store = self._around.stores.partial(self.record)
         try:
             try:
-                return store, store.load()
+                return store, store.load(), True
             except errors.CacheCorrupt as error:
                 logger.warning("cached part discarded: image=%s reason=%s", self.record.export, error)
                 store.close()
                 store.unfinish()
                 store.remove()
                 store = self._around.stores.partial(self.record)
-                return store, store.load()
+                return store, store.load(), True
         except errors.NoSpace:
             logger.warning("no room to cache: image=%s; it is served from the repository", self.record.export)
             store.close()
-            return _UnkeptStore(), BlockMap(self.record.size, self.record.block_size)
+            return self._around.stores.unkept(), BlockMap(self.record.size, self.record.block_size), False
         except BaseException:
             store.close()
             raise
@@ -341,7 +356,7 @@ class Image:
         if not self.retired:
             try:
                 await trio.to_thread.run_sync(self._around.catalog.update, [record])
-            except (errors.NoSpace, OSError) as error:
+            except (errors.NoSpace, errors.CacheCorrupt, OSError) as error:
                 if record.state is State.WHOLE and self.record.state is not State.WHOLE:
                     raise
                 # The catalog catches up with the next change; at worst a restart asks or counts again.
@@ -364,10 +379,33 @@ class Image:
             while not await self._hand_off(fetcher):  # noqa: ASYNC110 - a disk or a file in the way tells nobody
                 await trio.sleep(CHECKPOINT_S)
 
+    async def _wait_for_room(self, unkept: Store) -> None:
+        """Begin to cache an image that was opened with no room for its map, once there is room."""
+        with self._scope:
+            while self._store is unkept:
+                await trio.sleep(ROOM_CHECK_S)
+                async with self._changing:
+                    if self._store is not unkept or self._around.stores.nearly_full():
+                        continue
+                    old = self.fetcher
+                    try:
+                        # Readers keep the old fetcher until the new one is there: without one, all counts as present.
+                        await self._save()
+                        await self._open_file()
+                    except (errors.LazyfsError, OSError) as error:
+                        logger.warning("still no room: image=%s reason=%s", self.record.export, error)
+                        self._store, self._file, self.fetcher = unkept, unkept, old
+                    else:
+                        if old is not None:
+                            await old.rest()
+                    self._around.on_fillable()
+
     async def _checkpoint(self) -> None:
         assert self.fetcher is not None
         try:
-            await self.fetcher.checkpoint()
+            await self.fetcher.checkpoint(self._around.syncs)
+        except errors.CacheCorrupt as error:
+            logger.critical("reads fail until lazyfs is mounted anew: image=%s reason=%s", self.record.export, error)
         except (errors.NoSpace, OSError) as error:
             logger.warning("checkpoint failed, to be repeated: image=%s reason=%s", self.record.export, error)
         else:
@@ -380,8 +418,8 @@ class Image:
             if self.record.state is State.FAILED:
                 return False
             try:
-                await fetcher.checkpoint()
-                await trio.to_thread.run_sync(self._store.finish)
+                await fetcher.checkpoint(self._around.syncs)
+                await trio.to_thread.run_sync(self._store.finish, limiter=self._around.syncs)
                 await self._save(state=State.WHOLE, error="")
                 await trio.to_thread.run_sync(self._store.remove)
             except (errors.LazyfsError, OSError) as error:
@@ -420,7 +458,7 @@ class Image:
             populated_bytes=counters.populated_bytes,
             requests=counters.requests,
             open_count=self.open_count,
-            fill_rate=rate if record.state is State.PARTIAL else 0.0,
+            fill_rate=rate if record.state is State.PARTIAL and not (fetcher and fetcher.unkept) else 0.0,
             error="; ".join(self._messages()),
         )
 
@@ -430,41 +468,12 @@ class Image:
         if self.gone:
             yield "not in the repository any more"
         if self.record.state is State.PARTIAL and self.fetcher is not None:
-            if self.fetcher.unkept or isinstance(self._store, _UnkeptStore):
+            if self.fetcher.distrust is not None:
+                yield f"{self.fetcher.distrust}: reads fail; mount anew to go on from the last checkpoint"
+            elif self.fetcher.unkept or self._unkept:
                 yield "the cache's disk is full: reads are served from the repository and not kept"
             elif self.fill_trouble:
                 yield self.fill_trouble
-
-
-class _UnkeptStore:
-    """Stands in for a store when there is no room even for its map: no data is kept, and so only zeroes are present."""
-
-    def load(self) -> BlockMap:
-        raise errors.StateError("not loaded")
-
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        return bytes(length)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(length)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        raise errors.NoSpace
-
-    def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        raise errors.NoSpace
-
-    def unfinish(self) -> None:
-        pass
-
-    def remove(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 async def _wait_then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -59,6 +59,15 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchCounters:
+    """What one image has fetched in its life."""
+
+    demand_bytes: int
+    populated_bytes: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """Blocks that population has taken upon itself to fetch."""
 
@@ -228,7 +237,8 @@ class Store(ImageFile, Protocol):
         """Make durable all data written before the call, then `pages` of the map, in this order.
 
         Raises:
-            NoSpace, OSError: the pages count as not saved.
+            CacheCorrupt: data did not reach the disk; what was written since the last checkpoint must not be trusted.
+            NoSpace, OSError: the data is safe, but the pages count as not saved.
         """
         ...
 
@@ -259,6 +269,10 @@ class Stores(Protocol):
         """Return the store of an image that is being filled."""
         ...
 
+    def unkept(self) -> Store:
+        """Return a store that keeps nothing, for when there is no room even for a map: every write is NoSpace."""
+        ...
+
     def whole(self, record: ImageRecord) -> ImageFile:
         """Return the plain file of a whole image, read-only.
 
@@ -281,6 +295,10 @@ class Catalog(Protocol):
 
     def update(self, records: Sequence[ImageRecord]) -> None:
         """Replace the records with the same inodes."""
+        ...
+
+    def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
+        """Set (inode, size, identity) of images that are remote; leave those that are not any more as they are."""
         ...
 
     def remove(self, inodes: Sequence[int]) -> None:

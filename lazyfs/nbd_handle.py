@@ -100,12 +100,12 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any
         _poll_until_settled(handle, uri, deadline, abandoned)
         if not handle.aio_is_ready():
             why = errno.errorcode.get(refused[0], str(refused[0])) if refused else "it hung up"
-            raise errors.ConnectionLost(uri, f"the server refuses export {name!r} ({why})")
+            raise errors.ExportRefused(uri, f"the server refuses export {name!r} ({why})")
         found = described(handle, name)
     except nbd.Error as error:
         raise errors.ConnectionLost(uri, reason(error)) from error
     if isinstance(found, str):
-        raise errors.ConnectionLost(uri, f"export {name!r}: {found}")
+        raise errors.ExportRefused(uri, f"export {name!r}: {found}")
     return handle, found
 
 

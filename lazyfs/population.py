@@ -35,6 +35,9 @@ LEARN_S = 10.0
 LOOK_AGAIN_S = 0.5
 """Before another turn of an image of which everything missing is being fetched already."""
 
+RECONNECT_S = 1.0
+"""Between turns of an image whose connection was lost; readers who wait reconnect sooner on their own."""
+
 MAX_RETRY_S = 60.0
 """Between turns of an image whose ranges fail; the repository may mend it at any time."""
 
@@ -112,7 +115,7 @@ class Population:
         except errors.ExportChanged as error:
             fetcher.changed(error)
             return
-        except errors.LazyfsError as error:
+        except (errors.LazyfsError, OSError) as error:
             trouble: Exception | None = error
         else:
             trouble = fetcher.trouble
@@ -133,12 +136,12 @@ class Population:
 
     async def _fill(self, fetcher: Fetcher, filler: Filler) -> None:
         """Let the filler work, and learn meanwhile what the rest of the image holds."""
-        failure: errors.LazyfsError | None = None
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fetcher.learn_ahead)
             try:
                 await filler.run(fetcher, TURN_S)
-            except errors.LazyfsError as error:  # kept out of the nursery's exception group
+            except Exception as error:  # kept out of the nursery's exception group
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
@@ -154,9 +157,8 @@ class Population:
         if progress:
             self._backoffs.pop(image.inode, None)
         backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))
-        if isinstance(trouble, errors.ConnectionLost):
-            backoff = Backoff(first=1.0)
-        image.fill_after = trio.current_time() + backoff.next()
+        wait_s = RECONNECT_S if isinstance(trouble, errors.ConnectionLost) else backoff.next()
+        image.fill_after = trio.current_time() + wait_s
         logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
 
     async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:

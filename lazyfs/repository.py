@@ -62,8 +62,8 @@ class NbdRepository:
         names: list[str] = []
 
         def found(name: str, _description: str) -> int:
-            watchdog.progress()
-            if len(names) < MAX_EXPORTS:
+            if len(names) < MAX_EXPORTS:  # beyond it nothing counts as progress: an endless list is cut off
+                watchdog.progress()
                 names.append(name)
             return 0
 
@@ -134,6 +134,8 @@ class NbdRepository:
         stop = threading.Event()
         try:
             result = await _stoppable(stop, partial(trio.to_thread.run_sync, call, stop, limiter=limiter))
+        except errors.ExportRefused:
+            raise  # which says nothing of the server
         except errors.ConnectionLost as error:
             if self.connected or not self.trouble:
                 logger.warning("repository lost: %s", error)
@@ -173,7 +175,7 @@ async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) ->
         nursery.start_soon(relay)
         try:
             result = await call()
-        except errors.LazyfsError as error:  # kept out of the nursery's exception group
+        except Exception as error:  # kept out of the nursery's exception group
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:

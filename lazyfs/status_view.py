@@ -1,7 +1,7 @@
 """What `lazyfs status` prints: tables and bars, made with rich."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -13,11 +13,14 @@ from lazyfs.units import format_duration, format_size
 MountStatus = Mapping[str, Any]
 
 _STYLES = {"whole": "green", "partial": "yellow", "failed": "red", "remote": "dim"}
-_BAR_WIDTH = 12
+_COLUMNS = {"size": 8, "present": 7, "bar": 10, "state": 7, "fetched": 8, "rate": 11, "to go": 11, "open": 4}
+"""With their widths: together they fill a terminal of 80."""
+_WIDE = 100
+"""Columns of a terminal from where names fit on the same line."""
 
 
-def render(mounts: Sequence[MountStatus]) -> RenderableType:
-    """Return all mounts, as `status --json` has them, for a console to print."""
+def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
+    """Return all mounts, as `status --json` has them, for a console of `width` columns to print."""
     if not mounts:
         return Text("no lazyfs mount")
     parts: list[RenderableType] = []
@@ -26,61 +29,77 @@ def render(mounts: Sequence[MountStatus]) -> RenderableType:
             parts.append(Text())
         parts.append(_heading(mount))
         if mount.get("images"):
-            parts.append(_table(mount))
+            parts.append(_table(mount, width))
         elif "error" not in mount:
             parts.append(Text("  no images", style="dim"))
     return Group(*parts)
 
 
 def _heading(mount: MountStatus) -> Text:
-    text = Text(mount["mountpoint"], style="bold")
-    text.append(f"  from {mount['repository']}", style="not bold")
+    text = Text(_printable(mount["mountpoint"]), style="bold")
+    text.append(f"  from {_printable(mount['repository'])}", style="not bold")
     if "error" in mount:
         return text.append(f"  {mount['error']}", style="red")
     text.append(
         "  connected" if mount["connected"] else "  not connected", style="green" if mount["connected"] else "red"
     )
     if mount.get("message"):
-        text.append(f"\n  {mount['message']}", style="red")
+        text.append(f"\n  {_printable(mount['message'])}", style="red")
     return text
 
 
-def _table(mount: MountStatus) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("  image", overflow="fold", min_width=16)
-    for name in ("size", "present"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", width=_BAR_WIDTH)
-    table.add_column("state", no_wrap=True)
-    for name in ("fetched", "rate", "to go"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("open", justify="right", no_wrap=True)
+def _table(mount: MountStatus, width: int) -> Group:
+    """One line for each image, two where the terminal is narrow; what is wrong with some of them below."""
     prefix = mount["mountpoint"].rstrip("/") + "/"
+    parts: list[RenderableType] = []
+    table = _grid("  image" if width >= _WIDE else None)
+    parts.append(table)
     for image in mount["images"]:
-        table.add_row(*_row(image, image["path"].removeprefix(prefix)))
+        name = Text(f"  {_printable(image['path'].removeprefix(prefix))}", overflow="fold")
+        if width >= _WIDE:
+            table.add_row(name, *_row(image).values())
+        else:
+            line = _grid(None, header=False)
+            line.add_row(*_row(image).values())
+            parts += [name, line]
+    for image in mount["images"]:
         if image["error"]:
-            table.add_row(Text(f"    {image['error']}", style="red"))
+            name = Text(
+                f"  {_printable(image['path'].removeprefix(prefix))}: {_printable(image['error'])}", style="red"
+            )
+            parts.append(name)
+    return Group(*parts)
+
+
+def _grid(first: str | None, header: bool = True) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=header)
+    if first is not None:
+        table.add_column(first, overflow="fold", min_width=16)
+    for name, width in _COLUMNS.items():
+        align: Literal["left", "right"] = "left" if name in ("bar", "state") else "right"
+        table.add_column("" if name == "bar" else name, width=width, justify=align, no_wrap=True)
     return table
 
 
-def _row(image: Mapping[str, Any], name: str) -> list[RenderableType]:
+def _row(image: Mapping[str, Any]) -> dict[str, RenderableType]:
     size = image["size"]
     here = image["present_bytes"] + image["zero_bytes"]
     missing = 0 if size is None else size - here
     rate = image["fill_rate"]
     filling = image["state"] == "partial" and rate >= 1 and missing
     touched = image["state"] != "remote"
-    return [
-        Text(f"  {_printable(name)}"),
-        "?" if size is None else format_size(size),
-        f"{_percent(here, size)} %" if touched else "",
-        ProgressBar(total=max(size or 0, 1), completed=here if size else 1, width=_BAR_WIDTH) if touched else "",
-        Text(image["state"], style=_STYLES.get(image["state"], "")),
-        format_size(image["fetched_bytes"]) if image["fetched_bytes"] else "",
-        f"{format_size(round(rate))}/s" if filling else "",
-        format_duration(missing / rate) if filling else "",
-        str(image["open_count"] or ""),
-    ]
+    return {
+        "size": "?" if size is None else format_size(size),
+        "present": f"{_percent(here, size)} %" if touched else "",
+        "bar": ProgressBar(total=max(size or 0, 1), completed=here if size else 1, width=_COLUMNS["bar"])
+        if touched
+        else "",
+        "state": Text(image["state"], style=_STYLES.get(image["state"], "")),
+        "fetched": format_size(image["fetched_bytes"]) if image["fetched_bytes"] else "",
+        "rate": f"{format_size(round(rate))}/s" if filling else "",
+        "to go": format_duration(missing / rate) if filling else "",
+        "open": str(image["open_count"] or ""),
+    }
 
 
 def _percent(here: int, size: int | None) -> int:

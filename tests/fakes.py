@@ -22,6 +22,7 @@ from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
 from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageFile, ImageRecord, Source, Store
+from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import KiB
 
 POISON = 0xEE
@@ -356,6 +357,9 @@ class MemoryStores:
     def partial(self, record: ImageRecord) -> Store:
         return MemoryStore(self, record)
 
+    def unkept(self) -> Store:
+        return UnkeptStore()
+
     def whole(self, record: ImageRecord) -> ImageFile:
         return _MemoryPlainFile(self, record)
 
@@ -524,6 +528,13 @@ class MemoryCatalog:
                 if self.records[record.inode].state is not record.state:
                     self._journal.append(f"{record.state.value} {record.inode}")
                 self.records[record.inode] = record
+
+    def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
+        self._check()
+        for inode, size, identity in described:
+            record = self.records.get(inode)
+            if record is not None and record.state is State.REMOTE:
+                self.records[inode] = replace(record, size=size, identity=identity)
 
     def remove(self, inodes: Sequence[int]) -> None:
         self._check()

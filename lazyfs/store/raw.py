@@ -160,8 +160,12 @@ class RawStore(_FileReader):
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         """Data, fdatasync, map, fdatasync."""
-        with _space_errors():
+        try:
             os.fdatasync(self._fd)
+        except OSError as error:
+            # Linux reports it once and may count the lost pages as clean: syncing again proves nothing.
+            raise errors.CacheCorrupt(f"the cache's disk could not take the data ({error.strerror})") from error
+        with _space_errors():
             for index, content in pages:
                 _write_all(self._map_fd, content, map_file.page_offset(index))
             _write_all(self._map_fd, map_file.encode_counters(mixed_zero_bytes), map_file.COUNTERS_OFFSET)

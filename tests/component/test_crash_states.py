@@ -358,7 +358,7 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
             filesystem = Filesystem(repository, opened, opened.catalog, opened.records, options, nursery)
             await filesystem.refresh()
             await filesystem.resume()
-            image = filesystem.image_at("team/disk")
+            image = filesystem.node_at("team/disk")
             await filesystem.open(image)
             assert await image.read(0, SIZE) == CONTENT
             with trio.fail_after(10):

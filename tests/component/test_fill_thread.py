@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import servers
 import trio
-from conftest import Peers
 from filling import Work, until
+from peers import Peers
 from scripted_server import Conversation, ScriptedServer, simple_reply, transmission
 
 from lazyfs import errors, fill_thread

@@ -16,8 +16,8 @@ import pytest
 import scripted_server as nbd
 import servers
 import trio
-from conftest import Peers
 from filling import Work, until
+from peers import Peers
 from scripted_server import Conversation, simple_reply, transmission
 
 from lazyfs import errors, nbd_handle

@@ -82,6 +82,17 @@ def test_an_update_changes_its_own_record_only(keeper: Keeper) -> None:
     assert keeper.reopen().load() == [one, changed, three]
 
 
+def test_describing_changes_size_and_identity_of_remote_images_only(keeper: Keeper) -> None:
+    one, two, three = keeper.now.add([BLANK, replace(BLANK, export="b", path="b"), replace(BLANK, export="c")])
+    begun = replace(two, state=State.PARTIAL, size=7)
+    keeper.now.update([begun])
+    gone = three.inode
+    keeper.now.remove([gone])
+    keeper.now.describe([(one.inode, 2**40, "v2"), (begun.inode, 8, "v2"), (gone, 9, "v2")])
+    assert keeper.reopen().load() == [replace(one, size=2**40, identity="v2"), begun]
+    keeper.now.describe([])
+
+
 def test_an_update_of_a_record_that_is_gone_brings_nothing_back(keeper: Keeper) -> None:
     one, two = keeper.now.add([BLANK, replace(BLANK, export="b", path="b")])
     keeper.now.remove([one.inode])

@@ -14,8 +14,8 @@ from lazyfs import errors
 from lazyfs.core import extent_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import KERNEL_RETRY_S, FetchCounters, Fetcher
-from lazyfs.interfaces import Claim, Export, ImageRecord
+from lazyfs.fetcher import KERNEL_RETRY_S, Fetcher
+from lazyfs.interfaces import Claim, Export, FetchCounters, ImageRecord
 from lazyfs.pace import Pace
 from lazyfs.units import KiB, MiB
 
@@ -31,6 +31,7 @@ class Bench:
         self, nursery: trio.Nursery, size: int = SIZE, holes: list[ByteRange] | None = None, block_size: int = BLOCK
     ) -> None:
         self.nursery = nursery
+        self.syncs = trio.CapacityLimiter(1)
         self.repository = FakeRepository()
         self.content = self.repository.add("disk", pattern(size), holes or []).content
         self.stores = MemoryStores()
@@ -527,10 +528,10 @@ async def test_a_checkpoint_saves_what_is_present_when_it_begins() -> None:
         await b.check(blocks(0))
         await b.settled()
         await until(b.fetcher.dirtied.is_set)
-        await b.fetcher.checkpoint()
+        await b.fetcher.checkpoint(b.syncs)
         assert not b.fetcher.dirtied.is_set()
         assert b.stores.journal == ["data 2", "map 2"]
-        await b.fetcher.checkpoint()
+        await b.fetcher.checkpoint(b.syncs)
         assert b.stores.checkpoints == 1  # nothing new
         await b.check(blocks(9))
         await b.settled()
@@ -544,7 +545,7 @@ async def test_a_claim_under_way_is_saved_as_missing() -> None:
         await b.check(blocks(0))
         await b.settled()
         take(b)
-        await b.fetcher.checkpoint()
+        await b.fetcher.checkpoint(b.syncs)
         assert b.stores.partials[2].states == bytes([1] + 63 * [0])
 
 
@@ -554,10 +555,10 @@ async def test_a_checkpoint_that_failed_is_still_to_be_done() -> None:
         await b.settled()
         b.stores.checkpoint_error = errors.NoSpace()
         with pytest.raises(errors.NoSpace):
-            await b.fetcher.checkpoint()
+            await b.fetcher.checkpoint(b.syncs)
         assert b.fetcher.dirtied.is_set()
         b.stores.checkpoint_error = None
-        await b.fetcher.checkpoint()
+        await b.fetcher.checkpoint(b.syncs)
         assert b.stores.partials[2].states == bytes([1] + 63 * [0])
 
 

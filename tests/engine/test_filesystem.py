@@ -11,7 +11,7 @@ from fakes import pattern
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.filesystem import NO_SIZES_S, ROOT_INODE, Folder
+from lazyfs.filesystem import DESCRIBE_BATCH, NO_SIZES_S, ROOT_INODE, Folder
 from lazyfs.image import Image
 from lazyfs.units import MiB
 
@@ -43,7 +43,7 @@ def tree(world: World) -> dict[str, str]:
                 assert node.entries, "an empty folder"
                 walk(node, f"{path}{name}/")
             else:
-                assert world.filesystem.image_at(f"{path}{name}") is node
+                assert world.filesystem.node_at(f"{path}{name}") is node
                 found[f"{path}{name}"] = node.record.export
 
     walk(world.filesystem.root, "")
@@ -58,9 +58,9 @@ async def test_slashes_make_folders() -> None:
     world = world_with("debian", "team/ubuntu", "team/x/y")
     async with world.daemon():
         assert tree(world) == {name: name for name in ("debian", "team/ubuntu", "team/x/y")}
-        assert world.filesystem.image_at("") is world.filesystem.root
-        assert world.filesystem.image_at("team/none") is None
-        assert world.filesystem.image_at("debian/none") is None
+        assert world.filesystem.node_at("") is world.filesystem.root
+        assert world.filesystem.node_at("team/none") is None
+        assert world.filesystem.node_at("debian/none") is None
 
 
 async def test_names_that_cannot_be_files_are_encoded() -> None:
@@ -115,7 +115,7 @@ async def test_new_exports_appear_and_unused_ones_disappear() -> None:
         invalid: list[str] = []
         world.filesystem.on_invalid_entry = lambda folder, name: invalid.append(f"{folder.path}/{name}")
         await world.open("kept")
-        folder = world.filesystem.image_at("team")
+        folder = world.filesystem.node_at("team")
         assert isinstance(folder, Folder)
         world.repository.exports = {"new": world.repository.exports["old"]}
         await world.filesystem.refresh()
@@ -145,9 +145,9 @@ async def test_what_is_cached_outlasts_its_export() -> None:
 async def test_inodes_stay_and_are_never_given_twice() -> None:
     world = world_with("a", "b", "c/d")
     async with world.daemon():
-        before = {path: world.filesystem.image_at(path).inode for path in ("a", "b", "c/d", "c")}
+        before = {path: world.filesystem.node_at(path).inode for path in ("a", "b", "c/d", "c")}
     async with world.daemon():
-        assert {path: world.filesystem.image_at(path).inode for path in before} == before
+        assert {path: world.filesystem.node_at(path).inode for path in before} == before
         keep = world.repository.exports.pop("b")
         await world.filesystem.refresh()
         world.repository.exports["b"] = keep
@@ -207,12 +207,12 @@ async def test_sizes_are_asked_in_batches_and_once() -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(5):
                 nursery.start_soon(world.filesystem.describe, images)
-        assert world.repository.describes == 3
+        assert world.repository.describes == -(-600 // DESCRIBE_BATCH)
         assert {image.record.export: image.record.size for image in images} == {f"disk {i}": i for i in range(600)}
     async with world.daemon():
         world.filesystem.describe_soon(list(world.filesystem.images()))
         await trio.sleep(1)
-        assert world.repository.describes == 3
+        assert world.repository.describes == -(-600 // DESCRIBE_BATCH)
 
 
 async def test_an_export_the_server_will_not_describe_spoils_no_other() -> None:

@@ -2,14 +2,14 @@
 
 import pytest
 import trio
-from engine_world import BLOCK, World, blocks, run, seconds_to_next_wakeup, until
+from engine_world import BLOCK, World, blocks, run, seconds_to_next_wakeup, threads, until
 from fakes import pattern
 from trio.testing import wait_all_tasks_blocked
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import CHECKPOINT_S
+from lazyfs.image import CHECKPOINT_S, ROOM_CHECK_S
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)
@@ -248,7 +248,8 @@ async def test_a_damaged_cache_whose_plain_file_the_catalog_does_not_know_is_dis
 # -- a full disk
 
 
-async def test_without_room_even_to_begin_reads_are_served_and_status_says_so() -> None:
+@pytest.mark.parametrize("closed", [True, False])
+async def test_without_room_even_to_begin_reads_are_served_and_status_says_so(closed: bool) -> None:
     world = world_with_disk(holes=[blocks(3, 5), ByteRange(6 * BLOCK + 4096, 6 * BLOCK + 8192)])
     world.stores.full = True
     async with world.daemon():
@@ -259,11 +260,32 @@ async def test_without_room_even_to_begin_reads_are_served_and_status_says_so() 
             await world.check(image, blocks(4, 7))
         assert "disk is full" in image.statistics().error
         assert not image.fillable
-        await world.close(image)
+        if closed:
+            await world.close(image)
         world.stores.full = False
-        image = await world.open("disk")
+        if closed:
+            image = await world.open("disk")
+        await trio.sleep(2 * ROOM_CHECK_S)
         await world.check(image, ALL)
         await until(lambda: image.record.state is State.WHOLE)
+        await world.check(image, ALL)
+        assert image.statistics().error == ""
+
+
+async def test_reads_go_on_while_room_is_found() -> None:
+    world = world_with_disk(holes=[blocks(3)])
+    world.stores.full = True
+    async with world.daemon():
+        image = await world.open("disk")
+        world.stores.full = False
+        threads.delay_s = 0.5
+        reads = 0
+        while trio.current_time() < 3 * ROOM_CHECK_S:
+            await world.check(image, blocks(reads % 14, reads % 14 + 2))
+            await trio.sleep(0.01)
+            reads += 1
+        assert image.present_bytes() > 0
+        assert image.statistics().demand_bytes == world.repository.bytes_read()
 
 
 async def test_an_empty_or_all_hole_image_without_room() -> None:
@@ -295,8 +317,8 @@ async def test_a_disk_that_fills_up_is_reported_until_there_is_room() -> None:
 
 
 async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recovers() -> None:
-    world = world_with_disk()
-    old = world.repository.exports["disk"]
+    world = World()
+    old = world.repository.add("disk", pattern(SIZE), identity="old")
     async with world.daemon():
         image = await world.open("disk")
         await world.check(image, blocks(0, 2))
@@ -305,7 +327,7 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
             await image.read(9 * BLOCK, BLOCK)
         await until(lambda: image.record.state is State.FAILED)
         assert world.catalog.load()[0].state is State.FAILED
-        assert image.statistics().error == "changed in the repository (was '', now 'new')"
+        assert image.statistics().error == "changed in the repository (was 'old', now 'new')"
         await world.check(image, blocks(0, 2), old.content)
         with pytest.raises(errors.ExportChanged):
             await image.read(BLOCK, 2 * BLOCK)
@@ -321,6 +343,20 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
         await world.check(image, ALL)
         await until(lambda: image.record.state is State.WHOLE)
         assert image.statistics().error == ""
+
+
+async def test_equal_sizes_alone_are_no_proof_that_the_old_version_is_back() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        world.repository.add("disk", bytes(2 * SIZE))
+        await world.filesystem.refresh()
+        world.repository.add("disk", pattern(SIZE, seed=1))  # a third version, as likely as the first
+        await world.filesystem.refresh()
+        assert image.record.state is State.FAILED
+        with pytest.raises(errors.LazyfsError, match="changed in the repository"):
+            await image.read(9 * BLOCK, 1)
 
 
 async def test_a_whole_image_whose_export_changed_keeps_its_bytes_and_says_so() -> None:

@@ -93,6 +93,7 @@ class Model:
 
     def __init__(self, holes: dict[str, list[ByteRange]], replace_changed: bool) -> None:
         self.world = World(block_size=BLOCK, replace_changed=replace_changed, fill_rate=64 * KiB)
+        self.world.may_leave_files_open = replace_changed
         self.holes = holes
         self.contents: dict[tuple[str, str], bytes] = {}
         self.open_files: dict[str, Image] = {}

@@ -32,6 +32,10 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["mount", "nbd://h", "/mnt", "--fill-rate", "0"], "at least 1"),
         (["mount", "nbd://h", "/mnt", "--io-timeout", "-1"], "seconds"),
         (["mount", "nbd://h", "/mnt", "--mode", "999"], "octal"),
+        (["mount", "nbd://h", "/mnt", "--uid", "-1"], "not a user or group number"),
+        (["mount", "nbd://h", "/mnt", "--gid", "4294967295"], "not a user or group number"),
+        (["mount", "nbd://h", "/mnt", "--refresh", "1e-9"], "at least 0.1"),
+        (["mount", "nbd://h", ""], "empty name"),
         (["mount", "nbd://h", "/mnt", "--format", "vmdk"], "raw"),
         (["status", "--json", "--watch"], "--watch"),
         (["umount"], "required"),
@@ -58,6 +62,60 @@ def test_failures_are_one_line_and_exit_1(arguments: list[str], says: str) -> No
     done = run(*arguments)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert says in done.stderr
+
+
+def test_a_daemon_that_cannot_start_says_why(lab: Lab) -> None:
+    lab.image("dense", 1 * MiB)
+    server = lab.serve()
+    for arguments, says in (
+        (["--log-file", lab.folder / "none" / "log"], "cannot write the log"),
+        (["--cache-dir", lab.folder / "none" / "cache"], "No such file"),
+    ):
+        refused = lab.lazyfs("mount", server.uri, lab.mnt, *arguments, check=False)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert says in refused.stderr
+        assert not os.path.ismount(lab.mnt)
+
+
+def test_nothing_is_imported_from_the_current_folder(lab: Lab) -> None:
+    lab.image("dense", 1 * MiB)
+    server = lab.serve()
+    trap = lab.folder / "trap"
+    trap.mkdir()
+    for name in ("trio.py", "lazyfs.py", "nbd.py"):
+        (trap / name).write_text("raise SystemExit('hijacked')")
+    command = [sys.executable, "-P", "-m", "lazyfs", "mount", server.uri, str(lab.mnt)]
+    subprocess.run(command, cwd=trap, check=True, timeout=60)
+    lab.lazyfs("umount", lab.mnt)
+
+
+def test_umount_of_a_daemon_that_hangs_waits_for_it(lab: Lab) -> None:
+    lab.image("dense", 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    pread(lab.mnt / "dense", 0, 64 * KiB)
+    assert lab.daemon is not None
+    lab.daemon.send_signal(signal.SIGSTOP)
+    umount = subprocess.Popen([sys.executable, "-m", "lazyfs", "umount", str(lab.mnt)], preexec_fn=die_with_parent)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            umount.wait(1)
+    finally:
+        lab.daemon.send_signal(signal.SIGCONT)
+    assert umount.wait(30) == 0
+    assert lab.daemon.wait(30) == 0
+    lab.daemon = None
+    lab.mount(server.uri, "--no-populate")
+    assert lab.image_status("dense")["present_bytes"] >= 64 * KiB
+
+
+def test_output_that_cannot_be_written_is_one_line(lab: Lab) -> None:
+    lab.image("dense", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lazyfs", "status", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "lazyfs: No space left on device\n")
 
 
 def test_every_verb_has_help_with_an_example() -> None:

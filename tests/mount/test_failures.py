@@ -164,6 +164,35 @@ def test_mount_with_the_repository_down(lab: Lab) -> None:
     assert (lab.mnt / "partial").read_bytes() == partial.read_bytes()
 
 
+def test_first_opens_wait_for_the_repository_like_reads_do(lab: Lab) -> None:
+    """Also right after another open waited in vain."""
+    source = lab.image("dense", 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "2")
+    (lab.mnt / "dense").stat()
+    server.kill()
+    with pytest.raises(OSError, match="Input/output error"):
+        (lab.mnt / "dense").open("rb")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit((lab.mnt / "dense").read_bytes)
+        time.sleep(0.3)  # it waits now
+        server.start()
+        assert waiting.result(30) == source.read_bytes()
+
+
+def test_an_export_that_is_refused_is_not_a_lost_repository(lab: Lab) -> None:
+    lab.image("gone", 1 * MiB)
+    other = lab.image("other", 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "2")
+    (lab.mnt / "gone").stat()
+    (lab.repository / "gone").unlink()
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "gone", 0, 1)
+    assert lab.status()["connected"] is True
+    assert (lab.mnt / "other").read_bytes() == other.read_bytes()
+
+
 def test_first_mount_of_an_absent_repository_says_why(lab: Lab) -> None:
     refused = lab.lazyfs("mount", f"nbd+unix:///?socket={lab.folder}/none", lab.mnt, check=False)
     assert refused.returncode == 1
@@ -186,6 +215,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_cache_disk_fails_no_read_and_recovers(tiny_disk: Path, lab: Lab) -> None:
     source = lab.image("dense", 12 * MiB)
     small = lab.image("small", 1 * MiB)
+    late = lab.image("late", 1 * MiB)
     server = lab.serve()
     ballast = tiny_disk / ".lazyfs"
     lab.mount(server.uri, "--cache-dir", tiny_disk / "cache")
@@ -200,9 +230,13 @@ def test_full_cache_disk_fails_no_read_and_recovers(tiny_disk: Path, lab: Lab) -
     assert status["state"] == "partial"
     assert 0 < status["present_bytes"] < 8 * MiB
     assert "full" in status["error"] + lab.status()["message"]
+    assert (lab.mnt / "late").read_bytes() == late.read_bytes()  # first opened with no room at all
+    held = (lab.mnt / "late").open("rb")
     subprocess.run(["mount", "-o", "remount,size=32m", str(tiny_disk)], check=True)
     lab.wait_for_state("dense", "whole")
     assert lab.status()["message"] == ""
+    lab.wait_for_state("late", "whole")  # without being opened again
+    held.close()
     lab.umount()
     assert (tiny_disk / "cache" / "dense").read_bytes() == source.read_bytes()
     assert not ballast.exists()
@@ -224,9 +258,11 @@ def test_export_that_changes_while_partial(lab: Lab) -> None:
     assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
     with pytest.raises(OSError, match="Input/output error"):
         pread(lab.mnt / "dense", 2 * MiB, 1)
-    _replace(source, expected)  # the old version is published again
-    lab.wait_for_state("dense", "partial")
-    assert (lab.mnt / "dense").read_bytes() == expected
+    _replace(source, os.urandom(4 * MiB))  # a third version, of the first one's size: it must not be mixed in
+    wait_until(lambda: lab.log.read_text().count("changed") and lab.status()["connected"], "refreshed")
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "dense", 2 * MiB, 1)
+    assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
 
 
 def test_export_that_changes_while_partial_is_not_mixed_after_a_restart(lab: Lab) -> None:
@@ -298,6 +334,9 @@ def test_identity_tells_versions_of_one_size_apart(lab: Lab) -> None:
     pread(lab.mnt / "v", 0, 4 * KiB)
     script.write_text("build 2")
     assert "was 'build 1', now 'build 2'" in lab.wait_for_state("v", "failed")["error"]
+    script.write_text("build 1")  # published again, and known to be the same
+    lab.wait_for_state("v", "partial")
+    assert (lab.mnt / "v").read_bytes() == image.read_bytes()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ import lazyfs
 ROWS = [
     "__main__",
     "cli",
+    "arguments",
     "status_view",
     "daemon",
     # edges
@@ -28,13 +29,14 @@ ROWS = [
     "fetcher",
     "pace",
     # I/O
-    "mounts",
     "cache_dir",
     "catalog",
     "repository",
     "fill_thread",
     "nbd_handle",
     "store.raw",
+    "store.unkept",
+    "mounts",
     "store.qcow2",
     # what the engine asks of the I/O, which implements it
     "interfaces",
