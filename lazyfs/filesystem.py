@@ -2,7 +2,7 @@
 
 The root and the folders have inode numbers derived from their paths; an image's is its key in the catalog,
 so the same after every restart. Entries of a folder are listed in the order of their inode numbers, which is
-also the position a listing goes on from: new images come last, and none is skipped or shown twice.
+also the position a listing goes on from: no entry is skipped or shown twice while others come and go.
 """
 
 import errno

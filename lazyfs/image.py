@@ -331,9 +331,14 @@ class Image:
             nursery=around.nursery,
             pace=around.pace,
             io_timeout_s=around.io_timeout_s,
-            counters=FetchCounters(record.demand_bytes, record.populated_bytes, record.requests),
+            counters=self._counters(),
             on_changed=lambda error: around.on_export_changed(self, error),
         )
+
+    def _counters(self) -> FetchCounters:
+        if self.fetcher is not None:
+            return self.fetcher.counters()
+        return FetchCounters(self.record.demand_bytes, self.record.populated_bytes, self.record.requests)
 
     async def _close_file(self) -> None:
         fetcher, file = self.fetcher, self._file
@@ -439,10 +444,11 @@ class Image:
     def statistics(self) -> ImageStatistics:
         """Return what `status` shows, as of now."""
         record, fetcher = self.record, self.fetcher
+        counters = self._counters()
         if fetcher is not None:
-            counters, zero, rate = fetcher.counters(), fetcher.zero_bytes, fetcher.rate()
+            zero, rate = fetcher.zero_bytes, fetcher.rate()
         else:
-            counters, rate = FetchCounters(record.demand_bytes, record.populated_bytes, record.requests), 0.0
+            rate = 0.0
             zero = (record.size or 0) - record.present_bytes if record.state is State.WHOLE else 0
         return ImageStatistics(
             name=record.export,

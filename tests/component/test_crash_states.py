@@ -1,5 +1,6 @@
 """What a crash, a power cut or a stranger may leave in the cache directory, and what is made of it."""
 
+import errno
 import os
 import random
 import shutil
@@ -742,3 +743,20 @@ def test_data_is_synced_before_its_map_and_the_map_before_the_checkpoint_ends(
         ("write", "2.map"),
         ("sync", "2.map"),
     ]
+
+
+def test_a_failed_sync_of_the_data_is_not_a_full_disk(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reports it once: trying again would succeed without the data."""
+    (record,) = cache.add(NEW)
+    with cache.open() as opened:
+        store = store_of(opened, record)
+        store.load()
+
+        def fail(_fd: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fail)
+            with pytest.raises(errors.CacheCorrupt, match="could not take the data"):
+                store.checkpoint([], 0)
+        store.close()

@@ -453,3 +453,28 @@ async def test_statistics_tell_each_byte_from_the_others() -> None:
         found = image.statistics()
         assert (found.present_bytes, found.zero_bytes, found.state) == (SIZE - 2 * BLOCK, 2 * BLOCK, "whole")
         assert found.fill_rate == 0
+
+
+async def test_a_disk_that_lost_data_is_not_read_until_a_restart_from_the_last_checkpoint() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        await trio.sleep(2 * CHECKPOINT_S)  # on the autojump clock
+        world.stores.checkpoint_error = errors.CacheCorrupt("the disk could not take the data")
+        await world.check(image, blocks(8))
+        await until(lambda: "mount anew" in image.statistics().error)
+        for lost in (blocks(0), blocks(8), blocks(12)):
+            with pytest.raises(errors.CacheCorrupt):
+                await image.read(lost.start, lost.length)
+        world.stores.checkpoint_error = None  # a later sync would succeed, and prove nothing
+        await trio.sleep(2 * CHECKPOINT_S)
+        with pytest.raises(errors.CacheCorrupt):
+            await image.read(0, BLOCK)
+    before = world.repository.bytes_read()
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        assert world.repository.bytes_read() == before
+        await world.check(image, blocks(8))
+        assert world.repository.bytes_read() == before + BLOCK
