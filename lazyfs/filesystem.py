@@ -320,7 +320,9 @@ class Filesystem:
             return
         try:
             if self._options.replace_changed:
-                await self._replace(image, error)
+                # Disk only, so never long; half done, the name would lead nowhere.
+                with trio.CancelScope(shield=True):
+                    await self._replace(image, error)
             else:
                 await image.fail(error)
         except (errors.LazyfsError, OSError) as failed:

@@ -316,6 +316,24 @@ async def test_replacing_a_whole_image() -> None:
         await world.check(now, ALL, new)
 
 
+@pytest.mark.parametrize("after_s", [0.5, 1.5, 2.5, 3.5])
+async def test_a_refresh_cancelled_in_the_middle_of_a_replacement_leaves_no_name_that_leads_nowhere(
+    after_s: float,
+) -> None:
+    world = world_with("disk", replace_changed=True)
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        world.repository.add("disk", pattern(SIZE, seed=1), identity="new")
+        threads.delay_s = 1
+        with trio.move_on_after(after_s):
+            await world.filesystem.refresh()
+        await world.filesystem.refresh()
+        now = await world.open("disk")
+        assert now is not image
+        await world.check(now, ALL)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 async def test_an_open_in_the_middle_of_a_replacement_is_told_to_look_again(whole: bool) -> None:
     world = world_with("disk", replace_changed=True)

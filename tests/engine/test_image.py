@@ -285,7 +285,8 @@ async def test_reads_go_on_while_room_is_found() -> None:
             await trio.sleep(0.01)
             reads += 1
         assert image.present_bytes() > 0
-        assert image.statistics().demand_bytes == world.repository.bytes_read()
+        # But for what was under way at that moment.
+        assert SIZE < image.statistics().demand_bytes <= world.repository.bytes_read()
 
 
 async def test_an_empty_or_all_hole_image_without_room() -> None:
