@@ -303,17 +303,17 @@ class Filesystem:
     async def _compare(self, image: Image, export: Export) -> None:
         """Compare a cached image with its export as it is now."""
         record = image.record
-        if (record.size, record.identity) == (export.size, export.identity):
+        if record.size is None:
+            return
+        try:
+            Export(record.export, record.size, record.identity).check_same(export)
+        except errors.ExportChanged as change:
+            await self._export_changed(image, change)
+        else:
             # Without an identity an equal size proves nothing, once another version has been seen.
             sure = record.state is State.WHOLE or record.identity != ""
             if sure and record.state is not State.REMOTE and record.error.startswith("changed in the repository"):
                 await image.recover()
-            return
-        if record.size != export.size:
-            change = errors.ExportChanged(record.export, f"{record.size} bytes", f"{export.size} bytes")
-        else:
-            change = errors.ExportChanged(record.export, repr(record.identity), repr(export.identity))
-        await self._export_changed(image, change)
 
     async def _export_changed(self, image: Image, error: errors.ExportChanged) -> None:
         if image.retired:

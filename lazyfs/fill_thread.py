@@ -72,7 +72,7 @@ class FillConnection:
         if self._handle is not None:
             return
         handle, found = nbd_handle.connect_export(self._uri, self._export.name, stop)
-        check_same(self._export, found)
+        self._export.check_same(found)
         self._max_payload = nbd_handle.max_payload(handle)
         self._handle = handle
 
@@ -160,15 +160,3 @@ class FillConnection:
         if lost:
             raise errors.ConnectionLost(self._uri, "the server hung up, or is about to")
         return freed
-
-
-def check_same(expected: Export, found: Export) -> None:
-    """Compare an export with what the cache was filled from.
-
-    Raises:
-        ExportChanged: size or identity differ.
-    """
-    if found.size != expected.size:
-        raise errors.ExportChanged(expected.name, f"{expected.size} bytes", f"{found.size} bytes")
-    if found.identity != expected.identity:
-        raise errors.ExportChanged(expected.name, repr(expected.identity), repr(found.identity))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lazyfs import errors
 from lazyfs.core.block_map import BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
@@ -30,6 +31,17 @@ class Export:
     size: int
     identity: str
     """What tells two versions of an export of one size apart: the description the server gives, or ""."""
+
+    def check_same(self, found: "Export") -> None:
+        """Compare with what the server says now.
+
+        Raises:
+            ExportChanged: size or identity differ.
+        """
+        if found.size != self.size:
+            raise errors.ExportChanged(self.name, f"{self.size} bytes", f"{found.size} bytes")
+        if found.identity != self.identity:
+            raise errors.ExportChanged(self.name, repr(self.identity), repr(found.identity))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import trio
 from lazyfs import errors, nbd_handle
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.pacing import Backoff
-from lazyfs.fill_thread import FillConnection, check_same
+from lazyfs.fill_thread import FillConnection
 from lazyfs.interfaces import Export, Filler, FillWork, Source
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class NbdRepository:
         """
         attempt = partial(nbd_handle.connect_export, self.uri, export.name)
         handle, found = await self._in_thread(self._connects, attempt)
-        check_same(export, found)
+        export.check_same(found)
         running = nbd_handle.NbdHandle(handle, self.uri, export.name, self._stall_s)
         self._nursery.start_soon(running.run)
         return running
