@@ -21,13 +21,14 @@ class _Parser(argparse.ArgumentParser):
         raise errors.UsageError(f"{message} (see {self.prog} --help)")
 
 
-def parser(mount: Verb, status: Verb, umount: Verb) -> argparse.ArgumentParser:
+def parser(mount: Verb, status: Verb, detach: Verb, umount: Verb) -> argparse.ArgumentParser:
     """Return the parser of the whole command; `run` of its result is the function of the chosen verb."""
     top = _Parser(prog="lazyfs", description="Shows every image of an NBD repository as a local file.")
     top.add_argument("--version", action="version", version=f"lazyfs {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     _add_mount(verbs, mount)
     _add_status(verbs, status)
+    _add_detach(verbs, detach)
     _add_umount(verbs, umount)
     return top
 
@@ -59,6 +60,8 @@ def _add_mount(verbs: Any, run: Verb) -> None:
     )
     mount.add_argument("--uid", metavar="N", type=_id, default=os.geteuid(), help="owner of files")
     mount.add_argument("--gid", metavar="N", type=_id, default=os.getegid(), help="group of files")
+    mount.add_argument("--no-passthrough", action="store_true",
+                       help="read whole images through the daemon, too, not by the kernel alone")  # fmt: skip
     mount.add_argument("--foreground", action="store_true", help="stay; log to stderr")
     mount.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     mount.add_argument("--log-file", metavar="FILE", help="log here (default: syslog; in the foreground stderr)")
@@ -78,6 +81,19 @@ def _add_status(verbs: Any, run: Verb) -> None:
     )
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--watch", action="store_true", help="redraw every second until interrupted")
+
+
+def _add_detach(verbs: Any, run: Verb) -> None:
+    detach = verbs.add_parser(
+        "detach",
+        help="unmount under running VMs",
+        description="Unmount although files are open: once every open image is whole, new opens get the plain files, "
+        "and the daemon serves what is open until it is closed.",
+        epilog="example: lazyfs detach /var/lib/imagecache --wait",
+    )
+    detach.set_defaults(run=run)
+    detach.add_argument("mountpoint", metavar="MOUNTPOINT")
+    detach.add_argument("--wait", action="store_true", help="wait until every open image is whole")
 
 
 def _add_umount(verbs: Any, run: Verb) -> None:

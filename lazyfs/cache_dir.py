@@ -24,7 +24,7 @@ from lazyfs import errors, mounts
 from lazyfs.catalog import SqliteCatalog
 from lazyfs.core.export_name import RESERVED
 from lazyfs.core.lifecycle import State
-from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
+from lazyfs.interfaces import FileLook, ImageRecord, PlainFile, Store
 from lazyfs.store.raw import RawStore, WholeFile
 from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import GiB, MiB
@@ -37,6 +37,7 @@ ENDING_S = 20.0
 """How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow disk."""
 
 CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
+_DETACHED = "the lazyfs detached from"
 _PARTIAL = f"{STATE}/partial"
 _CATALOG = f"{STATE}/catalog.sqlite"
 
@@ -59,7 +60,9 @@ class CacheDir:
             self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
-        self._lock_fd = -1
+        self.lock_fd = -1
+        """Locked; also a plain file on the cache's file system that is always there."""
+        self._mountpoint = mountpoint
         try:
             self._open(mountpoint)
         except errors.NoSpace as error:
@@ -82,7 +85,7 @@ class CacheDir:
         """Return a store that keeps nothing."""
         return UnkeptStore()
 
-    def whole(self, record: ImageRecord) -> ImageFile:
+    def whole(self, record: ImageRecord) -> PlainFile:
         """Return the plain file of a whole image."""
         return WholeFile(self.root_fd, record)
 
@@ -126,24 +129,33 @@ class CacheDir:
 
     def _take_lock(self, mountpoint: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._lock_fd = os.open(f"{STATE}/lock", flags, 0o600, dir_fd=self.root_fd)
+        self.lock_fd = os.open(f"{STATE}/lock", flags, 0o600, dir_fd=self.root_fd)
         deadline = time.monotonic() + ENDING_S
         while not self._try_lock():
-            owner = os.pread(self._lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
+            owner = os.pread(self.lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
+            detached = owner.startswith(_DETACHED)
             mounted = any(f"the lazyfs on {mount.mountpoint} (pid" in owner for mount in mounts.lazyfs_mounts())
-            if not mounted and time.monotonic() < deadline:
+            if not mounted and not detached and time.monotonic() < deadline:
                 time.sleep(0.1)  # unmounted a moment ago, it saves what it has
                 continue
             raise errors.UserError(
                 f"the cache {self.path} is in use by {owner or 'another lazyfs'}; "
-                f"unmount that first, or give this mount its own --cache-dir"
+                + ("close them or move QEMU with lazyfs pivot" if detached else "unmount that first")
+                + ", or give this mount its own --cache-dir"
             )
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})".encode(errors="surrogateescape"), 0)
+        self._tell(f"the lazyfs on {mountpoint} (pid {os.getpid()})")
+
+    def tell_detached(self) -> None:
+        """Let the message to another daemon that wants this cache say what keeps it."""
+        self._tell(f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), which serves the files still open")
+
+    def _tell(self, owner: str) -> None:
+        os.ftruncate(self.lock_fd, 0)
+        os.pwrite(self.lock_fd, owner.encode(errors="surrogateescape"), 0)
 
     def _try_lock(self) -> bool:
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
@@ -216,7 +228,7 @@ class CacheDir:
         self._close_fds()
 
     def _close_fds(self) -> None:
-        for fd in (self._lock_fd, self.root_fd):
+        for fd in (self.lock_fd, self.root_fd):
             if fd >= 0:
                 os.close(fd)
 

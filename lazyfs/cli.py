@@ -4,7 +4,6 @@ Exit 0: done; 1: it failed, with one line on stderr that says why and what to do
 """
 
 import argparse
-import asyncio
 import errno
 import io
 import json
@@ -22,19 +21,12 @@ from contextlib import suppress
 from typing import Any
 
 from lazyfs import arguments as arguments_of
-from lazyfs import errors, mounts
-from lazyfs.units import GiB
+from lazyfs import control_client, errors, mounts, open_files, waiting
 
 WATCH_S = 1.0
 """Between two pictures of `status --watch`."""
 
 _PIPE_WIDTH = 160
-
-MAX_ANSWER = 1 * GiB
-"""Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at 20,000 images."""
-
-CONTROL_TIMEOUT_S = 10.0
-"""A daemon answers in milliseconds; one that does not in this time hangs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        options = arguments_of.parser(_mount, _status, _umount).parse_args(words)
+        options = arguments_of.parser(_mount, _status, _detach, _umount).parse_args(words)
         options.words = words
         code: int = options.run(options)
         sys.stdout.flush()
@@ -133,6 +125,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
             format=options.format,
         ),
         refresh_s=options.refresh,
+        passthrough=not options.no_passthrough,
     )
     try:
         daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
@@ -229,14 +222,14 @@ def _status(options: argparse.Namespace) -> int:
 
 def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
     if not paths:
-        return [_query_or_say_why(mount) for mount in mounts.lazyfs_mounts()]
+        return [_query_or_say_why(mount) for mount in mounts.lazyfs_mounts()] + control_client.query_detached()
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         mount = mounts.mount_of(path) or mounts.mount_of(os.path.realpath(path))
         if mount is None:
             raise errors.UserError(f"{path} is not on a lazyfs mount; lazyfs status shows them all")
         inside = _inside(path, mount)
-        one = _query_or_say_why(mount) if not inside else _query(mount, inside)
+        one = _query_or_say_why(mount) if not inside else control_client.query(mount, inside)
         known = found.setdefault(mount.mountpoint, one)
         if known is not one:
             paths_known = {image["path"] for image in known["images"]}
@@ -255,7 +248,7 @@ def _inside(path: str, mount: mounts.Mount) -> str:
 
 def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
     try:
-        return _query(mount, "")
+        return control_client.query(mount)
     except errors.UserError as error:
         return {
             "mountpoint": mount.mountpoint, "cache_dir": None, "repository": mount.repository, "connected": False,
@@ -263,62 +256,51 @@ def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _query(mount: mounts.Mount, path: str) -> dict[str, Any]:
-    """Ask the daemon of `mount` about itself and the images at `path`.
-
-    Raises:
-        UserError: it does not answer, or knows no such path.
-    """
-    arguments = {"path": path} if path else {}
-    status, images = asyncio.run(_ask(mount, [("query-mount", {}), ("query-images", arguments)]))
-    return {**status, "images": images}
+# -- detach
 
 
-async def _ask(mount: mounts.Mount, commands: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """Run commands on the control socket with the qemu.qmp library, as any QMP client would."""
-    from qemu.qmp import ExecuteError, QMPClient, QMPError
-
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
-    client = QMPClient("lazyfs", readbuflen=MAX_ANSWER)
-    try:
-        async with asyncio.timeout(CONTROL_TIMEOUT_S):
-            await client.connect(mounts.socket_path(mount.mountpoint))
-            try:
-                return [await client.execute(name, arguments) for name, arguments in commands]
-            finally:
-                await client.disconnect()
-    except ExecuteError as error:
-        raise errors.UserError(f"{mount.mountpoint}: {error}") from error
-    except TimeoutError:
-        raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer") from None
-    except (QMPError, OSError) as error:
-        reason = "it was killed; mount again" if not _alive(mount) else "its control socket cannot be reached"
-        raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {reason}") from error
+def _detach(options: argparse.Namespace) -> int:
+    mount = _mounted_at(options.mountpoint)
+    if options.wait:
+        waiting.until_whole(lambda: _filling(mount))
+    elif filling := _filling(mount):
+        raise errors.UserError(_why_not_detached(mount, filling))
+    pidfd = _pidfd(_daemon_pid(mount))
+    status, detached = control_client.execute(mount, [("query-mount", {}), ("detach", {})])
+    if detached["open_count"]:
+        print(
+            f"{mount.mountpoint} is detached: new opens get the plain files. "
+            f"{detached['open_count']} open file(s) are served by pid {status['pid']} until they are closed."
+        )
+    elif pidfd is not None:
+        _wait_for_end(pidfd)
+    return 0
 
 
-def _alive(mount: mounts.Mount) -> bool:
-    """Whether a daemon holds the connection, be it one that hangs (then this hangs, too)."""
-    try:
-        os.statvfs(mount.mountpoint)
-    except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
+def _filling(mount: mounts.Mount) -> list[dict[str, Any]]:
+    """Return the images that are open and not whole."""
+    return [i for i in control_client.query(mount)["images"] if i["open_count"] and i["state"] != "whole"]
+
+
+def _why_not_detached(mount: mounts.Mount, images: Sequence[dict[str, Any]]) -> str:
+    readers = open_files.readers(mount.device, {image["inode"] for image in images})
+    reasons = []
+    for image in images:
+        who = (
+            ", ".join(str(reader) for reader in readers.get(image["inode"], [])) or "nobody that can be seen from here"
+        )
+        reasons.append(f"{image['path']} is not whole and open in {who}")
+    return f"cannot detach: {'; '.join(reasons)}; use --wait, or close it"
 
 
 # -- umount
 
 
 def _umount(options: argparse.Namespace) -> int:
-    mountpoint = os.path.abspath(options.mountpoint)
-    mount = mounts.mount_of(mountpoint)
-    if mount is None or mount.mountpoint != mountpoint:
-        resolved = os.path.realpath(options.mountpoint)
-        mount = mounts.mount_of(resolved)
-        if mount is None or mount.mountpoint != resolved:
-            raise errors.UserError(f"no lazyfs is mounted on {options.mountpoint}")
     from lazyfs import kernel_session
 
-    dead = not _alive(mount)  # and has nothing to save
+    mount = _mounted_at(options.mountpoint)
+    dead = not control_client.alive(mount)  # and has nothing to save
     pidfd = _pidfd(_daemon_pid(mount))
     try:
         kernel_session.unmount(mount.mountpoint, lazy=dead)
@@ -332,6 +314,17 @@ def _umount(options: argparse.Namespace) -> int:
         with suppress(OSError):  # what the dead daemon could not clear away itself
             os.unlink(mounts.socket_path(mount.mountpoint))
     return 0
+
+
+def _mounted_at(path: str) -> mounts.Mount:
+    mountpoint = os.path.abspath(path)
+    mount = mounts.mount_of(mountpoint)
+    if mount is None or mount.mountpoint != mountpoint:
+        resolved = os.path.realpath(path)
+        mount = mounts.mount_of(resolved)
+        if mount is None or mount.mountpoint != resolved:
+            raise errors.UserError(f"no lazyfs is mounted on {path}")
+    return mount
 
 
 def _daemon_pid(mount: mounts.Mount) -> int | None:

@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import trio
@@ -42,6 +42,8 @@ class ControlServer:
         self.path = path
         self._commands = {**commands, "query-commands": self._query_commands, "query-version": self._query_version}
         self._clients = 0
+        self._answering = 0
+        self._answered = trio.Event()
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
@@ -52,6 +54,7 @@ class ControlServer:
                 listening.bind(path)
             finally:
                 os.umask(old)
+            self._bound = os.stat(path)
             listening.listen(MAX_CLIENTS)
         except OSError as error:
             listening.close()
@@ -66,11 +69,22 @@ class ControlServer:
         finally:
             self.close()
 
+    async def all_answered(self) -> None:
+        """Wait until no command is under way."""
+        while self._answering:
+            await self._answered.wait()
+
+    def move(self, path: str) -> None:
+        """Go on listening at another path: the present one may soon belong to another daemon."""
+        os.rename(self.path, path)
+        self.path = path
+
     def close(self) -> None:
-        """Remove the socket."""
+        """Remove the socket, if it is still ours."""
         self._socket.close()
         with suppress(FileNotFoundError):
-            os.unlink(self.path)
+            if os.path.samestat(os.stat(self.path), self._bound):
+                os.unlink(self.path)
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -93,11 +107,22 @@ class ControlServer:
         async for data in stream:
             try:
                 for message in decoder.feed(bytes(data)):
-                    await stream.send_all(await self._answer(session, message))
+                    with self._under_way():
+                        await stream.send_all(await self._answer(session, message))
             except qmp_wire.WireError as error:
                 failure = qmp_wire.CommandError(f"JSON parse error, {error.desc}")
                 await stream.send_all(qmp_wire.encode(qmp_wire.failed({}, failure)))
                 return
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        self._answering += 1
+        try:
+            yield
+        finally:
+            self._answering -= 1
+            self._answered.set()
+            self._answered = trio.Event()
 
     async def _answer(self, session: qmp_wire.ServerSession, message: dict[str, Any]) -> bytes:
         try:

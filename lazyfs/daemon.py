@@ -1,6 +1,7 @@
 """The composition root: picks the concrete classes, wires them, and takes them down in order.
 
 mount        cache directory opened and locked -> exports listed -> mounted -> "ready"
+detach       unmounted lazily -> open files are served -> the last is closed: as after unmount
 unmount      kernel's connection ends -> population gives back its claims -> checkpoint of every image
              -> catalog closed -> exit. A crash anywhere costs what the last checkpoint did not have.
 """
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lazyfs import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 import trio
 
 from lazyfs import errors, mounts
 from lazyfs.cache_dir import CacheDir
 from lazyfs.control_server import ControlServer
+from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.filesystem import Filesystem, Folder, Options
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 FIRST_LIST_S = 10.0
 """How long a mount waits for a repository that does not answer before it comes up from the catalog."""
 
+LAST_ANSWERS_S = 1.0
+"""How long the daemon's end waits for control commands under way to be answered, as the `detach` that caused it."""
+
 MAX_REQUESTS = 2048
 """FUSE requests handled at once: readers that wait for a repository must leave room for all the others."""
 
@@ -50,6 +56,7 @@ class MountConfig:
     look: FileLook
     options: Options
     refresh_s: float
+    passthrough: bool
 
 
 def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
@@ -130,14 +137,18 @@ class _Daemon:
         config = self._config
         self._control = ControlServer(
             mounts.socket_path(config.mountpoint),
-            {"query-mount": self._query_mount, "query-images": self._query_images},
+            {"query-mount": self._query_mount, "query-images": self._query_images, "detach": self._detach},
         )
         try:
-            session = KernelSession(config.mountpoint, config.repository)
+            self._session = session = KernelSession(config.mountpoint, config.repository)
         except BaseException:
             self._control.close()
             raise
-        adapter = FuseAdapter(self._filesystem, config.look, self._cache.root_fd, session.connect_libfuse)
+        self._backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
+        logger.info("passthrough: %s", f"off, {self._backings.trouble}" if self._backings.trouble else "on")
+        adapter = FuseAdapter(
+            self._filesystem, config.look, self._cache.root_fd, self._backings, session.connect_libfuse
+        )
         try:
             pyfuse3.init(adapter, session.libfuse_path, set())
             async with trio.open_nursery() as nursery:
@@ -147,6 +158,8 @@ class _Daemon:
                 nursery.start_soon(self._start_images, nursery)
                 self._on_ready()
                 await pyfuse3.main(max_tasks=MAX_REQUESTS)
+                with trio.move_on_after(LAST_ANSWERS_S):
+                    await self._control.all_answered()
                 nursery.cancel_scope.cancel()
         except BaseException:
             _unmount_quietly(session)
@@ -179,6 +192,10 @@ class _Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
+                if session.detached:
+                    logger.warning("files are still open from before the detach; they fail from now on")
+                    pyfuse3.terminate()
+                    continue
                 try:
                     await trio.to_thread.run_sync(session.unmount, False)
                 except OSError as error:
@@ -200,6 +217,10 @@ class _Daemon:
             "control_socket": self._control.path,
             "pid": os.getpid(),
             "reconnects": self._repository.reconnects,
+            "device": self._session.device,
+            "detached": self._session.detached,
+            "passthrough": not self._backings.trouble,
+            "passthrough_trouble": self._backings.trouble,
             "message": filesystem.list_trouble or self._repository.trouble or self._population.paused,
         }
 
@@ -214,6 +235,21 @@ class _Daemon:
             raise CommandError(f"no image at {path!r}")
         images = self._filesystem.statistics(_images_below(node))
         return [{**asdict(one), "path": os.path.join(self._config.mountpoint, one.path)} for one in images]
+
+    async def _detach(self, arguments: dict[str, Any]) -> object:
+        """Unmount lazily. Fails while an open image is not whole: nobody could see to it that it becomes so."""
+        _no_more(arguments, set())
+        if self._session.detached:
+            raise CommandError("detached already")
+        images = self._filesystem.open_images()
+        filling = sorted(image.record.path for image in images if image.record.state is not State.WHOLE)
+        if filling:
+            raise CommandError(f"open and not whole: {', '.join(filling)}")
+        await trio.to_thread.run_sync(self._session.unmount, True)
+        self._cache.tell_detached()
+        self._control.move(mounts.detached_socket_path(os.getpid()))
+        logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
+        return {"open_count": sum(image.open_count for image in images)}
 
 
 def _no_more(arguments: dict[str, Any], known: set[str]) -> None:

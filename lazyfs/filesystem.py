@@ -1,12 +1,11 @@
 """Names and inodes: which image is behind which path, as the repository's list changes.
 
-The root and the folders have inode numbers derived from their paths; an image's is its key in the catalog,
-so the same after every restart. Entries of a folder are listed in the order of their inode numbers, which is
+Images are known by their key in the catalog, whichever of their two inode numbers the kernel uses
+(`core/inode_number.py`). Entries of a folder are listed in the order of their inode numbers, which is
 also the position a listing goes on from: no entry is skipped or shown twice while others come and go.
 """
 
 import errno
-import hashlib
 import logging
 import os
 import time
@@ -17,17 +16,15 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from lazyfs import errors
+from lazyfs.core import inode_number
 from lazyfs.core.export_name import file_name
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image, ImageStatistics, Surroundings
+from lazyfs.image import Image, Surroundings
+from lazyfs.image_statistics import ImageStatistics
 from lazyfs.interfaces import Catalog, Export, ImageRecord, Repository, Stores
 from lazyfs.pace import Pace
 
 logger = logging.getLogger(__name__)
-
-ROOT_INODE = 1
-_FOLDER_BIT = 1 << 62
-"""Set in the inode numbers of folders; images count up from 2."""
 
 DESCRIBE_BATCH = 128
 """Exports asked about at once: 10 ms of questions at 70 us each, 3 s over a link of 20 ms; one catalog transaction."""
@@ -62,6 +59,11 @@ class Folder:
     entries: dict[str, "Folder | Image"] = field(default_factory=dict)
     order: list[tuple[int, str]] | None = None
     """Inode and name of each entry, sorted; None when out of date."""
+
+    @property
+    def shown_inode(self) -> int:
+        """As of an image."""
+        return self.inode
 
 
 Node = Folder | Image
@@ -103,9 +105,11 @@ class Filesystem:
             on_fillable=lambda: self.on_fillable(),
             on_export_changed=lambda image, error: nursery.start_soon(self._export_changed, image, error),
             on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
+            on_whole=self._became_whole,
         )
-        self.root = Folder("", ROOT_INODE, None)
-        self._nodes: dict[int, Node] = {ROOT_INODE: self.root}
+        self.root = Folder("", inode_number.ROOT, None)
+        self._nodes: dict[int, Node] = {self.root.inode: self.root}
+        """By inode number; images by their key."""
         self._by_export: dict[str, Image] = {}
         self._active: dict[int, Image] = {}
         self._describing = trio.Lock()
@@ -118,7 +122,7 @@ class Filesystem:
 
     def node(self, inode: int) -> Node | None:
         """Return what has this inode number, also if its name is gone but somebody has it open."""
-        return self._nodes.get(inode)
+        return self._nodes.get(inode_number.key(inode))
 
     def images(self) -> Iterator[Image]:
         """Yield the images that have a name, in no special order."""
@@ -126,7 +130,7 @@ class Filesystem:
 
     def active_images(self) -> Iterable[Image]:
         """Return the images that have a cache file open: those population may look at."""
-        for image in [image for image in self._active.values() if image.fetcher is None]:
+        for image in [image for image in self._active.values() if image.fetcher is None and not image.open_count]:
             del self._active[image.inode]  # whole and closed
         return list(self._active.values())
 
@@ -154,25 +158,29 @@ class Filesystem:
 
     # -- opening
 
-    async def open(self, image: Image) -> None:
-        """Open `image`; its population begins with its first open.
+    def open_images(self) -> list[Image]:
+        """Return the images that somebody has open, with or without a name."""
+        return [node for node in self._nodes.values() if isinstance(node, Image) and node.open_count]
+
+    async def open(self, image: Image, plain: bool = False) -> None:
+        """Open `image`; its population begins with its first open. `plain`: as a whole image only.
 
         Raises:
             LazyfsError, OSError: it cannot be opened now; says why.
         """
-        if image.record.state is State.REMOTE and not image.open_count:
+        if image.record.state is State.REMOTE and not image.open_count and not plain:
             # Asked again although known: from here on the size is what the cache is made for.
             await self._in_time(self._describe, [image], patient=True)
         if self._nodes.get(image.inode) is not image:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        if image.record.size is None:
+        if image.record.size is None and not plain:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
-        await image.open()
+        await image.open(plain)
         self._active[image.inode] = image
 
-    async def release(self, image: Image) -> None:
+    async def release(self, image: Image, plain: bool = False) -> None:
         """Close what `open` opened."""
-        await image.release()
+        await image.release(plain)
         if image.retired and not image.open_count:
             self._nodes.pop(image.inode, None)
             self._active.pop(image.inode, None)
@@ -377,7 +385,7 @@ class Filesystem:
             below = folder.entries.get(part)
             if below is None:
                 path = f"{folder.path}/{part}".lstrip("/")
-                below = Folder(path, _folder_inode(path), folder)
+                below = Folder(path, inode_number.folder(path), folder)
                 self._nodes[below.inode] = below
                 folder.entries[part] = below
                 folder.order = None
@@ -402,6 +410,13 @@ class Filesystem:
                 break
             self._nodes.pop(folder.inode, None)
             name, folder = folder.path.rpartition("/")[2], folder.parent
+
+    def _became_whole(self, image: Image) -> None:
+        if self._by_export.get(image.record.export) is image:
+            folder, _, name = image.record.path.rpartition("/")
+            parent = self.node_at(folder)
+            assert isinstance(parent, Folder)
+            self.on_invalid_entry(parent, name)
 
     async def _update_catalog(self, records: Sequence[ImageRecord]) -> None:
         if records:
@@ -443,11 +458,6 @@ def _ancestors(path: str) -> Iterator[str]:
     while position >= 0:
         yield path[:position]
         position = path.find("/", position + 1)
-
-
-def _folder_inode(path: str) -> int:
-    digest = hashlib.sha256(path.encode()).digest()
-    return _FOLDER_BIT | int.from_bytes(digest[:8], "little") >> 3
 
 
 def _has_nothing(image: Image) -> bool:

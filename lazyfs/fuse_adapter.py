@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from lazyfs import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 
 from lazyfs import errors
+from lazyfs.core import inode_number
 from lazyfs.core.lifecycle import State
 from lazyfs.filesystem import Filesystem, Folder, Node
 from lazyfs.image import Image
@@ -26,17 +28,28 @@ FILLING_TIMEOUT_S = 1.0
 
 
 class FuseAdapter(pyfuse3.Operations):
-    """One mount. A file's handle is its inode number, so that another process could go on with it."""
+    """One mount. A file's handle is its inode number, so that another process could go on with it.
+
+    A file opened by its second inode number is the plain file: the kernel reads it by itself if it can.
+    """
 
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, filesystem: Filesystem, look: FileLook, root_fd: int, on_connected: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        look: FileLook,
+        root_fd: int,
+        backings: passthrough.Backings,
+        on_connected: Callable[[], None],
+    ) -> None:
         """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated."""
         super().__init__()
         self._filesystem = filesystem
         self._look = look
         self._root_fd = root_fd
+        self._backings = backings
         self._on_connected = on_connected
         self._mounted_ns = time.time_ns()
 
@@ -56,25 +69,25 @@ class FuseAdapter(pyfuse3.Operations):
             child = self._folder(parent_inode).entries.get(os.fsdecode(name))
             if child is None:
                 raise pyfuse3.FUSEError(errno.ENOENT)
-            return await self._described(child)
+            return await self._described(child, child.shown_inode)
 
     async def getattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> pyfuse3.EntryAttributes:
         """Return attributes."""
         with _translated("getattr", inode):
-            return await self._described(self._node(inode))
+            return await self._described(self._node(inode), inode)
 
-    async def _described(self, node: Node) -> pyfuse3.EntryAttributes:
+    async def _described(self, node: Node, inode: int) -> pyfuse3.EntryAttributes:
         if isinstance(node, Image):
             await self._filesystem.describe([node])
             if node.record.size is None:
                 raise pyfuse3.FUSEError(errno.EIO)
-        return self._attributes(node)
+        return self._attributes(node, inode)
 
-    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+    def _attributes(self, node: Node, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(node.inode)
+        entry.st_ino = pyfuse3.InodeT(inode)
         entry.generation = 0
         entry.st_uid = self._look.uid
         entry.st_gid = self._look.gid
@@ -113,9 +126,8 @@ class FuseAdapter(pyfuse3.Operations):
                 if unknown:
                     self._filesystem.describe_soon(unknown)
             for position, name, node in self._filesystem.entries_after(folder, start_id):
-                if not pyfuse3.readdir_reply(
-                    token, pyfuse3.FileNameT(os.fsencode(name)), self._attributes(node), position
-                ):
+                attributes = self._attributes(node, node.shown_inode)
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), attributes, position):
                     break
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
@@ -128,18 +140,24 @@ class FuseAdapter(pyfuse3.Operations):
         with _translated("open", inode):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
-            await self._filesystem.open(self._image(inode))
+            image, plain = self._image(inode), inode_number.is_whole(inode)
+            await self._filesystem.open(image, plain)
+            if plain:
+                self._backings.opened(inode, image.plain_fd)
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
     async def read(self, fh: pyfuse3.FileHandleT, offset: int, size: int) -> bytes:
         """Read from an image."""
         with _translated("read", fh, offset):
-            return await self._image(fh).read(offset, size)
+            return await self._image(fh).read(offset, size, inode_number.is_whole(fh))
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """Close an image."""
         with _translated("release", fh):
-            await self._filesystem.release(self._image(fh))
+            plain = inode_number.is_whole(fh)
+            if plain:
+                self._backings.released(fh)
+            await self._filesystem.release(self._image(fh), plain)
 
     async def forget(self, inode_list: object) -> None:
         """The kernel dropped inodes: ours live as long as their names and openers."""

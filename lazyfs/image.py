@@ -7,6 +7,8 @@ Invariants (more in `doc/CONCURRENCY.md`):
 - The bytes behind one Image never change version: when the export changes, a new Image with a new inode
   takes the name (`filesystem.py`), and this one serves what it has to those who have it open.
 - `_file` stays open while anybody reads: it is closed only with no open count and no population.
+- Opens of the whole image (by its second inode number) use `_plain`; those from before go on with `_file`, which
+  may be the partial store's descriptor of the same file.
 """
 
 import errno
@@ -18,13 +20,23 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from lazyfs import errors
-from lazyfs.core import lifecycle
+from lazyfs import errors, image_statistics
+from lazyfs.core import inode_number, lifecycle
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.fetcher import Fetcher
-from lazyfs.interfaces import Catalog, Export, FetchCounters, ImageFile, ImageRecord, Repository, Store, Stores
+from lazyfs.interfaces import (
+    Catalog,
+    Export,
+    FetchCounters,
+    ImageFile,
+    ImageRecord,
+    PlainFile,
+    Repository,
+    Store,
+    Stores,
+)
 from lazyfs.pace import Pace
 from lazyfs.units import MiB
 
@@ -33,33 +45,11 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_S = 5.0
 """Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
 
-
 ROOM_CHECK_S = 5.0
 """Between looks for room for an image that is read without being kept."""
 
 MAX_BLOCKS = 256 * MiB
 """Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageStatistics:
-    """What `status` shows of an image."""
-
-    name: str
-    path: str
-    inode: int
-    size: int | None
-    format: str
-    state: str
-    present_bytes: int
-    zero_bytes: int
-    fetched_bytes: int
-    demand_bytes: int
-    populated_bytes: int
-    requests: int
-    open_count: int
-    fill_rate: float
-    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +69,8 @@ class Surroundings:
     on_export_changed: Callable[["Image", errors.ExportChanged], None]
     on_attributes_changed: Callable[["Image"], None]
     """What the kernel caches about the file is out of date."""
+    on_whole: Callable[["Image"], None]
+    """The image's name leads to its second inode number from now on."""
 
 
 class Image:
@@ -100,6 +92,8 @@ class Image:
         self.fetcher: Fetcher | None = None
         self._around = around
         self._file: ImageFile | None = None
+        self._plain: PlainFile | None = None
+        self._plain_opens = 0
         self._store: Store | None = None
         self._unkept = False
         """There was no room even for a map: `_store` keeps nothing."""
@@ -110,12 +104,18 @@ class Image:
 
     @property
     def inode(self) -> int:
-        """The inode number: st_ino, and the key in the catalog."""
+        """The inode number until it is whole, and the key in the catalog."""
         return self.record.inode
+
+    @property
+    def shown_inode(self) -> int:
+        """The inode number that its name leads to now."""
+        whole = self.record.state is State.WHOLE
+        return inode_number.whole(self.record.inode) if whole else self.record.inode
 
     def present_bytes(self) -> int:
         """Return the bytes of data in the cache file, which is also what `du` shows."""
-        return self.record.present_bytes if self.fetcher is None else self.fetcher.present_bytes
+        return image_statistics.present_bytes(self.record, self.fetcher)
 
     @property
     def fillable(self) -> bool:
@@ -129,35 +129,47 @@ class Image:
             and not self._unkept
         )
 
-    async def open(self) -> None:
-        """Count an opener, and begin the cache if this is the first one ever.
+    @property
+    def plain_fd(self) -> int:
+        """The descriptor of the plain file, while the whole image is open."""
+        assert self._plain is not None
+        return self._plain.fileno()
+
+    async def open(self, plain: bool = False) -> None:
+        """Count an opener, and begin the cache if this is the first one ever; `plain`: as a whole image only.
 
         The size must be known (`Filesystem.describe`).
 
         Raises:
-            CacheCorrupt, OSError: the cache file cannot be used (ESTALE: retired); the open does not count.
+            CacheCorrupt, OSError: the cache file cannot be used (ESTALE: retired, or not whole any more); the open
+                does not count.
         """
         self.open_count += 1
         try:
             async with self._changing:
-                if self.retired:
+                if self.retired or (plain and self.record.state is not State.WHOLE):
                     # Its files are gone; the kernel looks the name up again and finds the new inode.
-                    if self.open_count == 1:  # `retire` left the file open for us
+                    if self.retired and self.open_count == 1:  # `retire` left the file open for us
                         await self._close_file()
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                if self._file is None:
+                if plain:
+                    await self._open_plain()
+                elif self._file is None:
                     await self._open_file()
         except BaseException:
             self.open_count -= 1
             raise
         self._around.on_fillable()
 
-    async def release(self) -> None:
+    async def release(self, plain: bool = False) -> None:
         """Uncount an opener. No read of this opener may be under way."""
         self.open_count -= 1
-        if self.open_count:
+        if plain:
+            self._plain_opens -= 1
+        if self.open_count and self._plain_opens:
             return
         async with self._changing:
+            self._close_plain_if_unused()
             idle = self.record.state is State.WHOLE or self.retired or self._unkept
             if self.open_count:
                 return
@@ -166,27 +178,31 @@ class Image:
             elif self.fetcher is not None:
                 await self.fetcher.rest()
 
-    async def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes at `offset`, fewer at the image's end. The image must be open.
+    async def read(self, offset: int, length: int, plain: bool = False) -> bytes:
+        """Return the bytes at `offset`, fewer at the image's end. The image must be open in the same way.
 
         Raises:
             RequestFailed, ExportChanged, UserError: a missing range cannot be had.
             OSError, CacheCorrupt: the cache file cannot be read.
         Cancellation: nothing is lost.
         """
-        assert self._file is not None
+        file = self._plain if plain else self._file
+        assert file is not None
         assert self.record.size is not None
         wanted = ByteRange(min(offset, self.record.size), min(offset + length, self.record.size))
         if not wanted.length:
             return b""
-        if self.fetcher is not None and self.fetcher.distrust is not None:
-            raise self.fetcher.distrust
-        if self.fetcher is not None and not self.fetcher.present(wanted):
-            data = await self.fetcher.read_missing(wanted, self._read_cache)
-            if data is not None:
-                return data
-        ready = self._file.read_nowait(wanted.start, wanted.length)
-        return ready if ready is not None else await trio.to_thread.run_sync(self._read_cache, wanted)
+        if self.fetcher is not None and not plain:
+            if self.fetcher.distrust is not None:
+                raise self.fetcher.distrust
+            if not self.fetcher.present(wanted):
+                data = await self.fetcher.read_missing(wanted, self._read_cache)
+                if data is not None:
+                    return data
+                file = self._file  # another one, if there was no room for it before
+                assert file is not None
+        ready = file.read_nowait(wanted.start, wanted.length)
+        return ready if ready is not None else await trio.to_thread.run_sync(file.read, wanted.start, wanted.length)
 
     def _read_cache(self, wanted: ByteRange) -> bytes:
         assert self._file is not None
@@ -252,6 +268,8 @@ class Image:
         async with self._changing:
             if self.fetcher is not None and self.record.state in (State.PARTIAL, State.FAILED) and not self.retired:
                 await self._checkpoint()
+            self._plain_opens = 0
+            self._close_plain_if_unused()
             await self._close_file()
 
     # -- inside; all with `_changing` held
@@ -284,7 +302,17 @@ class Image:
             return ""
         return "too large for its blocks: mount with a larger --block-size and an empty cache"
 
-    async def _open_whole(self) -> ImageFile:
+    async def _open_plain(self) -> None:
+        if self._plain is None:
+            self._plain = await self._open_whole()
+        self._plain_opens += 1
+
+    def _close_plain_if_unused(self) -> None:
+        if self._plain is not None and not self._plain_opens:
+            self._plain.close()
+            self._plain = None
+
+    async def _open_whole(self) -> PlainFile:
         return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
 
     async def _remove_plain_file(self) -> None:
@@ -437,34 +465,19 @@ class Image:
             if self.open_count == 0:
                 await self._close_file()
         self._around.on_attributes_changed(self)
+        self._around.on_whole(self)
         return True
 
     # -- reporting
 
-    def statistics(self) -> ImageStatistics:
+    def statistics(self) -> image_statistics.ImageStatistics:
         """Return what `status` shows, as of now."""
-        record, fetcher = self.record, self.fetcher
-        counters = self._counters()
-        if fetcher is not None:
-            zero, rate = fetcher.zero_bytes, fetcher.rate()
-        else:
-            rate = 0.0
-            zero = (record.size or 0) - record.present_bytes if record.state is State.WHOLE else 0
-        return ImageStatistics(
-            name=record.export,
-            path=record.path,
-            inode=record.inode,
-            size=record.size,
-            format=record.format,
-            state=record.state.value,
-            present_bytes=self.present_bytes(),
-            zero_bytes=zero,
-            fetched_bytes=counters.demand_bytes + counters.populated_bytes,
-            demand_bytes=counters.demand_bytes,
-            populated_bytes=counters.populated_bytes,
-            requests=counters.requests,
+        return image_statistics.of(
+            self.record,
+            self.fetcher,
+            self._counters(),
+            inode=self.shown_inode,
             open_count=self.open_count,
-            fill_rate=rate if record.state is State.PARTIAL and not (fetcher and fetcher.unkept) else 0.0,
             error="; ".join(self._messages()),
         )
 

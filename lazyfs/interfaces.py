@@ -223,6 +223,14 @@ class ImageFile(Protocol):
         ...
 
 
+class PlainFile(ImageFile, Protocol):
+    """A whole image."""
+
+    def fileno(self) -> int:
+        """Return the open file's descriptor, for the kernel to read from."""
+        ...
+
+
 class Store(ImageFile, Protocol):
     """The cache file of an image that is being filled, and its map. Sees whole blocks only.
 
@@ -285,7 +293,7 @@ class Stores(Protocol):
         """Return a store that keeps nothing, for when there is no room even for a map: every write is NoSpace."""
         ...
 
-    def whole(self, record: ImageRecord) -> ImageFile:
+    def whole(self, record: ImageRecord) -> PlainFile:
         """Return the plain file of a whole image, read-only.
 
         Raises:

@@ -1,24 +1,25 @@
 """The kernel's side of FUSE: mounting, FUSE_INIT, and slipping the connection under libfuse.
 
 lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself, because libfuse 3.14 and pyfuse3 offer no way to
-set what a cache needs (background requests, readahead, later: passthrough and resend). pyfuse3 is then given
+set what a cache needs (background requests, readahead, passthrough, resend). pyfuse3 is then given
 one end of a socket pair that holds a made-up FUSE_INIT; once libfuse has read that, the real connection is
 dup2'ed over it. libfuse's answer to the made-up request reaches the kernel as a reply to nothing, which is
 refused with ENOENT and ignored.
 
-All structures are native-endian, as include/uapi/linux/fuse.h has them (protocol 7.38, Linux 6.2; later
-kernels speak it).
+All structures are native-endian, as include/uapi/linux/fuse.h has them (protocol 7.40, Linux 6.9; other kernels
+say what they lack, and lazyfs does without).
 """
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import socket
 import struct
 import subprocess
 
-from lazyfs import errors
+from lazyfs import errors, mounts
 from lazyfs.mounts import FS_TYPE
 from lazyfs.units import KiB, MiB
 
@@ -30,8 +31,12 @@ IN_HEADER = struct.Struct("=IIQQIIIHH")  # fuse_in_header: len, opcode, unique, 
 OUT_HEADER = struct.Struct("=IiQ")  # fuse_out_header: len, error, unique
 INIT_IN = struct.Struct("=5I44x")  # fuse_init_in: major, minor, max_readahead, flags, flags2, unused[11]
 INIT_IN_SHORT = struct.Struct("=4I")  # as kernels before 5.17 send it
-INIT_OUT = struct.Struct("=4IHHIIHHII24x")  # fuse_init_out
-MAJOR, MINOR = 7, 38
+# fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
+# max_pages, map_alignment, flags2, max_stack_depth, unused[6]
+INIT_OUT = struct.Struct("=4IHHIIHHII24x")
+BACKING_MAP = struct.Struct("=iIQ")  # fuse_backing_map: fd, flags, padding
+MAJOR, MINOR = 7, 40
+LIBFUSE_MINOR = 38  # what libfuse 3.14 speaks
 OLDEST_MINOR = 31  # Linux 5.4; nothing older has been tried
 
 # fuse.h: FUSE_INIT flags
@@ -42,8 +47,15 @@ PARALLEL_DIROPS = 1 << 18
 ABORT_ERROR = 1 << 21
 MAX_PAGES = 1 << 22
 EXPLICIT_INVAL_DATA = 1 << 25
-INIT_EXT = 1 << 30
-WANTED = ASYNC_READ | BIG_WRITES | DO_READDIRPLUS | PARALLEL_DIROPS | ABORT_ERROR | MAX_PAGES | EXPLICIT_INVAL_DATA
+INIT_EXT = 1 << 30  # the flags from bit 32 on are in flags2
+PASSTHROUGH = 1 << 37  # Linux 6.9
+HAS_RESEND = 1 << 39  # Linux 6.9: another process may go on with the connection, and ask for what is unanswered
+BASIC = ASYNC_READ | BIG_WRITES | DO_READDIRPLUS | PARALLEL_DIROPS | ABORT_ERROR | MAX_PAGES | EXPLICIT_INVAL_DATA
+WANTED = BASIC | INIT_EXT | PASSTHROUGH | HAS_RESEND
+
+# fuse.h: ioctls of /dev/fuse, _IOW(229, 1, struct fuse_backing_map) and _IOW(229, 2, uint32_t)
+FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501
+FUSE_DEV_IOC_BACKING_CLOSE = 0x4004E502
 
 # mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
@@ -57,17 +69,21 @@ MAX_BACKGROUND = 512
 """Readahead requests in flight for the whole mount. The kernel's default of 12 would let one image whose
 repository is gone stop the readahead of all others."""
 
+MAX_STACK_DEPTH = 1
+"""The plain files may lie on a file system that is itself no stack, such as overlayfs. As for FUSE_PASSTHROUGH in
+fs/fuse/inode.c; with 2, nobody could put an overlayfs over our mount."""
+
 _INIT_BUFFER = 128 * KiB
 
 
 def encode_init_in(flags: int) -> bytes:
     """Return the made-up FUSE_INIT request for libfuse."""
-    body = INIT_IN.pack(MAJOR, MINOR, MAX_READ, flags & ~INIT_EXT, 0)
+    body = INIT_IN.pack(MAJOR, LIBFUSE_MINOR, MAX_READ, flags & BASIC, 0)
     return IN_HEADER.pack(IN_HEADER.size + len(body), FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
 
 
 def answer_init(request: bytes) -> tuple[bytes, int]:
-    """Return the reply to the kernel's FUSE_INIT, and the flags both sides agree on.
+    """Return the reply to the kernel's FUSE_INIT, and the flags (64 bits) both sides agree on.
 
     Raises:
         UserError: the kernel is too old.
@@ -80,10 +96,13 @@ def answer_init(request: bytes) -> tuple[bytes, int]:
         raise errors.UserError(
             f"the kernel speaks FUSE {major}.{minor}; lazyfs needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4)"
         )
+    if offered & INIT_EXT and len(request) >= IN_HEADER.size + INIT_IN.size:
+        offered |= INIT_IN.unpack_from(request, IN_HEADER.size)[4] << 32
     flags = offered & WANTED
     body = INIT_OUT.pack(
-        MAJOR, min(minor, MINOR), min(readahead, MAX_READ), flags,
-        MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // (4 * KiB), 0, 0, 0,
+        MAJOR, min(minor, MINOR), min(readahead, MAX_READ), flags & 0xFFFFFFFF,
+        MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // (4 * KiB), 0, flags >> 32,
+        MAX_STACK_DEPTH if flags & PASSTHROUGH else 0,
     )  # fmt: skip
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body, flags
 
@@ -101,11 +120,14 @@ class KernelSession:
             UserError: it could not be mounted.
         """
         self.mountpoint = mountpoint
+        self.detached = False
+        """Unmounted lazily: files that were open go on, and another file system may be mounted there."""
         self._as_root = os.geteuid() == 0
         self._fd = self._mount_as_root(source) if self._as_root else self._mount_as_user(source)
         try:
-            reply, flags = answer_init(os.read(self._fd, _INIT_BUFFER))
+            reply, self.flags = answer_init(os.read(self._fd, _INIT_BUFFER))
             os.write(self._fd, reply)
+            self.device = mounts.lazyfs_mounts()[-1].device
         except BaseException:
             self.unmount(lazy=True)
             raise
@@ -113,7 +135,7 @@ class KernelSession:
         self._made_up = ours
         self._libfuse_fd = os.dup(theirs.fileno())
         theirs.close()
-        ours.send(encode_init_in(flags))
+        ours.send(encode_init_in(self.flags))
 
     @property
     def libfuse_path(self) -> str:
@@ -127,13 +149,40 @@ class KernelSession:
         self._fd = -1
         self._made_up.close()
 
+    def open_backing(self, fd: int) -> int:
+        """Register a plain file with the connection; return its backing id, for OPEN replies.
+
+        The file stays open in the kernel until `close_backing`, also if this process closes `fd`, or ends.
+
+        Raises:
+            OSError: EPERM without CAP_SYS_ADMIN, ELOOP if the file's file system is stacked, EINVAL or ENOTTY if
+                the kernel knows no passthrough.
+        """
+        # A bytearray: for one, Python returns what the system call returned.
+        backing_id: int = fcntl.ioctl(
+            self._connection, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0))
+        )
+        return backing_id
+
+    def close_backing(self, backing_id: int) -> None:
+        """Undo `open_backing`. Every file opened with the id must have been released: the kernel resolves the id
+        only when it handles the OPEN reply.
+        """
+        fcntl.ioctl(self._connection, FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
+
+    @property
+    def _connection(self) -> int:
+        return self._fd if self._fd >= 0 else self._libfuse_fd
+
     def unmount(self, lazy: bool) -> None:
-        """Unmount; `lazy` also if files are open.
+        """Unmount, unless that is done already; `lazy` also if files are open.
 
         Raises:
             OSError: EBUSY, or EINVAL if it is not mounted any more.
         """
-        unmount(self.mountpoint, lazy)
+        if not self.detached:
+            unmount(self.mountpoint, lazy)
+            self.detached = lazy
 
     def _mount_as_root(self, source: str) -> int:
         try:

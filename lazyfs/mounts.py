@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 FS_TYPE = "fuse.lazyfs"
 
+_DETACHED = "detached~"
+"""A tilde: no escaped mountpoint begins so."""
+
 _SUN_PATH_MAX = 107  # sizeof sun_path less the NUL
 
 
@@ -60,6 +63,21 @@ def socket_path(mountpoint: str) -> str:
         digest = hashlib.sha256(b"/" + path).hexdigest()[:16]
         name = f"{name[: room - len(digest) - 1]}~{digest}"
     return f"{runtime_dir()}/{name}.sock"
+
+
+def detached_socket_path(pid: int) -> str:
+    """Return the path of the control socket of a daemon that is detached from its mountpoint."""
+    return f"{runtime_dir()}/{_DETACHED}{pid}.sock"
+
+
+def control_sockets(detached_only: bool = False) -> list[str]:
+    """Return the paths of all control sockets of this user; a killed daemon's may be among them."""
+    try:
+        names = sorted(os.listdir(runtime_dir()))
+    except FileNotFoundError:
+        return []
+    names = [name for name in names if name.endswith(".sock") and (not detached_only or name.startswith(_DETACHED))]
+    return [f"{runtime_dir()}/{name}" for name in names]
 
 
 def _escape(path: bytes) -> str:

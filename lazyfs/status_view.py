@@ -40,11 +40,15 @@ def _heading(mount: MountStatus) -> Text:
     text.append(f"  from {_printable(mount['repository'])}", style="not bold")
     if "error" in mount:
         return text.append(f"  {mount['error']}", style="red")
+    if mount.get("detached"):
+        text.append(f"  detached, pid {mount['pid']} serves what is still open", style="yellow")
     text.append(
         "  connected" if mount["connected"] else "  not connected", style="green" if mount["connected"] else "red"
     )
     if mount.get("message"):
         text.append(f"\n  {_printable(mount['message'])}", style="red")
+    if mount.get("passthrough_trouble"):
+        text.append(f"\n  no passthrough: {mount['passthrough_trouble']}", style="dim not bold")
     return text
 
 

@@ -21,7 +21,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
-from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageFile, ImageRecord, Source, Store
+from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageRecord, PlainFile, Source, Store
 from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import KiB
 
@@ -360,7 +360,7 @@ class MemoryStores:
     def unkept(self) -> Store:
         return UnkeptStore()
 
-    def whole(self, record: ImageRecord) -> ImageFile:
+    def whole(self, record: ImageRecord) -> PlainFile:
         return _MemoryPlainFile(self, record)
 
     def nearly_full(self) -> bool:
@@ -484,7 +484,7 @@ class MemoryStore(_MemoryReader):
 
 
 class _MemoryPlainFile(_MemoryReader):
-    """Implements `interfaces.ImageFile` for a whole image."""
+    """Implements `interfaces.PlainFile`."""
 
     def __init__(self, stores: MemoryStores, record: ImageRecord) -> None:
         super().__init__(stores)
@@ -496,6 +496,9 @@ class _MemoryPlainFile(_MemoryReader):
             raise errors.CacheCorrupt(f"the plain file has {len(found)} bytes, the image {record.size}")
         self._bytes = found
         stores.open_files.add(self)
+
+    def fileno(self) -> int:
+        raise AssertionError("nothing here has a descriptor")
 
     def remove(self) -> None:
         self._stores.plain.pop(self._path, None)

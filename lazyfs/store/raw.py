@@ -239,7 +239,7 @@ class RawStore(_FileReader):
 
 
 class WholeFile(_FileReader):
-    """A whole image: the plain file at its path, read-only. Implements `interfaces.ImageFile`."""
+    """A whole image: the plain file at its path, read-only. Implements `interfaces.PlainFile`."""
 
     def __init__(self, root_fd: int, record: ImageRecord) -> None:
         """Open the file.
@@ -259,6 +259,10 @@ class WholeFile(_FileReader):
         if not stat.S_ISREG(found.st_mode) or found.st_size != record.size:
             os.close(self._fd)
             raise errors.CacheCorrupt(f"the plain file has {found.st_size} bytes, the image {record.size}")
+
+    def fileno(self) -> int:
+        """Return the open file's descriptor."""
+        return self._fd
 
     def remove(self) -> None:
         """Unlink the plain file; what has it open keeps it."""

@@ -49,6 +49,21 @@ STRUCTURES = {
 }
 SIZES = {"fuse_in_header": 40, "fuse_out_header": 16, "fuse_init_in": 64, "fuse_init_out": 64}
 
+# Since protocol 7.40; the headers of Debian 12 are older. As include/uapi/linux/fuse.h of Linux 6.9 has them.
+NEWER = """
+#include <sys/ioctl.h>
+#include <stdint.h>
+struct backing_map { int32_t fd; uint32_t flags; uint64_t padding; };
+struct open_out { uint64_t fh; uint32_t open_flags; int32_t backing_id; };
+#define BACKING_OPEN _IOW(229, 1, struct backing_map)
+#define BACKING_CLOSE _IOW(229, 2, uint32_t)
+"""
+NEWER_VALUES = {
+    "BACKING_OPEN": kernel_session.FUSE_DEV_IOC_BACKING_OPEN,
+    "BACKING_CLOSE": kernel_session.FUSE_DEV_IOC_BACKING_CLOSE,
+    "sizeof(struct backing_map)": kernel_session.BACKING_MAP.size,
+}
+
 MOUNT_FLAGS = {
     "MS_RDONLY": kernel_session.MS_RDONLY,
     "MS_NOSUID": kernel_session.MS_NOSUID,
@@ -59,12 +74,12 @@ MOUNT_FLAGS = {
 
 def _program() -> str:
     lines = ["#define _GNU_SOURCE", "#include <stdio.h>", "#include <string.h>", "#include <sys/mount.h>",
-             "#include <linux/fuse.h>", "int main(void) {"]  # fmt: skip
+             "#include <linux/fuse.h>", NEWER, "int main(void) {"]  # fmt: skip
     for name, (_, members) in STRUCTURES.items():
         lines.append(f"{{ struct {name} s; memset(&s, 0, sizeof s);")
         lines += [f"s.{member} = {i + 1};" for i, member in enumerate(members)]
         lines.append("fwrite(&s, sizeof s, 1, stdout); }")
-    for name in [*FLAGS, *MOUNT_FLAGS]:
+    for name in [*FLAGS, *MOUNT_FLAGS, *NEWER_VALUES]:
         lines.append(f"{{ unsigned long long v = {name}; fwrite(&v, sizeof v, 1, stdout); }}")
     return "\n".join([*lines, "return 0; }"])
 
@@ -87,7 +102,7 @@ def test_structures_are_the_kernels(output: bytes) -> None:
         expected = [*range(1, len(members) + 1), *[0] * (len(values) - len(members))]
         assert list(values) == expected, name
         assert ours.pack(*expected) == theirs
-    for name, value in {**FLAGS, **MOUNT_FLAGS}.items():
+    for name, value in {**FLAGS, **MOUNT_FLAGS, **NEWER_VALUES}.items():
         (theirs_value,) = struct.unpack("=Q", output[:8])
         output = output[8:]
         assert value == theirs_value, name
@@ -97,38 +112,60 @@ def test_structures_are_the_kernels(output: bytes) -> None:
 # -- FUSE_INIT
 
 
-def init_request(minor: int, flags: int, *, major: int = 7, short: bool = False, unique: int = 2) -> bytes:
+def init_request(
+    minor: int, flags: int, *, major: int = 7, short: bool = False, unique: int = 2, flags2: int = 0xFFFFFFFF
+) -> bytes:
     """What a kernel sends."""
     readahead = 128 * 1024
     body = (
         INIT_IN_SHORT.pack(major, minor, readahead, flags)
         if short
-        else INIT_IN.pack(major, minor, readahead, flags, 0xFFFFFFFF)
+        else INIT_IN.pack(major, minor, readahead, flags, flags2)
     )
     return IN_HEADER.pack(IN_HEADER.size + len(body), kernel_session.FUSE_INIT, unique, 0, 0, 0, 1, 0, 0) + body
 
 
 def parsed(reply: bytes) -> tuple[tuple[int, ...], dict[str, int]]:
-    names = STRUCTURES["fuse_init_out"][1]
+    names = [*STRUCTURES["fuse_init_out"][1], "max_stack_depth"]
     return OUT_HEADER.unpack_from(reply), dict(zip(names, INIT_OUT.unpack_from(reply, OUT_HEADER.size), strict=False))
 
 
 @pytest.mark.parametrize(("minor", "short"), [(31, True), (34, True), (36, False), (38, False), (45, False)])
-@pytest.mark.parametrize("offered", [0, kernel_session.WANTED, 0xFFFFFFFF, kernel_session.ASYNC_READ])
+@pytest.mark.parametrize("offered", [0, kernel_session.WANTED & 0xFFFFFFFF, 0xFFFFFFFF, kernel_session.ASYNC_READ])
 def test_the_answer_takes_what_is_offered_and_wanted(minor: int, short: bool, offered: int) -> None:
     reply, agreed = kernel_session.answer_init(init_request(minor, offered, short=short, unique=77))
     header, body = parsed(reply)
     assert header == (80, 0, 77)
     assert len(reply) == 80
-    assert agreed == offered & kernel_session.WANTED == body["flags"]
-    assert (body["major"], body["minor"]) == (7, min(minor, 38))
-    assert body["flags2"] == 0, "without FUSE_INIT_EXT nobody looks at it"
-    assert not body["flags"] & kernel_session.INIT_EXT
+    assert agreed & 0xFFFFFFFF == offered & kernel_session.WANTED & 0xFFFFFFFF == body["flags"]
+    assert (body["major"], body["minor"]) == (7, min(minor, 40))
+    if short or not offered & kernel_session.INIT_EXT:
+        assert (body["flags2"], body["max_stack_depth"]) == (0, 0), "not offered"
+    else:
+        assert body["flags2"] == (kernel_session.PASSTHROUGH | kernel_session.HAS_RESEND) >> 32
+        assert body["max_stack_depth"] == 1, "0 would turn passthrough off"
+    assert agreed >> 32 == body["flags2"]
     assert body["max_readahead"] <= 128 * 1024
     assert body["max_write"] == 4096, "the least that the kernel takes"
     assert body["max_pages"] * 4096 == kernel_session.MAX_READ
     assert 0 < body["congestion_threshold"] < body["max_background"] < 2**16
     assert body["time_gran"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags2", "agreed2"),
+    [
+        (0, 0),
+        (kernel_session.PASSTHROUGH >> 32, kernel_session.PASSTHROUGH >> 32),
+        (kernel_session.HAS_RESEND >> 32, kernel_session.HAS_RESEND >> 32),
+        (0xFFFFFFFF & ~(kernel_session.PASSTHROUGH >> 32), kernel_session.HAS_RESEND >> 32),
+    ],
+)
+def test_flags2_is_negotiated_down(flags2: int, agreed2: int) -> None:
+    reply, agreed = kernel_session.answer_init(init_request(38, 0xFFFFFFFF, flags2=flags2))
+    _, body = parsed(reply)
+    assert body["flags2"] == agreed >> 32 == agreed2
+    assert body["max_stack_depth"] == (1 if agreed & kernel_session.PASSTHROUGH else 0)
 
 
 @pytest.mark.parametrize(("major", "minor"), [(7, 30), (7, 0), (6, 99)])
@@ -151,7 +188,7 @@ def test_the_made_up_request_is_one_that_a_kernel_could_send() -> None:
     assert unique
     major, minor, readahead, flags, flags2 = INIT_IN.unpack_from(request, IN_HEADER.size)
     assert (major, minor, readahead, flags2) == (7, 38, kernel_session.MAX_READ, 0)
-    assert flags == 0xFFFFFFFF & ~kernel_session.INIT_EXT
+    assert flags == kernel_session.BASIC, "what libfuse 3.14 knows"
     reply, _ = kernel_session.answer_init(request)
     assert parsed(reply)[0] == (80, 0, unique)
 

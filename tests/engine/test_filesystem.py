@@ -9,9 +9,10 @@ from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, threads, until
 from fakes import pattern
 
 from lazyfs import errors
+from lazyfs.core import inode_number
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.filesystem import DESCRIBE_BATCH, NO_SIZES_S, ROOT_INODE, Folder
+from lazyfs.filesystem import DESCRIBE_BATCH, NO_SIZES_S, Folder
 from lazyfs.image import Image
 from lazyfs.units import MiB
 
@@ -47,7 +48,7 @@ def tree(world: World) -> dict[str, str]:
                 found[f"{path}{name}"] = node.record.export
 
     walk(world.filesystem.root, "")
-    assert world.filesystem.node(ROOT_INODE) is world.filesystem.root
+    assert world.filesystem.node(inode_number.ROOT) is world.filesystem.root
     return found
 
 

@@ -155,11 +155,11 @@ class Lab:
         assert not check or done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr}{self.log_text()}"
         return done
 
-    def mount(self, uri: str, *options: str | Path) -> None:
+    def mount(self, uri: str, *options: str | Path, program: tuple[str, ...] = ("-m", "lazyfs")) -> None:
         """Mount in the foreground, as a child that cannot outlive the test; return when it answers."""
         assert self.daemon is None
         read_fd, write_fd = os.pipe()
-        command = [sys.executable, "-m", "lazyfs", "mount", uri, str(self.mnt), "--foreground", "--io-timeout", "20"]
+        command = [sys.executable, *program, "mount", uri, str(self.mnt), "--foreground", "--io-timeout", "20"]
         command += [*map(str, options), "--ready-fd", str(write_fd), "--log-file", str(self.log)]
         self.daemon = subprocess.Popen(command, pass_fds=[write_fd], preexec_fn=die_with_parent, text=True)
         os.close(write_fd)

@@ -15,17 +15,23 @@ ROWS = [
     "cli",
     "arguments",
     "status_view",
+    "waiting",
     "daemon",
     # edges
     "supervisor",
     "fuse_adapter",
+    "passthrough",
+    "_passthrough",
     "kernel_session",
     "control_server",
     "pivot",
+    "control_client",
+    "open_files",
     # engine
     "filesystem",
     "population",
     "image",
+    "image_statistics",
     "fetcher",
     "pace",
     # I/O
@@ -42,6 +48,7 @@ ROWS = [
     "interfaces",
     # core
     "core.lifecycle",
+    "core.inode_number",
     "core.qmp_wire",
     "core.qcow2_layout",
     "core.map_file",

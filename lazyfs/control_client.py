@@ -1,0 +1,106 @@
+"""Asks daemons, over their control sockets: what every verb but `mount` is made of."""
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from lazyfs import errors, mounts
+from lazyfs.units import GiB
+
+MAX_ANSWER = 1 * GiB
+"""Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at 20,000 images."""
+
+TIMEOUT_S = 10.0
+"""A daemon answers in milliseconds; one that does not in this time hangs."""
+
+Command = tuple[str, dict[str, Any]]
+
+
+class Refused(errors.UserError):
+    """The daemon answered with an error."""
+
+
+def query(mount: mounts.Mount, path: str = "") -> dict[str, Any]:
+    """Return what the daemon of `mount` says of itself, and as `images` those at `path`, relative to the mountpoint.
+
+    Raises:
+        UserError: it does not answer, or knows no such path.
+    """
+    arguments = {"path": path} if path else {}
+    status, images = execute(mount, [("query-mount", {}), ("query-images", arguments)])
+    return {**status, "images": images}
+
+
+def query_detached() -> list[dict[str, Any]]:
+    """Return the same of each daemon that was detached from its mountpoint and still serves open files."""
+    found = []
+    for path in mounts.control_sockets(detached_only=True):
+        try:
+            status, images = asyncio.run(ask(path, [("query-mount", {}), ("query-images", {})]))
+        except ConnectionRefusedError:
+            with suppress(OSError):
+                os.unlink(path)  # what a killed daemon left
+        except (errors.UserError, OSError) as error:
+            logging.getLogger(__name__).debug("no answer: socket=%s reason=%s", path, error)
+        else:
+            found.append({**status, "images": images})
+    return found
+
+
+def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
+    """Run commands, one after the other, and return what they returned.
+
+    Raises:
+        UserError: the daemon does not answer.
+        Refused: it answered with an error; later commands were not run.
+    """
+    try:
+        return asyncio.run(ask(mounts.socket_path(mount.mountpoint), commands))
+    except Refused as error:
+        raise Refused(f"{mount.mountpoint}: {error}") from error
+    except TimeoutError:
+        raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer") from None
+    except OSError as error:
+        reason = "it was killed; mount again" if not alive(mount) else "its control socket cannot be reached"
+        raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {reason}") from error
+
+
+def alive(mount: mounts.Mount) -> bool:
+    """Whether a daemon holds the connection, be it one that hangs (then this hangs, too)."""
+    try:
+        os.statvfs(mount.mountpoint)
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
+
+
+async def ask(path: str, commands: Sequence[Command]) -> list[Any]:
+    """Run commands on the control socket `path` with the qemu.qmp library, as any QMP client would.
+
+    Raises:
+        Refused: the daemon answered with an error.
+        OSError: it does not answer; TimeoutError if it hangs.
+    """
+    from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    client = QMPClient("lazyfs", readbuflen=MAX_ANSWER)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await client.connect(path)
+            try:
+                return [await client.execute(name, arguments) for name, arguments in commands]
+            finally:
+                # It reports a peer that was faster, as a daemon is that has nothing to serve after a detach.
+                with suppress(QMPError, EOFError, OSError):
+                    await client.disconnect()
+    except ExecuteError as error:
+        raise Refused(str(error)) from error
+    except ConnectError as error:
+        raise (error.exc if isinstance(error.exc, OSError) else ConnectionError(str(error))) from error
+    except QMPError as error:
+        raise ConnectionError(str(error)) from error

@@ -1,0 +1,61 @@
+"""What is told about an image: the row of `query-images`."""
+
+from dataclasses import dataclass
+
+from lazyfs.core.lifecycle import State
+from lazyfs.fetcher import Fetcher
+from lazyfs.interfaces import FetchCounters, ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """What `status` shows of an image."""
+
+    name: str
+    path: str
+    inode: int
+    size: int | None
+    format: str
+    state: str
+    present_bytes: int
+    zero_bytes: int
+    fetched_bytes: int
+    demand_bytes: int
+    populated_bytes: int
+    requests: int
+    open_count: int
+    fill_rate: float
+    error: str
+
+
+def present_bytes(record: ImageRecord, fetcher: Fetcher | None) -> int:
+    """Return the bytes of data in the cache file: live while it fills, else as of the last checkpoint."""
+    return record.present_bytes if fetcher is None else fetcher.present_bytes
+
+
+def of(
+    record: ImageRecord, fetcher: Fetcher | None, counters: FetchCounters, *, inode: int, open_count: int, error: str
+) -> ImageStatistics:
+    """Put together what the record and, while the image fills, its fetcher know."""
+    if fetcher is not None:
+        zero, rate = fetcher.zero_bytes, fetcher.rate()
+    else:
+        rate = 0.0
+        zero = (record.size or 0) - record.present_bytes if record.state is State.WHOLE else 0
+    return ImageStatistics(
+        name=record.export,
+        path=record.path,
+        inode=inode,
+        size=record.size,
+        format=record.format,
+        state=record.state.value,
+        present_bytes=present_bytes(record, fetcher),
+        zero_bytes=zero,
+        fetched_bytes=counters.demand_bytes + counters.populated_bytes,
+        demand_bytes=counters.demand_bytes,
+        populated_bytes=counters.populated_bytes,
+        requests=counters.requests,
+        open_count=open_count,
+        fill_rate=rate if record.state is State.PARTIAL and not (fetcher and fetcher.unkept) else 0.0,
+        error=error,
+    )

@@ -1,0 +1,76 @@
+"""Who has files of a mount open, as far as /proc shows it. Source: proc(5), fd, fdinfo and maps.
+
+Nothing here asks the file system itself: a daemon that hangs does not stop it.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Reader:
+    """A process that has a file open or mapped."""
+
+    pid: int
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.command} (pid {self.pid})"
+
+
+def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
+    """Return, for each inode of the file system "major:minor", the processes that use it, by pid.
+
+    Only root sees other users' processes.
+    """
+    found: defaultdict[int, list[Reader]] = defaultdict(list)
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        used = inodes & {*_open(pid, device), *_mapped(pid, device)}
+        if used:
+            reader = Reader(pid, _command(pid))
+            for inode in used:
+                found[inode].append(reader)
+    return dict(found)
+
+
+def _open(pid: int, device: str) -> Iterator[int]:
+    """Yield the inodes open in `pid`."""
+    with suppress(OSError):
+        mounts = _mount_ids(pid, device)
+        for fd in os.listdir(f"/proc/{pid}/fdinfo"):
+            with suppress(OSError, KeyError, ValueError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines:
+                fields = dict(line.rstrip("\n").split(":", 1) for line in lines if line.startswith(("mnt_id", "ino")))
+                if int(fields["mnt_id"]) in mounts:
+                    yield int(fields["ino"])
+
+
+def _mount_ids(pid: int, device: str) -> set[int]:
+    """Return the mounts of the file system in the namespace of `pid`."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        rows = (line.split(" ", 3) for line in lines)
+        return {int(mount_id) for mount_id, _, found, _ in rows if found == device}
+
+
+def _mapped(pid: int, device: str) -> Iterator[int]:
+    """Yield the inodes mapped in `pid`: a mapping outlives its descriptor."""
+    major, minor = map(int, device.split(":"))
+    with (
+        suppress(OSError),
+        open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines,
+    ):
+        for line in lines:
+            # 7f...-7f... r--p 00000000 00:3c 17    /mnt/debian-12
+            _, _, _, found, inode, *_ = line.split()
+            if found == f"{major:02x}:{minor:02x}":
+                yield int(inode)
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return "?"

@@ -1,0 +1,39 @@
+"""Who has a file open: descriptors and mappings, of this and other processes."""
+
+import mmap
+import os
+import subprocess
+from pathlib import Path
+
+from lazyfs import open_files
+
+
+def device_of(path: Path) -> str:
+    """As mountinfo has it."""
+    found = path.stat().st_dev
+    return f"{os.major(found)}:{os.minor(found)}"
+
+
+def test_descriptors_and_mappings_are_found(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("open", "mapped", "unused")]
+    for path in paths:
+        path.write_bytes(b"x" * 4096)
+    opened, mapped, unused = (path.stat().st_ino for path in paths)
+    with paths[0].open("rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as sleeper:
+        fd = os.open(paths[1], os.O_RDONLY)
+        with mmap.mmap(fd, 4096, prot=mmap.PROT_READ):
+            os.close(fd)
+            found = open_files.readers(device_of(tmp_path), {opened, mapped, unused})
+        sleeper.kill()
+    assert set(found) == {opened, mapped}
+    assert open_files.Reader(sleeper.pid, "sleep") in found[opened]
+    assert os.getpid() in [reader.pid for reader in found[opened]]
+    assert [reader.pid for reader in found[mapped]] == [os.getpid()]
+    assert str(open_files.Reader(7, "qemu")) == "qemu (pid 7)"
+
+
+def test_the_same_number_on_another_file_system_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "open"
+    path.touch()
+    with path.open("rb"):
+        assert open_files.readers("0:99999", {path.stat().st_ino}) == {}
