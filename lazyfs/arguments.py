@@ -21,13 +21,14 @@ class _Parser(argparse.ArgumentParser):
         raise errors.UsageError(f"{message} (see {self.prog} --help)")
 
 
-def parser(mount: Verb, status: Verb, detach: Verb, umount: Verb) -> argparse.ArgumentParser:
+def parser(mount: Verb, status: Verb, pivot: Verb, detach: Verb, umount: Verb) -> argparse.ArgumentParser:
     """Return the parser of the whole command; `run` of its result is the function of the chosen verb."""
     top = _Parser(prog="lazyfs", description="Shows every image of an NBD repository as a local file.")
     top.add_argument("--version", action="version", version=f"lazyfs {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     _add_mount(verbs, mount)
     _add_status(verbs, status)
+    _add_pivot(verbs, pivot)
     _add_detach(verbs, detach)
     _add_umount(verbs, umount)
     return top
@@ -81,6 +82,24 @@ def _add_status(verbs: Any, run: Verb) -> None:
     )
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--watch", action="store_true", help="redraw every second until interrupted")
+
+
+def _add_pivot(verbs: Any, run: Verb) -> None:
+    pivot = verbs.add_parser(
+        "pivot",
+        help="move running QEMUs to the plain files",
+        description="Tell running QEMUs to go on with the files that the paths of their backing files name now: "
+        "for images that are whole, without lazyfs. Guests run on; nothing is written.",
+        epilog="example: lazyfs pivot /run/vm-a.qmp /run/vm-b.qmp --wait",
+    )
+    pivot.set_defaults(run=run)
+    pivot.add_argument("sockets", metavar="QMP_SOCKET", nargs="*", help="QMP UNIX socket of a QEMU")
+    pivot.add_argument("--all-in", metavar="DIR", help="take every UNIX socket in this folder as well")
+    pivot.add_argument("--wait", action="store_true", help="wait for images that are not whole yet")
+    pivot.add_argument("--dry-run", action="store_true", help="say what would be done")
+    pivot.add_argument("--allow-hmp", action="store_true",
+                       help="use a debugging command of QEMU where all nodes have automatic names")  # fmt: skip
+    pivot.add_argument("--json", action="store_true", help="for programs")
 
 
 def _add_detach(verbs: Any, run: Verb) -> None:

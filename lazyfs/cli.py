@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from lazyfs import arguments as arguments_of
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        options = arguments_of.parser(_mount, _status, _detach, _umount).parse_args(words)
+        options = arguments_of.parser(_mount, _status, _pivot, _detach, _umount).parse_args(words)
         options.words = words
         code: int = options.run(options)
         sys.stdout.flush()
@@ -254,6 +255,34 @@ def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
             "mountpoint": mount.mountpoint, "cache_dir": None, "repository": mount.repository, "connected": False,
             "control_socket": mounts.socket_path(mount.mountpoint), "images": [], "error": str(error),
         }  # fmt: skip
+
+
+# -- pivot
+
+
+def _pivot(options: argparse.Namespace) -> int:
+    from lazyfs import pivot
+
+    if not options.sockets and options.all_in is None:
+        raise errors.UsageError("name a QMP socket, or a folder of them with --all-in (see lazyfs pivot --help)")
+    how = pivot.Options(options.allow_hmp, options.dry_run)
+    reports = pivot.run(pivot.sockets(options.sockets, options.all_in), how)
+    late = [report for report in reports if report.partial]
+    if options.wait and late:
+        waiting.until_whole(lambda: pivot.filling(late))
+        again = {report.socket: report for report in pivot.run([report.socket for report in late], how)}
+        reports = [pivot.merge(one, again[one.socket]) if one.socket in again else one for one in reports]
+    for report in reports:
+        for line in report.complaints():
+            print(f"lazyfs: {line}", file=sys.stderr)
+    if options.json:
+        json.dump({"qemus": [asdict(report) for report in reports]}, sys.stdout, indent=2)
+        print()
+    else:
+        for report in reports:
+            for line in report.lines():
+                print(line)
+    return 0 if all(report.good for report in reports) else 1
 
 
 # -- detach

@@ -106,6 +106,9 @@ class Nbdkit:
 class Lab:
     """One test's world, in a temporary folder."""
 
+    watchdog_s = 100.0
+    """A test that hangs inside a read of the mount cannot be interrupted, but its daemon can be killed."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.repository = folder / "repository"
@@ -115,8 +118,7 @@ class Lab:
         self.mnt.mkdir()
         self.daemon: subprocess.Popen[str] | None = None
         self._servers: list[Nbdkit] = []
-        # A test that hangs inside a read of the mount cannot be interrupted, but its daemon can be killed.
-        self._watchdog = threading.Timer(100, self.kill_daemon)
+        self._watchdog = threading.Timer(self.watchdog_s, self.kill_daemon)
         self._watchdog.daemon = True
         self._watchdog.start()
 

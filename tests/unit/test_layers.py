@@ -25,8 +25,10 @@ ROWS = [
     "kernel_session",
     "control_server",
     "pivot",
+    "qemu_monitor",
     "control_client",
     "open_files",
+    "process_files",
     # engine
     "filesystem",
     "population",
@@ -48,6 +50,9 @@ ROWS = [
     "interfaces",
     # core
     "core.lifecycle",
+    "core.qemu_arguments",
+    "core.qemu_graph",
+    "core.pivot_choice",
     "core.inode_number",
     "core.qmp_wire",
     "core.qcow2_layout",

@@ -1,0 +1,667 @@
+"""`pivot` with every shape of block graph, in real QEMUs; and with scripted ones for what real ones do not do.
+
+There is no mount here. A folder in /dev/shm plays the lazyfs: QEMU has opened files there, through symbolic links,
+and a scripted daemon says that they are its images. Then the links become plain files, as paths do after a detach.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from block_qemu import (
+    BlockQemu,
+    blockdevs,
+    file_node,
+    make_overlay,
+    overlay_node,
+    raw_node,
+    reading,
+)
+from scripted_qmp import HangUp, Refuse, ScriptedQemu, ScriptedQmp
+
+from lazyfs import control_client, mounts, pivot, qemu_monitor
+
+MiB = 1 << 20
+
+
+class World:
+    """Images that QEMUs have open, and a daemon that knows them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.stack = stack
+        self.shm = Path(tempfile.mkdtemp(dir="/dev/shm"))
+        stack.callback(shutil.rmtree, self.shm)
+        assert os.stat(self.shm).st_dev != os.stat(folder).st_dev
+        self.device = os.stat(self.shm).st_dev
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.bytes: dict[str, bytes] = {}
+        (folder / "run").mkdir()
+        self.daemon = ScriptedQmp(folder / "run" / "lazyfs.sock", self._answer)
+        stack.callback(self.daemon.kill)
+
+    def _answer(self, command: str, arguments: dict[str, Any]) -> object:
+        if command == "query-mount":
+            return {"device": f"{os.major(self.device)}:{os.minor(self.device)}"}
+        return list(self.rows.values())
+
+    def image(self, name: str, content: bytes | None = None, state: str = "whole") -> Path:
+        """Make an image; return its path, a link for now."""
+        self.bytes[name] = os.urandom(1 * MiB) if content is None else content
+        old = self.shm / name
+        old.write_bytes(self.bytes[name])
+        path = self.folder / name
+        path.symlink_to(old)
+        size = len(self.bytes[name])
+        inode = old.stat().st_ino
+        self.rows[name] = {"path": str(path), "inode": inode, "state": state, "size": size, "error": None}
+        return path
+
+    def to_plain(self, *names: str) -> None:
+        """Let the paths name plain files, as lazyfs leaves them."""
+        for name in names or self.bytes:
+            new = self.folder / f"{name}.new"
+            new.write_bytes(self.bytes[name])
+            new.rename(self.folder / name)
+
+    def poison(self, *names: str) -> None:
+        """Empty the old files: who still reads them gets zeros."""
+        for name in names or self.bytes:
+            os.truncate(self.shm / name, 0)
+
+    def qemu(self, *arguments: str, name: str = "vm") -> BlockQemu:
+        made = BlockQemu(self.folder, list(arguments), name)
+        self.stack.callback(made.close)
+        return made
+
+    def named(self, *, name: str = "vm", cache: dict[str, Any] | None = None) -> BlockQemu:
+        """A QEMU with an overlay on image `disk`; all nodes have names."""
+        options: dict[str, Any] = {"cache": cache} if cache else {}
+        disk = self.image("disk") if "disk" not in self.rows else self.folder / "disk"
+        overlay = make_overlay(self.folder / f"{name}.qcow2", disk)
+        nodes = [file_node("base-file", disk, **options), raw_node("base", "base-file", **options)]
+        return self.qemu(*blockdevs(*nodes, overlay_node("vm", overlay, "base")), name=name)
+
+    def pivot(self, *qemus: Any, **options: Any) -> list[pivot.Report]:
+        """Pivot, and see that no overlay was written."""
+        headers = {path: path.read_bytes() for path in self.folder.glob("*.qcow2") if not path.is_symlink()}
+        reports = pivot.run([str(getattr(one, "socket", one)) for one in qemus], pivot.Options(**options))
+        assert {path: path.read_bytes() for path in headers} == headers
+        return reports
+
+    def is_moved(self, qemu: BlockQemu) -> bool:
+        """Whether QEMU has no old file open."""
+        return os.stat(self.shm).st_dev not in {device for device, _ in qemu.files()}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(mounts, "runtime_dir", lambda: str(tmp_path / "run"))
+    with ExitStack() as stack:
+        yield World(tmp_path, stack)
+
+
+def actions(reports: list[pivot.Report]) -> list[str]:
+    assert [report.error for report in reports if report.error] == []
+    return [node.action for report in reports for node in report.nodes]
+
+
+def only(reports: list[pivot.Report]) -> pivot.NodeReport:
+    (node,) = [node for report in reports for node in report.nodes]
+    return node
+
+
+# -- what is covered
+
+
+def test_without_a_pivot_a_poisoned_file_is_noticed(world: World) -> None:
+    """The negative control of all that follows."""
+    qemu = world.named()
+    world.to_plain()
+    assert not world.is_moved(qemu)
+    world.poison()
+    assert qemu.export("vm").read() != world.bytes["disk"][:4096]
+
+
+def _names_with_blockdev(world: World, disk: Path, overlay: Path) -> list[str]:
+    nodes = file_node("base-file", disk), raw_node("base", "base-file"), overlay_node("vm", overlay, "base")
+    return blockdevs(*nodes)
+
+
+def _named_base_only(world: World, disk: Path, overlay: Path) -> list[str]:
+    return blockdevs(raw_node("base", {"driver": "file", "filename": str(disk)}), overlay_node("vm", overlay, "base"))
+
+
+def _overlay_on_file(world: World, disk: Path, overlay: Path) -> list[str]:
+    return blockdevs(file_node("base-file", disk), overlay_node("vm", overlay, "base-file"))
+
+
+def _inline_raw(world: World, disk: Path, overlay: Path) -> list[str]:
+    file = {"driver": "file", "filename": str(disk), "cache": {"direct": True}}
+    return blockdevs(overlay_node("vm", overlay, {"driver": "raw", "file": file, "read-only": True}))
+
+
+def _no_aio_known(world: World, disk: Path, overlay: Path) -> list[str]:
+    return ["-drive", f"file={overlay},if=none,node-name=vm,detect-zeroes=unmap,discard=unmap"]
+
+
+def _drive_names(options: str) -> Callable[[World, Path, Path], list[str]]:
+    return lambda world, disk, overlay: ["-drive", f"file={overlay},if=none,node-name=vm,{options}"]
+
+
+ALL_NAMES = "file.node-name=vm-file,backing.node-name=base,backing.file.node-name=base-file"
+
+SHAPES = {
+    "blockdev, all named": _names_with_blockdev,
+    "blockdev, only the base named": _named_base_only,
+    "blockdev, the file itself is the backing": _overlay_on_file,
+    "blockdev, raw is inline": _inline_raw,
+    "drive, all named": _drive_names(ALL_NAMES),
+    "drive, all named, cache=none": _drive_names(f"{ALL_NAMES},cache=none"),
+    "drive, all named, cache=none, aio=native": _drive_names(f"{ALL_NAMES},cache=none,aio=native"),
+    "drive, only the base named": _drive_names("backing.node-name=base"),
+    "drive, only the overlay named": _drive_names("cache=none"),
+    "drive, only the overlay named, with discard": _no_aio_known,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_moves_while_it_is_read(world: World, shape: str) -> None:
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    qemu = world.qemu(*SHAPES[shape](world, disk, overlay))
+    world.to_plain()
+    before = qemu.node("vm")
+    with reading(qemu.export("vm"), world.bytes["disk"]):
+        assert actions(world.pivot(qemu)) == ["pivoted"]
+        assert world.is_moved(qemu)
+        world.poison()
+    assert qemu.has_open(disk)
+    after = qemu.node("vm")
+    assert {key: after[key] for key in ("ro", "cache", "detect_zeroes")} == {
+        key: before[key] for key in ("ro", "cache", "detect_zeroes")
+    }
+    direct = bool(re.search("cache=none|direct", " ".join(SHAPES[shape](world, disk, overlay))))
+    files = [node for node in qemu.qmp("query-named-block-nodes", flat=True) if node["drv"] == "file" and node["ro"]]
+    assert [node["cache"]["direct"] for node in files] == [direct], "one file node, as the old one was"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(world: World, shape: str) -> None:
+    """QEMU 7.2 dies of the others. Nobody reads during the move, as its NBD server, not what is tested here, dies of
+    a drain under load in an I/O thread ("nbd_client_put: Assertion `client->closing' failed")."""
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    qemu = world.qemu("-object", "iothread,id=io0", *SHAPES[shape](world, disk, overlay))
+    world.to_plain()
+    export = qemu.export("vm", iothread="io0", fixed_iothread=True)
+    assert export.read() == world.bytes["disk"][:4096]
+    node = only(world.pivot(qemu))
+    if shape == "blockdev, all named":
+        assert node.action == "pivoted"
+        assert world.is_moved(qemu)
+        world.poison()
+    else:
+        assert node.action == "skipped"
+        assert "I/O threads" in node.message
+        assert not world.is_moved(qemu)
+    assert export.read(4096) == world.bytes["disk"][4096:8192]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_moves_again_when_the_path_leads_elsewhere_again(world: World, shape: str) -> None:
+    disk = world.image("disk")
+    qemu = world.qemu(*SHAPES[shape](world, disk, make_overlay(world.folder / "vm.qcow2", disk)))
+    world.to_plain()
+    assert actions(world.pivot(qemu)) == ["pivoted"]
+    nodes = qemu.nodes()
+    # Now this file is the one on a lazyfs, and the path leads back to the other file system.
+    moved = world.folder / "moved"
+    disk.rename(moved)
+    world.device = moved.stat().st_dev
+    world.rows["disk"]["inode"] = moved.stat().st_ino
+    disk.symlink_to(world.shm / "disk")
+    assert actions(world.pivot(qemu)) == ["pivoted"]
+    assert not qemu.has_open(moved)
+    os.truncate(moved, 0)
+    assert qemu.export("vm").read() == world.bytes["disk"][:4096]
+    assert len(qemu.nodes()) == len(nodes), "nothing is left over"
+
+
+def test_discard_is_kept_when_the_overlay_is_reopened(world: World) -> None:
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    qemu = world.qemu("-drive", f"file={overlay},if=none,node-name=vm,discard=unmap")
+    handle = qemu.export("vm", writable=True).handle
+    handle.pwrite(b"x" * MiB, 0)
+    handle.flush()
+    used = overlay.stat().st_blocks
+    assert used * 512 > MiB
+    world.to_plain()
+    assert actions(world.pivot(qemu)) == ["pivoted"]
+    handle.trim(MiB, 0)
+    handle.flush()
+    assert overlay.stat().st_blocks < used - MiB // 2 // 512
+
+
+def test_several_disks_and_several_overlays_on_one_base(world: World) -> None:
+    one, two = world.image("one"), world.image("two")
+    overlays = [make_overlay(world.folder / f"{n}.qcow2", one) for n in "abc"]
+    other = make_overlay(world.folder / "d.qcow2", two)
+    nodes = [file_node("one-file", one), raw_node("one", "one-file")]
+    nodes += [overlay_node(path.stem, path, "one") for path in overlays[:2]]
+    nodes += [overlay_node("c", overlays[2], "one-file")]
+    qemu = world.qemu(*blockdevs(*nodes), "-drive", f"file={other},if=none,node-name=d")
+    world.to_plain()
+    disks = [qemu.export(name) for name in "abcd"]
+    assert actions(world.pivot(qemu)) == ["pivoted", "pivoted"]
+    assert world.is_moved(qemu)
+    world.poison()
+    for disk, image in zip(disks, ["one", "one", "one", "two"], strict=True):
+        assert disk.read() == world.bytes[image][:4096]
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["node-name=vm", "backing.node-name=mid", "backing.backing.node-name=base", "node-name=vm,backing.node-name=mid"],
+)
+def test_a_chain_of_three_with_any_of_its_nodes_named(world: World, names: str) -> None:
+    disk = world.image("disk")
+    middle = make_overlay(world.folder / "middle.qcow2", disk)
+    top = make_overlay(world.folder / "top.qcow2", middle, "qcow2")
+    qemu = world.qemu("-drive", f"file={top},if=none,{names}")
+    world.to_plain()
+    with reading(qemu.export(qemu.top()), world.bytes["disk"]):
+        assert actions(world.pivot(qemu)) == ["pivoted"]
+        assert world.is_moved(qemu)
+        world.poison()
+    assert {(path.stat().st_dev, path.stat().st_ino) for path in (disk, middle, top)} <= qemu.files()
+
+
+def test_two_images_in_one_chain_with_only_the_top_named(world: World) -> None:
+    disk = world.image("disk")
+    middle = make_overlay(world.folder / "made.qcow2", disk)
+    content = middle.read_bytes()
+    middle.unlink()
+    middle = world.image("made.qcow2", content)
+    top = make_overlay(world.folder / "top.qcow2", middle, "qcow2")
+    qemu = world.qemu("-drive", f"file={top},if=none,node-name=vm")
+    world.to_plain()
+    with reading(qemu.export("vm"), world.bytes["disk"]):
+        assert actions(world.pivot(qemu)) == ["pivoted", "pivoted"]
+        assert world.is_moved(qemu)
+        world.poison()
+
+
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "with a backing file"])
+def test_an_image_that_is_itself_qcow2(world: World, backing: bool) -> None:
+    plain = world.folder / "plain"
+    plain.write_bytes(os.urandom(MiB))
+    made = world.folder / "made"
+    if backing:
+        make_overlay(made, plain)
+    else:
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", plain, made], check=True, timeout=20)
+    image = world.image("image.qcow2", made.read_bytes())
+    overlay = make_overlay(world.folder / "vm.qcow2", image, "qcow2")
+    base = {"driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": True}
+    qemu = world.qemu(*blockdevs(file_node("base-file", image), base, overlay_node("vm", overlay, "base")))
+    world.to_plain()
+    with reading(qemu.export("vm"), plain.read_bytes()):
+        assert actions(world.pivot(qemu)) == ["pivoted"]
+        world.poison()
+    assert world.is_moved(qemu)
+
+
+def test_automatic_names_are_refused_with_a_command_line_that_works(world: World) -> None:
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    qemu = world.qemu("-drive", f"file={overlay},if=virtio,cache=none")
+    world.to_plain()
+    node = only(world.pivot(qemu))
+    assert node.action == "skipped"
+    assert "automatic names" in node.message
+    assert "--allow-hmp" in node.message
+    assert not world.is_moved(qemu)
+    advised = re.search(r"-drive \S+", node.message)
+    assert advised is not None
+    qemu.close()
+    (world.folder / "disk").unlink()
+    (world.folder / "disk").symlink_to(world.shm / "disk")
+    again = world.qemu(*shlex.split(f"{advised[0]},if=virtio"), name="again")
+    world.to_plain()
+    assert actions(world.pivot(again)) == ["pivoted"]
+    assert world.is_moved(again)
+
+
+def test_automatic_names_move_with_the_debugging_command(world: World) -> None:
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    qemu = world.qemu("-drive", f"file={overlay},if=none,cache=none")
+    world.to_plain()
+    with reading(qemu.export(qemu.top()), world.bytes["disk"]):
+        assert actions(world.pivot(qemu, allow_hmp=True)) == ["pivoted"]
+        assert world.is_moved(qemu)
+        world.poison()
+
+
+def test_what_a_killed_pivot_left_is_removed(world: World) -> None:
+    qemu = world.named()
+    nodes = len(qemu.nodes())
+    qemu.qmp("blockdev-add", **file_node("lazyfs-7", world.folder / "disk"))
+    world.to_plain()
+    assert actions(world.pivot(qemu)) == ["pivoted", "pivoted"]
+    assert world.is_moved(qemu)
+    assert "lazyfs-7" not in qemu.nodes()
+    assert len(qemu.nodes()) == nodes
+
+
+def test_dry_run_says_what_and_does_nothing(world: World) -> None:
+    qemu = world.named()
+    world.to_plain()
+    nodes = qemu.nodes()
+    assert actions(world.pivot(qemu, dry_run=True)) == ["would pivot"]
+    assert qemu.nodes() == nodes
+    assert not world.is_moved(qemu)
+
+
+# -- what is refused
+
+
+def _refusals(world: World, disk: Path, overlay: Path) -> dict[str, tuple[list[str], str]]:
+    part = raw_node("base", "base-file", offset=0, size=MiB // 2)
+    throttle = {"driver": "throttle", "node-name": "slow", "throttle-group": "group", "file": "base-file"}
+    return {
+        "part": (blockdevs(file_node("base-file", disk), part), "a part of the file only"),
+        "throttle": (
+            ["-object", "throttle-group,id=group", *blockdevs(file_node("base-file", disk), throttle)],
+            "the throttle node slow above it cannot be reopened",
+        ),
+        "device": (["-drive", f"file={disk},if=none,id=cd,format=file,readonly=on"], "uses node"),
+        "unused": (blockdevs(file_node("base-file", disk)), "nothing uses node base-file"),
+    }
+
+
+@pytest.mark.parametrize("case", ["part", "throttle", "device", "unused"])
+def test_what_cannot_be_moved_is_left_alone_with_a_reason(world: World, case: str) -> None:
+    disk = world.image("disk")
+    arguments, reason = _refusals(world, disk, world.folder)[case]
+    qemu = world.qemu(*arguments)
+    world.to_plain()
+    nodes = qemu.nodes()
+    node = only(world.pivot(qemu))
+    assert node.action == "skipped"
+    assert reason in node.message
+    assert qemu.nodes() == nodes
+
+
+def test_only_a_whole_file_of_the_same_size_is_moved_to(world: World) -> None:
+    qemu = world.named()
+    disk = world.folder / "disk"
+    world.to_plain()
+    with disk.open("ab") as file:
+        file.write(bytes(512))
+    assert "the file has 1049088 bytes now, the image 1048576" in only(world.pivot(qemu)).message
+    disk.unlink()
+    assert "the path leads nowhere now" in only(world.pivot(qemu)).message
+    disk.mkdir()
+    assert "no regular file" in only(world.pivot(qemu)).message
+    disk.rmdir()
+    world.to_plain()
+    for state, error, action, message in (
+        ("partial", None, "partial", "not whole yet"),
+        ("remote", None, "partial", "not whole yet"),
+        ("failed", "it changed", "skipped", "the image failed: it changed"),
+    ):
+        world.rows["disk"].update(state=state, error=error)
+        node = only(world.pivot(qemu))
+        assert (node.action, node.message) == (action, message)
+    assert not world.is_moved(qemu)
+
+
+def test_another_version_of_the_image_is_not_moved_to(world: World) -> None:
+    """The path leads to a newer image of the same mount (`--on-change replace`)."""
+    qemu = world.named()
+    newer = world.shm / "newer"
+    newer.write_bytes(world.bytes["disk"])
+    disk = world.folder / "disk"
+    disk.unlink()
+    disk.symlink_to(newer)
+    world.rows["disk"]["inode"] = newer.stat().st_ino
+    node = only(world.pivot(qemu))
+    assert node.action == "skipped"
+    assert "does not have this file open" in node.message
+
+
+def test_what_is_not_on_a_lazyfs_is_not_touched(world: World) -> None:
+    disk = world.folder / "plain"
+    disk.write_bytes(bytes(MiB))
+    qemu = world.qemu(*blockdevs(file_node("base-file", disk), raw_node("base", "base-file")))
+    replaced = world.folder / "new"
+    replaced.write_bytes(bytes(MiB))
+    replaced.rename(disk)
+    (report,) = world.pivot(qemu)
+    assert report == pivot.Report(str(qemu.socket), qemu.pid)
+    assert report.good
+    assert "nothing to do" in report.lines()[0]
+
+
+def test_a_file_that_was_given_as_a_descriptor_is_reported(world: World) -> None:
+    disk = world.image("disk")
+    with disk.open("rb") as file:
+        os.set_inheritable(file.fileno(), True)
+        qemu = world.qemu()
+    # A descriptor that QEMU has, and no node: passed over the socket.
+    with disk.open("rb") as file:
+        qemu._connection.setblocking(True)
+        socket.send_fds(qemu._connection, [b" "], [file.fileno()])
+        qemu.qmp("add-fd", fdset_id=1)
+    qemu.qmp("blockdev-add", **file_node("base-file", Path("/dev/fdset/1")))
+    world.to_plain()
+    (report,) = world.pivot(qemu)
+    assert {node.action for node in report.nodes} == {"skipped"}
+    assert "no block node names it" in report.nodes[0].message
+
+
+# -- what fails
+
+
+def scripted(world: World) -> ScriptedQemu:
+    disk = world.image("disk")
+    made = ScriptedQemu(world.folder / "vm.qmp", disk, world.shm / "disk", MiB)
+    world.stack.callback(made.close)
+    world.to_plain()
+    return made
+
+
+CHANGING = ["blockdev-add", "blockdev-reopen", "blockdev-del"]
+
+
+def refuse() -> None:
+    raise Refuse("no such luck")
+
+
+def hang_up() -> None:
+    raise HangUp
+
+
+def test_a_scripted_qemu_is_moved_as_a_real_one(world: World) -> None:
+    qemu = scripted(world)
+    assert actions(world.pivot(qemu.server.path)) == ["pivoted"]
+    assert (qemu.child, list(qemu.fds)) == ("lazyfs-1", ["lazyfs-1"])
+
+
+@pytest.mark.parametrize("step", CHANGING)
+def test_a_step_that_fails_is_named_and_those_before_it_undone(world: World, step: str) -> None:
+    qemu = scripted(world)
+
+    def once() -> None:
+        del qemu.fails[step]
+        refuse()
+
+    qemu.fails, qemu.failure = {step: 0}, once
+    (report,) = world.pivot(qemu.server.path)
+    (node,) = report.nodes
+    assert (node.action, node.message) == ("failed", f"{step}: no such luck; the VM is as it was")
+    assert (qemu.child, list(qemu.fds)) == ("base-file", ["base-file"])
+    assert not report.good
+
+
+def test_undoing_that_fails_is_said(world: World) -> None:
+    qemu = scripted(world)
+    qemu.fails, qemu.failure = {"blockdev-del": 0}, refuse
+    node = only(world.pivot(qemu.server.path))
+    assert node.message == "blockdev-del: no such luck; undoing it failed: blockdev-del: no such luck"
+
+
+@pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"])
+def test_a_qemu_that_ends_at_any_step_is_one_line(world: World, step: str) -> None:
+    qemu = scripted(world)
+    qemu.fails, qemu.failure = {step: 0}, hang_up
+    two = world.image("two")
+    other = world.qemu("-drive", f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm", name="two")
+    world.to_plain("two")
+    reports = world.pivot(qemu.server.path, other)
+    assert reports[0].error == f"{step}: QEMU hung up, or has ended"
+    assert [node.action for node in reports[0].nodes] == (["failed"] if step in CHANGING else [])
+    assert all(line.count("\n") == 0 for line in reports[0].complaints())
+    assert reports[1].good, "the others go on"
+
+
+@pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes"])
+def test_a_step_without_an_answer_times_out(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu_monitor, "COMMAND_S", 0.2)
+    qemu = scripted(world)
+    ends, _stays = socket.socketpair()
+    world.stack.callback(_stays.close)
+    world.stack.callback(ends.close)
+    world.stack.callback(_stays.shutdown, socket.SHUT_RDWR)
+    qemu.fails, qemu.failure = {step: 0}, lambda: (ends.recv(1), hang_up())[1]
+    (report,) = world.pivot(qemu.server.path)
+    assert report.error == f"{step}: no answer in 0.2 s; run pivot again when QEMU answers"
+
+
+def test_a_new_node_on_an_unexpected_file_is_undone(world: World) -> None:
+    qemu = scripted(world)
+    qemu.opens = world.shm / "disk"
+    node = only(world.pivot(qemu.server.path))
+    assert node.message.startswith("check of the new node: QEMU has opened another file")
+    assert node.message.endswith("the VM is as it was")
+    assert list(qemu.fds) == ["base-file"]
+
+
+def test_an_old_file_that_stays_open_is_a_failure(world: World) -> None:
+    qemu = scripted(world)
+    qemu.keeps_files = True
+    (report,) = world.pivot(qemu.server.path)
+    assert [node.action for node in report.nodes] == ["failed"]
+    assert "the old file is still open" in report.nodes[0].message
+
+
+def test_a_socket_that_somebody_else_made_cannot_be_checked(world: World) -> None:
+    """As libvirt does: then the process that the kernel names is not the one with the files."""
+    qemu = scripted(world)
+    os.close(qemu.fds["base-file"])
+    qemu.fds["base-file"] = os.open(os.devnull, os.O_RDONLY)
+    node = only(world.pivot(qemu.server.path))
+    assert node.action == "skipped"
+    assert "cannot be checked: the process that made the socket does not have this file open" in node.message
+    assert not any(command in CHANGING for command, _ in qemu.server.commands)
+
+
+def test_an_interrupt_lets_the_node_end_first(world: World) -> None:
+    qemu = scripted(world)
+    main: list[asyncio.Task[Any]] = []
+
+    def interrupt() -> None:
+        del qemu.fails["blockdev-reopen"]
+        main[0].get_loop().call_soon_threadsafe(main[0].cancel)
+
+    qemu.fails, qemu.failure = {"blockdev-reopen": 0}, interrupt
+
+    async def run() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        main.append(task)
+        await pivot._run([str(qemu.server.path)], pivot.Options())
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(run())
+    assert (qemu.child, list(qemu.fds)) == ("lazyfs-1", ["lazyfs-1"])
+
+
+def test_sockets_without_a_qemu_are_one_line_each(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu_monitor, "CONNECT_S", 0.2)
+    folder = world.folder
+    (folder / "file").write_text("no socket")
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(folder / "gone"))
+    silent = ScriptedQmp(folder / "silent", lambda command, arguments: {}, greets=False)
+    world.stack.callback(silent.kill)
+    with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as waiting:
+        full.bind(str(folder / "full"))
+        full.listen(0)
+        waiting.connect(str(folder / "full"))
+        said = {
+            os.path.basename(report.socket): report.error
+            for report in world.pivot(*(folder / name for name in ("file", "gone", "none", "silent", "full")))
+        }
+    assert said == {
+        "file": "this is no socket",
+        "gone": "nobody listens: its QEMU has ended",
+        "none": "No such file or directory",
+        "silent": "no QMP greeting in 0.2 s: no QEMU, one that hangs, or another client is connected",
+        "full": "other clients wait for this QEMU already",
+    }
+
+
+def test_a_qmp_server_that_is_no_qemu_is_one_line(world: World) -> None:
+    (report,) = world.pivot(world.daemon.path)
+    assert "in a way that lazyfs does not know" in report.error
+
+
+def test_a_daemon_that_hangs_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_client, "TIMEOUT_S", 0.2)
+    silent = ScriptedQmp(world.folder / "run" / "silent.sock", lambda command, arguments: {}, greets=False)
+    world.stack.callback(silent.kill)
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(world.folder / "run" / "gone.sock"))
+    qemu = world.named()
+    world.to_plain()
+    assert actions(world.pivot(qemu)) == ["pivoted"]
+
+
+def test_all_sockets_of_a_folder(world: World) -> None:
+    qemus = [world.named(name=name) for name in ("a", "b")]
+    (world.folder / "c.txt").write_text("no socket")
+    named = world.folder / "run" / "link"
+    named.symlink_to(qemus[0].socket)
+    assert pivot.sockets([str(named)], str(world.folder)) == [
+        str(named),
+        *(str(world.folder / name) for name in ("a.own", "b.own", "b.qmp")),
+    ]
+
+
+def test_reports_are_json(world: World) -> None:
+    from dataclasses import asdict
+
+    qemu = world.named()
+    world.to_plain()
+    (report,) = json.loads(json.dumps([asdict(report) for report in world.pivot(qemu)]))
+    assert report == {
+        "socket": str(qemu.socket),
+        "pid": qemu.pid,
+        "error": "",
+        "nodes": [{"node": "base-file", "path": str(world.folder / "disk"), "action": "pivoted", "message": ""}],
+    }

@@ -1,0 +1,73 @@
+"""Running guests move from lazyfs to the plain file, and lazyfs goes away underneath them."""
+
+import os
+import shutil
+
+import pytest
+from guest_lab import IMAGE, TEST_TIMEOUT_S, GuestLab
+from virtual_machine import BackingFile
+
+pytestmark = pytest.mark.timeout(TEST_TIMEOUT_S)
+
+READING = "guest.loop=1000000"
+"""Until `finish`."""
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "cache=none"])
+def test_guests_outlive_lazyfs(lab: GuestLab, direct: bool) -> None:
+    """One guest is moved as soon as the image is whole, another only when lazyfs is detached; both read all the time."""
+    server = lab.serve_slowly("40M")
+    lab.mount(server.uri)
+    early, late = [lab.boot(READING, direct=direct) for _ in range(2)]
+    for machine in (early, late):
+        machine.wait_for("START")
+    assert lab.image_status(IMAGE)["state"] == "partial"
+    filling = lab.disk.stat().st_ino
+    lab.hurry()
+    lab.wait_for_state(IMAGE, "whole")
+    server.kill()
+    whole = lab.disk.stat().st_ino
+    assert whole != filling
+    assert early.backing() == late.backing() == BackingFile(filling, direct)
+
+    lab.pivot(early)
+    assert early.backing() == BackingFile(whole, direct)
+    assert late.backing() == BackingFile(filling, direct)
+    if lab.status()["passthrough"]:
+        with lab.daemon_stopped():  # it is the kernel alone that answers
+            early.wait_for_cold_passes()
+
+    lab.lazyfs("detach", lab.mnt)
+    assert not os.path.ismount(lab.mnt)
+    assert lab.daemon_runs()
+    for machine in (early, late):
+        machine.wait_for_cold_passes()
+    plain = lab.disk.stat().st_ino
+    lab.pivot(early, late)
+    assert early.backing() == late.backing() == BackingFile(plain, direct)
+    lab.wait_for_the_daemons_end()
+    for machine in (early, late):
+        machine.wait_for_cold_passes()
+        machine.finish()
+
+
+def test_a_guest_uses_the_file_it_was_moved_to_and_no_other(lab: GuestLab) -> None:
+    """Told by emptying the file that it used before; and then, so that this can fail, the one it uses now."""
+    server = lab.serve_slowly("40M")
+    cache = lab.folder / "cache"
+    lab.mount(server.uri, "--cache-dir", cache)
+    machine = lab.boot(READING)
+    machine.wait_for("START")
+    assert lab.image_status(IMAGE)["state"] == "partial"
+    lab.hurry()
+    lab.lazyfs("detach", lab.mnt, "--wait")
+    # With its cache elsewhere, the path that was on the mount is free: another file of the same bytes goes there.
+    shutil.copyfile(cache / IMAGE, lab.disk)
+    lab.pivot(machine)
+    assert machine.backing().inode == lab.disk.stat().st_ino
+    lab.wait_for_the_daemons_end()
+
+    os.truncate(cache / IMAGE, 0)
+    machine.wait_for_cold_passes(2)
+    os.truncate(lab.disk, 0)
+    machine.wait_for_failure()
