@@ -49,11 +49,20 @@ class GuestLab(Lab):
                 found.append((start, os.lseek(file.fileno(), start, os.SEEK_HOLE)))
         return found
 
-    def boot(self, arguments: str = "", *, size: str | None = None, direct: bool = False) -> VirtualMachine:
+    def boot(
+        self, arguments: str = "", *, size: str | None = None, direct: bool = False, iothread: bool = False
+    ) -> VirtualMachine:
         """Start a virtual machine on the image; see `VirtualMachine` for the arguments."""
         name = f"vm{len(self._machines)}"
         machine = VirtualMachine(
-            self.folder, name, self.guest, self.disk, arguments=arguments, size=size, direct=direct
+            self.folder,
+            name,
+            self.guest,
+            self.disk,
+            arguments=arguments,
+            size=size,
+            direct=direct,
+            iothread=iothread,
         )
         self._machines.append(machine)
         return machine

@@ -13,12 +13,14 @@ READING = "guest.loop=1000000"
 """Until `finish`."""
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["cached", "cache=none"])
-def test_guests_outlive_lazyfs(lab: GuestLab, direct: bool) -> None:
+@pytest.mark.parametrize(
+    ("direct", "iothread"), [(False, False), (True, False), (True, True)], ids=["cached", "cache=none", "iothread"]
+)
+def test_guests_outlive_lazyfs(lab: GuestLab, direct: bool, iothread: bool) -> None:
     """One guest is moved as soon as the image is whole, another only when lazyfs is detached; both read all the time."""
     server = lab.serve_slowly("40M")
     lab.mount(server.uri)
-    early, late = [lab.boot(READING, direct=direct) for _ in range(2)]
+    early, late = [lab.boot(READING, direct=direct, iothread=iothread) for _ in range(2)]
     for machine in (early, late):
         machine.wait_for("START")
     assert lab.image_status(IMAGE)["state"] == "partial"

@@ -51,6 +51,7 @@ class VirtualMachine:
         arguments: str = "",
         size: str | None = None,
         direct: bool = False,
+        iothread: bool = False,
     ) -> None:
         """Start it; what belongs to it goes to `folder`.
 
@@ -58,6 +59,7 @@ class VirtualMachine:
             arguments: for the guest's kernel command line, such as "guest.loop=3".
             size: of the overlay, resized to this; by default that of the backing file.
             direct: as `cache=none` has it: past the host's page cache.
+            iothread: the disk has a thread of its own, not QEMU's main loop.
         """
         self.name = name
         self._own = str(folder / f"{name}.")
@@ -75,7 +77,9 @@ class VirtualMachine:
         command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", cmdline]
         for node in self._nodes(backing, direct):
             command += ["-blockdev", json.dumps(node)]
-        command += ["-device", "virtio-blk-pci,drive=vm"]
+        if iothread:
+            command += ["-object", "iothread,id=disk-thread"]
+        command += ["-device", "virtio-blk-pci,drive=vm" + (",iothread=disk-thread" if iothread else "")]
         command += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         command += ["-qmp", f"unix:{self.qmp_socket},server=on,wait=off"]
         with self._serial.open("wb") as serial, self._messages.open("wb") as messages:
