@@ -25,6 +25,7 @@ enum {
     FOPEN_KEEP_CACHE = 1 << 1,
     FOPEN_NONSEEKABLE = 1 << 2,
     FOPEN_CACHE_DIR = 1 << 3,
+    FOPEN_NOFLUSH = 1 << 5, /* else the first close of a mount waits for us, to learn that we have no FLUSH */
     FOPEN_PASSTHROUGH = 1 << 7,
 };
 
@@ -37,12 +38,13 @@ int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
     struct open_out out = {.fh = fi->fh};
 
     if (slot_backing_id && slot_fh == fi->fh) {
-        out.open_flags = FOPEN_PASSTHROUGH;
+        out.open_flags = FOPEN_PASSTHROUGH | FOPEN_NOFLUSH;
         out.backing_id = slot_backing_id;
         slot_backing_id = 0;
     } else {
         out.open_flags = (fi->direct_io ? FOPEN_DIRECT_IO : 0) | (fi->keep_cache ? FOPEN_KEEP_CACHE : 0)
-                         | (fi->nonseekable ? FOPEN_NONSEEKABLE : 0) | (fi->cache_readdir ? FOPEN_CACHE_DIR : 0);
+                         | (fi->nonseekable ? FOPEN_NONSEEKABLE : 0) | (fi->cache_readdir ? FOPEN_CACHE_DIR : 0)
+                         | (fi->noflush ? FOPEN_NOFLUSH : 0);
     }
     return fuse_reply_buf(req, (const char *)&out, sizeof out);
 }

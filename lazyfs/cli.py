@@ -4,15 +4,11 @@ Exit 0: done; 1: it failed, with one line on stderr that says why and what to do
 """
 
 import argparse
-import errno
 import io
 import json
 import logging
 import logging.handlers
 import os
-import select
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -22,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lazyfs import arguments as arguments_of
-from lazyfs import control_client, errors, mounts, open_files, waiting
+from lazyfs import control_client, errors, mounts, unmounting, waiting
 
 WATCH_S = 1.0
 """Between two pictures of `status --watch`."""
@@ -285,101 +281,14 @@ def _pivot(options: argparse.Namespace) -> int:
     return 0 if all(report.good for report in reports) else 1
 
 
-# -- detach
+# -- detach, umount
 
 
 def _detach(options: argparse.Namespace) -> int:
-    mount = _mounted_at(options.mountpoint)
-    if options.wait:
-        waiting.until_whole(lambda: _filling(mount))
-    elif filling := _filling(mount):
-        raise errors.UserError(_why_not_detached(mount, filling))
-    pidfd = _pidfd(_daemon_pid(mount))
-    status, detached = control_client.execute(mount, [("query-mount", {}), ("detach", {})])
-    if detached["open_count"]:
-        print(
-            f"{mount.mountpoint} is detached: new opens get the plain files. "
-            f"{detached['open_count']} open file(s) are served by pid {status['pid']} until they are closed."
-        )
-    elif pidfd is not None:
-        _wait_for_end(pidfd)
+    print(unmounting.detach(options.mountpoint, options.wait))
     return 0
-
-
-def _filling(mount: mounts.Mount) -> list[dict[str, Any]]:
-    """Return the images that are open and not whole."""
-    return [i for i in control_client.query(mount)["images"] if i["open_count"] and i["state"] != "whole"]
-
-
-def _why_not_detached(mount: mounts.Mount, images: Sequence[dict[str, Any]]) -> str:
-    readers = open_files.readers(mount.device, {image["inode"] for image in images})
-    reasons = []
-    for image in images:
-        who = (
-            ", ".join(str(reader) for reader in readers.get(image["inode"], [])) or "nobody that can be seen from here"
-        )
-        reasons.append(f"{image['path']} is not whole and open in {who}")
-    return f"cannot detach: {'; '.join(reasons)}; use --wait, or close it"
-
-
-# -- umount
 
 
 def _umount(options: argparse.Namespace) -> int:
-    from lazyfs import kernel_session
-
-    mount = _mounted_at(options.mountpoint)
-    dead = not control_client.alive(mount)  # and has nothing to save
-    pidfd = _pidfd(_daemon_pid(mount))
-    try:
-        kernel_session.unmount(mount.mountpoint, lazy=dead)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise errors.UserError(f"{mount.mountpoint} is in use; close what is open there (see fuser -vm)") from error
-        raise errors.UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}") from error
-    if pidfd is not None:
-        _wait_for_end(pidfd)
-    else:
-        with suppress(OSError):  # what the dead daemon could not clear away itself
-            os.unlink(mounts.socket_path(mount.mountpoint))
+    unmounting.umount(options.mountpoint)
     return 0
-
-
-def _mounted_at(path: str) -> mounts.Mount:
-    mountpoint = os.path.abspath(path)
-    mount = mounts.mount_of(mountpoint)
-    if mount is None or mount.mountpoint != mountpoint:
-        resolved = os.path.realpath(path)
-        mount = mounts.mount_of(resolved)
-        if mount is None or mount.mountpoint != resolved:
-            raise errors.UserError(f"no lazyfs is mounted on {path}")
-    return mount
-
-
-def _daemon_pid(mount: mounts.Mount) -> int | None:
-    """Return who listens on the control socket (unix(7), SO_PEERCRED); that takes no answer from it."""
-    with socket.socket(socket.AF_UNIX) as client:
-        try:
-            client.connect(mounts.socket_path(mount.mountpoint))
-        except OSError:
-            return None
-        pid, _, _ = struct.unpack("=iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return int(pid) or None
-
-
-def _pidfd(pid: int | None) -> int | None:
-    try:
-        return None if pid is None else os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-
-
-def _wait_for_end(pidfd: int) -> None:
-    """Wait for the daemon's last checkpoint: seconds, if much was fetched just now and the disk is slow."""
-
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    if not poller.poll(2000):
-        print("lazyfs: saving what was fetched ...", file=sys.stderr)
-        poller.poll()
-    os.close(pidfd)

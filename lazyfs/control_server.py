@@ -4,6 +4,7 @@ Each client has a task of its own and is served one command at a time, so one th
 stops nobody but itself.
 """
 
+import errno
 import logging
 import os
 import socket
@@ -75,8 +76,17 @@ class ControlServer:
             await self._answered.wait()
 
     def move(self, path: str) -> None:
-        """Go on listening at another path: the present one may soon belong to another daemon."""
-        os.rename(self.path, path)
+        """Go on listening at another path: the present one may soon belong to another daemon.
+
+        Raises:
+            UserError: the socket is not there any more.
+        """
+        try:
+            if not os.path.samestat(os.stat(self.path), self._bound):
+                raise FileNotFoundError(errno.ENOENT, "it belongs to another daemon")
+            os.rename(self.path, path)
+        except OSError as error:
+            raise errors.UserError(f"the control socket {self.path} is gone: {error.strerror}") from error
         self.path = path
 
     def close(self) -> None:

@@ -101,6 +101,7 @@ class _Daemon:
         self._config = config
         self._cache = cache
         self._on_ready = on_ready
+        self._detaching = trio.Lock()
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -140,7 +141,7 @@ class _Daemon:
             {"query-mount": self._query_mount, "query-images": self._query_images, "detach": self._detach},
         )
         try:
-            self._session = session = KernelSession(config.mountpoint, config.repository)
+            self._session = session = KernelSession(config.mountpoint, config.repository, config.passthrough)
         except BaseException:
             self._control.close()
             raise
@@ -192,12 +193,11 @@ class _Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
-                if session.detached:
-                    logger.warning("files are still open from before the detach; they fail from now on")
-                    pyfuse3.terminate()
-                    continue
                 try:
-                    await trio.to_thread.run_sync(session.unmount, False)
+                    unmounted = await trio.to_thread.run_sync(session.unmount, False)
+                    if not unmounted:
+                        logger.warning("files are still open from before it was unmounted; they fail from now on")
+                        pyfuse3.terminate()
                 except OSError as error:
                     if error.errno == errno.EBUSY:
                         logger.warning("files are open on %s; they fail from now on", session.mountpoint)
@@ -233,21 +233,30 @@ class _Daemon:
         node = self._filesystem.node_at(path)
         if node is None:
             raise CommandError(f"no image at {path!r}")
-        images = self._filesystem.statistics(_images_below(node))
+        images = self._filesystem.statistics(_images_below(node) if path else None)
         return [{**asdict(one), "path": os.path.join(self._config.mountpoint, one.path)} for one in images]
 
     async def _detach(self, arguments: dict[str, Any]) -> object:
         """Unmount lazily. Fails while an open image is not whole: nobody could see to it that it becomes so."""
         _no_more(arguments, set())
+        async with self._detaching:
+            return await self._detach_once()
+
+    async def _detach_once(self) -> object:
         if self._session.detached:
             raise CommandError("detached already")
         images = self._filesystem.open_images()
         filling = sorted(image.record.path for image in images if image.record.state is not State.WHOLE)
         if filling:
             raise CommandError(f"open and not whole: {', '.join(filling)}")
-        await trio.to_thread.run_sync(self._session.unmount, True)
-        self._cache.tell_detached()
+        # First: once it is unmounted, another daemon may come and have its socket there.
         self._control.move(mounts.detached_socket_path(os.getpid()))
+        try:
+            await trio.to_thread.run_sync(self._session.unmount, True)
+        except OSError as error:
+            self._control.move(mounts.socket_path(self._config.mountpoint))
+            raise CommandError(f"cannot unmount: {error.strerror}") from error
+        self._cache.tell_detached()
         logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
         return {"open_count": sum(image.open_count for image in images)}
 

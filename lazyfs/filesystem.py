@@ -152,11 +152,14 @@ class Filesystem:
                 yield inode, name, node
 
     def statistics(self, images: Iterable[Image] | None = None) -> list[ImageStatistics]:
-        """Return what `status` shows, by path."""
-        chosen = self.images() if images is None else images
+        """Return what `status` shows, by path: of `images`, or of all with a name or a reader."""
+        chosen = [*self.images(), *self._replaced()] if images is None else images
         return sorted((image.statistics() for image in chosen), key=lambda s: s.path)
 
     # -- opening
+
+    def _replaced(self) -> list[Image]:
+        return [image for image in self.open_images() if image.retired]
 
     def open_images(self) -> list[Image]:
         """Return the images that somebody has open, with or without a name."""

@@ -155,9 +155,11 @@ class FuseAdapter(pyfuse3.Operations):
         """Close an image."""
         with _translated("release", fh):
             plain = inode_number.is_whole(fh)
-            if plain:
-                self._backings.released(fh)
-            await self._filesystem.release(self._image(fh), plain)
+            try:
+                if plain:
+                    self._backings.released(fh)
+            finally:
+                await self._filesystem.release(self._image(fh), plain)
 
     async def forget(self, inode_list: object) -> None:
         """The kernel dropped inodes: ours live as long as their names and openers."""

@@ -169,7 +169,7 @@ class Image:
         if self.open_count and self._plain_opens:
             return
         async with self._changing:
-            self._close_plain_if_unused()
+            await self._close_plain_if_unused()
             idle = self.record.state is State.WHOLE or self.retired or self._unkept
             if self.open_count:
                 return
@@ -269,7 +269,7 @@ class Image:
             if self.fetcher is not None and self.record.state in (State.PARTIAL, State.FAILED) and not self.retired:
                 await self._checkpoint()
             self._plain_opens = 0
-            self._close_plain_if_unused()
+            await self._close_plain_if_unused()
             await self._close_file()
 
     # -- inside; all with `_changing` held
@@ -307,10 +307,18 @@ class Image:
             self._plain = await self._open_whole()
         self._plain_opens += 1
 
-    def _close_plain_if_unused(self) -> None:
+    async def _close_plain_if_unused(self) -> None:
         if self._plain is not None and not self._plain_opens:
-            self._plain.close()
-            self._plain = None
+            file, self._plain = self._plain, None
+            await self._close(file)
+
+    async def _close(self, file: ImageFile) -> None:
+        """Close in a thread what nothing else holds: the kernel frees its blocks meanwhile, which takes seconds."""
+        if not self.retired:
+            file.close()
+            return
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(file.close, limiter=self._around.syncs)
 
     async def _open_whole(self) -> PlainFile:
         return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
@@ -372,7 +380,7 @@ class Image:
         fetcher, file = self.fetcher, self._file
         self.fetcher = self._store = self._file = None
         if file is not None:
-            file.close()  # first: what follows may be cancelled
+            await self._close(file)  # first: what follows may be cancelled
         if fetcher is not None:
             await fetcher.aclose()
 
@@ -478,6 +486,7 @@ class Image:
             self._counters(),
             inode=self.shown_inode,
             open_count=self.open_count,
+            replaced=self.retired,
             error="; ".join(self._messages()),
         )
 

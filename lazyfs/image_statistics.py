@@ -24,6 +24,7 @@ class ImageStatistics:
     populated_bytes: int
     requests: int
     open_count: int
+    replaced: bool
     fill_rate: float
     error: str
 
@@ -34,7 +35,14 @@ def present_bytes(record: ImageRecord, fetcher: Fetcher | None) -> int:
 
 
 def of(
-    record: ImageRecord, fetcher: Fetcher | None, counters: FetchCounters, *, inode: int, open_count: int, error: str
+    record: ImageRecord,
+    fetcher: Fetcher | None,
+    counters: FetchCounters,
+    *,
+    inode: int,
+    open_count: int,
+    replaced: bool,
+    error: str,
 ) -> ImageStatistics:
     """Put together what the record and, while the image fills, its fetcher know."""
     if fetcher is not None:
@@ -56,6 +64,7 @@ def of(
         populated_bytes=counters.populated_bytes,
         requests=counters.requests,
         open_count=open_count,
+        replaced=replaced,
         fill_rate=rate if record.state is State.PARTIAL and not (fetcher and fetcher.unkept) else 0.0,
         error=error,
     )

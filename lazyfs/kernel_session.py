@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import subprocess
+import threading
 
 from lazyfs import errors, mounts
 from lazyfs.mounts import FS_TYPE
@@ -82,7 +83,7 @@ def encode_init_in(flags: int) -> bytes:
     return IN_HEADER.pack(IN_HEADER.size + len(body), FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
 
 
-def answer_init(request: bytes) -> tuple[bytes, int]:
+def answer_init(request: bytes, wanted: int = WANTED) -> tuple[bytes, int]:
     """Return the reply to the kernel's FUSE_INIT, and the flags (64 bits) both sides agree on.
 
     Raises:
@@ -98,7 +99,7 @@ def answer_init(request: bytes) -> tuple[bytes, int]:
         )
     if offered & INIT_EXT and len(request) >= IN_HEADER.size + INIT_IN.size:
         offered |= INIT_IN.unpack_from(request, IN_HEADER.size)[4] << 32
-    flags = offered & WANTED
+    flags = offered & wanted
     body = INIT_OUT.pack(
         MAJOR, min(minor, MINOR), min(readahead, MAX_READ), flags & 0xFFFFFFFF,
         MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // (4 * KiB), 0, flags >> 32,
@@ -110,7 +111,7 @@ def answer_init(request: bytes) -> tuple[bytes, int]:
 class KernelSession:
     """A mounted, negotiated FUSE connection."""
 
-    def __init__(self, mountpoint: str, source: str) -> None:
+    def __init__(self, mountpoint: str, source: str, passthrough: bool = True) -> None:
         """Mount at `mountpoint`, read-only, and answer FUSE_INIT. Blocks for a few milliseconds.
 
         As root the mount is open to all users (permissions are checked by the kernel); as a user, through
@@ -121,13 +122,17 @@ class KernelSession:
         """
         self.mountpoint = mountpoint
         self.detached = False
-        """Unmounted lazily: files that were open go on, and another file system may be mounted there."""
+        """Unmounted: files that were open go on, and another file system may be mounted there."""
+        self._unmounting = threading.Lock()
         self._as_root = os.geteuid() == 0
         self._fd = self._mount_as_root(source) if self._as_root else self._mount_as_user(source)
+        self.device = mounts.devices_at(mountpoint)[-1]
+        """"major:minor" of the mount."""
         try:
-            reply, self.flags = answer_init(os.read(self._fd, _INIT_BUFFER))
+            # Not asked for in vain: it makes our file system a layer of a stack, of which there may be two.
+            wanted = WANTED if passthrough else WANTED & ~PASSTHROUGH
+            reply, self.flags = answer_init(os.read(self._fd, _INIT_BUFFER), wanted)
             os.write(self._fd, reply)
-            self.device = mounts.lazyfs_mounts()[-1].device
         except BaseException:
             self.unmount(lazy=True)
             raise
@@ -155,8 +160,8 @@ class KernelSession:
         The file stays open in the kernel until `close_backing`, also if this process closes `fd`, or ends.
 
         Raises:
-            OSError: EPERM without CAP_SYS_ADMIN, ELOOP if the file's file system is stacked, EINVAL or ENOTTY if
-                the kernel knows no passthrough.
+            OSError: EPERM without CAP_SYS_ADMIN or if it was not negotiated, ELOOP if the file's file system is
+                stacked, EOPNOTSUPP or ENOTTY if the kernel was built without.
         """
         # A bytearray: for one, Python returns what the system call returned.
         backing_id: int = fcntl.ioctl(
@@ -174,15 +179,22 @@ class KernelSession:
     def _connection(self) -> int:
         return self._fd if self._fd >= 0 else self._libfuse_fd
 
-    def unmount(self, lazy: bool) -> None:
-        """Unmount, unless that is done already; `lazy` also if files are open.
+    def unmount(self, lazy: bool) -> bool:
+        """Unmount; `lazy` also if files are open. From any thread. False if somebody has done it already.
+
+        Never what is mounted below or over us: a disk under the mountpoint is the rule, not the exception.
 
         Raises:
-            OSError: EBUSY, or EINVAL if it is not mounted any more.
+            OSError: EBUSY, because of open files or because another file system is mounted over this one.
         """
-        if not self.detached:
-            unmount(self.mountpoint, lazy)
-            self.detached = lazy
+        with self._unmounting:
+            there = mounts.devices_at(self.mountpoint)
+            if self.device in there:
+                if there[-1] != self.device:
+                    raise OSError(errno.EBUSY, f"another file system is mounted over {self.mountpoint}")
+                unmount(self.mountpoint, lazy)
+            self.detached = True
+            return self.device in there
 
     def _mount_as_root(self, source: str) -> int:
         try:

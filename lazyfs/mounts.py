@@ -33,6 +33,13 @@ def lazyfs_mounts() -> list[Mount]:
         return [mount for line in lines if (mount := _parse(line)) is not None]
 
 
+def devices_at(mountpoint: str) -> list[str]:
+    """Return the devices of all file systems, of any kind, that are mounted there, the topmost last."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        rows = (line.split(" ", 5) for line in lines)
+        return [device for _, _, device, _, place, _ in rows if _unescape(place) == mountpoint]
+
+
 def mount_of(path: str) -> Mount | None:
     """Return the lazyfs mount that `path` lies on. Looks at mountpoints only, so a dead mount cannot block it."""
     absolute = os.path.abspath(path)

@@ -69,9 +69,7 @@ class Backings:
         backing_id, opens = self._open.get(inode) or (self._register(inode, fd), 0)
         self._open[inode] = backing_id, opens + 1
         if backing_id:
-            from lazyfs import _passthrough
-
-            _passthrough.reply_with(inode, backing_id)
+            sys.modules["lazyfs._passthrough"].reply_with(inode, backing_id)
 
     def _register(self, inode: int, fd: int) -> int:
         if self.trouble:
@@ -88,4 +86,7 @@ class Backings:
         if opens > 1:
             self._open[inode] = backing_id, opens - 1
         elif backing_id:
-            self._session.close_backing(backing_id)
+            try:
+                self._session.close_backing(backing_id)
+            except OSError as error:  # the connection is gone, and the id with it
+                logger.warning("a backing file could not be given back: inode=%d reason=%s", inode, error)

@@ -59,7 +59,8 @@ def _table(mount: MountStatus, width: int) -> Group:
     table = _grid("  image" if width >= _WIDE else None)
     parts.append(table)
     for image in mount["images"]:
-        name = Text(f"  {_printable(image['path'].removeprefix(prefix))}", overflow="fold")
+        replaced = " (replaced)" if image.get("replaced") else ""
+        name = Text(f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold")
         if width >= _WIDE:
             table.add_row(name, *_row(image).values())
         else:

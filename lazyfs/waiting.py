@@ -31,6 +31,8 @@ def until_whole(filling: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
         while images:
             for image in images:
                 path = image["path"]
+                if image.get("replaced"):
+                    raise errors.UserError(f"{path} was replaced and will not become whole: close what has it open")
                 if image["state"] == "failed":
                     raise errors.UserError(f"{path} will not become whole: {image['error']}")
                 if path not in bars:

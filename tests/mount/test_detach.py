@@ -4,6 +4,9 @@ import mmap
 import os
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,9 +45,9 @@ def test_refused_while_an_open_image_is_not_whole_naming_its_readers(lab: Lab) -
             sleeper.kill()
         assert refused.returncode == 1
         assert refused.stderr.count("\n") == 1
-        assert f"{lab.mnt}/disk is not whole and open in " in refused.stderr
+        assert f"{lab.mnt}/disk is not whole and is open in " in refused.stderr
         assert f"sleep (pid {sleeper.pid})" in refused.stderr
-        assert f"{lab.mnt}/mapped is not whole and open in " in refused.stderr
+        assert f"{lab.mnt}/mapped is not whole and is open in " in refused.stderr
         assert refused.stderr.count(f"(pid {os.getpid()})") == 2
     assert os.path.ismount(lab.mnt)
     assert lab.image_status("disk")["state"] == "partial"
@@ -166,7 +169,7 @@ def test_waiting_for_an_image_that_has_failed_ends_with_the_reason(lab: Lab) -> 
     os.close(fd)
 
 
-def test_a_replaced_image_that_is_open_and_not_whole_counts(lab: Lab) -> None:
+def test_a_replaced_image_that_is_open_and_not_whole_counts_and_its_readers_are_named(lab: Lab) -> None:
     source = lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri, "--no-populate", "--refresh", "0.2", "--on-change", "replace")
     fd = os.open(lab.mnt / "disk", os.O_RDONLY)
@@ -175,7 +178,130 @@ def test_a_replaced_image_that_is_open_and_not_whole_counts(lab: Lab) -> None:
     wait_until(lambda: (lab.mnt / "disk").stat().st_size == 2 * MiB, "replaced")
     refused = lab.lazyfs("detach", lab.mnt, check=False)
     assert refused.returncode == 1
-    assert "open and not whole: disk" in refused.stderr
+    assert f"{lab.mnt}/disk was replaced before it was whole and is open in " in refused.stderr
+    assert f"(pid {os.getpid()})" in refused.stderr
+    assert "disk (replaced)" in lab.lazyfs("status", lab.mnt).stdout
+    refused = lab.lazyfs("detach", lab.mnt, "--wait", check=False)
+    assert refused.returncode == 1
+    assert "disk was replaced and will not become whole: close what has it open" in refused.stderr
     os.close(fd)
     lab.lazyfs("detach", lab.mnt)
+    assert daemon_ends(lab) == 0
+
+
+@contextmanager
+def disk_below(lab: Lab) -> Iterator[None]:
+    """A file system of its own under the mountpoint, as on most hosts: what must never be unmounted."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "below", str(lab.mnt)], check=True)
+    try:
+        yield
+        assert _mounted(lab) == ["tmpfs"]
+    finally:
+        lab.close()
+        if "tmpfs" in _mounted(lab):
+            subprocess.run(["umount", "-l", str(lab.mnt)], check=True)
+
+
+def _mounted(lab: Lab) -> list[str]:
+    rows = [line.split(" ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [row[row.index("-") + 1] for row in rows if row[4] == str(lab.mnt)]
+
+
+def test_many_detaches_at_once_unmount_one_file_system(lab: Lab) -> None:
+    with disk_below(lab):
+        lab.image("disk", 1 * MiB)
+        lab.mount(lab.serve().uri)
+        (lab.mnt / "disk").read_bytes()
+        lab.wait_for_state("disk", "whole")
+        fd = os.open(lab.mnt / "disk", os.O_RDONLY)
+        assert _mounted(lab) == ["tmpfs", "fuse.lazyfs"]
+        command = [sys.executable, "-m", "lazyfs", "detach", str(lab.mnt)]
+        many = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+        ends = [(one.communicate(timeout=DEADLINE_S)[1], one.returncode) for one in many]
+        assert sorted(code for _, code in ends) == [0, 1, 1, 1]
+        assert not any("bug" in said or "Traceback" in said for said, _ in ends), ends
+        os.close(fd)
+        assert daemon_ends(lab) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_daemon_unmounted_by_hand_leaves_what_is_below_alone(lab: Lab, number: signal.Signals) -> None:
+    with disk_below(lab):
+        lab.image("disk", 1 * MiB)
+        lab.mount(lab.serve().uri)
+        with (lab.mnt / "disk").open("rb"):
+            subprocess.run(["umount", "-l", str(lab.mnt)], check=True)
+            assert _mounted(lab) == ["tmpfs"]
+            assert lab.daemon is not None
+            lab.daemon.send_signal(number)
+            assert daemon_ends(lab) == 0
+
+
+def test_what_is_mounted_over_it_is_not_unmounted(lab: Lab) -> None:
+    lab.image("disk", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "over", str(lab.mnt)], check=True)
+    try:
+        refused = lab.lazyfs("detach", lab.mnt, check=False)
+        assert refused.returncode == 1
+        assert "another file system is mounted over" in refused.stderr
+        assert _mounted(lab) == ["fuse.lazyfs", "tmpfs"]
+    finally:
+        subprocess.run(["umount", str(lab.mnt)], check=True)
+    assert lab.status()["detached"] is False
+    lab.lazyfs("detach", lab.mnt)
+    assert daemon_ends(lab) == 0
+
+
+HOLDERS = {
+    "a working directory": "import os, sys; os.chdir(os.path.dirname(sys.argv[1])); print(flush=True); sys.stdin.read()",
+    "a mapping": """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+fd = os.open(sys.argv[1], os.O_RDONLY)
+address = libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))
+os.close(fd)
+print(flush=True)
+sys.stdin.read()
+assert len(ctypes.string_at(address, 4096)) == 4096
+""",
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_what_holds_the_mount_without_an_open_file_does_not_hold_detach(lab: Lab, holder: str) -> None:
+    lab.image("disk", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    (lab.mnt / "disk").read_bytes()
+    lab.wait_for_state("disk", "whole")
+    command = [sys.executable, "-c", HOLDERS[holder], str(lab.mnt / "disk")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        wait_until(lambda: lab.image_status("disk")["open_count"] == 0, "nothing is open")
+        done = lab.lazyfs("detach", lab.mnt)
+        assert lab.daemon is not None
+        assert "something holds the mount" in done.stdout
+        assert f"pid {lab.daemon.pid} ends with that" in done.stdout
+        assert lab.daemon.poll() is None
+        process.stdin.close()
+        assert process.wait(DEADLINE_S) == 0
+    assert daemon_ends(lab) == 0
+
+
+def test_waiting_goes_on_when_another_image_is_opened_meanwhile(lab: Lab) -> None:
+    expected = slow_image(lab)
+    lab.image("other", 2 * MiB)
+    fd = os.open(lab.mnt / "disk", os.O_RDONLY)
+    command = [sys.executable, "-m", "lazyfs", "detach", str(lab.mnt), "--wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waits:
+        assert waits.stderr is not None
+        assert "waiting for" in waits.stderr.readline()
+        more = os.open(lab.mnt / "disk", os.O_RDONLY)
+        assert waits.wait(DEADLINE_S) == 0
+    assert os.pread(more, 4096, 8192) == os.pread(fd, 4096, 8192) == expected[8192:12288]
+    for one in (fd, more):
+        os.close(one)
     assert daemon_ends(lab) == 0

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -143,55 +144,14 @@ def test_an_image_that_becomes_whole_is_a_new_inode_and_old_files_go_on(lab: Lab
     assert path.stat().st_ino == inode, "both numbers are persistent"
 
 
-def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
-    expected = whole_image(lab)
-    assert lab.daemon is not None
-    fds = len(os.listdir(f"/proc/{lab.daemon.pid}/fd"))
-    before = _open_files_of_the_system()
-    content = expected[4096:8192]
-    held = os.open(lab.mnt / "disk", os.O_RDONLY)  # half of the time another open keeps the backing id alive
-    for i in range(10_000):
-        if i == 5_000:
-            os.close(held)
-        assert pread(lab.mnt / "disk", 4096, 4096) == content
-    wait_until(lambda: lab.image_status("disk")["open_count"] == 0, "all closed")
-    assert len(os.listdir(f"/proc/{lab.daemon.pid}/fd")) == fds
-    # A backing file that the kernel keeps is in no process, but it is counted.
-    assert _open_files_of_the_system() - before < 2_000
-
-
-def _open_files_of_the_system() -> int:
-    return int(Path("/proc/sys/fs/file-nr").read_text().split()[0])
-
-
-@pytest.mark.parametrize("option", [(), ("--no-passthrough",)])
-def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: tuple[str, ...]) -> None:
+@contextmanager
+def small_disk(lab: Lab) -> Iterator[Path]:
+    """A file system that nobody else uses: a file that anything keeps open takes room there."""
     disk = lab.folder / "small"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
     try:
-        source = lab.image("disk", 8 * MiB)
-        old = source.read_bytes()
-        server = lab.serve()
-        empty = _used(disk)
-        lab.mount(server.uri, "--cache-dir", disk / "c", "--on-change", "replace", "--refresh", "0.2", *option)
-        for _ in range(3):
-            before_whole = os.open(lab.mnt / "disk", os.O_RDONLY)
-            lab.wait_for_state("disk", "whole")
-            fd = os.open(lab.mnt / "disk", os.O_RDONLY)
-            assert os.pread(fd, 4096, 0) == old[:4096]
-            size = len(old)
-            old = os.urandom(size + 4096)
-            fresh = source.with_suffix(".new")
-            fresh.write_bytes(old)
-            os.replace(fresh, source)
-            wait_until(lambda size=size: (lab.mnt / "disk").stat().st_size != size, "the new version has the name")
-            assert len(os.pread(fd, 4096, 4096)) == 4096
-            assert _used(disk) >= size
-            os.close(fd)
-            os.close(before_whole)
-            wait_until(lambda: _used(disk) < empty + 2 * MiB, "the old version's space is free")
-        lab.umount()
+        yield disk
     finally:
         lab.close()
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -200,6 +160,75 @@ def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: 
 def _used(path: Path) -> int:
     room = os.statvfs(path)
     return (room.f_blocks - room.f_bfree) * room.f_frsize
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(content)
+    os.replace(fresh, path)
+
+
+def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
+    """A backing file that the kernel kept would be in no process; but it would keep its room when it is replaced."""
+    with small_disk(lab) as disk:
+        source = lab.image("disk", 8 * MiB)
+        content = source.read_bytes()[4096:8192]
+        empty = _used(disk)
+        lab.mount(lab.serve().uri, "--cache-dir", disk / "c", "--on-change", "replace", "--refresh", "0.2")
+        (lab.mnt / "disk").read_bytes()
+        lab.wait_for_state("disk", "whole")
+        assert lab.daemon is not None
+        fds = len(os.listdir(f"/proc/{lab.daemon.pid}/fd"))
+        held = os.open(lab.mnt / "disk", os.O_RDONLY)  # half of the time another open keeps the backing id alive
+        for i in range(10_000):
+            if i == 5_000:
+                os.close(held)
+            assert pread(lab.mnt / "disk", 4096, 4096) == content
+        wait_until(lambda: lab.image_status("disk")["open_count"] == 0, "all closed")
+        assert len(os.listdir(f"/proc/{lab.daemon.pid}/fd")) == fds
+        replace_file(source, os.urandom(4096))
+        wait_until(lambda: _used(disk) < empty + 1 * MiB, "the old version's space is free")
+        lab.umount()
+
+
+@pytest.mark.parametrize("option", [(), ("--no-passthrough",)])
+def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: tuple[str, ...]) -> None:
+    with small_disk(lab) as disk:
+        source = lab.image("disk", 8 * MiB)
+        old = source.read_bytes()
+        empty = _used(disk)
+        lab.mount(lab.serve().uri, "--cache-dir", disk / "c", "--on-change", "replace", "--refresh", "0.2", *option)
+        for _ in range(3):
+            before_whole = os.open(lab.mnt / "disk", os.O_RDONLY)
+            lab.wait_for_state("disk", "whole")
+            fd = os.open(lab.mnt / "disk", os.O_RDONLY)
+            assert os.pread(fd, 4096, 0) == old[:4096]
+            size = len(old)
+            old = os.urandom(size + 4096)
+            replace_file(source, old)
+            wait_until(lambda size=size: (lab.mnt / "disk").stat().st_size != size, "the new version has the name")
+            assert len(os.pread(fd, 4096, 4096)) == 4096
+            assert _used(disk) >= size
+            os.close(fd)
+            os.close(before_whole)
+            wait_until(lambda: _used(disk) < empty + 2 * MiB, "the old version's space is free")
+        lab.umount()
+
+
+def test_closing_does_not_wait_for_the_daemon(lab: Lab) -> None:
+    """FUSE_FLUSH would, once for each mount."""
+    whole_image(lab)
+    program = (
+        "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(flush=True); sys.stdin.read(); os.close(fd)"
+    )
+    command = [sys.executable, "-c", program, str(lab.mnt / "disk")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        with stopped(lab):
+            process.stdin.close()
+            assert process.wait(30) == 0
 
 
 def test_no_passthrough_reads_through_the_daemon(lab: Lab) -> None:

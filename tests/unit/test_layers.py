@@ -15,6 +15,7 @@ ROWS = [
     "cli",
     "arguments",
     "status_view",
+    "unmounting",
     "waiting",
     "daemon",
     # edges
@@ -70,7 +71,7 @@ ROWS = [
 ]
 """Every module; one may import only those printed below it. `__init__` stands for each package's own file."""
 
-ENGINE = {"filesystem", "population", "image", "fetcher", "pace", "interfaces"}
+ENGINE = {"filesystem", "population", "image", "image_statistics", "fetcher", "pace", "interfaces"}
 IO = {"cache_dir", "catalog", "repository", "fill_thread", "nbd_handle", "store.raw", "store.qcow2"}
 MAY_CHOOSE_IO = IO | {"daemon"}
 
