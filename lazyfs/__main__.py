@@ -1,8 +1,17 @@
-"""`python -m lazyfs`: the same as the `lazyfs` command."""
+"""`python -m lazyfs`, and the `lazyfs` command."""
 
 import sys
 
-from lazyfs import cli
+
+def main() -> int:
+    """Run the command; also an interrupt while modules are loaded is one, not a traceback."""
+    try:
+        from lazyfs import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    sys.exit(main())

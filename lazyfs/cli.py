@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lazyfs import arguments as arguments_of
-from lazyfs import control_client, errors, mounts, unmounting, waiting
+from lazyfs import control_client, errors, mounts, pivot, unmounting, waiting
 
 WATCH_S = 1.0
 """Between two pictures of `status --watch`."""
@@ -221,7 +221,12 @@ def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
     if not paths:
         return [_query_or_say_why(mount) for mount in mounts.lazyfs_mounts()] + control_client.query_detached()
     found: dict[str, dict[str, Any]] = {}
+    detached = {one["mountpoint"]: one for one in control_client.query_detached()}
     for path in paths:
+        # The path is resolved only if it is no mount as it is written: that asks a daemon, which may hang.
+        if mounts.mount_of(path) is None and (gone := detached.get(os.path.realpath(path))):
+            found.setdefault(f"detached {path}", gone)
+            continue
         mount = mounts.mount_of(path) or mounts.mount_of(os.path.realpath(path))
         if mount is None:
             raise errors.UserError(f"{path} is not on a lazyfs mount; lazyfs status shows them all")
@@ -257,28 +262,30 @@ def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
 
 
 def _pivot(options: argparse.Namespace) -> int:
-    from lazyfs import pivot
-
     if not options.sockets and options.all_in is None:
         raise errors.UsageError("name a QMP socket, or a folder of them with --all-in (see lazyfs pivot --help)")
-    how = pivot.Options(options.allow_hmp, options.dry_run)
-    reports = pivot.run(pivot.sockets(options.sockets, options.all_in), how)
-    late = [report for report in reports if report.partial]
-    if options.wait and late:
-        waiting.until_whole(lambda: pivot.filling(late))
-        again = {report.socket: report for report in pivot.run([report.socket for report in late], how)}
-        reports = [pivot.merge(one, again[one.socket]) if one.socket in again else one for one in reports]
-    for report in reports:
-        for line in report.complaints():
-            print(f"lazyfs: {line}", file=sys.stderr)
+    reports = pivot.run(
+        pivot.sockets(options.sockets, options.all_in),
+        pivot.Options(options.allow_hmp, options.dry_run),
+        wait=waiting.until_whole if options.wait else None,
+        tell=_tell_of_errors if options.json else _tell,
+    )
     if options.json:
         json.dump({"qemus": [asdict(report) for report in reports]}, sys.stdout, indent=2)
         print()
-    else:
-        for report in reports:
-            for line in report.lines():
-                print(line)
     return 0 if all(report.good for report in reports) else 1
+
+
+def _tell(report: pivot.Report) -> None:
+    """At once, as what follows may take long, and be interrupted."""
+    _tell_of_errors(report)
+    for line in report.lines():
+        print(line, flush=True)
+
+
+def _tell_of_errors(report: pivot.Report) -> None:
+    for line in report.complaints():
+        print(f"lazyfs: {line}", file=sys.stderr)
 
 
 # -- detach, umount

@@ -24,6 +24,10 @@ class Refused(errors.UserError):
     """The daemon answered with an error."""
 
 
+class Hangs(errors.UserError):
+    """The daemon is there, and did not answer in time."""
+
+
 def query(mount: mounts.Mount, path: str = "") -> dict[str, Any]:
     """Return what the daemon of `mount` says of itself, and as `images` those at `path`, relative to the mountpoint.
 
@@ -55,7 +59,7 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
     """Run commands, one after the other, and return what they returned.
 
     Raises:
-        UserError: the daemon does not answer.
+        UserError: the daemon does not answer; Hangs if it is there.
         Refused: it answered with an error; later commands were not run.
     """
     try:
@@ -63,7 +67,7 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
     except Refused as error:
         raise Refused(f"{mount.mountpoint}: {error}") from error
     except TimeoutError:
-        raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer") from None
+        raise Hangs(f"the daemon of {mount.mountpoint} does not answer in {TIMEOUT_S:g} s") from None
     except OSError as error:
         reason = "it was killed; mount again" if not alive(mount) else "its control socket cannot be reached"
         raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {reason}") from error

@@ -252,10 +252,12 @@ class _Daemon:
         # First: once it is unmounted, another daemon may come and have its socket there.
         self._control.move(mounts.detached_socket_path(os.getpid()))
         try:
-            await trio.to_thread.run_sync(self._session.unmount, True)
+            unmounted = await trio.to_thread.run_sync(self._session.unmount, True)
         except OSError as error:
             self._control.move(mounts.socket_path(self._config.mountpoint))
             raise CommandError(f"cannot unmount: {error.strerror}") from error
+        if not unmounted:
+            raise CommandError("somebody else has unmounted it just now")
         self._cache.tell_detached()
         logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
         return {"open_count": sum(image.open_count for image in images)}

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from lazyfs import errors, image_statistics
+from lazyfs import errors, image_statistics, partial_cache
 from lazyfs.core import inode_number, lifecycle
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
@@ -284,7 +284,7 @@ class Image:
         if self.record.state is State.REMOTE:
             await self._save(state=State.PARTIAL)
             self._around.on_attributes_changed(self)
-        store, blocks, kept = await trio.to_thread.run_sync(self._load_store)
+        store, blocks, kept = await trio.to_thread.run_sync(partial_cache.load, self._around.stores, self.record)
         self._unkept = not kept
         self._store = self._file = store
         self.fetcher = self._make_fetcher(store, blocks)
@@ -321,7 +321,11 @@ class Image:
             await trio.to_thread.run_sync(file.close, limiter=self._around.syncs)
 
     async def _open_whole(self) -> PlainFile:
-        return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
+        try:
+            return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
+        except errors.CacheCorrupt as error:
+            self.record = replace(self.record, error=f"{error}: mount anew, and what is gone is fetched again")
+            raise
 
     async def _remove_plain_file(self) -> None:
         # Not through `_file`, which is the partial store's if the image became whole while it was open.
@@ -332,28 +336,6 @@ class Image:
                 await trio.to_thread.run_sync(plain.remove)
             finally:
                 plain.close()
-
-    def _load_store(self) -> tuple[Store, BlockMap, bool]:
-        """Return the store, what it holds, and whether it keeps anything."""
-        assert self.record.size is not None
-        store = self._around.stores.partial(self.record)
-        try:
-            try:
-                return store, store.load(), True
-            except errors.CacheCorrupt as error:
-                logger.warning("cached part discarded: image=%s reason=%s", self.record.export, error)
-                store.close()
-                store.unfinish()
-                store.remove()
-                store = self._around.stores.partial(self.record)
-                return store, store.load(), True
-        except errors.NoSpace:
-            logger.warning("no room to cache: image=%s; it is served from the repository", self.record.export)
-            store.close()
-            return self._around.stores.unkept(), BlockMap(self.record.size, self.record.block_size), False
-        except BaseException:
-            store.close()
-            raise
 
     def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
         record, around = self.record, self._around

@@ -27,13 +27,35 @@ def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
     Only root sees other users' processes.
     """
     found: defaultdict[int, list[Reader]] = defaultdict(list)
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+    for pid in _processes():
         used = inodes & {*_open(pid, device), *_mapped(pid, device)}
         if used:
             reader = Reader(pid, _command(pid))
             for inode in used:
                 found[inode].append(reader)
     return dict(found)
+
+
+def other_mounts(device: str) -> list[str]:
+    """Return where else the file system is mounted: bind mounts, and those of other mount namespaces."""
+    found = dict.fromkeys(_places(os.getpid(), device), "")
+    for pid in _processes():
+        with suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"):
+                for place in _places(pid, device):
+                    found.setdefault(f"{place} in the mount namespace of {Reader(pid, _command(pid))}", "")
+    return sorted(found)
+
+
+def _places(pid: int, device: str) -> list[str]:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        rows = (line.split(" ", 5) for line in lines)
+        return [place for _, _, found, _, place, _ in rows if found == device]
+
+
+def _processes() -> list[int]:
+    """Return all processes but this one, which may have inherited a file from its shell."""
+    return sorted(pid for name in os.listdir("/proc") if name.isdigit() and (pid := int(name)) != os.getpid())
 
 
 def _open(pid: int, device: str) -> Iterator[int]:

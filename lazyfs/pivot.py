@@ -1,33 +1,41 @@
 """Moves running QEMUs from files on a lazyfs mount to the files that the same paths name now.
 
-    survey        which daemons there are, and their images
+    survey        which daemons there are, and their images (pivot_survey)
     look          what QEMU's block nodes and descriptors are          \\
     choose        which nodes to move (core.pivot_choice)               | for each QEMU
     plan          with which QMP commands (core.qemu_graph)             | on its own
-    carry out     step by step; when one fails, undo those before it    |
+    carry out     step by step; when one fails, undo (pivot_steps)      |
     check         /proc/PID/fd shows no old file                       /
 
+A path may lead elsewhere by now, so QEMU is moved only to what is proved to be the image that it has open, by a size
+and a time of change that lazyfs gives the image on every mount and the plain file (core.pivot_choice).
+
 The guest is neither stopped nor asked, and no overlay's header is written. Commands that changed something are never
-left half done by an interrupt: one node's steps end first.
+left half done by an interrupt: one node's steps end first. Until then a QEMU is only asked, never told, and a dry run
+ends there.
 """
 
 import asyncio
+import logging
 import os
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lazyfs import control_client, errors, mounts, process_files, qemu_monitor
+from lazyfs import control_client, errors, mounts, pivot_steps, pivot_survey, process_files, qemu_monitor
 from lazyfs.core import inode_number, pivot_choice, qemu_arguments, qemu_graph
-from lazyfs.core.pivot_choice import Action, Choice, FileNode, Image, OpenFile, Place
+from lazyfs.core.pivot_choice import Action, Choice, FileNode
 from lazyfs.core.qemu_graph import Graph, Plan
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 16
 """QEMUs that are moved at the same time: a host has a few descriptors and threads for each."""
 
-PIVOTED, ALREADY, PARTIAL, SKIPPED, FAILED, WOULD = "pivoted", "already", "partial", "skipped", "failed", "would pivot"
-GOOD = (PIVOTED, ALREADY, WOULD)
+GOOD = (Action.PIVOTED, Action.ALREADY, Action.MOVE)
+
+Filling = Callable[[], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class NodeReport:
 
     node: str
     path: str
-    action: str
+    action: Action
     message: str = ""
 
 
@@ -57,7 +65,7 @@ class Report:
     @property
     def partial(self) -> bool:
         """Whether nodes wait for images that are not whole."""
-        return any(node.action == PARTIAL for node in self.nodes)
+        return any(node.action is Action.PARTIAL for node in self.nodes)
 
     def lines(self) -> list[str]:
         """Say for people what is well: a line for each node."""
@@ -104,19 +112,60 @@ def sockets(paths: Sequence[str], folder: str | None) -> list[str]:
     return list(once.values())
 
 
-def run(qmp_sockets: Sequence[str], options: Options) -> list[Report]:
-    """Pivot each QEMU, independently of the others. Blocks; interrupted, it ends the node that it is at."""
-    return asyncio.run(_run(qmp_sockets, options))
+def run(
+    qmp_sockets: Sequence[str],
+    options: Options,
+    wait: Callable[[Filling], None] | None = None,
+    tell: Callable[[Report], None] = lambda report: None,
+) -> list[Report]:
+    """Pivot each QEMU, independently of the others. Blocks; interrupted, it ends the node that it is at.
+
+    Args:
+        qmp_sockets: Where the QEMUs are.
+        options: What the user chose.
+        wait: Is called when nodes wait for images, and returns when what it is given returns no more images that are
+            not whole; then those QEMUs are pivoted again. None: not waited for.
+        tell: Is called with each report; with one on a QEMU that is waited for before and after.
+
+    Returns:
+        One report for each QEMU.
+    """
+    reports = asyncio.run(_run(qmp_sockets, options))
+    late = {report.socket: report for report in reports if wait is not None and report.partial}
+    for report in reports:
+        if report.socket not in late:
+            tell(report)
+        elif done := [node for node in report.nodes if node.action is not Action.PARTIAL]:
+            tell(replace(report, nodes=tuple(done)))
+    if wait is None or not late:
+        return reports
+    wait(lambda: _filling(list(late.values())))
+    for again in asyncio.run(_run(list(late), options)):
+        first = late[again.socket]
+        waited = {node.node for node in first.nodes if node.action is Action.PARTIAL}
+        late[again.socket] = both = _merge(first, again)
+        tell(replace(both, nodes=tuple(node for node in both.nodes if node.node in waited)))
+    return [late.get(report.socket, report) for report in reports]
 
 
-def filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Return the images, as `query-images` has them, that nodes of living QEMUs wait for and that may become whole."""
+def _merge(first: Report, second: Report) -> Report:
+    """Return the first report on a QEMU, with what the second says of the nodes that waited then."""
+    later = {node.node: node for node in second.nodes}
+    nodes = (later.get(node.node, node) if node.action is Action.PARTIAL else node for node in first.nodes)
+    return replace(second, pid=first.pid, nodes=tuple(nodes))
+
+
+def _filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """Return the images, as `query-images` has them, that nodes of living QEMUs wait for and that may become whole.
+
+    Also those whose path does not lead to the whole image yet.
+    """
     wanted = {
         node.path: None
         for report in reports
         if report.pid is None or not process_files.has_ended(report.pid)
         for node in report.nodes
-        if node.action == PARTIAL
+        if node.action is Action.PARTIAL
     }
     found: list[dict[str, Any]] = []
     for path in wanted:
@@ -124,75 +173,27 @@ def filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
         if mount is not None:
             with suppress(errors.UserError):  # it is gone; the next pivot says so
                 inside = os.path.relpath(os.path.realpath(path), mount.mountpoint)
-                found += control_client.query(mount, inside)["images"]
-    return [image for image in found if image["state"] not in ("whole", "failed")]
+                images = control_client.query(mount, inside)["images"]
+                found += [image for image in images if image["state"] != "failed" and not _is_there(image, mount)]
+    return found
 
 
-def merge(first: Report, second: Report) -> Report:
-    """Return the first report on a QEMU, with what the second says of the nodes that waited then."""
-    later = {node.node: node for node in second.nodes}
-    nodes = (later.get(node.node, node) if node.action == PARTIAL else node for node in first.nodes)
-    return replace(second, pid=first.pid, nodes=tuple(nodes))
-
-
-# -- what lazyfs knows
-
-
-@dataclass(frozen=True, slots=True)
-class _Lazyfs:
-    """All images of all daemons that answered."""
-
-    rows: Mapping[tuple[int, int], Mapping[str, Any]]
-    """By device and key."""
-    devices: frozenset[int]
-    hanging: bool
-    """A daemon did not answer, and is not dead."""
-
-    def images(self, places: set[tuple[int, int]], paths: set[str]) -> list[Image]:
-        """Return the images with one of these identities or paths: all that one QEMU can have to do with."""
-        found = []
-        for (device, key), row in self.rows.items():
-            if (device, key) in places or row["path"] in paths:
-                now = _place_or_none(row["path"])
-                found.append(Image(row["path"], device, key, row["state"], row["size"], row["error"], now))
-        return found
-
-
-async def _survey() -> _Lazyfs:
-    commands: list[control_client.Command] = [("query-mount", {}), ("query-images", {})]
-    answers = await asyncio.gather(
-        *(control_client.ask(path, commands) for path in mounts.control_sockets()), return_exceptions=True
-    )
-    rows = {}
-    devices = set()
-    hanging = False
-    for answer in answers:
-        if isinstance(answer, TimeoutError):
-            hanging = True
-        elif isinstance(answer, OSError | errors.UserError):
-            continue  # killed, or ending just now
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            mount, images = answer
-            device = process_files.device_number(mount["device"])
-            devices.add(device)
-            rows.update({(device, inode_number.key(row["inode"])): row for row in images})
-    return _Lazyfs(rows, frozenset(devices), hanging)
-
-
-def _place_or_none(path: str) -> Place | None:
+def _is_there(image: Mapping[str, Any], mount: mounts.Mount) -> bool:
+    """Whether the path leads to the whole image, or elsewhere: then there is nothing to wait for."""
+    if image["state"] != "whole":
+        return False
     try:
-        return process_files.place_of(path)
+        now = process_files.place_of(image["path"])
     except OSError:
-        return None
+        return True
+    return now.device != process_files.device_number(mount.device) or inode_number.is_whole(now.inode)
 
 
 # -- one QEMU
 
 
 async def _run(qmp_sockets: Sequence[str], options: Options) -> list[Report]:
-    lazyfs = await _survey()
+    lazyfs = await pivot_survey.survey()
     free = asyncio.Semaphore(AT_ONCE)
 
     async def one(path: str) -> Report:
@@ -202,7 +203,8 @@ async def _run(qmp_sockets: Sequence[str], options: Options) -> list[Report]:
     return await asyncio.gather(*map(one, qmp_sockets))
 
 
-async def _pivot(path: str, lazyfs: _Lazyfs, options: Options) -> Report:
+async def _pivot(path: str, lazyfs: pivot_survey.Lazyfs, options: Options) -> Report:
+    """Pivot one QEMU; whatever happens there is its report, so that the others go on."""
     qemu = None
     try:
         async with qemu_monitor.connected(path) as (monitor, pid):
@@ -210,14 +212,18 @@ async def _pivot(path: str, lazyfs: _Lazyfs, options: Options) -> Report:
             await qemu.pivot()
             return Report(path, pid, "", tuple(qemu.reports))
     except errors.UserError as error:
-        return Report(path, qemu.pid, str(error), tuple(qemu.reports)) if qemu else Report(path, None, str(error))
+        trouble = str(error)
+    except Exception as error:
+        logger.debug("a bug in lazyfs: socket=%s", path, exc_info=True)
+        trouble = f"the pivot failed, a bug in lazyfs: {error!r}"
+    return Report(path, qemu.pid, trouble, tuple(qemu.reports)) if qemu else Report(path, None, trouble)
 
 
 @dataclass(slots=True)
 class _Qemu:
     monitor: qemu_monitor.Monitor
     pid: int
-    lazyfs: _Lazyfs
+    lazyfs: pivot_survey.Lazyfs
     options: Options
     reports: list[NodeReport] = field(default_factory=list)
 
@@ -227,159 +233,69 @@ class _Qemu:
         Raises:
             UserError: this QEMU cannot be looked at, or answers no more.
         """
-        opened = self._opened()
-        nodes = self._file_nodes(await self._graph())
-        choices, unexplained = pivot_choice.choose(nodes, self._images(nodes, opened), opened)
+        view = await pivot_survey.look(self.pid, await self._graph(), self.lazyfs)
+        choices, unexplained = pivot_choice.choose(view.nodes, view.images, view.opened)
         for choice in choices:
             self.reports.append(await self._see_to(choice))
         self._check(choices)
         for file in unexplained:
             message = f"QEMU has it open (descriptor {file.fd}), but no block node names it"
-            self.reports.append(NodeReport("", file.name, SKIPPED, message))
-
-    # what there is
-
-    def _opened(self) -> list[OpenFile]:
-        if self.pid == 0:  # in another pid namespace
-            return []
-        # Without a daemon that hangs, what no daemon answers for may be asked whether it is dead.
-        try:
-            return process_files.open_files(self.pid, None if self.lazyfs.hanging else set(self.lazyfs.devices))
-        except FileNotFoundError:
-            raise errors.UserError(f"process {self.pid} has ended") from None
-        except OSError as error:
-            raise errors.UserError(f"cannot look at process {self.pid}: {error.strerror}; try as root") from error
+            self.reports.append(NodeReport("", file.name, Action.SKIPPED, message))
 
     async def _graph(self) -> Graph:
         nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
         return qemu_graph.parse(nodes, await self.monitor.execute("x-debug-query-block-graph", {}))
 
-    def _file_nodes(self, graph: Graph) -> list[FileNode]:
-        nodes = [node for node in graph.nodes.values() if node.driver == "file" and node.read_only]
-        return [self._file_node(node) for node in nodes]
-
-    def _file_node(self, node: qemu_graph.Node) -> FileNode:
-        mount = mounts.mount_of(node.filename) if node.filename.startswith("/") else None
-        now, trouble = None, ""
-        if mount is not None and process_files.device_number(mount.device) not in self.lazyfs.devices:
-            # Looking there could take for ever.
-            trouble = f"the daemon of {mount.mountpoint} does not answer; if it was killed, mount again"
-        else:
-            try:
-                now = process_files.place_of(node.filename, self.pid or None)
-            except OSError as error:
-                trouble = f"the path leads nowhere now: {error.strerror}"
-        return FileNode(node.name, node.filename, node.size, now, trouble, mount is not None)
-
-    def _images(self, nodes: Sequence[FileNode], opened: Sequence[OpenFile]) -> list[Image]:
-        places = {(file.device, inode_number.key(file.inode)) for file in opened}
-        places |= {(node.now.device, inode_number.key(node.now.inode)) for node in nodes if node.now is not None}
-        return self.lazyfs.images(places, {node.path for node in nodes})
-
-    # what is done
-
     async def _see_to(self, choice: Choice) -> NodeReport:
         """Do what was chosen; if that loses QEMU, report the node before raising."""
-        report = NodeReport(choice.node.name, choice.node.path, "", choice.message)
+        report = NodeReport(choice.node.name, choice.node.path, choice.action, choice.message)
         if choice.action is not Action.MOVE:
-            action = {Action.ALREADY: ALREADY, Action.PARTIAL: PARTIAL, Action.SKIP: SKIPPED}[choice.action]
-            return replace(report, action=action)
+            return report
         try:
             plan = await self._plan(choice.node)
         except qemu_monitor.Lost:
             raise
         except errors.UserError as error:
-            return replace(report, action=SKIPPED, message=str(error))
+            return replace(report, action=Action.SKIPPED, message=str(error))
         if self.options.dry_run:
-            return replace(report, action=WOULD)
+            return report
         assert choice.node.now is not None
         try:
-            await _to_its_end(self._carry_out(plan, choice.node.now))
+            await _to_its_end(pivot_steps.Steps(self.monitor, self.pid).carry_out(plan, choice.node.now))
         except qemu_monitor.StepFailed as error:
-            return replace(report, action=FAILED, message=str(error))
-        except qemu_monitor.Lost as error:
-            self.reports.append(replace(report, action=FAILED, message=str(error)))
+            return replace(report, action=Action.FAILED, message=str(error))
+        except BaseException as error:
+            self.reports.append(replace(report, action=Action.FAILED, message=str(error) or repr(error)))
             raise
-        return replace(report, action=PIVOTED)
+        return replace(report, action=Action.PIVOTED)
 
     async def _plan(self, node: FileNode) -> Plan:
         graph = await self._graph()  # again: another node's pivot has changed it
         if node.name not in graph.nodes:
             raise errors.UserError("the node is gone meanwhile")
-        known = qemu_arguments.known(self._disks(), graph, node.name)
+        disks = qemu_arguments.disks(process_files.command_line(self.pid))
+        known = qemu_arguments.known(disks, graph)
         plan = qemu_graph.plan(graph, node.name, node.path, known, allow_hmp=self.options.allow_hmp)
-        if await self.monitor.execute("query-iothreads", {}):
-            for name in plan.dropped:
-                if not await self._is_held(name):
-                    raise errors.UserError(
-                        f"QEMU has I/O threads, and could die of losing node {name}, which is not from -blockdev; "
-                        "next time start it with a named -blockdev for the file and one for the node above it"
-                    )
+        unsafe = sorted(set(plan.dropped) - qemu_arguments.held(disks, list(graph.nodes)))
+        if unsafe and await self.monitor.execute("query-iothreads", {}):
+            raise errors.UserError(
+                f"QEMU has I/O threads, and could die of losing node {unsafe[0]}, which its command line does not make "
+                "with a -blockdev of its own (a node that was added later cannot be told from an unsafe one); "
+                "next time start it with a named -blockdev for the file and one for the node above it"
+            )
         return plan
-
-    async def _is_held(self, name: str) -> bool:
-        """Whether the monitor holds this node, which is in use: so deleting it is refused, and the reason tells."""
-        try:
-            await self.monitor.execute("blockdev-del", {"node-name": name})
-        except qemu_monitor.Lost:
-            raise
-        except qemu_monitor.StepFailed as error:
-            return "is in use" in str(error)
-        raise errors.UserError(f"node {name} is gone meanwhile")
-
-    def _disks(self) -> list[qemu_arguments.Disk]:
-        return qemu_arguments.disks(process_files.command_line(self.pid))
-
-    async def _carry_out(self, plan: Plan, target: Place) -> None:
-        """Run a plan; when a step fails, undo those before it.
-
-        Raises:
-            qemu_monitor.StepFailed: the text says which step, and how undoing went.
-            qemu_monitor.Lost: QEMU answers no more.
-        """
-        undo: list[tuple[str, Mapping[str, Any]]] = []
-        there = self._count(target)
-        try:
-            for change in plan.changes:
-                await self.monitor.execute(change.command, change.arguments)
-                undo.append(change.undo)
-                if len(undo) == 1 and self._count(target) <= there:
-                    raise qemu_monitor.StepFailed(
-                        "check of the new node: QEMU has opened another file than the path names here"
-                    )
-            await self._remove(plan.old)
-        except qemu_monitor.StepFailed as failed:
-            raise await self._undone(failed, undo) from failed
-
-    async def _undone(
-        self, failed: qemu_monitor.StepFailed, undo: Sequence[tuple[str, Mapping[str, Any]]]
-    ) -> errors.UserError:
-        trouble = []
-        for command, arguments in reversed(undo):
-            try:
-                await self.monitor.execute(command, arguments)
-            except qemu_monitor.StepFailed as error:
-                trouble.append(str(error))
-        outcome = f"undoing it failed: {'; '.join(trouble)}" if trouble else "the VM is as it was"
-        return qemu_monitor.StepFailed(f"{failed}; {outcome}")
-
-    async def _remove(self, name: str) -> None:
-        """Delete the old node, if the monitor owns it; one that -drive made goes by itself."""
-        nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
-        if any(node["node-name"] == name for node in nodes):
-            await self.monitor.execute("blockdev-del", {"node-name": name})
-
-    def _count(self, place: Place) -> int:
-        return sum((file.device, file.inode) == (place.device, place.inode) for file in self._opened())
 
     def _check(self, choices: Sequence[Choice]) -> None:
         """Turn success into failure where an old file is still open and no node's failure explains that."""
         if self.options.dry_run:
             return
-        still = {(file.device, file.inode): file.fd for file in self._opened()}
+        still = {(file.device, file.inode): file.fd for file in process_files.open_files(self.pid)}
         action = {report.node: report.action for report in self.reports}
         explained = {
-            (file.device, file.inode) for one in choices if action[one.node.name] != PIVOTED for file in one.stale
+            (file.device, file.inode)
+            for one in choices
+            if action[one.node.name] is not Action.PIVOTED
+            for file in one.stale
         }
         for number, choice in enumerate(choices):
             left = [
@@ -387,9 +303,9 @@ class _Qemu:
                 for file in choice.stale
                 if (place := (file.device, file.inode)) in still.keys() - explained
             ]
-            if left and action[choice.node.name] == PIVOTED:
+            if left and action[choice.node.name] is Action.PIVOTED:
                 message = f"the old file is still open (descriptor {left[0]}): something besides this node uses it"
-                self.reports[number] = replace(self.reports[number], action=FAILED, message=message)
+                self.reports[number] = replace(self.reports[number], action=Action.FAILED, message=message)
 
 
 async def _to_its_end(steps: Coroutine[Any, Any, None]) -> None:

@@ -24,10 +24,14 @@ LINGER_S = 3.0
 
 
 def _mounted_at(path: str) -> mounts.Mount:
-    for mountpoint in (os.path.abspath(path), os.path.realpath(path)):
+    for resolve in (os.path.abspath, os.path.realpath):  # the latter asks a daemon, which may hang
+        mountpoint = resolve(path)
         mount = mounts.mount_of(mountpoint)
         if mount is not None and mount.mountpoint == mountpoint:
             return mount
+    for gone in control_client.query_detached():
+        if gone["mountpoint"] == os.path.realpath(path):
+            raise errors.UserError(f"{path} is detached already; pid {gone['pid']} ends with its last open file")
     raise errors.UserError(f"no lazyfs is mounted on {path}")
 
 
@@ -43,6 +47,7 @@ def umount(path: str) -> None:
     from lazyfs import kernel_session
 
     mount = _mounted_at(path)
+    _refuse_if_hung(mount)
     dead = not control_client.alive(mount)  # and has nothing to save
     pidfd = _daemon(mount)
     try:
@@ -52,7 +57,8 @@ def umount(path: str) -> None:
             raise errors.UserError(
                 f"{mount.mountpoint} is in use; close what is open there (see fuser -vm), or lazyfs detach it"
             ) from error
-        raise errors.UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}") from error
+        if error.errno != errno.EINVAL:  # else somebody was faster
+            raise errors.UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}") from error
     if pidfd is None:
         with suppress(OSError):  # what the dead daemon could not clear away itself
             os.unlink(mounts.socket_path(mount.mountpoint))
@@ -61,6 +67,16 @@ def umount(path: str) -> None:
         print("lazyfs: saving what was fetched ...", file=sys.stderr)
         _ends(pidfd, None)
     os.close(pidfd)
+
+
+def _refuse_if_hung(mount: mounts.Mount) -> None:
+    """Raise UserError if the daemon is there and does not answer: unmounting would wait for it, for ever."""
+    try:
+        control_client.execute(mount, [("query-version", {})])
+    except control_client.Hangs as error:
+        raise errors.UserError(f"{error}; end it with kill -9, then unmount again") from None
+    except errors.UserError:
+        return  # dead, or about to end
 
 
 def _daemon(mount: mounts.Mount) -> int | None:
@@ -105,6 +121,13 @@ def detach(path: str, wait: bool) -> str:
             if not _filling(mount):
                 raise  # for another reason than an image that was opened just now
     told = f"{mount.mountpoint} is detached: new opens get the plain files."
+    if status["cache_dir"] != mount.mountpoint:
+        told = (
+            f"{mount.mountpoint} is detached. Its plain files lie in {status['cache_dir']}: "
+            f"mount --bind {status['cache_dir']} {mount.mountpoint} gives them their paths back."
+        )
+    if others := open_files.other_mounts(mount.device):
+        told += f" It is still mounted on {', '.join(others)}: unmount that, too."
     if detached["open_count"]:
         return f"{told} {detached['open_count']} open file(s) are served by pid {status['pid']} until they are closed."
     if pidfd is None or _ends(pidfd, LINGER_S):

@@ -133,6 +133,11 @@ class BlockQemu:
                 pass  # closed meanwhile, or on a dead mount
         return found
 
+    def address_space(self) -> int:
+        """In bytes; a cache takes its room there before it is used."""
+        (line,) = [line for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if "VmSize" in line]
+        return int(line.split()[1]) * 1024
+
     def has_open(self, path: Path) -> bool:
         stat = path.stat()
         return (stat.st_dev, stat.st_ino) in self.files()

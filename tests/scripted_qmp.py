@@ -101,6 +101,7 @@ class ScriptedQemu:
         self.failure: Callable[[], None] = lambda: None
         self.opens: Path | None = None
         self.keeps_files = False
+        self.iothreads = 0
         self._kept: list[int] = []
         self.server = ScriptedQmp(path, self._answer)
 
@@ -125,7 +126,7 @@ class ScriptedQemu:
         return {"nodes": nodes, "edges": [root, {"parent": 0, "name": "file", "child": names.index(self.child)}]}
 
     def _query_iothreads(self, arguments: dict[str, Any]) -> object:
-        return []
+        return [{"id": f"io{number}"} for number in range(self.iothreads)]
 
     def _blockdev_add(self, arguments: dict[str, Any]) -> object:
         self.fds[arguments["node-name"]] = os.open(self.opens or arguments["filename"], os.O_RDONLY)

@@ -5,17 +5,26 @@ numbers on its mount (`inode_number`), and after a detach its path names a plain
 
     open file             path leads to          image      choice
     mount, key            mount, key             not whole  PARTIAL
+    mount, key            mount, key             whole      PARTIAL: the kernel has not been told yet
     mount, key            mount, key | WHOLE     whole      MOVE
     mount, key | WHOLE    the same               whole      ALREADY
-    mount, any of both    a plain file           whole      MOVE
+    mount, any of both    a plain file           whole      MOVE, if it is the image's
+    mount, any of both    another lazyfs mount   whole      MOVE, if it has the same cache, and it is the image's
     plain file            the same                          ALREADY
-    a dead mount          a plain file of the    nobody     MOVE: lazyfs leaves only whole images there
-                          node's size            answers
+    a dead mount          a plain file, or one   nobody     MOVE, if it is the image's
+                          on a mount             answers
+
+A path may lead to other bytes of the same name and size: a second repository mounted there, or any file that somebody
+put there. So a file on another device **is the image's** only if it has the same size and the same time of change, to
+the nanosecond: lazyfs gives the image, on every mount, and its plain file the time when the catalog first saw it. (A
+copy has it, too, if it was made with its times. That the file lies in the cache where the daemon says is not asked:
+the cache may be below the mountpoint, and then whatever is at the path lies there.) What QEMU has open of that name
+besides, and is not the image's, stops the move: nobody can tell which node has which descriptor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from lazyfs.core import inode_number
 
@@ -23,13 +32,16 @@ SECTOR = 512
 """QEMU rounds the size of a node up to it."""
 
 
-class Action(Enum):
-    """What is to become of a node; the values that are printed are in `pivot`."""
+class Action(StrEnum):
+    """What is to become of a node, and then what became of it; the values are printed."""
 
-    MOVE = "move"
+    MOVE = "would pivot"
+    """Printed of a dry run only: else it becomes one of the next two."""
+    PIVOTED = "pivoted"
+    FAILED = "failed"
     ALREADY = "already"
     PARTIAL = "partial"
-    SKIP = "skip"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,7 @@ class Place:
     device: int
     inode: int
     size: int
+    mtime_ns: int
     regular: bool
 
 
@@ -49,10 +62,23 @@ class OpenFile:
     fd: int
     device: int
     inode: int
+    size: int
+    mtime_ns: int
     name: str
     """As /proc/PID/fd shows it: for messages, and for files of a dead mount."""
     orphan: bool = False
     """The file lies on a FUSE mount whose daemon is gone."""
+
+    def is_at(self, place: Place) -> bool:
+        """Whether it is the very file there."""
+        return (self.device, self.inode) == (place.device, place.inode)
+
+    def is_image_at(self, place: Place, image: "Image | None") -> bool:
+        """Whether it is the same image as the file there, which is that of `image` if that is known: see above."""
+        key = inode_number.key(self.inode)
+        if self.device == place.device:
+            return key == inode_number.key(place.inode)
+        return (self.size, self.mtime_ns) == (place.size, place.mtime_ns) and (image is None or image.key == key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +86,21 @@ class Image:
     """An image, as its daemon describes it."""
 
     path: str
+    cache: str
     device: int
     key: int
     state: str
     size: int | None
     error: str | None
-    now: Place | None
+    now: Place | None = None
     """Where its path leads now, in our own view of the file system."""
+    replaced: bool = False
+    """Another image has its path, and some reader has this one open."""
 
     @property
-    def identity(self) -> tuple[str, int]:
-        """The same for the image on a detached mount and on the one that followed."""
-        return self.path, self.key
+    def identity(self) -> tuple[str, str, int]:
+        """The same for the image on a detached mount and on the one that followed: keys are numbers of one cache."""
+        return self.cache, self.path, self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +124,10 @@ class Choice:
     node: FileNode
     action: Action
     message: str
-    image: Image | None = None
     stale: tuple[OpenFile, ...] = ()
     """Descriptors that must be gone afterwards."""
+    explains: tuple[OpenFile, ...] = ()
+    """Descriptors that it speaks of."""
 
 
 def choose(
@@ -105,7 +135,7 @@ def choose(
 ) -> tuple[list[Choice], list[OpenFile]]:
     """Return a choice for each node that has to do with lazyfs, and the open files of images that no node explains."""
     choices = [choice for node in nodes if (choice := _choose(node, nodes, images, opened)) is not None]
-    explained = {file.fd for choice in choices for file in _of_image(choice.image, images, opened)}
+    explained = {file.fd for choice in choices for file in choice.explains}
     return choices, [file for file in _on_old_places(images, opened) if file.fd not in explained]
 
 
@@ -113,67 +143,66 @@ def _choose(
     node: FileNode, nodes: Sequence[FileNode], images: Sequence[Image], opened: Sequence[OpenFile]
 ) -> Choice | None:
     image = _image_named(node, images)
-    mine = _of_image(image, images, opened)
-    mine += [file for file in opened if file.orphan and _was_named(file, node) and _may_be(file, image)]
+    of_images = [(file, one) for file in opened if (one := _image_of(file, images)) is not None]
+    mine = [file for file, one in of_images if image is not None and one.identity == image.identity]
+    others = [(file, one) for file, one in of_images if file not in mine and one.path == (image or node).path]
+    orphans = [file for file in opened if file.orphan and _was_named(file, node)]
+    explains = (*mine, *(file for file, _ in others), *orphans)
     now = node.now
-    if image is None and not mine and not node.on_lazyfs:
+
+    def choice(action: Action, message: str = "", stale: Sequence[OpenFile] = ()) -> Choice:
+        return Choice(node, action, message, tuple(stale), explains)
+
+    if image is None and not explains and not node.on_lazyfs:
         return None
     if now is None:
-        return Choice(node, Action.SKIP, node.trouble, image)
+        return choice(Action.SKIPPED, node.trouble)
     if image is None and node.on_lazyfs:
-        return Choice(node, Action.SKIP, "lazyfs does not know this file")
-    at_target = [file for file in opened if (file.device, file.inode) == _place(now)]
-    if image is None and len(at_target) >= sum(one.now == now for one in nodes):
-        return None  # every node of this path is there; the file of the dead mount only has the same name
+        return choice(Action.SKIPPED, "lazyfs does not know this file")
+    at_target = [file for file in opened if file.is_at(now)]
+    settled = len(at_target) >= sum(one.now == now for one in nodes)
+    if image is None and settled:
+        return None  # every node of this path is there; what is open besides only has the same name
     if image is not None and image.state == "failed":
-        return Choice(node, Action.SKIP, f"the image failed: {image.error}", image)
+        return choice(Action.SKIPPED, f"the image failed: {image.error}")
     if image is not None and image.state != "whole":
-        return Choice(node, Action.PARTIAL, "not whole yet", image)
-    if not mine and not at_target:
+        return choice(Action.PARTIAL, "not whole yet")
+    if not explains and not at_target:
         message = "cannot be checked: the process that made the socket does not have this file open"
-        return Choice(node, Action.SKIP, message, image)
-    stale = tuple(file for file in mine if (file.device, file.inode) != _place(now))
-    if not stale:
-        return Choice(node, Action.ALREADY, "", image)
-    why = _wrong_place(node, now, image)
-    return Choice(node, Action.SKIP if why else Action.MOVE, why, image, stale)
+        return choice(Action.SKIPPED, message)
+    if image is not None and now.device == image.device and not inode_number.is_whole(now.inode):
+        return choice(Action.PARTIAL, "the path does not lead to the whole image yet")
+    stale = [file for file in (*mine, *orphans) if not file.is_at(now)]
+    if settled:  # then the rest is not this node's
+        others, stale = [], [file for file in stale if file in mine or file.is_image_at(now, image)]
+    if why := _why_not(node, now, image, stale, others):
+        return choice(Action.SKIPPED, why, stale)
+    return choice(Action.MOVE if stale else Action.ALREADY, "", stale)
 
 
 def _image_named(node: FileNode, images: Sequence[Image]) -> Image | None:
     """Return the image that the node's path names now."""
     now = node.now
     if now is None:
-        return next((image for image in images if image.path == node.path), None)
+        return next((image for image in images if image.path == node.path and not image.replaced), None)
     on_mount = {(image.device, image.key): image for image in images}.get((now.device, inode_number.key(now.inode)))
     if on_mount is not None:
         return on_mount
-    same = (image for image in images if image.now is not None and _place(image.now) == _place(now))
-    return next(same, None)
+    there = (now.device, now.inode)
+    return next((one for one in images if one.now is not None and (one.now.device, one.now.inode) == there), None)
 
 
-def _place(place: Place) -> tuple[int, int]:
-    return place.device, place.inode
-
-
-def _of_image(image: Image | None, images: Sequence[Image], opened: Sequence[OpenFile]) -> list[OpenFile]:
-    """Return the descriptors of this image, on whichever mount it was when they were opened."""
-    if image is None:
-        return []
-    mounts: Mapping[tuple[int, int], Image] = {(one.device, one.key): one for one in images}
-    found = []
-    for file in opened:
-        one = mounts.get((file.device, inode_number.key(file.inode)))
-        if one is not None and one.identity == image.identity:
-            found.append(file)
-    return found
+def _image_of(file: OpenFile, images: Sequence[Image]) -> Image | None:
+    """Return the image that was opened, on whichever mount it was then."""
+    key = inode_number.key(file.inode)
+    return next((image for image in images if (image.device, image.key) == (file.device, key)), None)
 
 
 def _on_old_places(images: Sequence[Image], opened: Sequence[OpenFile]) -> list[OpenFile]:
-    known = {(image.device, image.key): image for image in images}
     found = []
     for file in opened:
-        image = known.get((file.device, inode_number.key(file.inode)))
-        if image is not None and image.now is not None and (file.device, file.inode) != _place(image.now):
+        image = _image_of(file, images)
+        if image is not None and image.now is not None and not file.is_at(image.now):
             found.append(file)
     return found
 
@@ -184,15 +213,28 @@ def _was_named(file: OpenFile, node: FileNode) -> bool:
     return name.startswith("/") and node.path.endswith(name)
 
 
-def _may_be(file: OpenFile, image: Image | None) -> bool:
-    return image is None or inode_number.key(file.inode) == image.key
-
-
-def _wrong_place(node: FileNode, now: Place, image: Image | None) -> str:
+def _why_not(
+    node: FileNode,
+    now: Place,
+    image: Image | None,
+    stale: Sequence[OpenFile],
+    others: Sequence[tuple[OpenFile, Image]],
+) -> str:
     """Say why QEMU must not be moved to where the path leads now, if so."""
-    if not now.regular:
+    if stale and not now.regular:
         return "the path names no regular file now"
-    size = node.size if image is None or image.size is None else image.size
-    if now.size != size or -(-now.size // SECTOR) * SECTOR != node.size:
-        return f"the file has {now.size} bytes now, the image {size} and QEMU's node {node.size}"
+    for file in stale:
+        size = file.size if image is None or image.size is None else image.size
+        if now.size != size or -(-now.size // SECTOR) * SECTOR != node.size:
+            return f"the file has {now.size} bytes now, the image {size} and QEMU's node {node.size}"
+    for _, other in others:
+        if image is None or other.cache != image.cache:
+            whose = "elsewhere" if image is None else f"to one of the cache {image.cache}"
+            return f"QEMU has the image of the cache {other.cache} open, and the path leads {whose} now"
+        return "QEMU has another version of the image open than the path leads to now"
+    if not all(file.is_image_at(now, image) for file in stale):
+        return (
+            "the path leads to another file than the image that QEMU has open: their times of change differ "
+            "(a copy must keep the time, as with cp --preserve=timestamps)"
+        )
     return ""

@@ -14,8 +14,8 @@ until a named node is met, which is reopened. Nothing of an overlay's header is 
 
 QEMU 7.2 dies when a reopen drops the last reference to a node in an I/O thread ("qemu_mutex_unlock_impl: Operation not
 permitted"), and also when blockdev-add names such a node as a child. So a plan says what it drops (`dropped`): where
-there are I/O threads, only nodes that the monitor holds may be, and then no node in use is named either, as only
-unnamed parents are made anew.
+there are I/O threads, only nodes that the monitor holds may be (`qemu_arguments.held`), and then no node in use is
+named either, as only unnamed parents are made anew.
 
 Source: QEMU 7.2, qapi/block-core.json (blockdev-add, blockdev-reopen, BlockDeviceInfo, XDbgBlockGraph), block.c.
 """
@@ -38,6 +38,9 @@ _FORMATS = {"raw": ("file",), "qcow2": ("file", "backing", "data-file")}
 _NODE_TYPE = "block-driver"
 
 Arguments = Mapping[str, Any]
+
+Step = tuple[str, Arguments]
+"""A QMP command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,12 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Options that QEMU does not report, as far as its command line shows them."""
+    """Options that QEMU does not report, as far as its command line shows them; both by the names of nodes."""
 
-    aio: str | None = None
-    """Of the file node."""
-    discard: Mapping[str, str] = field(default_factory=dict)
-    """By the names of nodes."""
+    options: Mapping[str, Arguments] = field(default_factory=dict)
+    """As QMP wants them."""
+    strange: Mapping[str, str] = field(default_factory=dict)
+    """An option of the node that lazyfs does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Change:
 
     command: str
     arguments: Arguments
-    undo: tuple[str, Arguments]
+    undo: Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +245,7 @@ class _Planner:
             "driver": "file", "node-name": self.new_file, "filename": filename, "read-only": True,
             "cache": {"direct": self._old.direct, "no-flush": self._old.no_flush},
         }  # fmt: skip
-        if self._known.aio is not None:
-            options["aio"] = self._known.aio
-        return options
+        return {**options, **self._said(self._old)}
 
     def _options(self, node: Node, name: str, swaps: Mapping[str, str]) -> dict[str, Any]:
         """Repeat all that is known of `node`: what is left out goes back to its default."""
@@ -254,12 +255,19 @@ class _Planner:
         }  # fmt: skip
         if node.driver == "qcow2":
             options["backing"] = None  # left out, it would be what the header names
-        discard = self._known.discard.get(node.name)
         if node.detect_zeroes == "unmap":
-            discard = "unmap"  # QEMU permits the one with the other only
-        if discard is not None:
-            options["discard"] = discard
-        return {**options, **self._graph.children(node.name), **swaps}
+            options["discard"] = "unmap"  # QEMU permits the one with the other only
+        return {**options, **self._said(node), **self._graph.children(node.name), **swaps}
+
+    def _said(self, node: Node) -> Arguments:
+        """Return what the command line says of `node`."""
+        strange = self._known.strange.get(node.name)
+        if strange is not None:
+            raise errors.UserError(
+                f"QEMU's command line gives node {node.name} the option {strange}, which lazyfs does not know, "
+                f"and which would be lost"
+            )
+        return self._known.options.get(node.name, {})
 
     def _new_name(self) -> str:
         number = 1

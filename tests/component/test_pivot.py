@@ -12,12 +12,14 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import hanging_fuse
 import pytest
 from block_qemu import (
     BlockQemu,
@@ -28,9 +30,12 @@ from block_qemu import (
     raw_node,
     reading,
 )
+from hanging_fuse import HangingFuse
 from scripted_qmp import HangUp, Refuse, ScriptedQemu, ScriptedQmp
 
-from lazyfs import control_client, mounts, pivot, qemu_monitor
+from lazyfs import control_client, errors, mounts, pivot, pivot_steps, process_files, qemu_monitor
+from lazyfs.core import inode_number
+from lazyfs.core.pivot_choice import OpenFile
 
 MiB = 1 << 20
 
@@ -53,7 +58,7 @@ class World:
 
     def _answer(self, command: str, arguments: dict[str, Any]) -> object:
         if command == "query-mount":
-            return {"device": f"{os.major(self.device)}:{os.minor(self.device)}"}
+            return {"device": f"{os.major(self.device)}:{os.minor(self.device)}", "cache_dir": "/cache"}
         return list(self.rows.values())
 
     def image(self, name: str, content: bytes | None = None, state: str = "whole") -> Path:
@@ -69,11 +74,23 @@ class World:
         return path
 
     def to_plain(self, *names: str) -> None:
-        """Let the paths name plain files, as lazyfs leaves them."""
+        """Let the paths name plain files, as lazyfs leaves them: with the image's time of change."""
         for name in names or self.bytes:
             new = self.folder / f"{name}.new"
             new.write_bytes(self.bytes[name])
+            os.utime(new, ns=(0, os.stat(self.shm / name).st_mtime_ns))
             new.rename(self.folder / name)
+
+    def to_the_other_side(self, name: str) -> Path:
+        """Let the plain file, as its path is now, be the one on a lazyfs, and the path lead back to /dev/shm."""
+        path, moved, other = self.folder / name, self.folder / "moved", self.shm / name
+        path.rename(moved)
+        self.device = moved.stat().st_dev
+        self.rows[name]["inode"] = moved.stat().st_ino
+        other.write_bytes(self.bytes[name])
+        os.utime(other, ns=(0, moved.stat().st_mtime_ns))
+        path.symlink_to(other)
+        return moved
 
     def poison(self, *names: str) -> None:
         """Empty the old files: who still reads them gets zeros."""
@@ -208,15 +225,21 @@ def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(
     export = qemu.export("vm", iothread="io0", fixed_iothread=True)
     assert export.read() == world.bytes["disk"][:4096]
     node = only(world.pivot(qemu))
-    if shape == "blockdev, all named":
+    if shape in ("blockdev, all named", "blockdev, the file itself is the backing"):
         assert node.action == "pivoted"
         assert world.is_moved(qemu)
         world.poison()
+        # And again: now the nodes are those that lazyfs made.
+        assert export.read(4096) == world.bytes["disk"][4096:8192]
+        moved = world.to_the_other_side("disk")
+        assert actions(world.pivot(qemu)) == ["pivoted"]
+        assert not qemu.has_open(moved)
+        os.truncate(moved, 0)
     else:
         assert node.action == "skipped"
         assert "I/O threads" in node.message
         assert not world.is_moved(qemu)
-    assert export.read(4096) == world.bytes["disk"][4096:8192]
+    assert export.read(8192) == world.bytes["disk"][8192:12288]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -226,12 +249,7 @@ def test_it_moves_again_when_the_path_leads_elsewhere_again(world: World, shape:
     world.to_plain()
     assert actions(world.pivot(qemu)) == ["pivoted"]
     nodes = qemu.nodes()
-    # Now this file is the one on a lazyfs, and the path leads back to the other file system.
-    moved = world.folder / "moved"
-    disk.rename(moved)
-    world.device = moved.stat().st_dev
-    world.rows["disk"]["inode"] = moved.stat().st_ino
-    disk.symlink_to(world.shm / "disk")
+    moved = world.to_the_other_side("disk")
     assert actions(world.pivot(qemu)) == ["pivoted"]
     assert not qemu.has_open(moved)
     os.truncate(moved, 0)
@@ -253,6 +271,64 @@ def test_discard_is_kept_when_the_overlay_is_reopened(world: World) -> None:
     handle.trim(MiB, 0)
     handle.flush()
     assert overlay.stat().st_blocks < used - MiB // 2 // 512
+
+
+QCOW2 = {"l2-cache-size": 256 * MiB, "lazy-refcounts": True, "pass-discard-request": False, "overlap-check": "all"}
+
+
+def _with_drive(overlay: Path, disk: Path) -> list[str]:
+    words = ",".join(f"{key}={str(value).lower()}" for key, value in QCOW2.items())
+    return ["-drive", f"file={overlay},if=none,node-name=vm,discard=unmap,{words}"]
+
+
+def _with_blockdev(overlay: Path, disk: Path) -> list[str]:
+    base = {"driver": "raw", "file": {"driver": "file", "filename": str(disk)}, "read-only": True}
+    return blockdevs(overlay_node("vm", overlay, base, discard="unmap", **QCOW2))
+
+
+@pytest.mark.parametrize("words", [_with_drive, _with_blockdev])
+def test_options_of_the_overlay_are_kept_when_it_is_reopened(
+    world: World, words: Callable[[Path, Path], list[str]]
+) -> None:
+    """Told by what each does: the cache's address space, the dirty bit in the header, blocks that are not freed."""
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    subprocess.run(["qemu-img", "resize", "-q", overlay, "2T"], check=True, timeout=20)  # so a large cache is of use
+    qemu = world.qemu(*words(overlay, disk))
+    world.to_plain()
+    before = qemu.address_space()
+    assert actions(world.pivot(qemu)) == ["pivoted"]
+    assert qemu.address_space() > before - 64 * MiB, "the default would be 32 MiB, so 224 less"
+
+    handle = qemu.export("vm", writable=True).handle
+    handle.pwrite(b"x" * MiB, 0)
+    handle.flush()
+    used = overlay.stat().st_blocks
+    assert overlay.read_bytes()[79] & 1, "lazy-refcounts: the header is marked dirty"
+    handle.trim(MiB, 0)
+    handle.flush()
+    assert overlay.stat().st_blocks >= used - 16, "pass-discard-request=off"
+
+
+def test_an_encrypted_overlay_stays_readable(world: World) -> None:
+    disk = world.image("disk")
+    overlay = world.folder / "vm.qcow2"
+    secret = ["--object", "secret,id=sec0,data=swordfish"]
+    how = "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=200"  # less, and a busy host cannot measure it
+    command = ["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", how, "-b", disk, "-F", "raw", overlay]
+    subprocess.run(command, check=True, timeout=60)
+    drive = f"file={overlay},if=none,node-name=vm,encrypt.key-secret=sec0"
+    qemu = world.qemu("-object", secret[1], "-drive", drive)
+    handle = qemu.export("vm", writable=True).handle
+    handle.pwrite(b"x" * 4096, 0)
+    handle.flush()
+    world.to_plain()
+    node = only(world.pivot(qemu))
+    assert (node.action, node.message) == ("pivoted", "")
+    world.poison()
+    handle.pwrite(b"y" * 4096, 4096)
+    expected = b"x" * 4096 + b"y" * 4096 + world.bytes["disk"][8192:]
+    assert handle.pread(MiB, 0) == expected
 
 
 def test_several_disks_and_several_overlays_on_one_base(world: World) -> None:
@@ -376,6 +452,18 @@ def test_dry_run_says_what_and_does_nothing(world: World) -> None:
     assert not world.is_moved(qemu)
 
 
+def test_dry_run_only_asks(world: World) -> None:
+    qemu = scripted(world)
+    qemu.iothreads = 1
+    node = only(world.pivot(qemu.server.path, dry_run=True))
+    assert (node.action, "I/O threads" in node.message) == ("skipped", True)
+    assert {name for name, _ in qemu.server.commands} <= {
+        "query-named-block-nodes",
+        "x-debug-query-block-graph",
+        "query-iothreads",
+    }
+
+
 # -- what is refused
 
 
@@ -428,6 +516,20 @@ def test_only_a_whole_file_of_the_same_size_is_moved_to(world: World) -> None:
         node = only(world.pivot(qemu))
         assert (node.action, node.message) == (action, message)
     assert not world.is_moved(qemu)
+
+
+def test_another_file_of_the_same_size_is_not_moved_to(world: World) -> None:
+    qemu = world.named()
+    world.to_plain()
+    disk = world.folder / "disk"
+    there = disk.stat()
+    disk.write_bytes(os.urandom(MiB))
+    os.utime(disk, ns=(0, there.st_mtime_ns + 1))
+    node = only(world.pivot(qemu))
+    assert (node.action, "their times of change differ" in node.message) == ("skipped", True)
+    assert not world.is_moved(qemu)
+    os.utime(disk, ns=(0, there.st_mtime_ns))
+    assert actions(world.pivot(qemu)) == ["pivoted"], "the control: it is the time that tells"
 
 
 def test_another_version_of_the_image_is_not_moved_to(world: World) -> None:
@@ -523,6 +625,60 @@ def test_undoing_that_fails_is_said(world: World) -> None:
     qemu.fails, qemu.failure = {"blockdev-del": 0}, refuse
     node = only(world.pivot(qemu.server.path))
     assert node.message == "blockdev-del: no such luck; undoing it failed: blockdev-del: no such luck"
+
+
+def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) -> None:
+    qemu = scripted(world)
+
+    def once() -> None:
+        qemu.fails, qemu.failure = {"blockdev-del": 0}, hang_up
+        refuse()
+
+    qemu.fails, qemu.failure = {"blockdev-reopen": 0}, once
+    (report,) = world.pivot(qemu.server.path)
+    said = "blockdev-reopen: no such luck; undoing it failed: blockdev-del: QEMU hung up, or has ended"
+    assert ([node.message for node in report.nodes], report.error) == ([said], said)
+
+
+@pytest.mark.parametrize("look", [2, 3], ids=["before the first step", "after it"])
+def test_a_process_that_cannot_be_looked_at_any_more_is_undone(
+    world: World, look: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another process takes the pid, or the right to look is lost."""
+    qemu = scripted(world)
+    looks = 0
+    really = process_files.open_files
+
+    def open_files(pid: int) -> list[OpenFile]:
+        nonlocal looks
+        looks += 1
+        if looks == look:
+            raise errors.UserError(f"process {pid} has ended")
+        return really(pid)
+
+    monkeypatch.setattr(process_files, "open_files", open_files)
+    node = only(world.pivot(qemu.server.path))
+    assert (node.action, node.message) == ("failed", f"process {os.getpid()} has ended; the VM is as it was")
+    assert (qemu.child, list(qemu.fds)) == ("base-file", ["base-file"])
+
+
+def test_a_bug_in_one_pivot_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu = scripted(world)
+    two = world.image("two")
+    other = world.qemu("-drive", f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm", name="two")
+    world.to_plain("two")
+    really = pivot_steps.Steps._remove
+
+    async def remove(self: pivot_steps.Steps, name: str) -> None:
+        if name == "base-file":
+            raise KeyError("surprise")
+        await really(self, name)
+
+    monkeypatch.setattr(pivot_steps.Steps, "_remove", remove)
+    reports = world.pivot(qemu.server.path, other)
+    assert reports[0].error == "the pivot failed, a bug in lazyfs: KeyError('surprise')"
+    assert [node.action for node in reports[0].nodes] == ["failed"]
+    assert reports[1].good
 
 
 @pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"])
@@ -640,6 +796,88 @@ def test_a_daemon_that_hangs_is_not_waited_for(world: World, monkeypatch: pytest
     qemu = world.named()
     world.to_plain()
     assert actions(world.pivot(qemu)) == ["pivoted"]
+
+
+@pytest.mark.parametrize("answer", [{}, [], None, {"device": "x", "cache_dir": "/"}])
+def test_a_daemon_of_another_version_is_said(world: World, answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = ScriptedQmp(world.folder / "run" / "strange.sock", lambda command, arguments: answer)
+    world.stack.callback(strange.kill)
+    qemu = world.named()
+    world.to_plain()
+    assert actions(world.pivot(qemu)) == ["pivoted"], "it is no trouble of others"
+    here = mounts.Mount(str(world.folder), "nbd://host", "0:99999")
+    monkeypatch.setattr(mounts, "mount_of", lambda path: here)
+    monkeypatch.setattr(mounts, "socket_path", lambda mountpoint: str(strange.path))
+    node = only(world.pivot(qemu))
+    assert (node.action, "another version of lazyfs" in node.message) == ("skipped", True)
+
+
+def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon has it whole, and the kernel still gives out the inode that the daemon serves."""
+    qemu = world.named()
+    disk = world.folder / "disk"
+    plain = disk.readlink()
+    here = mounts.Mount(str(world.folder), "nbd://host", f"{os.major(world.device)}:{os.minor(world.device)}")
+    monkeypatch.setattr(mounts, "mount_of", lambda path: here)
+    monkeypatch.setattr(control_client, "query", lambda mount, path: {"images": [world.rows["disk"]]})
+    monkeypatch.setattr(inode_number, "key", lambda inode: world.rows["disk"]["inode"])  # of both files
+    monkeypatch.setattr(inode_number, "is_whole", lambda inode: inode != plain.stat().st_ino)
+    assert actions(world.pivot(qemu)) == ["partial"]
+    assert "the path does not lead to the whole image yet" in only(world.pivot(qemu)).message
+
+    def wait(filling: pivot.Filling) -> None:
+        assert [image["state"] for image in filling()] == ["whole"]
+        whole = world.shm / "whole"
+        shutil.copy2(plain, whole)
+        disk.unlink()
+        disk.symlink_to(whole)
+        assert filling() == []
+
+    told: list[pivot.Report] = []
+    (report,) = pivot.run([str(qemu.socket)], pivot.Options(), wait=wait, tell=told.append)
+    assert actions([report]) == ["pivoted"]
+    assert told == [report]
+    world.poison()
+    assert qemu.export("vm").read() == world.bytes["disk"][:4096]
+
+
+# -- a file system that hangs
+
+
+@pytest.fixture
+def hanging(world: World) -> HangingFuse:
+    """Its type says that it is no lazyfs."""
+    if os.geteuid() != 0:
+        pytest.skip("mounts")
+    (world.folder / "hanging").mkdir()
+    made = HangingFuse(world.folder / "hanging", "fuse.other")
+    world.stack.callback(made.close)
+    return made
+
+
+def pivot_as_a_user(qemu: ScriptedQemu) -> str:
+    """In a process of its own: it must be able to end, too."""
+    command = [sys.executable, "-m", "lazyfs", "pivot", str(qemu.server.path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) -> None:
+    qemu = ScriptedQemu(world.folder / "vm.qmp", hanging.path, hanging.path, hanging_fuse.SIZE)
+    world.stack.callback(qemu.close)
+    assert "nothing to do" in pivot_as_a_user(qemu)
+    assert not hanging.was_asked()
+
+
+def test_a_detached_file_system_that_hangs_stops_nobody(world: World, hanging: HangingFuse) -> None:
+    """It could be a dead lazyfs, so it is asked; the answer never comes, and who asks cannot be killed."""
+    qemu = ScriptedQemu(world.folder / "vm.qmp", world.folder / "disk", hanging.path, hanging_fuse.SIZE)
+    world.stack.callback(qemu.close)
+    (world.folder / "disk").write_bytes(bytes(MiB))
+    hanging.detach()
+    assert "nothing to do" in pivot_as_a_user(qemu)
+    assert hanging.was_asked()
 
 
 def test_all_sockets_of_a_folder(world: World) -> None:

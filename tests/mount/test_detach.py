@@ -70,6 +70,12 @@ def test_wait_detaches_when_all_that_is_open_is_whole(lab: Lab) -> None:
     status = lab.lazyfs("status").stdout
     assert lab.daemon is not None
     assert f"detached, pid {lab.daemon.pid}" in status
+    assert f"detached, pid {lab.daemon.pid}" in lab.lazyfs("status", lab.mnt).stdout
+    for verb in ("detach", "umount"):
+        again = lab.lazyfs(verb, lab.mnt, check=False)
+        assert again.stderr == (
+            f"lazyfs: {lab.mnt} is detached already; pid {lab.daemon.pid} ends with its last open file\n"
+        )
     assert lab.daemon.poll() is None
     socket = Path(mounts.detached_socket_path(lab.daemon.pid))
     assert socket.exists()
@@ -305,3 +311,74 @@ def test_waiting_goes_on_when_another_image_is_opened_meanwhile(lab: Lab) -> Non
     for one in (fd, more):
         os.close(one)
     assert daemon_ends(lab) == 0
+
+
+def test_with_the_cache_elsewhere_it_says_where_the_plain_files_are(lab: Lab) -> None:
+    source = lab.image("disk", 1 * MiB)
+    cache = lab.folder / "cache"
+    lab.mount(lab.serve().uri, "--cache-dir", cache)
+    (lab.mnt / "disk").read_bytes()
+    lab.wait_for_state("disk", "whole")
+    said = lab.lazyfs("detach", lab.mnt).stdout
+    assert daemon_ends(lab) == 0
+    command = f"mount --bind {cache} {lab.mnt}"
+    assert command in said
+    subprocess.run(command.split(), check=True)
+    try:
+        assert (lab.mnt / "disk").read_bytes() == source.read_bytes()
+    finally:
+        subprocess.run(["umount", str(lab.mnt)], check=True)
+
+
+def test_where_it_is_mounted_besides_is_said(lab: Lab) -> None:
+    source = lab.image("disk", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    besides = lab.folder / "besides"
+    besides.mkdir()
+    subprocess.run(["mount", "--bind", str(lab.mnt), str(besides)], check=True)
+    try:
+        said = lab.lazyfs("detach", lab.mnt).stdout
+        assert f"It is still mounted on {besides}: unmount that, too." in said
+        assert (besides / "disk").read_bytes() == source.read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(besides)], check=True)
+    assert daemon_ends(lab) == 0
+
+
+def test_umount_of_a_daemon_that_hangs_does_not_hang(lab: Lab) -> None:
+    lab.image("disk", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    assert lab.daemon is not None
+    lab.daemon.send_signal(signal.SIGSTOP)
+    try:
+        refused = lab.lazyfs("umount", lab.mnt, check=False)
+        assert refused.returncode == 1
+        assert "does not answer in 10 s; end it with kill -9, then unmount again" in refused.stderr
+    finally:
+        lab.daemon.send_signal(signal.SIGCONT)
+    lab.umount()
+
+
+def test_umount_and_detach_at_once_are_both_content_or_say_why(lab: Lab) -> None:
+    for _ in range(3):
+        lab.image("disk", 1 * MiB)
+        lab.mount(lab.serve().uri)
+        commands = [[sys.executable, "-m", "lazyfs", verb, str(lab.mnt)] for verb in ("detach", "umount") * 2]
+        many = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        said = [one.communicate(timeout=DEADLINE_S)[1] for one in many]
+        assert not any("bug" in text or "Invalid argument" in text for text in said), said
+        assert 0 in [one.returncode for one in many]
+        assert daemon_ends(lab) == 0
+
+
+def test_a_plain_file_that_is_removed_underneath_shows_in_status(lab: Lab) -> None:
+    lab.image("disk", 1 * MiB)
+    cache = lab.folder / "cache"
+    lab.mount(lab.serve().uri, "--cache-dir", cache)
+    (lab.mnt / "disk").read_bytes()
+    lab.wait_for_state("disk", "whole")
+    (cache / "disk").unlink()
+    with pytest.raises(OSError, match="Input/output"):
+        (lab.mnt / "disk").read_bytes()
+    assert "the plain file cannot be opened" in lab.image_status("disk")["error"]
+    assert "mount anew" in lab.lazyfs("status", lab.mnt).stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,61 @@ def test_a_killed_daemon_leaves_whole_images_to_pivot_to(lab: Lab, stack: ExitSt
     assert qemu.export("vm").read(0, 1 * MiB) == expected
 
 
+def become_whole(lab: Lab, name: str = "disk") -> None:
+    (lab.mnt / name).read_bytes()
+    lab.wait_for_state(name, "whole")
+
+
+def test_another_repository_with_an_image_of_the_same_name_and_size(lab: Lab, stack: ExitStack) -> None:
+    """Detached from the first, with the second mounted there: the path leads to other bytes."""
+    expected = lab.image("disk", 1 * MiB).read_bytes()
+    lab.mount(lab.serve().uri, "--cache-dir", lab.folder / "cache-a")
+    qemu = start(lab, stack, cache={"direct": True})
+    become_whole(lab)
+    lab.lazyfs("detach", lab.mnt, "--wait")
+    first, lab.daemon = lab.daemon, None
+    assert first is not None
+    stack.callback(first.wait, 20)
+    stack.callback(qemu.close)
+
+    other = lab.folder / "other"
+    other.mkdir()
+    (other / "disk").write_bytes(os.urandom(1 * MiB))
+    lab.mount(lab.serve_with("file", f"dir={other}").uri, "--cache-dir", lab.folder / "cache-b")
+    disk = qemu.export("vm")
+    for state in ("partial", "whole"):
+        (report,) = pivot(lab, qemu.socket, code=1)
+        assert disk.read(0, 1 * MiB) == expected, state
+        become_whole(lab)
+    assert actions([report]) == ["skipped"]
+    assert report["nodes"][0]["message"] == (
+        f"QEMU has the image of the cache {lab.folder}/cache-a open, "
+        f"and the path leads to one of the cache {lab.folder}/cache-b now"
+    )
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["detached", "killed"])
+def test_any_other_file_where_the_image_was(lab: Lab, stack: ExitStack, killed: bool) -> None:
+    """With the cache elsewhere the path is free. A copy of the image is told by its time."""
+    expected = lab.image("disk", 1 * MiB).read_bytes()
+    cache = lab.folder / "cache"
+    lab.mount(lab.serve().uri, "--cache-dir", cache)
+    qemu = start(lab, stack)
+    become_whole(lab)
+    if killed:
+        lab.kill_daemon()
+        subprocess.run(["umount", "-l", lab.mnt], check=True)
+    else:
+        lab.lazyfs("detach", lab.mnt, "--wait")
+    (lab.mnt / "disk").write_bytes(os.urandom(1 * MiB))
+    (report,) = pivot(lab, qemu.socket, code=1)
+    assert actions([report]) == ["skipped"]
+    assert "times of change differ (a copy must keep the time" in report["nodes"][0]["message"]
+    shutil.copy2(cache / "disk", lab.mnt / "disk")
+    assert actions(pivot(lab, qemu.socket)) == ["pivoted"]
+    assert qemu.export("vm").read(0, 1 * MiB) == expected
+
+
 def test_a_killed_daemon_that_is_mounted_again(lab: Lab, stack: ExitStack) -> None:
     expected = lab.image("disk", 1 * MiB).read_bytes()
     server = lab.serve()
@@ -193,6 +249,25 @@ def test_wait_moves_when_the_image_is_whole_and_reports_a_qemu_that_ends(lab: La
     assert f"pivoted {lab.mnt}/disk" in stdout
     assert "nobody listens: its QEMU has ended" in stderr
     assert "Traceback" not in stderr
+
+
+def test_an_interrupted_wait_has_said_what_was_done(lab: Lab, stack: ExitStack) -> None:
+    for name in ("disk", "other"):
+        lab.image(name, 1 * MiB)
+    lab.mount(lab.serve().uri, "--no-populate")
+    moves, stays = start(lab, stack, "disk", "vm1"), start(lab, stack, "other", "vm2")
+    become_whole(lab)
+    command = [sys.executable, "-m", "lazyfs", "pivot", "--wait", str(moves.socket), str(stays.socket)]
+    waits = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    )
+    with waits:
+        assert waits.stderr is not None
+        assert waits.stderr.readline() == f"waiting for {lab.mnt}/other to become whole\n"
+        waits.send_signal(signal.SIGINT)
+        stdout, stderr = waits.communicate(timeout=30)
+    assert (waits.returncode, stderr) == (130, "")
+    assert stdout == f"{moves.socket}: pivoted {lab.mnt}/disk (node base-file, pid {moves.pid})\n"
 
 
 def test_wait_with_a_whole_and_a_partial_image_in_one_vm(lab: Lab, stack: ExitStack) -> None:

@@ -7,13 +7,13 @@ import pytest
 from lazyfs.core import inode_number
 from lazyfs.core.pivot_choice import Action, Choice, FileNode, Image, OpenFile, Place, choose
 
-MOUNT, PLAIN, KEY, SIZE = 50, 8, 17, 1 << 20
+MOUNT, PLAIN, KEY, SIZE, TIME = 50, 8, 17, 1 << 20, 1_700_000_000_123_456_789
 WHOLE = inode_number.whole(KEY)
 PATH = "/mnt/disk"
 
-FILLING = Place(MOUNT, KEY, SIZE, True)
-ON_MOUNT = Place(MOUNT, WHOLE, SIZE, True)
-DETACHED = Place(PLAIN, 99, SIZE, True)
+FILLING = Place(MOUNT, KEY, SIZE, TIME, True)
+ON_MOUNT = Place(MOUNT, WHOLE, SIZE, TIME, True)
+DETACHED = Place(PLAIN, 99, SIZE, TIME, True)
 
 
 def node(now: Place | None, **changes: object) -> FileNode:
@@ -22,11 +22,11 @@ def node(now: Place | None, **changes: object) -> FileNode:
 
 
 def image(now: Place | None, state: str = "whole", **changes: object) -> Image:
-    return replace(Image(PATH, MOUNT, KEY, state, SIZE, None, now), **changes)
+    return replace(Image(PATH, "/cache", MOUNT, KEY, state, SIZE, None, now), **changes)
 
 
 def opened(device: int, inode: int, **changes: object) -> OpenFile:
-    return replace(OpenFile(11, device, inode, PATH), **changes)
+    return replace(OpenFile(11, device, inode, SIZE, TIME, PATH), **changes)
 
 
 def only(nodes: list[FileNode], images: list[Image], files: list[OpenFile]) -> Choice:
@@ -40,15 +40,17 @@ def only(nodes: list[FileNode], images: list[Image], files: list[OpenFile]) -> C
     [
         ((MOUNT, KEY), FILLING, "partial", Action.PARTIAL),
         ((MOUNT, KEY), FILLING, "remote", Action.PARTIAL),
-        ((MOUNT, KEY), FILLING, "failed", Action.SKIP),
+        ((MOUNT, KEY), FILLING, "failed", Action.SKIPPED),
+        ((MOUNT, KEY), FILLING, "whole", Action.PARTIAL),
+        ((MOUNT, WHOLE), FILLING, "whole", Action.PARTIAL),
         ((MOUNT, KEY), ON_MOUNT, "whole", Action.MOVE),
         ((MOUNT, WHOLE), ON_MOUNT, "whole", Action.ALREADY),
         ((MOUNT, KEY), DETACHED, "whole", Action.MOVE),
         ((MOUNT, WHOLE), DETACHED, "whole", Action.MOVE),
         ((PLAIN, 99), DETACHED, "whole", Action.ALREADY),
         ((MOUNT, KEY), DETACHED, "partial", Action.PARTIAL),
-        ((MOUNT, KEY + 1), ON_MOUNT, "whole", Action.SKIP),
-        ((PLAIN, 5), ON_MOUNT, "whole", Action.SKIP),
+        ((MOUNT, KEY + 1), ON_MOUNT, "whole", Action.SKIPPED),
+        ((PLAIN, 5), ON_MOUNT, "whole", Action.SKIPPED),
     ],
 )
 def test_each_row(file: tuple[int, int], now: Place, state: str, action: Action) -> None:
@@ -65,13 +67,15 @@ def test_each_row(file: tuple[int, int], now: Place, state: str, action: Action)
 )
 def test_a_wrong_file_is_not_moved_to(now: Place, size: int) -> None:
     choice = only([node(now, size=size)], [image(now)], [opened(MOUNT, KEY)])
-    assert (choice.action, bool(choice.message)) == (Action.SKIP, True)
+    assert (choice.action, bool(choice.message)) == (Action.SKIPPED, True)
 
 
 def test_a_size_that_is_no_multiple_of_a_sector() -> None:
     now = replace(DETACHED, size=SIZE - 100)
-    assert only([node(now)], [image(now, size=SIZE - 100)], [opened(MOUNT, KEY)]).action is Action.MOVE
-    assert only([node(now)], [image(now, size=SIZE)], [opened(MOUNT, KEY)]).action is Action.SKIP
+    file = opened(MOUNT, KEY, size=SIZE - 100)
+    assert only([node(now)], [image(now, size=SIZE - 100)], [file]).action is Action.MOVE
+    assert only([node(now)], [image(now, size=SIZE)], [file]).action is Action.SKIPPED
+    assert only([node(now)], [], [replace(file, orphan=True)]).action is Action.MOVE
 
 
 def test_what_has_nothing_to_do_with_lazyfs_is_not_mentioned() -> None:
@@ -81,15 +85,67 @@ def test_what_has_nothing_to_do_with_lazyfs_is_not_mentioned() -> None:
 
 def test_a_path_that_leads_nowhere_says_why() -> None:
     choice = only([node(None)], [image(None)], [opened(MOUNT, KEY)])
-    assert (choice.action, choice.message) == (Action.SKIP, "nowhere")
+    assert (choice.action, choice.message) == (Action.SKIPPED, "nowhere")
 
 
 def test_an_image_of_a_detached_mount_that_was_mounted_again() -> None:
-    now = Place(MOUNT + 1, WHOLE, SIZE, True)
+    now = Place(MOUNT + 1, WHOLE, SIZE, TIME, True)
     images = [image(now), image(now, device=MOUNT + 1)]
     choice = only([node(now)], images, [opened(MOUNT, KEY)])
     assert choice.action is Action.MOVE
     assert choice.stale == (opened(MOUNT, KEY),)
+
+
+# -- other bytes of the same name and size
+
+OTHER = replace(DETACHED, mtime_ns=TIME + 1)
+
+
+def test_an_image_of_another_repository_at_the_same_path_is_not_moved_to() -> None:
+    """The first was detached, the second mounted with its own cache: keys are small numbers of one cache."""
+    now = Place(MOUNT + 1, WHOLE, SIZE, TIME, True)  # even the same time
+    images = [image(now), image(now, device=MOUNT + 1, cache="/other")]
+    file = opened(MOUNT, KEY)
+    choices, unexplained = choose([node(now)], images, [file])
+    assert [choice.action for choice in choices] == [Action.SKIPPED]
+    assert choices[0].message == (
+        "QEMU has the image of the cache /cache open, and the path leads to one of the cache /other now"
+    )
+    assert unexplained == [], "one line says it"
+
+
+def test_nor_is_one_of_two_nodes_when_it_may_be_the_other_that_has_it() -> None:
+    now = Place(MOUNT + 1, WHOLE, SIZE, TIME, True)
+    images = [image(now), image(now, device=MOUNT + 1, cache="/other")]
+    nodes = [node(now), node(now, name="later")]
+    for there in (KEY, WHOLE):
+        choices, _ = choose(nodes, images, [opened(MOUNT, KEY), opened(MOUNT + 1, there, fd=12)])
+        assert [choice.action for choice in choices] == [Action.SKIPPED, Action.SKIPPED]
+
+
+def test_a_cache_that_was_begun_anew_in_the_same_folder_is_not_moved_to() -> None:
+    now = Place(MOUNT + 1, WHOLE, SIZE, TIME + 1, True)
+    images = [image(now), image(now, device=MOUNT + 1)]
+    choice = only([node(now)], images, [opened(MOUNT, KEY)])
+    assert (choice.action, "times of change differ" in choice.message) == (Action.SKIPPED, True)
+
+
+def test_another_version_of_an_image_is_not_moved_to() -> None:
+    old, new = image(None, replaced=True), image(DETACHED, key=KEY + 1)
+    choice = only([node(DETACHED)], [old, new], [opened(MOUNT, KEY)])
+    assert (choice.action, "another version" in choice.message) == (Action.SKIPPED, True)
+
+
+def test_an_unrelated_file_below_the_mountpoint_is_not_moved_to() -> None:
+    """The cache lies elsewhere, so the path is free after a detach."""
+    choice = only([node(OTHER)], [image(OTHER)], [opened(MOUNT, WHOLE)])
+    assert (choice.action, "times of change differ" in choice.message) == (Action.SKIPPED, True)
+
+
+@pytest.mark.parametrize("now", [OTHER, replace(DETACHED, size=SIZE + 512)])
+def test_a_dead_mount_may_be_anybodys_so_the_file_must_be_the_one(now: Place) -> None:
+    choice = only([node(now)], [], [replace(DEAD, name="/disk")])
+    assert (choice.action, bool(choice.message)) == (Action.SKIPPED, True)
 
 
 # -- a killed daemon
@@ -122,7 +178,7 @@ def test_a_dead_mount_that_is_mounted_again_must_have_the_same_image() -> None:
     same, other = image(again, device=MOUNT + 1), image(again, device=MOUNT + 1, key=KEY + 1)
     assert only([node(again)], [same], [DEAD]).action is Action.MOVE
     there = replace(again, inode=inode_number.whole(KEY + 1))
-    assert only([node(there)], [other], [DEAD]).action is Action.SKIP
+    assert only([node(there)], [other], [DEAD]).action is Action.SKIPPED
 
 
 # -- open files that no node explains

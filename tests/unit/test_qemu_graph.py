@@ -41,7 +41,9 @@ def commands(plan: qemu_graph.Plan) -> list[str]:
 
 
 def test_a_named_node_above_the_file_is_reopened() -> None:
-    plan = qemu_graph.plan(chain("vm", "base", "base-file"), "base-file", "/new", Known(aio="native"))
+    plan = qemu_graph.plan(
+        chain("vm", "base", "base-file"), "base-file", "/new", Known({"base-file": {"aio": "native"}})
+    )
     add, reopen = plan.changes
     assert add.arguments == {
         "driver": "file", "node-name": "lazyfs-1", "filename": "/new", "read-only": True, "aio": "native",
@@ -59,7 +61,7 @@ def test_a_named_node_above_the_file_is_reopened() -> None:
 
 def test_an_unnamed_node_is_made_anew_and_the_overlay_repeats_its_options() -> None:
     graph = chain("vm", "#block1", "#block2", direct=True, no_flush=True, detect_zeroes="on")
-    plan = qemu_graph.plan(graph, "#block2", "/new", Known(discard={"vm": "unmap"}))
+    plan = qemu_graph.plan(graph, "#block2", "/new", Known({"vm": {"discard": "unmap"}}))
     assert commands(plan) == ["blockdev-add", "blockdev-add", "blockdev-reopen"]
     assert plan.changes[1].arguments == {
         "driver": "raw", "node-name": "lazyfs-2", "read-only": True, "file": "lazyfs-1", "detect-zeroes": "off",
@@ -156,24 +158,112 @@ WORDS = [
 ]  # fmt: skip
 
 
-def known(top: str, base: str, file: str) -> Known:
-    return qemu_arguments.known(qemu_arguments.disks(WORDS), chain(top, base, file), file)
+def known(top: str, base: str, file: str) -> dict[str, Any]:
+    found = qemu_arguments.known(qemu_arguments.disks(WORDS), chain(top, base, file))
+    assert found.strange == {}
+    return {name: dict(options) for name, options in found.options.items() if options and name != "vm-file"}
 
 
 @pytest.mark.parametrize(
-    ("names", "aio", "discard"),
+    ("names", "options"),
     [
-        (("vm", "#1", "#2"), "native", {"vm": "unmap"}),
-        (("other", "base", "#2"), "io_uring", {"base": "unmap"}),
-        (("other", "#1", "base-file"), "threads", {}),
-        (("other", "#1", "#2"), None, {}),
-        (("vm", "base", "base-file"), "threads", {"vm": "unmap", "base": "unmap"}),
+        (("vm", "#1", "#2"), {"vm": {"discard": "unmap"}, "#2": {"aio": "native"}}),
+        (("other", "base", "#2"), {"base": {"discard": "unmap"}, "#2": {"aio": "io_uring"}}),
+        (("other", "#1", "base-file"), {"base-file": {"aio": "threads"}}),
+        (("other", "#1", "#2"), {}),
+        (
+            ("vm", "base", "base-file"),
+            {"vm": {"discard": "unmap"}, "base": {"discard": "unmap"}, "base-file": {"aio": "threads"}},
+        ),
     ],
 )
-def test_options_are_found_on_the_command_line(
-    names: tuple[str, str, str], aio: str | None, discard: dict[str, str]
-) -> None:
-    assert known(*names) == Known(aio, discard)
+def test_options_are_found_on_the_command_line(names: tuple[str, str, str], options: dict[str, Any]) -> None:
+    assert known(*names) == options
+
+
+def read(*words: str, graph: Graph | None = None) -> Known:
+    return qemu_arguments.known(qemu_arguments.disks(words), graph or chain("vm", "#1", "#2"))
+
+
+QCOW2 = (
+    "l2-cache-size=4M,lazy-refcounts=on,pass-discard-request=off,overlap-check.template=all,overlap-check.bitmap-directory=no,"
+    "encrypt.format=luks,encrypt.key-secret=sec0,cache-clean-interval=0"
+)
+AS_QMP = {
+    "l2-cache-size": 4 * MiB, "lazy-refcounts": True, "pass-discard-request": False, "cache-clean-interval": 0,
+    "overlap-check": {"template": "all", "bitmap-directory": False},
+    "encrypt": {"format": "luks", "key-secret": "sec0"},
+}  # fmt: skip
+
+
+def test_options_of_qcow2_are_as_qmp_wants_them() -> None:
+    drive = (
+        f"file=/vm.qcow2,if=none,id=disk,cache=none,aio=native,media=disk,throttling.bps-total=1,werror=stop,{QCOW2}"
+    )
+    as_json = '{"driver":"qcow2","node-name":"vm","file":{"driver":"file"},"backing":null,' + str(AS_QMP)[1:].replace(
+        "'", '"'
+    ).replace("True", "true").replace("False", "false")
+    for words in (
+        ("-drive", f"{drive},node-name=vm"),
+        ("-drive", drive),  # named by the device that uses it
+        ("-blockdev", f"qcow2,node-name=vm,{QCOW2}"),
+        ("-blockdev", as_json),
+    ):
+        found = read(*words)
+        assert found.strange == {}
+        assert found.options["vm"] == AS_QMP
+
+
+def test_a_reopen_repeats_them() -> None:
+    one = chain("vm", "#1", "#2")
+    plan = qemu_graph.plan(
+        one, "#2", "/new", read("-drive", f"node-name=vm,backing.file.locking=off,{QCOW2}", graph=one)
+    )
+    assert plan.changes[0].arguments["locking"] == "off"
+    (options,) = plan.changes[-1].arguments["options"]
+    assert AS_QMP.items() <= options.items()
+    assert options["backing"] == "lazyfs-2"
+
+
+def test_all_that_are_reopened_repeat_their_own() -> None:
+    nodes = [node("a", "qcow2"), node("b", "qcow2"), node("#1"), node("file", "file")]
+    one = graph(nodes, ("a", "backing", "#1"), ("b", "backing", "#1"), ("#1", "file", "file"))
+    words = [word for name in "ab" for word in ("-blockdev", f"qcow2,node-name={name},l2-cache-size={ord(name)}")]
+    plan = qemu_graph.plan(one, "file", "/new", read(*words, graph=one))
+    assert [options["l2-cache-size"] for options in plan.changes[-1].arguments["options"]] == [97, 98]
+
+
+def test_what_was_made_by_a_pivot_has_the_options_of_what_it_took_the_place_of() -> None:
+    words = ["-blockdev", "qcow2,node-name=vm,backing=base", "-blockdev", "raw,node-name=base,file=base-file"]
+    words += ["-blockdev", "file,node-name=base-file,aio=native"]
+    assert read(*words, graph=chain("vm", "base", "lazyfs-1")).options["lazyfs-1"] == {"aio": "native"}
+    inline = "-drive", "node-name=vm,backing.file.aio=native"
+    assert read(*inline, graph=chain("vm", "lazyfs-2", "lazyfs-1")).options["lazyfs-1"] == {"aio": "native"}
+
+
+def test_aio_of_a_drive_is_that_of_what_it_made_itself() -> None:
+    words = ["-drive", "node-name=vm,aio=native,backing=base", "-blockdev", "raw,node-name=base,file=base-file"]
+    found = read(*words, "-blockdev", "file,node-name=base-file", graph=chain("vm", "base", "base-file"))
+    assert (found.options["vm-file"], found.options["base-file"]) == ({"aio": "native"}, {})
+
+
+@pytest.mark.parametrize(
+    "word", ["node-name=vm,new-option=1", "node-name=vm,l2-cache-size=1.5M", "backing.node-name=#1,backing.file.x.y=1"]
+)
+def test_an_option_that_is_not_known_is_not_lost_but_refused(word: str) -> None:
+    one = chain("vm", "#1", "#2")
+    with pytest.raises(
+        errors.UserError, match=r"the option (new-option|l2-cache-size|x\.y), which lazyfs does not know"
+    ):
+        qemu_graph.plan(one, "#2", "/new", read("-drive", word, graph=one))
+
+
+def test_held_are_nodes_of_their_own_blockdev_and_ours() -> None:
+    disks = qemu_arguments.disks(
+        ["-blockdev", "raw,node-name=base,file.node-name=base-file", "-drive", "node-name=vm,file.node-name=lazyfs-9"]
+    )
+    names = ["base", "base-file", "vm", "added", "lazyfs-1", "lazyfs-9", "#block1"]
+    assert qemu_arguments.held(disks, names) == {"base", "lazyfs-1"}
 
 
 def test_doubled_commas_are_one() -> None:

@@ -63,8 +63,9 @@ def test_a_guest_uses_the_file_it_was_moved_to_and_no_other(lab: GuestLab) -> No
     assert lab.image_status(IMAGE)["state"] == "partial"
     lab.hurry()
     lab.lazyfs("detach", lab.mnt, "--wait")
-    # With its cache elsewhere, the path that was on the mount is free: another file of the same bytes goes there.
-    shutil.copyfile(cache / IMAGE, lab.disk)
+    # With its cache elsewhere, the path that was on the mount is free: another file of the same bytes goes there. Its
+    # time of change says that it is the image's.
+    shutil.copy2(cache / IMAGE, lab.disk)
     lab.pivot(machine)
     assert machine.backing().inode == lab.disk.stat().st_ino
     lab.wait_for_the_daemons_end()

@@ -1,0 +1,38 @@
+"""Opens what there is of an image that is being filled."""
+
+import logging
+
+from lazyfs import errors
+from lazyfs.core.block_map import BlockMap
+from lazyfs.interfaces import ImageRecord, Store, Stores
+
+logger = logging.getLogger(__name__)
+
+
+def load(stores: Stores, record: ImageRecord) -> tuple[Store, BlockMap, bool]:
+    """Return the store, what it holds, and whether it keeps anything: without room for a map it cannot.
+
+    What is on disk and cannot be trusted is discarded. Blocks.
+
+    Raises:
+        OSError, CacheCorrupt: it can be neither used nor begun anew.
+    """
+    assert record.size is not None
+    store = stores.partial(record)
+    try:
+        try:
+            return store, store.load(), True
+        except errors.CacheCorrupt as error:
+            logger.warning("cached part discarded: image=%s reason=%s", record.export, error)
+            store.close()
+            store.unfinish()
+            store.remove()
+            store = stores.partial(record)
+            return store, store.load(), True
+    except errors.NoSpace:
+        logger.warning("no room to cache: image=%s; it is served from the repository", record.export)
+        store.close()
+        return stores.unkept(), BlockMap(record.size, record.block_size), False
+    except BaseException:
+        store.close()
+        raise
