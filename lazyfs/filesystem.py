@@ -287,7 +287,10 @@ class Filesystem:
             taken.take(path)
             options = self._options
             records.append(
-                ImageRecord(0, export, path, None, "", options.format, State.REMOTE, "", options.block_size, now)
+                # No two of one time: that, with the size, is what a plain file is known by.
+                ImageRecord(
+                    0, export, path, None, "", options.format, State.REMOTE, "", options.block_size, now + len(records)
+                )
             )
         if records:
             for record in await trio.to_thread.run_sync(self._catalog.add, records):
