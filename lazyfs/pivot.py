@@ -56,6 +56,8 @@ class Report:
     pid: int | None = None
     error: str = ""
     nodes: tuple[NodeReport, ...] = ()
+    qemu: bool = True
+    """False if nobody listens there, or a program that does not speak QEMU's protocol."""
 
     @property
     def good(self) -> bool:
@@ -70,19 +72,24 @@ class Report:
     def lines(self) -> list[str]:
         """Say for people what is well: a line for each node."""
         if self.good and not self.nodes:
-            return [f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs"]
+            return [_one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")]
         return [self._line(node) for node in self.nodes if node.action in GOOD]
 
     def complaints(self) -> list[str]:
         """Say for people what is not: a line for each."""
         return [
             *(self._line(node) for node in self.nodes if node.action not in GOOD),
-            *([f"{self.socket}: {self.error}"] if self.error else []),
+            *([_one_line(f"{self.socket}: {self.error}")] if self.error else []),
         ]
 
     def _line(self, node: NodeReport) -> str:
         reason = f": {node.message}" if node.message else ""
-        return f"{self.socket}: {node.action} {node.path} (node {node.node or '-'}, pid {self.pid}){reason}"
+        return _one_line(f"{self.socket}: {node.action} {node.path} (node {node.node or '-'}, pid {self.pid}){reason}")
+
+
+def _one_line(text: str) -> str:
+    """Return it with escapes for what would end the line or steer the terminal: names have any bytes."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +105,16 @@ def sockets(paths: Sequence[str], folder: str | None) -> list[str]:
 
     Raises:
         UserError: the folder cannot be read.
+        UsageError: an empty name.
     """
     found = list(paths)
+    if "" in found or folder == "":
+        raise errors.UsageError("an empty name: name a QMP socket, or a folder of them with --all-in")
     if folder is not None:
         try:
             inside = sorted(os.path.join(folder, name) for name in os.listdir(folder))
         except OSError as error:
-            raise errors.UserError(f"cannot read {folder}: {error.strerror}") from error
+            raise errors.UserError(_one_line(f"cannot read {folder}: {error.strerror}")) from error
         found += [path for path in inside if qemu_monitor.is_socket(path)]
     once: dict[str, str] = {}
     for path in found:
@@ -205,18 +215,20 @@ async def _run(qmp_sockets: Sequence[str], options: Options) -> list[Report]:
 
 async def _pivot(path: str, lazyfs: pivot_survey.Lazyfs, options: Options) -> Report:
     """Pivot one QEMU; whatever happens there is its report, so that the others go on."""
-    qemu = None
+    qemu, is_qemu = None, True
     try:
         async with qemu_monitor.connected(path) as (monitor, pid):
             qemu = _Qemu(monitor, pid, lazyfs, options)
             await qemu.pivot()
             return Report(path, pid, "", tuple(qemu.reports))
+    except qemu_monitor.NoQemu as error:
+        trouble, is_qemu = str(error), False
     except errors.UserError as error:
         trouble = str(error)
     except Exception as error:
         logger.debug("a bug in lazyfs: socket=%s", path, exc_info=True)
         trouble = f"the pivot failed, a bug in lazyfs: {error!r}"
-    return Report(path, qemu.pid, trouble, tuple(qemu.reports)) if qemu else Report(path, None, trouble)
+    return Report(path, qemu.pid, trouble, tuple(qemu.reports)) if qemu else Report(path, None, trouble, (), is_qemu)
 
 
 @dataclass(slots=True)

@@ -18,6 +18,8 @@ class Lazyfs:
     images: Mapping[tuple[int, int], Image]
     """By device and key; where their paths lead now is not looked at."""
     devices: Collection[int]
+    detached: Collection[int]
+    """Those of the devices that are detached from their mountpoints."""
     foreign: Collection[str]
     """The control sockets of daemons that answer as this version of lazyfs does not."""
 
@@ -29,6 +31,7 @@ async def survey() -> Lazyfs:
     answers = await asyncio.gather(*(control_client.ask(path, commands) for path in sockets), return_exceptions=True)
     images: dict[tuple[int, int], Image] = {}
     devices = set()
+    detached = set()
     foreign = set()
     for path, answer in zip(sockets, answers, strict=True):
         if isinstance(answer, OSError | errors.UserError):
@@ -37,12 +40,14 @@ async def survey() -> Lazyfs:
             raise answer
         try:
             device, found = _read(*answer)
+            if answer[0].get("detached", False):
+                detached.add(device)
         except (KeyError, TypeError, ValueError, AttributeError):
             foreign.add(path)
         else:
             devices.add(device)
             images |= {(device, image.key): image for image in found}
-    return Lazyfs(images, devices, foreign)
+    return Lazyfs(images, devices, detached, foreign)
 
 
 def _read(mount: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, list[Image]]:
@@ -74,10 +79,19 @@ async def look(pid: int, graph: Graph, lazyfs: Lazyfs) -> View:
     opened = process_files.open_files(pid)
     # In a thread, as it takes its time where a file system hangs: other QEMUs go on.
     dead = await asyncio.to_thread(process_files.dead_devices, pid, opened, lazyfs.devices)
-    opened = [replace(file, orphan=file.device in dead) for file in opened]
-    found = [node for node in graph.nodes.values() if node.driver == "file" and node.read_only]
+    opened = [
+        replace(file, orphan=file.device in dead, plain=_is_plain(file, pid, {*lazyfs.devices, *dead}))
+        for file in opened
+    ]
+    found = [node for node in graph.nodes.values() if node.driver == "file" and graph.is_only_read(node.name)]
     nodes = [_file_node(node, pid, lazyfs) for node in found]
     return View(opened, nodes, _images(nodes, opened, lazyfs))
+
+
+def _is_plain(file: OpenFile, pid: int, lazyfs_devices: Collection[int]) -> bool:
+    if file.device in lazyfs_devices:
+        return False
+    return process_files.mounted_kind(pid, file.fd) not in (None, mounts.FS_TYPE)
 
 
 def _file_node(node: Node, pid: int, lazyfs: Lazyfs) -> FileNode:
@@ -93,7 +107,8 @@ def _file_node(node: Node, pid: int, lazyfs: Lazyfs) -> FileNode:
             now = process_files.place_of(node.filename, pid or None)
         except OSError as error:
             trouble = f"the path leads nowhere now: {error.strerror}"
-    return FileNode(node.name, node.filename, node.size, now, trouble, mount is not None)
+    on_detached = now is not None and now.device in lazyfs.detached
+    return FileNode(node.name, node.filename, node.size, now, trouble, mount is not None, on_detached)
 
 
 def _images(nodes: Sequence[FileNode], opened: Sequence[OpenFile], lazyfs: Lazyfs) -> list[Image]:

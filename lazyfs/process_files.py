@@ -88,6 +88,18 @@ def dead_devices(pid: int, opened: Sequence[OpenFile], alive: Collection[int]) -
     return {device for device, child in asked.items() if _answer(child, end) == errno.ENOTCONN}
 
 
+def mounted_kind(pid: int, fd: int) -> str | None:
+    """Return the type of the file system that the process has this file open on; None if it is not mounted (there).
+
+    By the mount, as a file's device is not always that of its file system (btrfs, overlayfs).
+    """
+    with suppress(OSError, ValueError):
+        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as lines:
+            number = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), None)
+        return next((kind for mount, _, kind in _mounts(pid) if mount == number), None)
+    return None
+
+
 def place_of(path: str, pid: int | None = None) -> Place:
     """Return where `path` leads for us, or for process `pid`; a relative one from its working folder.
 
@@ -136,13 +148,19 @@ def _open_file(fd: int, path: str, name: str) -> OpenFile:
 
 def _mounted_kinds(pid: int) -> dict[int, str]:
     """Return the type of each file system, by its device, that is mounted in the process's view."""
-    kinds = {}
+    return {device: kind for _, device, kind in _mounts(pid)}
+
+
+def _mounts(pid: int) -> list[tuple[str, int, str]]:
+    """Return the number, device and type of each mount in the process's view."""
+    found = []
     with suppress(OSError), open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             # 36 35 0:45 / /mnt rw,nosuid - fuse.lazyfs nbd://host rw,...
             before, _, after = line.partition(" - ")
-            kinds[device_number(before.split(" ")[2])] = after.split(" ")[0]
-    return kinds
+            number, _, device = before.split(" ")[:3]
+            found.append((number, device_number(device), after.split(" ")[0]))
+    return found
 
 
 def _ask(path: str) -> int:

@@ -19,8 +19,15 @@ ever, and other programs' sockets never greet."""
 COMMAND_S = 30.0
 """For each command: blockdev-reopen waits for all requests in flight, so for the slowest disk of the VM."""
 
+OWN_PACKAGE = "lazyfs"
+"""What lazyfs's own control sockets say in their greeting."""
+
 MAX_ANSWER = 64 * MiB
 """Bytes of the longest answer: about 1 KiB for each block node."""
+
+
+class NoQemu(errors.UserError):
+    """No QEMU is at the socket: nobody listens, or a program that does not speak its protocol."""
 
 
 class StepFailed(errors.UserError):
@@ -80,14 +87,30 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
             raise errors.UserError(
                 f"no QMP greeting in {CONNECT_S:g} s: no QEMU, one that hangs, or another client is connected"
             ) from None
-        except (QMPError, OSError) as error:
-            raise errors.UserError(f"this is no QMP server: {error}") from error
+        except (QMPError, OSError, EOFError, ValueError) as error:
+            hung_up = isinstance(getattr(error, "exc", error), EOFError | OSError)
+            reason = "it hung up" if hung_up else "it greets otherwise"
+            raise NoQemu(f"this is no QMP server: {reason}") from error
+        if _package(client) == OWN_PACKAGE:
+            await _disconnect(client)
+            raise NoQemu("this is lazyfs's own control socket; name the QMP sockets of QEMUs")
         try:
             yield Monitor(client), pid
         finally:
-            with suppress(QMPError, OSError, EOFError, TimeoutError):
-                async with asyncio.timeout(CONNECT_S):
-                    await client.disconnect()
+            await _disconnect(client)
+
+
+async def _disconnect(client: Any) -> None:
+    from qemu.qmp import QMPError
+
+    with suppress(QMPError, OSError, EOFError, TimeoutError):
+        async with asyncio.timeout(CONNECT_S):
+            await client.disconnect()
+
+
+def _package(client: Any) -> object:
+    """Return what the greeting says of the program."""
+    return client.greeting.QMP.version.get("package") if client.greeting else None
 
 
 def _connect(path: str) -> socket.socket:
@@ -99,7 +122,9 @@ def _connect(path: str) -> socket.socket:
         connection.close()
         reason = error.strerror or str(error)
         if isinstance(error, ConnectionRefusedError):
-            reason = "nobody listens: its QEMU has ended" if is_socket(path) else "this is no socket"
+            if is_socket(path):
+                raise NoQemu("nobody listens: its QEMU has ended") from error
+            reason = "this is no socket"
         elif isinstance(error, BlockingIOError):
             reason = "other clients wait for this QEMU already"
         raise errors.UserError(reason) from error

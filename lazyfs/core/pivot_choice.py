@@ -11,6 +11,9 @@ numbers on its mount (`inode_number`), and after a detach its path names a plain
     mount, any of both    a plain file           whole      MOVE, if it is the image's
     mount, any of both    another lazyfs mount   whole      MOVE, if it has the same cache, and it is the image's
     plain file            the same                          ALREADY
+    plain file            mount, key | WHOLE     whole      ALREADY, if it is the image's: it lies below the mount
+    mount, any of both    nowhere                           SKIPPED
+    anything              a detached mount                  SKIPPED: a bind mount, or QEMU's own mount namespace
     a dead mount          a plain file, or one   nobody     MOVE, if it is the image's
                           on a mount             answers
 
@@ -27,6 +30,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lazyfs.core import inode_number
+
+FD_SETS = "/dev/fdset/"
+"""Names of descriptors that QEMU was given: they never led anywhere."""
 
 SECTOR = 512
 """QEMU rounds the size of a node up to it."""
@@ -68,6 +74,8 @@ class OpenFile:
     """As /proc/PID/fd shows it: for messages, and for files of a dead mount."""
     orphan: bool = False
     """The file lies on a FUSE mount whose daemon is gone."""
+    plain: bool = False
+    """The file lies on a mounted file system that is no lazyfs."""
 
     def is_at(self, place: Place) -> bool:
         """Whether it is the very file there."""
@@ -115,6 +123,8 @@ class FileNode:
     """Why `now` is not known."""
     on_lazyfs: bool
     """The path lies on a mounted lazyfs."""
+    on_detached: bool = False
+    """The path leads, in QEMU's view, to a lazyfs that is detached from its mountpoint in ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,17 @@ def choose(
     """Return a choice for each node that has to do with lazyfs, and the open files of images that no node explains."""
     choices = [choice for node in nodes if (choice := _choose(node, nodes, images, opened)) is not None]
     explained = {file.fd for choice in choices for file in choice.explains}
-    return choices, [file for file in _on_old_places(images, opened) if file.fd not in explained]
+    unexplained = [file for file in _on_old_places(images, opened) if file.fd not in explained]
+    # A path that leads nowhere, and is not the image's own (relative, or by way of a symbolic link): its size tells.
+    chosen = {choice.node.name for choice in choices}
+    lost = [node for node in nodes if node.now is None and not node.path.startswith(FD_SETS)]
+    for node in (one for one in lost if one.name not in chosen):
+        files = tuple(file for file in unexplained if _sectors(file.size) == _sectors(node.size))
+        if files:
+            choices.append(Choice(node, Action.SKIPPED, node.trouble, (), files))
+            explained |= {file.fd for file in files}
+    orphans = {file.fd for file in unexplained if file.orphan}  # of another FUSE file system, perhaps
+    return choices, [file for file in unexplained if file.fd not in explained | orphans]
 
 
 def _choose(
@@ -163,10 +183,18 @@ def _choose(
     settled = len(at_target) >= sum(one.now == now for one in nodes)
     if image is None and settled:
         return None  # every node of this path is there; what is open besides only has the same name
+    if node.on_detached:
+        where = "the path leads QEMU to a lazyfs that is detached elsewhere"
+        return choice(Action.SKIPPED, f"{where}: through a bind mount, or in a mount namespace; unmount it there")
+    if others and not mine and not settled:
+        return choice(Action.SKIPPED, _other_version(others, image))
     if image is not None and image.state == "failed":
         return choice(Action.SKIPPED, f"the image failed: {image.error}")
     if image is not None and image.state != "whole":
         return choice(Action.PARTIAL, "not whole yet")
+    below = [file for file in opened if file.plain and file.is_image_at(now, None)] if node.on_lazyfs else []
+    if below and not explains and len(at_target) + len(below) >= sum(one.now == now for one in nodes):
+        return choice(Action.ALREADY, "it has the plain file below the mount open")
     if not explains and not at_target:
         message = "cannot be checked: the process that made the socket does not have this file open"
         return choice(Action.SKIPPED, message)
@@ -202,15 +230,27 @@ def _on_old_places(images: Sequence[Image], opened: Sequence[OpenFile]) -> list[
     found = []
     for file in opened:
         image = _image_of(file, images)
-        if image is not None and image.now is not None and not file.is_at(image.now):
+        if file.orphan if image is None else image.now is None or not file.is_at(image.now):
             found.append(file)
     return found
+
+
+def _sectors(size: int) -> int:
+    return -(-size // SECTOR)
 
 
 def _was_named(file: OpenFile, node: FileNode) -> bool:
     """Whether a file of a dead mount is this node's: once unmounted, it shows its name within the mount only."""
     name = file.name.removesuffix(" (deleted)")
     return name.startswith("/") and node.path.endswith(name)
+
+
+def _other_version(others: Sequence[tuple[OpenFile, Image]], image: Image | None) -> str:
+    other = others[0][1]
+    if image is None or other.cache != image.cache:
+        whose = "elsewhere" if image is None else f"to one of the cache {image.cache}"
+        return f"QEMU has the image of the cache {other.cache} open, and the path leads {whose} now"
+    return "QEMU has another version of the image open than the path leads to now"
 
 
 def _why_not(
@@ -225,13 +265,10 @@ def _why_not(
         return "the path names no regular file now"
     for file in stale:
         size = file.size if image is None or image.size is None else image.size
-        if now.size != size or -(-now.size // SECTOR) * SECTOR != node.size:
+        if now.size != size or _sectors(now.size) * SECTOR != node.size:
             return f"the file has {now.size} bytes now, the image {size} and QEMU's node {node.size}"
-    for _, other in others:
-        if image is None or other.cache != image.cache:
-            whose = "elsewhere" if image is None else f"to one of the cache {image.cache}"
-            return f"QEMU has the image of the cache {other.cache} open, and the path leads {whose} now"
-        return "QEMU has another version of the image open than the path leads to now"
+    if others:
+        return _other_version(others, image)
     if not all(file.is_image_at(now, image) for file in stale):
         return (
             "the path leads to another file than the image that QEMU has open: their times of change differ "

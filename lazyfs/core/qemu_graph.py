@@ -20,6 +20,7 @@ named either, as only unnamed parents are made anew.
 Source: QEMU 7.2, qapi/block-core.json (blockdev-add, blockdev-reopen, BlockDeviceInfo, XDbgBlockGraph), block.c.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,20 @@ class Graph:
     def above(self, name: str) -> list[Edge]:
         """Return who uses this node."""
         return [edge for edge in self.edges if edge.child == name]
+
+    def is_only_read(self, name: str) -> bool:
+        """Whether the node is read-only, or is only used by such, or as a backing file.
+
+        Of a file node with auto-read-only, as libvirt makes them, QEMU says that it can be written.
+        """
+        if self.nodes[name].read_only:
+            return True
+        above = self.above(name)
+        return bool(above) and all(
+            edge.parent_type == _NODE_TYPE
+            and (edge.role == "backing" or (edge.parent in self.nodes and self.is_only_read(edge.parent)))
+            for edge in above
+        )
 
     def children(self, name: str) -> dict[str, str]:
         """Return the children of this node by their roles."""
@@ -278,19 +293,30 @@ class _Planner:
 
     def _advice(self) -> str:
         """Say which command line names the node above the file, and the top of its chain."""
-        up = way_up(self._graph, self._old.name)
+        up = list(way_up(self._graph, self._old.name))
+        device = next((edge.parent for edge in self._graph.above(up[-1].node) if edge.parent_type != _NODE_TYPE), "")
+        if len(up) > 2 and self._is_temporary(up[-1].node):
+            up.pop()  # the names go to what is below it
         top = up[-1]
-        device = next((edge.parent for edge in self._graph.above(top.node) if edge.parent_type != _NODE_TYPE), "")
         stem = device or "disk"
         names = f"node-name={stem}-top"
         if len(up) > 2:  # not only the file and the node above it
             prefix = top.roles.removesuffix("file.")
             names += f",{prefix}node-name={stem}-base"
+        filename = self._graph.nodes[top.node].filename
+        if filename.startswith("json:"):
+            drive = f"{names} added to its -drive"
+        else:
+            drive = f"-drive file={filename.replace(',', ',,')},{names} (and the options it has now)"
         return (
-            f"all nodes above it have automatic names, which QEMU does not reopen; next time start it with "
-            f"-drive file={self._graph.nodes[top.node].filename},{names} (and the options it has now), "
-            f"or use --allow-hmp"
+            f"all nodes above it have automatic names, which QEMU does not reopen; next time start it with {drive}, "
+            "or use --allow-hmp"
         )
+
+    def _is_temporary(self, name: str) -> bool:
+        """Whether it is the overlay of snapshot=on; its file is deleted already. block.c, create_tmp_file."""
+        file = self._graph.nodes.get(self._graph.children(name).get("file", ""))
+        return file is not None and re.search(r"/vl\.\w{6}$", file.filename) is not None
 
 
 @dataclass(frozen=True, slots=True)

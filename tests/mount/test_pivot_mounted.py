@@ -107,6 +107,59 @@ def test_with_a_pivot_a_killed_daemon_is_not_noticed(lab: Lab, stack: ExitStack)
         lab.lazyfs("status")  # clears its socket away, if it was not about to end by itself
 
 
+def test_mounted_again_over_the_plain_file_that_it_was_moved_to(lab: Lab, stack: ExitStack) -> None:
+    expected = lab.image("disk", 1 * MiB).read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri)
+    qemu = start(lab, stack)
+    become_whole(lab)
+    lab.lazyfs("detach", lab.mnt, "--wait")
+    assert actions(pivot(lab, qemu.socket)) == ["pivoted"]
+    assert lab.daemon is not None
+    assert lab.daemon.wait(20) == 0
+    lab.daemon = None
+    lab.mount(server.uri)
+    (report,) = pivot(lab, qemu.socket)
+    assert [(node["action"], node["message"]) for node in report["nodes"]] == [
+        ("already", "it has the plain file below the mount open")
+    ]
+    assert qemu.export("vm").read(0, 1 * MiB) == expected
+
+
+def test_a_bind_mount_of_a_detached_mount(lab: Lab, stack: ExitStack) -> None:
+    lab.image("disk", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    bound = lab.folder / "bound"
+    bound.mkdir()
+    subprocess.run(["mount", "--bind", lab.mnt, bound], check=True)
+    stack.callback(subprocess.run, ["umount", "-l", bound], check=True)
+    nodes = [file_node("base-file", bound / "disk"), raw_node("base", "base-file")]
+    qemu = BlockQemu(lab.folder, blockdevs(*nodes))
+    stack.callback(qemu.close)
+    become_whole(lab)
+    lab.lazyfs("detach", lab.mnt, "--wait")
+    (report,) = pivot(lab, qemu.socket, code=1)
+    assert actions([report]) == ["skipped"]
+    assert "a lazyfs that is detached elsewhere" in report["nodes"][0]["message"]
+
+
+def test_an_old_version_that_was_replaced(lab: Lab, stack: ExitStack) -> None:
+    source = lab.image("disk", 1 * MiB)
+    lab.mount(lab.serve().uri, "--no-populate", "--refresh", "0.2", "--on-change", "replace")
+    qemu = start(lab, stack)
+    become_whole(lab)
+    newer = lab.folder / "newer"
+    newer.write_bytes(os.urandom(2 * MiB))
+    newer.rename(source)
+    wait_until(lambda: (lab.mnt / "disk").stat().st_size == 2 * MiB, "replaced")
+    for state in ("not whole", "whole"):
+        (report,) = pivot(lab, qemu.socket, code=1)
+        assert actions([report]) == ["skipped"], state
+        assert "has another version of the image open" in report["nodes"][0]["message"]
+        (lab.mnt / "disk").read_bytes()
+        wait_until(lambda: {one["state"] for one in lab.status()["images"]} == {"whole"}, "the new one is whole")
+
+
 def test_a_killed_daemon_leaves_whole_images_to_pivot_to(lab: Lab, stack: ExitStack) -> None:
     """Reads of the old file fail by now, but the path names the plain file again."""
     expected = lab.image("disk", 1 * MiB).read_bytes()
@@ -334,7 +387,8 @@ def test_a_folder_of_sockets_and_what_people_see(lab: Lab, stack: ExitStack) -> 
     lab.mount(lab.serve().uri, "--no-populate")
     folder = lab.folder / "libvirt"
     folder.mkdir()
-    assert lab.lazyfs("pivot", "--all-in", folder).stdout == ""
+    empty = lab.lazyfs("pivot", "--all-in", folder)
+    assert (empty.stdout, empty.stderr) == ("", f"lazyfs: there is no socket in '{folder}'\n")
     qemu = start(lab, stack)
     idle = BlockQemu(lab.folder, [], "idle")
     stack.callback(idle.close)

@@ -96,6 +96,40 @@ def test_an_image_of_a_detached_mount_that_was_mounted_again() -> None:
     assert choice.stale == (opened(MOUNT, KEY),)
 
 
+def test_a_path_that_is_not_the_images_own_and_leads_nowhere() -> None:
+    for file in (opened(MOUNT, KEY), replace(DEAD, name="/disk")):
+        images = [] if file.orphan else [image(None)]
+        choices, unexplained = choose([node(None, path="links/other")], images, [file])
+        assert [(one.action, one.message) for one in choices] == [(Action.SKIPPED, "nowhere")]
+        assert unexplained == []
+        assert choose([node(None, path="links/other", size=SIZE + 512)], images, [file])[0] == []
+
+
+def test_the_plain_file_below_the_mount_needs_nothing() -> None:
+    """Detached, pivoted, and mounted again over it."""
+    below = opened(PLAIN, 99, plain=True)
+    assert only([node(ON_MOUNT)], [image(ON_MOUNT)], [below]).action is Action.ALREADY
+    for other in (replace(below, mtime_ns=TIME + 1), replace(below, size=SIZE + 1), replace(below, plain=False)):
+        choice = only([node(ON_MOUNT)], [image(ON_MOUNT)], [other])
+        assert (choice.action, "cannot be checked" in choice.message) == (Action.SKIPPED, True)
+    nodes = [node(ON_MOUNT), node(ON_MOUNT, name="later")]
+    assert {one.action for one in choose(nodes, [image(ON_MOUNT)], [below])[0]} == {Action.SKIPPED}, (
+        "one of them has it"
+    )
+
+
+def test_an_old_version_beside_a_new_one_that_is_not_whole() -> None:
+    old, new = image(None, replaced=True), image(replace(FILLING, inode=KEY + 1), "partial", key=KEY + 1)
+    choice = only([node(new.now)], [old, new], [opened(MOUNT, KEY)])
+    assert (choice.action, "another version of the image open" in choice.message) == (Action.SKIPPED, True)
+
+
+def test_a_mount_that_is_detached_elsewhere_is_not_moved_to() -> None:
+    for inode in (KEY, WHOLE):
+        choice = only([node(ON_MOUNT, on_detached=True)], [image(ON_MOUNT)], [opened(MOUNT, inode)])
+        assert (choice.action, "detached elsewhere" in choice.message) == (Action.SKIPPED, True)
+
+
 # -- other bytes of the same name and size
 
 OTHER = replace(DETACHED, mtime_ns=TIME + 1)
