@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
 from lazyfs import __version__, errors
+from lazyfs.core import shown_file
+from lazyfs.core.qcow2_layout import MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE
 from lazyfs.units import KiB, MiB, parse_size
 
 SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
@@ -45,9 +47,12 @@ def _add_mount(verbs: Any, run: Verb) -> None:
     mount.add_argument("repository", metavar="REPOSITORY", type=_uri, help="NBD URI without an export name")
     mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder; also the cache by default")
     mount.add_argument("--cache-dir", metavar="DIR", help="keep the cache in this folder, made if its parent exists")
-    mount.add_argument("--format", choices=["raw"], default="raw", help="of cache files (default: raw)")
-    mount.add_argument("--block-size", metavar="SIZE", type=_block_size, default=64 * KiB,
-                       help="unit of fetching, a power of two from 4K to 4M (default: 64K)")  # fmt: skip
+    mount.add_argument("--format", choices=shown_file.FORMATS, default=shown_file.RAW,
+                       help="of images new to this cache: raw (default), or qcow2, shown as NAME.qcow2")  # fmt: skip
+    mount.add_argument("--block-size", metavar="SIZE", type=_block_size,
+                       help="unit of fetching of raw images, a power of two from 4K to 4M (default: 64K)")  # fmt: skip
+    mount.add_argument("--cluster-size", metavar="SIZE", type=_cluster_size,
+                       help="of qcow2 images, a power of two from 4K to 2M (default: 64K)")  # fmt: skip
     mount.add_argument("--no-populate", action="store_true", help="fetch only what is read")
     mount.add_argument("--fill-rate", metavar="BYTES/s", type=_rate, help="limit population, such as 50M or 1GiB")
     mount.add_argument("--io-timeout", metavar="SECONDS", type=_seconds, default=120.0,
@@ -157,9 +162,17 @@ def _rate(text: str) -> int:
 
 
 def _block_size(text: str) -> int:
+    return _power_of_two(text, 4 * KiB, 4 * MiB)
+
+
+def _cluster_size(text: str) -> int:
+    return _power_of_two(text, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
+
+
+def _power_of_two(text: str, least: int, most: int) -> int:
     size = _size(text)
-    if not 4 * KiB <= size <= 4 * MiB or size & (size - 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 4K to 4M")
+    if not least <= size <= most or size & (size - 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from {least // KiB}K to {most // MiB}M")
     return size
 
 

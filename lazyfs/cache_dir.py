@@ -22,10 +22,13 @@ from dataclasses import replace
 
 from lazyfs import errors, mounts
 from lazyfs.catalog import SqliteCatalog
-from lazyfs.core.export_name import RESERVED
+from lazyfs.core import shown_file
+from lazyfs.core.export_name import RESERVED, qemu_uri
 from lazyfs.core.lifecycle import State
 from lazyfs.interfaces import FileLook, ImageRecord, PlainFile, Store
-from lazyfs.store.raw import RawStore, WholeFile
+from lazyfs.store.cache_file import WholeFile
+from lazyfs.store.qcow2 import Qcow2Store
+from lazyfs.store.raw import RawStore
 from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import GiB, MiB
 
@@ -45,13 +48,16 @@ _CATALOG = f"{STATE}/catalog.sqlite"
 class CacheDir:
     """An open, locked cache directory. Implements `interfaces.Stores`."""
 
-    def __init__(self, path: str, mountpoint: str, look: FileLook) -> None:
+    def __init__(self, path: str, mountpoint: str, repository: str, look: FileLook) -> None:
         """Open and lock the cache at `path`, creating what is missing, and load its catalog.
+
+        `repository`: its URI, which a qcow2 names as its backing file while it is being filled.
 
         Raises:
             UserError: it cannot be used; says why.
         """
         self.path = path
+        self._repository = repository
         self._look = look
         try:
             # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not fill another disk.
@@ -79,6 +85,9 @@ class CacheDir:
 
     def partial(self, record: ImageRecord) -> Store:
         """Return the store of an image that is being filled."""
+        if record.format == shown_file.QCOW2:
+            backing = qemu_uri(self._repository, record.export)
+            return Qcow2Store(self.root_fd, record, self._look, backing)
         return RawStore(self.root_fd, record, self._look)
 
     def unkept(self) -> Store:
@@ -185,7 +194,7 @@ class CacheDir:
                 record, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0
             )
         else:
-            if stat.S_ISREG(found.st_mode) and found.st_size == record.size:
+            if stat.S_ISREG(found.st_mode) and found.st_size == record.file_size:
                 now = replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
             else:
                 now = replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
@@ -195,7 +204,7 @@ class CacheDir:
 
     def _refuse_foreign(self) -> None:
         ours = {r.path for r in self.records if r.state is State.WHOLE or r.error == CHANGED_BY_HAND}
-        unfinished = {record.path: record.inode for record in self.records if record.path not in ours}
+        unfinished = {record.path: record for record in self.records if record.path not in ours}
         for path in _files_below(self.root_fd):
             if path in ours or (path in unfinished and self._is_finished(path, unfinished[path])):
                 continue
@@ -204,10 +213,10 @@ class CacheDir:
                 f"move it away, or keep the cache elsewhere with --cache-dir"
             )
 
-    def _is_finished(self, path: str, inode: int) -> bool:
+    def _is_finished(self, path: str, record: ImageRecord) -> bool:
         """Whether a crash came between linking a whole image into place and telling the catalog."""
         try:
-            ours = os.stat(f"{_PARTIAL}/{inode}.raw", dir_fd=self.root_fd, follow_symlinks=False)
+            ours = os.stat(f"{_PARTIAL}/{record.inode}.{record.format}", dir_fd=self.root_fd, follow_symlinks=False)
             there = os.stat(path, dir_fd=self.root_fd, follow_symlinks=False)
         except FileNotFoundError:
             return False

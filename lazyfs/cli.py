@@ -19,6 +19,8 @@ from typing import Any
 
 from lazyfs import arguments as arguments_of
 from lazyfs import control_client, errors, mounts, pivot, unmounting, waiting
+from lazyfs.core import shown_file
+from lazyfs.units import KiB
 
 WATCH_S = 1.0
 """Between two pictures of `status --watch`."""
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _mount(options: argparse.Namespace) -> int:
+    options.block_size = _block_size(options)
     mountpoint = _mountpoint(options.mountpoint)
     if os.geteuid() != 0 and (options.uid, options.gid) != (os.geteuid(), os.getegid()):
         raise errors.UsageError("only root can give files to others: leave out --uid and --gid")
@@ -131,6 +134,16 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
     except Exception:
         logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
         raise errors.UserError("the daemon failed, a bug in lazyfs; the log has the details") from None
+
+
+def _block_size(options: argparse.Namespace) -> int:
+    """Return the block size of new images, which for a qcow2 is its cluster size."""
+    if options.cluster_size and options.format != shown_file.QCOW2:
+        raise errors.UsageError("--cluster-size is for --format qcow2; raw images have --block-size")
+    if options.block_size and options.format != shown_file.RAW:
+        raise errors.UsageError("--block-size is for raw images; a qcow2 has --cluster-size")
+    size: int = options.block_size or options.cluster_size or 64 * KiB
+    return size
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:

@@ -69,7 +69,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     _raise_file_limit()
     # What libnbd or a thread cannot raise to us is reported here, on stderr by default.
     sys.excepthook = lambda kind, error, trace: logger.error("uncaught", exc_info=(kind, error, trace))
-    cache = CacheDir(config.cache_dir, config.mountpoint, config.look)
+    cache = CacheDir(config.cache_dir, config.mountpoint, config.repository, config.look)
     try:
         os.chdir("/")
         trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)

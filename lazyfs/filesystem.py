@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from lazyfs import errors
-from lazyfs.core import inode_number
+from lazyfs.core import inode_number, shown_file
 from lazyfs.core.export_name import file_name
 from lazyfs.core.lifecycle import State
 from lazyfs.image import Image, Surroundings
@@ -42,6 +42,7 @@ class Options:
     """What the user chose about images; the daemon chooses the rest."""
 
     block_size: int
+    """Of new images; for a qcow2 its clusters."""
     io_timeout_s: float
     replace_changed: bool
     populate: bool
@@ -283,9 +284,9 @@ class Filesystem:
         records: list[ImageRecord] = []
         taken = _Names(self.root)
         for export in sorted(listed - known):
-            path = file_name(export, taken.is_free)
-            taken.take(path)
             options = self._options
+            path = file_name(export, taken.is_free, shown_file.SUFFIX[options.format])
+            taken.take(path)
             records.append(
                 # No two of one time: that, with the size, is what a plain file is known by.
                 ImageRecord(

@@ -25,6 +25,8 @@ SETTLED_TIMEOUT_S = 3600.0
 """How long the kernel may keep what does not change without our telling it."""
 FILLING_TIMEOUT_S = 1.0
 """How old `du` of an image that is being filled may be."""
+LARGEST_FILE = 2**63 - 1
+"""Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be opened."""
 
 
 class FuseAdapter(pyfuse3.Operations):
@@ -99,9 +101,9 @@ class FuseAdapter(pyfuse3.Operations):
             return entry
         entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._look.mode)
         entry.st_nlink = 1
-        entry.st_size = node.record.size or 0
+        entry.st_size = min(node.record.file_size or 0, LARGEST_FILE)
         entry.st_blksize = node.record.block_size
-        entry.st_blocks = -(-node.present_bytes() // SECTOR)
+        entry.st_blocks = -(-node.allocated_bytes() // SECTOR)
         entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = node.record.created_ns
         # A name without a size is looked up again by whoever wants more than the name.
         entry.entry_timeout = SETTLED_TIMEOUT_S if node.record.size is not None else 0

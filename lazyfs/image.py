@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from lazyfs import errors, image_statistics, partial_cache
+from lazyfs import errors, image_statistics, partial_cache, reading
 from lazyfs.core import inode_number, lifecycle
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
+from lazyfs.core.shown_file import ShownFile
 from lazyfs.fetcher import Fetcher
 from lazyfs.interfaces import (
     Catalog,
@@ -38,7 +39,6 @@ from lazyfs.interfaces import (
     Stores,
 )
 from lazyfs.pace import Pace
-from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,6 @@ CHECKPOINT_S = 5.0
 
 ROOM_CHECK_S = 5.0
 """Between looks for room for an image that is read without being kept."""
-
-MAX_BLOCKS = 256 * MiB
-"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +88,8 @@ class Image:
         """Why the latest turn of population failed."""
         self.fetcher: Fetcher | None = None
         self._around = around
+        self._shown: ShownFile | None = None
+        """Set by the first open; from then on the size is fixed."""
         self._file: ImageFile | None = None
         self._plain: PlainFile | None = None
         self._plain_opens = 0
@@ -113,9 +112,10 @@ class Image:
         whole = self.record.state is State.WHOLE
         return inode_number.whole(self.record.inode) if whole else self.record.inode
 
-    def present_bytes(self) -> int:
-        """Return the bytes of data in the cache file, which is also what `du` shows."""
-        return image_statistics.present_bytes(self.record, self.fetcher)
+    def allocated_bytes(self) -> int:
+        """Return what the cache file takes of the disk, as `du` shows it: data, and a qcow2's metadata."""
+        metadata = 0 if self.record.state is State.REMOTE else self.record.shown.metadata_size
+        return image_statistics.present_bytes(self.record, self.fetcher) + metadata
 
     @property
     def fillable(self) -> bool:
@@ -156,6 +156,7 @@ class Image:
                     await self._open_plain()
                 elif self._file is None:
                     await self._open_file()
+                self._shown = self.record.shown
         except BaseException:
             self.open_count -= 1
             raise
@@ -179,34 +180,27 @@ class Image:
                 await self.fetcher.rest()
 
     async def read(self, offset: int, length: int, plain: bool = False) -> bytes:
-        """Return the bytes at `offset`, fewer at the image's end. The image must be open in the same way.
+        """Return the bytes at `offset` of the file shown, fewer at its end. The image must be open in the same way.
 
         Raises:
             RequestFailed, ExportChanged, UserError: a missing range cannot be had.
             OSError, CacheCorrupt: the cache file cannot be read.
         Cancellation: nothing is lost.
         """
-        file = self._plain if plain else self._file
-        assert file is not None
-        assert self.record.size is not None
-        wanted = ByteRange(min(offset, self.record.size), min(offset + length, self.record.size))
-        if not wanted.length:
-            return b""
-        if self.fetcher is not None and not plain:
-            if self.fetcher.distrust is not None:
-                raise self.fetcher.distrust
-            if not self.fetcher.present(wanted):
-                data = await self.fetcher.read_missing(wanted, self._read_cache)
-                if data is not None:
-                    return data
-                file = self._file  # another one, if there was no room for it before
-                assert file is not None
-        ready = file.read_nowait(wanted.start, wanted.length)
-        return ready if ready is not None else await trio.to_thread.run_sync(file.read, wanted.start, wanted.length)
+        shown = self._shown
+        assert shown is not None
+        wanted = ByteRange(min(offset, shown.size), min(offset + length, shown.size))
+        if plain or self._store is None:
+            file = self._plain if plain else self._file
+            assert file is not None
+            return await reading.read_file(file, wanted) if wanted.length else b""
+        return await reading.read_partial(shown, wanted, self._cache)
 
-    def _read_cache(self, wanted: ByteRange) -> bytes:
-        assert self._file is not None
-        return self._file.read(wanted.start, wanted.length)
+    def _cache(self) -> tuple[Fetcher, Store]:
+        """Both change when room is found for an image that had none."""
+        assert self.fetcher is not None
+        assert self._store is not None
+        return self.fetcher, self._store
 
     # -- the life of an image
 
@@ -279,8 +273,8 @@ class Image:
             self._file = await self._open_whole()
             return
         assert self.record.size is not None
-        if self._too_large():
-            raise errors.UserError(self._too_large())
+        if trouble := partial_cache.too_large(self.record):
+            raise errors.UserError(trouble)
         if self.record.state is State.REMOTE:
             await self._save(state=State.PARTIAL)
             self._around.on_attributes_changed(self)
@@ -295,12 +289,6 @@ class Image:
             self._around.nursery.start_soon(self._wait_for_room, store)
         else:
             self._around.nursery.start_soon(self._look_after, self.fetcher)
-
-    def _too_large(self) -> str:
-        """Why this image cannot be cached with these blocks; "" if it can."""
-        if -(-(self.record.size or 0) // self.record.block_size) <= MAX_BLOCKS:
-            return ""
-        return "too large for its blocks: mount with a larger --block-size and an empty cache"
 
     async def _open_plain(self) -> None:
         if self._plain is None:
@@ -473,8 +461,8 @@ class Image:
         )
 
     def _messages(self) -> Iterable[str]:
-        if self.record.error or self._too_large():
-            yield self.record.error or self._too_large()
+        if trouble := self.record.error or partial_cache.too_large(self.record):
+            yield trouble
         if self.gone:
             yield "not in the repository any more"
         if self.record.state is State.PARTIAL and self.fetcher is not None:

@@ -15,6 +15,9 @@ class ImageStatistics:
     path: str
     inode: int
     size: int | None
+    """Of the export."""
+    file_size: int | None
+    """Of the file shown."""
     format: str
     state: str
     present_bytes: int
@@ -55,6 +58,7 @@ def of(
         path=record.path,
         inode=inode,
         size=record.size,
+        file_size=record.file_size,
         format=record.format,
         state=record.state.value,
         present_bytes=present_bytes(record, fetcher),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lazyfs import errors
+from lazyfs.core import shown_file
 from lazyfs.core.block_map import BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
@@ -54,13 +55,15 @@ class ImageRecord:
     path: str
     """Where it is shown, relative to the mountpoint."""
     size: int | None
-    """None until the repository was asked."""
+    """Of the export; None until the repository was asked."""
     identity: str
     format: str
+    """Of the cache file, and of what is shown: a key of `shown_file.SUFFIX`."""
     state: State
     error: str
     """Why it failed, or what an operator should know; "" if nothing."""
     block_size: int
+    """Unit of the map; of a qcow2 the cluster size."""
     created_ns: int
     """When it was first seen, in ns since the epoch: the file's times."""
     present_bytes: int = 0
@@ -68,6 +71,17 @@ class ImageRecord:
     demand_bytes: int = 0
     populated_bytes: int = 0
     requests: int = 0
+
+    @property
+    def shown(self) -> shown_file.ShownFile:
+        """The file on the mount. The size must be known."""
+        assert self.size is not None
+        return shown_file.of(self.format, self.size, self.block_size)
+
+    @property
+    def file_size(self) -> int | None:
+        """Bytes of the file on the mount, None until the repository was asked."""
+        return None if self.size is None else self.shown.size
 
 
 @dataclass(frozen=True, slots=True)

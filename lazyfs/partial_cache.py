@@ -3,10 +3,23 @@
 import logging
 
 from lazyfs import errors
+from lazyfs.core import shown_file
 from lazyfs.core.block_map import BlockMap
 from lazyfs.interfaces import ImageRecord, Store, Stores
+from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
+
+MAX_BLOCKS = 256 * MiB
+"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
+
+
+def too_large(record: ImageRecord) -> str:
+    """Return why this image cannot be cached with these blocks; "" if it can."""
+    if -(-(record.size or 0) // record.block_size) <= MAX_BLOCKS:
+        return ""
+    option = "--block-size" if record.format == shown_file.RAW else "--cluster-size"
+    return f"too large for its blocks: mount with a larger {option} and an empty cache"
 
 
 def load(stores: Stores, record: ImageRecord) -> tuple[Store, BlockMap, bool]:

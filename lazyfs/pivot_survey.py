@@ -54,7 +54,8 @@ def _read(mount: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, l
     device, cache = process_files.device_number(mount["device"]), mount["cache_dir"]
     return device, [
         Image(
-            row["path"], cache, device, inode_number.key(row["inode"]), row["state"], row["size"], row["error"],
+            row["path"], cache, device, inode_number.key(row["inode"]), row["state"], row.get("file_size", row["size"]),
+            row["error"],
             replaced=row.get("replaced", False),
         )
         for row in rows

@@ -328,8 +328,8 @@ class _Disk:
     def __init__(self, record: ImageRecord) -> None:
         assert record.size is not None
         self.header = (record.inode, record.size, record.block_size, record.export, record.identity)
-        self.data = bytearray(record.size)
-        self.safe_data = bytes(record.size)
+        self.data = bytearray(record.shown.size)
+        self.safe_data = bytes(self.data)
         self.states = bytes(-(-record.size // record.block_size))
         self.mixed_zero_bytes = 0
         self.damaged = False
@@ -380,6 +380,8 @@ class MemoryStores:
 
 class _MemoryReader:
     _bytes: bytearray | bytes | None = None
+    _data_offset = 0
+    """Where offset 0 of reads and writes lies in the file."""
 
     def __init__(self, stores: MemoryStores) -> None:
         self._stores = stores
@@ -391,6 +393,7 @@ class _MemoryReader:
     def read(self, offset: int, length: int) -> bytes:
         if self._bytes is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        offset += self._data_offset
         data = bytes(self._bytes[offset : offset + length])
         if len(data) != length:
             raise errors.CacheCorrupt(f"the cache file ends at {len(self._bytes)}, inside the image")
@@ -409,6 +412,7 @@ class MemoryStore(_MemoryReader):
         assert record.size is not None
         self._record = record
         self._size = record.size
+        self._data_offset = record.shown.metadata_size
         self._lock = threading.Lock()
         self._disk: _Disk | None = None
         self._written: set[int] = set()
@@ -437,7 +441,7 @@ class MemoryStore(_MemoryReader):
             end = offset + len(data)
             if offset % GRAIN or (end % GRAIN and end != self._size) or end > self._size or not data:
                 self._stores.odd_writes.append(ByteRange(offset, end))
-            self._disk.data[offset:end] = data
+            self._disk.data[self._data_offset + offset : self._data_offset + end] = data
             self._written.update(range(offset // self._record.block_size, -(-end // self._record.block_size)))
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
@@ -469,6 +473,10 @@ class MemoryStore(_MemoryReader):
                 f"cannot put the whole image at {self._record.path}: a file that lazyfs did not put there is in the way"
             )
         assert self._disk.safe_data == self._disk.data, "not checkpointed"
+        for part in self._record.shown.split(ByteRange(0, self._data_offset)):
+            assert isinstance(part, bytes)
+            self._disk.data[: len(part)] = part
+        self._disk.safe_data = bytes(self._disk.data)
         self._stores.plain[self._record.path] = self._disk.data
         self._stores.journal.append(f"finish {self._record.inode}")
 
@@ -492,8 +500,8 @@ class _MemoryPlainFile(_MemoryReader):
         found = stores.plain.get(record.path)
         if found is None:
             raise errors.CacheCorrupt("the plain file cannot be opened: No such file or directory")
-        if len(found) != record.size:
-            raise errors.CacheCorrupt(f"the plain file has {len(found)} bytes, the image {record.size}")
+        if len(found) != record.file_size:
+            raise errors.CacheCorrupt(f"the plain file has {len(found)} bytes, the image {record.file_size}")
         self._bytes = found
         stores.open_files.add(self)
 

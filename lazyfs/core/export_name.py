@@ -18,6 +18,7 @@ name is a safe path, and no two exports share one:
 import hashlib
 import unicodedata
 from collections.abc import Callable
+from urllib.parse import quote, urlsplit
 
 NAME_MAX = 255
 PATH_MAX = 3072
@@ -29,40 +30,54 @@ RESERVED = frozenset({".lazyfs", "lost+found"})
 _HASH_HEX = 32
 
 
-def file_name(export: str, is_free: Callable[[str], bool] = lambda path: True) -> str:
+def qemu_uri(repository: str, export: str) -> str:
+    """Return the URI by which QEMU opens `export`, as it has to be in a qcow2's header.
+
+    QEMU drops leading slashes of a name, so for such a one this is a URI that cannot be opened: not another export.
+    """
+    parts = urlsplit(repository)
+    if export.startswith("/"):
+        return "nbd:the-name-of-the-export-begins-with-a-slash"
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc}/{quote(export, errors='surrogatepass')}{query}"
+
+
+def file_name(export: str, is_free: Callable[[str], bool] = lambda path: True, suffix: str = "") -> str:
     """Return the path, relative to the mountpoint, under which `export` is shown.
 
     Args:
         is_free: whether a path can be given: it is neither taken, nor a folder, nor below a file.
-            It must be true of all but the plain forms, which is so if all names come from here.
+        suffix: ends the name, whatever becomes of the rest; at most 16 bytes.
     """
-    for candidate in (_folders(export), _flat(export)):
+    for candidate in (_folders(export, suffix), _flat(export, suffix)):
         if candidate is not None and is_free(candidate):
             return candidate
     first, flat = _encode_byte(export[:1]), _encode(export).replace("/", "%2F")
-    if flat.startswith(first):
-        # Encoding the first character changes nothing; the NUL that ends a C string does.
-        return _shorten(flat + "%00")
-    return _shorten(first + flat[1:])
+    # Encoding the first character may change nothing; the NUL that ends a C string does.
+    last = flat + "%00" if flat.startswith(first) else first + flat[1:]
+    if not is_free(_shorten(last, suffix)):
+        last += "%00"  # "a" with a suffix beside "a.suffix" without, both clashing with a folder of that name
+    return _shorten(last, suffix)
 
 
-def _folders(export: str) -> str | None:
+def _folders(export: str, suffix: str) -> str | None:
     encoded = _encode(export)
     components = encoded.split("/")
     if any(part in ("", ".", "..") for part in components) or components[0] in RESERVED:
         return None
-    if len(encoded.encode()) > PATH_MAX:
+    if len(encoded.encode()) + len(suffix) > PATH_MAX:
         return None
-    return "/".join(_shorten(part) for part in components)
+    *folders, last = components
+    return "/".join([*map(_shorten, folders), _shorten(last, suffix)])
 
 
-def _flat(export: str) -> str:
+def _flat(export: str, suffix: str) -> str:
     flat = _encode(export).replace("/", "%2F")
     if flat == "":
-        return "%00"
+        return "%00" + suffix
     if flat in (".", "..") or flat in RESERVED:
-        return _encode_byte(flat[:1]) + flat[1:]
-    return _shorten(flat)
+        return _encode_byte(flat[:1]) + flat[1:] + suffix
+    return _shorten(flat, suffix)
 
 
 def _encode(text: str) -> str:
@@ -73,11 +88,11 @@ def _encode_byte(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
 
 
-def _shorten(component: str) -> str:
-    raw = component.encode()
-    if len(raw) <= NAME_MAX:
-        return component
+def _shorten(component: str, suffix: str = "") -> str:
+    raw, room = component.encode(), NAME_MAX - len(suffix)
+    if len(raw) <= room:
+        return component + suffix
     digest = hashlib.sha256(raw).hexdigest()[:_HASH_HEX]
-    start = raw[: NAME_MAX - _HASH_HEX - 2].decode(errors="ignore")
+    start = raw[: room - _HASH_HEX - 2].decode(errors="ignore")
     # "%~" is never made by percent-encoding, so a shortened name clashes with no other kind.
-    return f"{start}%~{digest}"
+    return f"{start}%~{digest}{suffix}"

@@ -1,102 +1,34 @@
-"""A raw image in the cache: `partial/<inode>.raw` and `.map`, then the plain file at the image's path.
+"""A raw image being filled: `partial/<inode>.raw`, which becomes the plain file, and `.map`.
 
 Order on disk, always: data, fdatasync, map, fdatasync. The map file has its full length from the start, so
 a checkpoint never needs room that a full disk could refuse. Holes stay holes: only data is written.
-
-    .lazyfs/partial/17.raw   ──(complete: fsync, mode, owner, times, link, fsync of folders)──>  team/debian-12
-    .lazyfs/partial/17.*     removed once the catalog says whole
-
-At every moment at least one of the two names is there, and `finish` may be repeated after a crash.
 """
 
-import errno
 import os
-import stat
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 
 from lazyfs import errors
 from lazyfs.core import map_file
 from lazyfs.core.block_map import BlockMap
 from lazyfs.interfaces import FileLook, ImageRecord
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+from lazyfs.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
 
 
-@contextmanager
-def _space_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise errors.NoSpace from error
-        raise
-
-
-def _write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _read_exactly(fd: int, offset: int, length: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
-            raise errors.CacheCorrupt(f"the cache file ends at {offset + len(data)}, inside the image")
-        data += more
-    return data
-
-
-class _FileReader:
-    """Reads of an open cache file, partial or whole."""
-
-    _fd: int
-
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Measured: 2 us for 4 KiB from the page cache, where a thread costs 60 us more."""
-        buffer = bytearray(length)
-        try:
-            done = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
-        except (BlockingIOError, OSError) as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                return None
-            raise
-        return bytes(buffer) if done == length else None
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes."""
-        return _read_exactly(self._fd, offset, length)
-
-
-class RawStore(_FileReader):
+class RawStore(PartialFile):
     """A raw image being filled. Implements `interfaces.Store`."""
 
     def __init__(self, root_fd: int, record: ImageRecord, look: FileLook) -> None:
         """`root_fd`: the cache directory, opened before anything was mounted over it."""
-        assert record.size is not None
-        self._root_fd = root_fd
-        self._record = record
-        self._look = look
-        self._size = record.size
-        self._data_name = f".lazyfs/partial/{record.inode}.raw"
-        self._map_name = f".lazyfs/partial/{record.inode}.map"
-        self._header = map_file.MapHeader(record.inode, record.size, record.block_size, record.export, record.identity)
-        self._fd = -1
+        super().__init__(root_fd, record, look)
+        self._map_name = f"{PARTIAL}/{record.inode}.map"
+        self._header = map_file.MapHeader(record.inode, self._size, record.block_size, record.export, record.identity)
         self._map_fd = -1
-        self._lock = threading.Lock()
-        self._writers = 0
-        self._closed = False
 
     def load(self) -> BlockMap:
         """Open the files, or create them: the data file first, so that no map is ever without its data."""
-        with _space_errors():
+        with space_errors():
             self._fd = self._open_data()
-            self._map_fd = os.open(self._map_name, _OPEN, 0o600, dir_fd=self._root_fd)
+            self._map_fd = os.open(self._map_name, OPEN_FLAGS, 0o600, dir_fd=self._root_fd)
             data, saved = os.fstat(self._fd), os.fstat(self._map_fd)
             if data.st_size == 0 or (saved.st_size == 0 and data.st_blocks == 0):
                 return self._create_map()
@@ -106,18 +38,6 @@ class RawStore(_FileReader):
             if saved.st_size == 0:
                 raise errors.CacheCorrupt("the map is missing")
             return self._load_map()
-
-    def _open_data(self) -> int:
-        try:
-            return os.open(self._data_name, _OPEN, 0o600, dir_fd=self._root_fd)
-        except PermissionError:
-            # `finish` gave it its mode, and the catalog was not told before the daemon ended.
-            fd = os.open(self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
-            try:
-                os.chmod(f"/proc/self/fd/{fd}", 0o600)
-            finally:
-                os.close(fd)
-            return os.open(self._data_name, _OPEN, 0o600, dir_fd=self._root_fd)
 
     def _create_map(self) -> BlockMap:
         blocks = -(-self._size // self._record.block_size)
@@ -129,9 +49,9 @@ class RawStore(_FileReader):
         os.posix_fallocate(self._map_fd, 0, length)
         os.fdatasync(self._map_fd)
         # The header last: until it is there, an all-zero file says nothing about anything.
-        _write_all(self._map_fd, self._header.encode(), 0)
+        write_all(self._map_fd, self._header.encode(), 0)
         os.fdatasync(self._map_fd)
-        self._sync_folder(".lazyfs/partial")
+        self._sync_folder(PARTIAL)
         return BlockMap(self._size, self._record.block_size)
 
     def _load_map(self) -> BlockMap:
@@ -139,143 +59,25 @@ class RawStore(_FileReader):
         counters = os.pread(self._map_fd, map_file.PAGE, map_file.COUNTERS_OFFSET)
         blocks = -(-self._size // self._record.block_size)
         try:
-            states = _read_exactly(self._map_fd, map_file.STATES_OFFSET, blocks)
+            states = read_exactly(self._map_fd, map_file.STATES_OFFSET, blocks)
         except errors.CacheCorrupt as error:
             raise errors.CacheCorrupt("the map is cut short") from error
         return BlockMap(self._size, self._record.block_size, states, map_file.decode_counters(counters))
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write data of whole blocks, holes left out."""
-        with self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self._writers += 1
-        try:
-            with _space_errors():
-                _write_all(self._fd, data, offset)
-        finally:
-            with self._lock:
-                self._writers -= 1
-                self._close_if_unused()
-
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         """Data, fdatasync, map, fdatasync."""
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            # Linux reports it once and may count the lost pages as clean: syncing again proves nothing.
-            raise errors.CacheCorrupt(f"the cache's disk could not take the data ({error.strerror})") from error
-        with _space_errors():
+        self._sync_data()
+        with space_errors():
             for index, content in pages:
-                _write_all(self._map_fd, content, map_file.page_offset(index))
-            _write_all(self._map_fd, map_file.encode_counters(mixed_zero_bytes), map_file.COUNTERS_OFFSET)
+                write_all(self._map_fd, content, map_file.page_offset(index))
+            write_all(self._map_fd, map_file.encode_counters(mixed_zero_bytes), map_file.COUNTERS_OFFSET)
             os.fdatasync(self._map_fd)
 
-    def finish(self) -> None:
-        """Give the file its mode, owner and times, fsync it, link it into place, fsync the folders."""
-        path = self._record.path
-        with _space_errors():
-            os.fchown(self._fd, self._look.uid, self._look.gid)
-            os.fchmod(self._fd, self._look.mode)
-            os.utime(self._fd, ns=(self._record.created_ns, self._record.created_ns))
-            os.fsync(self._fd)
-            folders = _parents(path)
-            try:
-                for folder in folders:
-                    with suppress(FileExistsError):
-                        os.mkdir(folder, 0o755, dir_fd=self._root_fd)
-                # A link, not a rename: it never replaces a file, and the partial name stays until the catalog is told.
-                os.link(
-                    self._data_name, path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd, follow_symlinks=False
-                )
-            except FileExistsError:
-                if not self._is_ours(path):
-                    raise errors.UserError(
-                        f"cannot put the whole image at {path}: a file that lazyfs did not put there is in the way"
-                    ) from None
-            except NotADirectoryError:
-                raise errors.UserError(
-                    f"cannot put the whole image at {path}: a file is where its folder belongs"
-                ) from None
-            for folder in ["", *folders]:
-                self._sync_folder(folder)
+    def _names(self) -> list[str]:
+        return [self._map_name, self._data_name]
 
-    def unfinish(self) -> None:
-        """Unlink the plain file if it is another name of the data file."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            if self._is_ours(self._record.path):
-                os.unlink(self._record.path, dir_fd=self._root_fd)
-
-    def _is_ours(self, path: str) -> bool:
-        there = os.stat(path, dir_fd=self._root_fd, follow_symlinks=False)
-        ours = os.stat(self._data_name, dir_fd=self._root_fd, follow_symlinks=False)
-        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
-
-    def remove(self) -> None:
-        """Unlink data and map; a whole image's plain file stays."""
-        for name in (self._map_name, self._data_name):
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._root_fd)
-
-    def close(self) -> None:
-        """Close the files, once the writes under way have ended: by then their number could be another file's."""
-        with self._lock:
-            self._closed = True
-            self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if self._closed and not self._writers:
-            for fd in (self._fd, self._map_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._fd = self._map_fd = -1
-
-    def _sync_folder(self, name: str) -> None:
-        fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_fd)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-class WholeFile(_FileReader):
-    """A whole image: the plain file at its path, read-only. Implements `interfaces.PlainFile`."""
-
-    def __init__(self, root_fd: int, record: ImageRecord) -> None:
-        """Open the file.
-
-        Raises:
-            CacheCorrupt: nothing is there, or not a file of the image's size.
-        """
-        self._root_fd = root_fd
-        self._path = record.path
-        try:
-            # O_NONBLOCK: should somebody have put a fifo there.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            self._fd = os.open(record.path, flags, dir_fd=root_fd)
-        except OSError as error:
-            raise errors.CacheCorrupt(f"the plain file cannot be opened: {error.strerror}") from error
-        found = os.fstat(self._fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != record.size:
-            os.close(self._fd)
-            raise errors.CacheCorrupt(f"the plain file has {found.st_size} bytes, the image {record.size}")
-
-    def fileno(self) -> int:
-        """Return the open file's descriptor."""
-        return self._fd
-
-    def remove(self) -> None:
-        """Unlink the plain file; what has it open keeps it."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._path, dir_fd=self._root_fd)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    def _close_fds(self) -> None:
+        super()._close_fds()
+        if self._map_fd >= 0:
+            os.close(self._map_fd)
+        self._map_fd = -1

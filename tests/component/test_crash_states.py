@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from crash_lab import Event, Recorder, present_in, states_after_power_cut
 from fakes import FakeRepository, pattern
 
 from lazyfs import errors
@@ -42,7 +43,7 @@ class Cache:
 
     @contextmanager
     def open(self) -> Iterator[CacheDir]:
-        cache = CacheDir(str(self.folder), "/mnt/somewhere", LOOK)
+        cache = CacheDir(str(self.folder), "/mnt/somewhere", "nbd://example.com", LOOK)
         try:
             yield cache
         finally:
@@ -55,7 +56,7 @@ class Cache:
     def refused(self) -> str:
         """Why it cannot be opened."""
         with pytest.raises(errors.UserError) as refusal:
-            CacheDir(str(self.folder), "/mnt/somewhere", LOOK)
+            CacheDir(str(self.folder), "/mnt/somewhere", "nbd://example.com", LOOK)
         assert str(refusal.value).count("\n") == 0
         return str(refusal.value)
 
@@ -476,7 +477,7 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
 
 def test_a_read_only_cache(cache: Cache) -> None:
     with pytest.raises(errors.UserError, match=r"cannot (use|write)"):
-        CacheDir("/proc/lazyfs", "/mnt", LOOK)
+        CacheDir("/proc/lazyfs", "/mnt", "nbd://example.com", LOOK)
 
 
 # -- the catalog
@@ -541,99 +542,6 @@ def test_inodes_are_never_given_twice(cache: Cache) -> None:
 # -- power cuts
 
 
-@dataclass(frozen=True)
-class Event:
-    """One change of a file, or ("sync") the promise that all earlier ones of that file are on disk."""
-
-    kind: str
-    name: str
-    offset: int = 0
-    data: bytes = b""
-
-
-class Recorder:
-    """Writes down what is done to the partial files, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.events: list[Event] = []
-        for name in ("pwrite", "ftruncate", "posix_fallocate", "fdatasync", "fsync"):
-            self._wrap(monkeypatch, name, getattr(os, name))
-
-    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, real: Callable[..., object]) -> None:
-        def wrapped(fd: int, *arguments: object) -> object:
-            result = real(fd, *arguments)
-            path = os.readlink(f"/proc/self/fd/{fd}")
-            if "/partial/" in path:
-                self._note(name, os.path.basename(path), result, *arguments)
-            return result
-
-        monkeypatch.setattr(os, name, wrapped)
-
-    def _note(self, call: str, name: str, result: object, *arguments: object) -> None:
-        match call, arguments:
-            case "pwrite", (data, int(offset)):
-                self.events.append(Event("write", name, offset, bytes(data)[: int(str(result))]))
-            case "ftruncate", (int(length),):
-                self.events.append(Event("size", name, length))
-            case "posix_fallocate", (int(offset), int(length)):
-                self.events.append(Event("grow", name, offset + length))
-            case _:
-                self.events.append(Event("sync", name))
-
-
-def apply(content: bytearray, event: Event) -> None:
-    if event.kind == "write":
-        if len(content) < event.offset + len(event.data):
-            content.extend(bytes(event.offset + len(event.data) - len(content)))
-        content[event.offset : event.offset + len(event.data)] = event.data
-    elif event.kind == "grow":
-        content.extend(bytes(max(0, event.offset - len(content))))
-    elif event.kind == "size":
-        del content[event.offset :]
-        content.extend(bytes(event.offset - len(content)))
-
-
-def torn(event: Event, dice: random.Random) -> list[Event]:
-    """Some of the sectors of a write."""
-    if event.kind != "write":
-        return [event]
-    pieces = [
-        Event("write", event.name, event.offset + at, event.data[at : at + 512])
-        for at in range(0, len(event.data), 512)
-    ]
-    return [piece for piece in pieces if dice.random() < 0.5]
-
-
-def states_after_power_cut(
-    before: dict[str, bytes], events: list[Event], dice: random.Random
-) -> Iterator[dict[str, bytes]]:
-    """Yield what may be on disk, for a cut after each event: what was synced, and any of what was not.
-
-    The file system keeps the order of changes of size, as a journal does; writes it keeps, loses or tears.
-    """
-    for cut in range(len(events) + 1):
-        for luck in ("all", "none", "some", "some", "torn", "torn"):
-            disk = {name: bytearray(content) for name, content in before.items()}
-            for name in {event.name for event in events}:
-                content = disk.setdefault(name, bytearray())
-                mine = [event for event in events[:cut] if event.name == name]
-                synced = max((i + 1 for i, event in enumerate(mine) if event.kind == "sync"), default=0)
-                for event in mine[:synced]:
-                    apply(content, event)
-                sizes_lost = False
-                for event in mine[synced:]:
-                    lost = luck == "none" or (luck == "some" and dice.random() < 0.5)
-                    if event.kind in ("size", "grow"):
-                        sizes_lost = sizes_lost or lost
-                        lost = sizes_lost
-                    if lost:
-                        continue
-                    for piece in torn(event, dice) if luck == "torn" else [event]:
-                        if not sizes_lost:
-                            apply(content, piece)
-            yield {name: bytes(content) for name, content in disk.items()}
-
-
 def check_every_power_cut(
     folder: Path, record: ImageRecord, before: dict[str, bytes], events: list[Event]
 ) -> list[int]:
@@ -642,15 +550,12 @@ def check_every_power_cut(
     copy.partial.mkdir(parents=True)
     root_fd = os.open(copy.folder, os.O_RDONLY)
     found = []
-    seen: set[tuple[tuple[str, bytes], ...]] = set()
-    for disk in states_after_power_cut(before, events, random.Random(3)):
-        if (key := tuple(sorted(disk.items()))) in seen:
+    seen: set[object] = set()
+    for _, disk in states_after_power_cut(before, events, random.Random(3)):
+        if disk.key in seen:
             continue
-        seen.add(key)
-        for name in ("2.raw", "2.map"):
-            (copy.partial / name).unlink(missing_ok=True)
-        for name, content in disk.items():
-            (copy.partial / name).write_bytes(content)
+        seen.add(disk.key)
+        disk.write(copy.folder)
         store = RawStore(root_fd, record, LOOK)
         try:
             blocks = store.load()
@@ -662,10 +567,6 @@ def check_every_power_cut(
         store.close()
     os.close(root_fd)
     return found
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_power_cut_at_every_write_of_a_fill(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -711,7 +612,7 @@ def test_power_cut_while_the_map_is_begun_anew(
     record = partial_image(cache, (0, 9), (20, BLOCKS))
     with cache.open() as opened:
         DISCARDED[damage](Files(cache.partial / "2.raw", cache.partial / "2.map"))
-        before = files_in(cache.partial)
+        before = present_in(cache.partial)
         with monkeypatch.context() as patch:
             recorder = Recorder(patch)
             store, blocks = load_or_begin_anew(opened, record)

@@ -10,10 +10,14 @@ import pytest
 from fakes import MemoryStores, pattern
 
 from lazyfs import errors
+from lazyfs.core import shown_file
 from lazyfs.core.block_map import DATA, PAGE_BLOCKS, ZERO, BlockMap, BlockRun
+from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
-from lazyfs.store.raw import RawStore, WholeFile
+from lazyfs.store.cache_file import WholeFile
+from lazyfs.store.qcow2 import Qcow2Store
+from lazyfs.store.raw import RawStore
 from lazyfs.units import KiB
 
 BLOCK = 16 * KiB
@@ -22,6 +26,7 @@ RECORD = ImageRecord(
     7, "team/disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, 1_600_000_000_000_000_000
 )
 CONTENT = pattern(SIZE)
+"""Of the export."""
 
 
 class Disk:
@@ -34,18 +39,31 @@ class Disk:
         put: Callable[[str, bytes], None],
         get: Callable[[str], bytes | None],
         files: Callable[[], int],
+        image_format: str = shown_file.RAW,
     ) -> None:
         self.partial, self.whole = partial, whole
         self.put, self.get = put, get
         """The plain files."""
         self.files = files
         """How many partial images there are."""
+        self.format = image_format
+        self.record = self.of_format(RECORD)
         self.opened: list[Store] = []
 
     def load(self, record: ImageRecord = RECORD) -> tuple[Store, BlockMap]:
-        store = self.partial(record)
+        store = self.partial(self.of_format(record))
         self.opened.append(store)
         return store, store.load()
+
+    def of_format(self, record: ImageRecord) -> ImageRecord:
+        return replace(record, format=self.format)
+
+    def shown(self, record: ImageRecord = RECORD) -> bytes:
+        """The plain file, and what the mount shows from the first open."""
+        assert record.size is not None
+        shown, content = self.of_format(record).shown, CONTENT[: record.size]
+        parts = shown.split(ByteRange(0, shown.size))
+        return b"".join(part if isinstance(part, bytes) else content[part.start : part.end] for part in parts)
 
 
 def memory(_folder: Path) -> tuple[Disk, Callable[[], None]]:
@@ -58,6 +76,19 @@ def memory(_folder: Path) -> tuple[Disk, Callable[[], None]]:
 
 
 def raw(folder: Path) -> tuple[Disk, Callable[[], None]]:
+    return on_disk(folder, shown_file.RAW, RawStore)
+
+
+def qcow2(folder: Path) -> tuple[Disk, Callable[[], None]]:
+    def make(root_fd: int, record: ImageRecord, look: FileLook) -> Store:
+        return Qcow2Store(root_fd, record, look, "nbd://example.com/team/disk")
+
+    return on_disk(folder, shown_file.QCOW2, make)
+
+
+def on_disk(
+    folder: Path, image_format: str, make: Callable[[int, ImageRecord, FileLook], Store]
+) -> tuple[Disk, Callable[[], None]]:
     (folder / ".lazyfs/partial").mkdir(parents=True)
     root_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     look = FileLook(0o444, os.getuid(), os.getgid())
@@ -70,16 +101,17 @@ def raw(folder: Path) -> tuple[Disk, Callable[[], None]]:
         return (folder / path).read_bytes() if (folder / path).exists() else None
 
     disk = Disk(
-        lambda record: RawStore(root_fd, record, look),
+        lambda record: make(root_fd, record, look),
         lambda record: WholeFile(root_fd, record),
         put,
         get,
         lambda: len({path.stem for path in (folder / ".lazyfs/partial").iterdir()}),
+        image_format,
     )
     return disk, lambda: os.close(root_fd)
 
 
-@pytest.fixture(params=[memory, raw], ids=["memory", "raw"])
+@pytest.fixture(params=[memory, raw, qcow2], ids=["memory", "raw", "qcow2"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     made, close = request.param(tmp_path)
     yield made
@@ -128,8 +160,9 @@ def test_what_was_written_is_read_at_once_and_the_rest_is_zeroes(disk: Disk) -> 
 def test_a_read_beyond_the_end_is_not_answered_short(disk: Disk) -> None:
     store, _ = disk.load()
     assert len(store.read(SIZE - 512, 512)) == 512
+    end = SIZE if disk.format == shown_file.RAW else 40 * BLOCK  # a qcow2 ends with a whole cluster
     with pytest.raises(errors.CacheCorrupt):
-        store.read(SIZE - 512, 513)
+        store.read(SIZE - 512, end - SIZE + 513)
 
 
 def test_a_checkpoint_outlasts_the_store(disk: Disk) -> None:
@@ -182,6 +215,8 @@ def test_a_map_of_several_pages(disk: Disk) -> None:
         replace(RECORD, identity="v2"),
         replace(RECORD, export="other"),
         replace(RECORD, block_size=2 * BLOCK),
+        replace(RECORD, size=SIZE - 512),
+        replace(RECORD, size=SIZE + BLOCK),
     ],
 )
 def test_a_map_of_another_image_is_refused_and_can_be_removed(disk: Disk, other: ImageRecord) -> None:
@@ -189,7 +224,7 @@ def test_a_map_of_another_image_is_refused_and_can_be_removed(disk: Disk, other:
     keep(store, blocks, 0, 2)
     save(store, blocks)
     store.close()
-    wrong = disk.partial(other)
+    wrong = disk.partial(disk.of_format(other))
     with pytest.raises(errors.CacheCorrupt):
         wrong.load()
     wrong.close()
@@ -228,14 +263,15 @@ def keep_only(store: Store, first: int) -> None:
 
 
 def test_an_empty_image(disk: Disk) -> None:
-    record = replace(RECORD, size=0)
+    record = replace(disk.record, size=0)
     store, blocks = disk.load(record)
     assert blocks.complete
     store.finish()
     store.remove()
-    assert disk.get("team/disk") == b""
+    whole = disk.shown(record)
+    assert disk.get("team/disk") == whole
     plain = disk.whole(record)
-    assert plain.read(0, 0) == b""
+    assert plain.read(0, len(whole)) == whole
     plain.close()
 
 
@@ -244,12 +280,12 @@ def test_an_empty_image(disk: Disk) -> None:
 
 def test_finishing_makes_the_plain_file_while_reads_go_on(disk: Disk) -> None:
     store = finished(disk)
-    assert disk.get("team/disk") == CONTENT
+    assert disk.get("team/disk") == disk.shown()
     assert store.read(BLOCK, BLOCK) == CONTENT[BLOCK : 2 * BLOCK]
     assert disk.files() == 1
     store.remove()
     assert disk.files() == 0
-    assert disk.get("team/disk") == CONTENT
+    assert disk.get("team/disk") == disk.shown()
     assert store.read(BLOCK, BLOCK) == CONTENT[BLOCK : 2 * BLOCK]
 
 
@@ -258,9 +294,21 @@ def test_finishing_may_be_repeated_also_by_a_later_process(disk: Disk) -> None:
     store, blocks = disk.load()
     assert blocks.complete
     store.finish()
-    assert disk.get("team/disk") == CONTENT
+    assert disk.get("team/disk") == disk.shown()
     store.remove()
     store.remove()
+
+
+def test_a_checkpoint_after_the_end_changes_nothing(disk: Disk) -> None:
+    store = finished(disk)
+    for _ in range(2):
+        store.checkpoint([], 4096)
+        store.close()
+        assert disk.get("team/disk") == disk.shown()
+        store, blocks = disk.load()
+        assert blocks.complete
+    store.finish()
+    assert disk.get("team/disk") == disk.shown()
 
 
 def test_a_foreign_file_in_the_way_is_refused_and_left_alone(disk: Disk) -> None:
@@ -274,7 +322,7 @@ def test_a_foreign_file_in_the_way_is_refused_and_left_alone(disk: Disk) -> None
 @pytest.mark.parametrize("loaded", [True, False])
 def test_an_end_of_which_the_catalog_was_never_told_can_be_undone(disk: Disk, loaded: bool) -> None:
     store = finished(disk)
-    store = store if loaded else disk.partial(RECORD)
+    store = store if loaded else disk.partial(disk.record)
     store.unfinish()
     assert disk.get("team/disk") is None
     assert disk.files() == 1
@@ -289,7 +337,7 @@ def test_undoing_the_end_leaves_a_foreign_file_alone(disk: Disk) -> None:
     store.unfinish()
     disk.put("team/disk", b"precious")
     store.unfinish()
-    disk.partial(replace(RECORD, inode=99)).unfinish()
+    disk.partial(replace(disk.record, inode=99)).unfinish()
     assert disk.get("team/disk") == b"precious"
 
 
@@ -311,7 +359,7 @@ def test_removing_what_was_never_loaded(disk: Disk) -> None:
     keep(store, blocks, 0, 1)
     save(store, blocks)
     store.close()
-    disk.partial(RECORD).remove()
+    disk.partial(disk.record).remove()
     assert disk.files() == 0
 
 
@@ -331,31 +379,42 @@ def test_the_plain_file_of_a_whole_image(disk: Disk) -> None:
     store = finished(disk)
     store.remove()
     store.close()
-    plain = disk.whole(RECORD)
-    assert plain.read(0, SIZE) == CONTENT
-    assert plain.read_nowait(5, 100) in (None, CONTENT[5:105])
+    plain, shown = disk.whole(disk.record), disk.shown()
+    assert len(shown) == disk.record.file_size
+    assert plain.read(0, len(shown)) == shown
+    for start in (5, len(shown) - 105):
+        assert plain.read_nowait(start, 100) in (None, shown[start : start + 100])
     with pytest.raises(errors.CacheCorrupt):
-        plain.read(SIZE - 1, 2)
+        plain.read(len(shown) - 1, 2)
     plain.remove()
     assert disk.get("team/disk") is None
-    assert plain.read(0, SIZE) == CONTENT
+    assert plain.read(0, len(shown)) == shown
     plain.remove()
     plain.close()
     plain.close()
 
 
-@pytest.mark.parametrize("content", [None, b"", CONTENT[:-1], CONTENT + b"x"])
-def test_a_plain_file_that_cannot_be_the_image_is_refused(disk: Disk, content: bytes | None) -> None:
-    if content is not None:
-        disk.put("team/disk", content)
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        lambda shown: b"",
+        lambda shown: shown[:-1],
+        lambda shown: shown + b"x",
+    ],
+    ids=["missing", "empty", "too short", "too long"],
+)
+def test_a_plain_file_that_cannot_be_the_image_is_refused(disk: Disk, change: Callable[[bytes], bytes] | None) -> None:
+    if change is not None:
+        disk.put("team/disk", change(disk.shown()))
     with pytest.raises(errors.CacheCorrupt):
-        disk.whole(RECORD)
+        disk.whole(disk.record)
 
 
 # -- on disk only
 
 
-@pytest.mark.parametrize("disk", [raw], ids=["raw"], indirect=True)
+@pytest.mark.parametrize("disk", [raw, qcow2], ids=["raw", "qcow2"], indirect=True)
 def test_a_close_waits_for_the_write_that_is_under_way(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the descriptor's number could be another file's by the time the write uses it."""
     store, _ = disk.load()
@@ -375,7 +434,7 @@ def test_a_close_waits_for_the_write_that_is_under_way(disk: Disk, monkeypatch: 
     store.close()
     closed.set()
     thread.join()
-    assert descriptors == [SIZE]
+    assert descriptors == [disk.record.file_size]
     monkeypatch.undo()
     again, _ = disk.load()
     assert again.read(0, BLOCK) == CONTENT[:BLOCK]

@@ -148,7 +148,7 @@ async def test_checkpoints_come_while_something_changes_and_then_no_more() -> No
         await trio.sleep(CHECKPOINT_S)
         assert 2 <= world.stores.checkpoints <= 4
         record = world.catalog.load()[0]
-        assert record.present_bytes == image.present_bytes() >= 10 * BLOCK
+        assert record.present_bytes == image.allocated_bytes() >= 10 * BLOCK
         assert record.demand_bytes == world.repository.bytes_read()
         assert record.requests == len(world.repository.log)
         await wait_all_tasks_blocked()
@@ -225,7 +225,7 @@ async def test_a_damaged_cache_is_discarded_and_fetched_again() -> None:
         disk.data[:] = b"?" * SIZE
     async with world.daemon():
         image = await world.open("disk")
-        assert image.present_bytes() == 0
+        assert image.allocated_bytes() == 0
         await world.check(image, ALL)
 
 
@@ -284,7 +284,7 @@ async def test_reads_go_on_while_room_is_found() -> None:
             await world.check(image, blocks(reads % 14, reads % 14 + 2))
             await trio.sleep(0.01)
             reads += 1
-        assert image.present_bytes() > 0
+        assert image.allocated_bytes() > 0
         # But for what was under way at that moment.
         assert SIZE < image.statistics().demand_bytes <= world.repository.bytes_read()
 

@@ -205,7 +205,7 @@ async def test_bad_ranges_come_last_and_are_tried_again_ever_less_often() -> Non
     async with world.daemon(populate=True):
         image = await world.open("disk")
         await trio.sleep(60)
-        assert image.present_bytes() == SIZE - 4 * BLOCK
+        assert image.allocated_bytes() == SIZE - 4 * BLOCK
         assert image.record.state is State.PARTIAL
         assert "failed: Input/output error" in image.statistics().error
         tries = [r.at for r in world.fills() if r.range.overlaps(blocks(5))]
@@ -258,7 +258,7 @@ async def test_a_lost_repository_is_tried_again_and_the_fill_goes_on() -> None:
         world.repository.down = True
         await trio.sleep(600)
         assert image.record.state is State.PARTIAL
-        assert 0 < image.present_bytes() < SIZE
+        assert 0 < image.allocated_bytes() < SIZE
         assert "no connection" in image.statistics().error
         world.repository.down = False
         await is_whole(image, 10)
@@ -286,7 +286,7 @@ async def test_a_full_disk_pauses_population_until_there_is_room() -> None:
         image = await world.open("disk")
         world.stores.full = True
         await trio.sleep(100)
-        assert image.present_bytes() == 0
+        assert image.allocated_bytes() == 0
         assert len(world.fills()) < 30
         assert "disk is full" in image.statistics().error
         await world.check(image, blocks(0, 64))

@@ -1,13 +1,13 @@
 """Hostile export names become safe paths, and no two of them the same or in each other's way."""
 
 from collections.abc import Callable
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.core import export_name
+from lazyfs.core import export_name, shown_file
 from lazyfs.core.export_name import NAME_MAX, PATH_MAX, RESERVED
 
 # No NUL: an export's name is a C string to libnbd.
@@ -37,8 +37,8 @@ class Mount:
         is_folder = any(other.startswith(path + "/") for other in self.taken)
         return path not in self.taken and not is_folder and not above & self.taken
 
-    def allot(self, export: str) -> str:
-        path = export_name.file_name(export, self.is_free)
+    def allot(self, export: str, suffix: str = "") -> str:
+        path = export_name.file_name(export, self.is_free, suffix)
         assert self.is_free(path), f"{export!r} shown as {path!r}, which is not free beside {self.taken}"
         self.taken.add(path)
         return path
@@ -57,6 +57,9 @@ def check_safe(path: str) -> None:
 def decode(path: str) -> str:
     """What a person would read in `path`."""
     return unquote_to_bytes(path).removesuffix(b"\0").decode("utf-8", "surrogatepass")
+
+
+suffixes = st.sampled_from(sorted(shown_file.SUFFIX.values()))
 
 
 @given(hostile, st.booleans())
@@ -88,7 +91,7 @@ def test_a_shown_name_decodes_to_the_export_unless_shortened(export: str) -> Non
     forms: list[Callable[[str], bool]] = [lambda path: True, lambda path: "/" not in path, lambda path: False]
     for is_free in forms:
         path = export_name.file_name(export, is_free)
-        assert "%~" in path or decode(path) == export
+        assert "%~" in path or decode(path).removesuffix("\0") == export
 
 
 @pytest.mark.parametrize(
@@ -163,3 +166,98 @@ def test_a_path_too_long_for_folders_is_one_name() -> None:
     path = export_name.file_name("x/" * (PATH_MAX // 2) + "y")
     assert "/" not in path
     assert path.startswith("x%2Fx%2F")
+
+
+# -- with a suffix, as of qcow2 images
+
+
+@given(hostile, suffixes)
+def test_a_name_with_a_suffix_is_safe_too_and_ends_with_it(export: str, suffix: str) -> None:
+    forms: list[Callable[[str], bool]] = [lambda path: True, lambda path: "/" not in path, lambda path: False]
+    for is_free in forms:
+        path = export_name.file_name(export, is_free, suffix)
+        check_safe(path)
+        assert path.endswith(suffix)
+        assert "%~" in path or decode(path.removesuffix(suffix)).rstrip("\0") == export
+
+
+mixed_names = st.one_of(
+    st.sampled_from(
+        ["a", "a.qcow2", "a.qcow2.qcow2", "a/b", "a.qcow2/b", "%61", "%61.qcow2", "", ".qcow2", "%", "%.qcow2"]
+    ),
+    st.sampled_from(
+        ["a.qcow2/", "%.qcow2/b", "%25.qcow2/b", ".qcow2/b", "%00.qcow2", "%00", "a.qcow2%00", "a%00", "/b"]
+    ),
+    st.tuples(st.text(alphabet="a/%.", max_size=3), st.sampled_from(["", ".qcow2", ".qcow2/a", ".qcow2%00"])).map(
+        "".join
+    ),
+    hostile,
+    st.builds(lambda start, end: start * end, st.sampled_from(["a", "é", "%", "a.qcow2/"]), st.integers(245, 260)),
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(st.tuples(mixed_names, suffixes), unique_by=lambda pair: pair[0], max_size=20))
+def test_in_a_mixed_cache_no_two_exports_are_in_each_others_way(exports: list[tuple[str, str]]) -> None:
+    """Each mount of one cache may have another --format."""
+    mount = Mount()
+    for export, suffix in exports:
+        check_safe(mount.allot(export, suffix))
+    assert len(mount.taken) == len(exports)
+
+
+RAW, QCOW2 = "", ".qcow2"
+
+
+@pytest.mark.parametrize(
+    ("exports", "paths"),
+    [
+        ([("a.qcow2", RAW), ("a", QCOW2)], ["a.qcow2", "%61.qcow2"]),
+        ([("a", QCOW2), ("a.qcow2", RAW)], ["a.qcow2", "%61.qcow2"]),
+        ([("a.qcow2", QCOW2), ("a", QCOW2)], ["a.qcow2.qcow2", "a.qcow2"]),
+        ([("a", RAW), ("a/b", QCOW2)], ["a", "a%2Fb.qcow2"]),
+        ([("a", QCOW2), ("a/b", QCOW2)], ["a.qcow2", "a/b.qcow2"]),
+        ([("a/b", QCOW2), ("a", QCOW2)], ["a/b.qcow2", "a.qcow2"]),
+        ([("a.qcow2/b", RAW), ("a", QCOW2)], ["a.qcow2/b", "%61.qcow2"]),
+        ([("a.qcow2/b", RAW), ("a.qcow2", RAW), ("a", QCOW2)], ["a.qcow2/b", "%61.qcow2", "%61%00.qcow2"]),
+        ([("a.qcow2/b", RAW), ("a", QCOW2), ("a.qcow2", RAW)], ["a.qcow2/b", "%61.qcow2", "%61.qcow2%00"]),
+        ([("", RAW), ("", QCOW2)][1:], ["%00.qcow2"]),
+        ([(".", QCOW2), ("..", QCOW2)], ["%2E.qcow2", "%2E..qcow2"]),
+        ([(".lazyfs", QCOW2), ("lost+found", QCOW2)], ["%2Elazyfs.qcow2", "%6Cost+found.qcow2"]),
+        ([("/a", QCOW2), ("a/", QCOW2)], ["%2Fa.qcow2", "a%2F.qcow2"]),
+        ([("a" * 249, QCOW2)], ["a" * 249 + ".qcow2"]),
+    ],
+)
+def test_names_with_a_suffix(exports: list[tuple[str, str]], paths: list[str]) -> None:
+    mount = Mount()
+    assert [mount.allot(export, suffix) for export, suffix in exports] == paths
+
+
+def test_a_suffix_counts_towards_the_length_of_a_name_and_a_path() -> None:
+    (folder, name) = export_name.file_name("b" * 256 + "/" + "a" * 250, suffix=QCOW2).split("/")
+    assert (len(folder), len(name)) == (255, 255)
+    assert name.startswith("a" * 215 + "%~")
+    assert not folder.endswith(QCOW2)
+    assert "/" in export_name.file_name("x/" * (PATH_MAX // 2 - 4) + "y", suffix=QCOW2)
+    assert "/" not in export_name.file_name("x/" * (PATH_MAX // 2 - 2) + "y", suffix=QCOW2)
+
+
+# -- URIs for QEMU; what QEMU makes of them is in component/test_qcow2_files.py
+
+
+@given(
+    st.sampled_from(["nbd://host", "nbd://host:10810/", "nbd://[::1]", "nbd+unix:///?socket=/run/a%20b?c", "nbds://h"]),
+    hostile.filter(lambda export: not export.startswith("/")),
+)
+def test_the_uri_of_an_export_names_it_and_nothing_else(repository: str, export: str) -> None:
+    uri = export_name.qemu_uri(repository, export)
+    assert uri.isascii()
+    assert uri.isprintable()
+    parts, server = urlsplit(uri), urlsplit(repository)
+    assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == (server.scheme, server.netloc, server.query, "")
+    assert unquote(parts.path.removeprefix("/"), errors="surrogatepass") == export
+
+
+def test_an_export_whose_slash_qemu_would_drop_gets_a_uri_that_cannot_be_opened() -> None:
+    for export in ("/", "/a", "//a/b"):
+        assert "://" not in export_name.qemu_uri("nbd://host", export)

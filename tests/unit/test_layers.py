@@ -36,6 +36,7 @@ ROWS = [
     "filesystem",
     "population",
     "image",
+    "reading",
     "partial_cache",
     "image_statistics",
     "fetcher",
@@ -47,9 +48,10 @@ ROWS = [
     "fill_thread",
     "nbd_handle",
     "store.raw",
+    "store.qcow2",
+    "store.cache_file",
     "store.unkept",
     "mounts",
-    "store.qcow2",
     # what the engine asks of the I/O, which implements it
     "interfaces",
     # core
@@ -59,6 +61,7 @@ ROWS = [
     "core.pivot_choice",
     "core.inode_number",
     "core.qmp_wire",
+    "core.shown_file",
     "core.qcow2_layout",
     "core.map_file",
     "core.export_name",

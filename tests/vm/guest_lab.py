@@ -29,10 +29,13 @@ class GuestLab(Lab):
         self._rate_file = folder / "rate"
         self._machines: list[VirtualMachine] = []
 
+    format = "raw"
+    """Of the image on the mount, which must be mounted so."""
+
     @property
     def disk(self) -> Path:
         """The guest's image, as the mount shows it."""
-        return self.mnt / IMAGE
+        return self.mnt / (IMAGE if self.format == "raw" else f"{IMAGE}.{self.format}")
 
     def data_segments(self) -> list[tuple[int, int]]:
         """[start, end) of all that is no hole, in order, by lseek(2): what the server's block status is made of."""
@@ -63,6 +66,7 @@ class GuestLab(Lab):
             size=size,
             direct=direct,
             iothread=iothread,
+            backing_format=self.format,
         )
         self._machines.append(machine)
         return machine

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 
 import pytest
 from guest_lab import IMAGE, TEST_TIMEOUT_S, GuestLab
@@ -51,6 +52,28 @@ def test_guests_outlive_lazyfs(lab: GuestLab, direct: bool, iothread: bool) -> N
     for machine in (early, late):
         machine.wait_for_cold_passes()
         machine.finish()
+
+
+def test_a_guest_boots_from_a_qcow2_that_is_being_filled_and_outlives_lazyfs(lab: GuestLab) -> None:
+    lab.format = "qcow2"
+    server = lab.serve_slowly("40M")
+    lab.mount(server.uri, "--format", "qcow2")
+    machine = lab.boot(READING, size="1G")
+    machine.wait_for("START")
+    assert lab.image_status(IMAGE)["state"] == "partial"
+    subprocess.run(["qemu-img", "check", "-q", "-U", lab.disk], check=True)
+    lab.hurry()
+    lab.wait_for_state(IMAGE, "whole")
+    server.kill()
+    lab.pivot(machine)
+    lab.lazyfs("detach", lab.mnt)
+    lab.pivot(machine)
+    lab.wait_for_the_daemons_end()
+    assert machine.backing().inode == lab.disk.stat().st_ino
+    machine.wait_for_cold_passes()
+    machine.finish()
+    subprocess.run(["qemu-img", "check", "-q", lab.disk], check=True)
+    subprocess.run(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", lab.source, lab.disk], check=True)
 
 
 def test_a_guest_uses_the_file_it_was_moved_to_and_no_other(lab: GuestLab) -> None:

@@ -52,6 +52,7 @@ class VirtualMachine:
         size: str | None = None,
         direct: bool = False,
         iothread: bool = False,
+        backing_format: str = "raw",
     ) -> None:
         """Start it; what belongs to it goes to `folder`.
 
@@ -59,6 +60,7 @@ class VirtualMachine:
             arguments: for the guest's kernel command line, such as "guest.loop=3".
             size: of the overlay, resized to this; by default that of the backing file.
             direct: as `cache=none` has it: past the host's page cache.
+            backing_format: of the backing file.
             iothread: the disk has a thread of its own, not QEMU's main loop.
         """
         self.name = name
@@ -67,7 +69,8 @@ class VirtualMachine:
         self.qmp_socket = folder / f"{name}.qmp"
         self._serial = folder / f"{name}.serial"
         self._messages = folder / f"{name}.messages"
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", "raw", str(self.overlay)]
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", backing_format]
+        create += [str(self.overlay)]
         subprocess.run(create, check=True, timeout=DEADLINE_S)
         if size is not None:
             subprocess.run(["qemu-img", "resize", "-q", str(self.overlay), size], check=True, timeout=DEADLINE_S)
@@ -75,7 +78,7 @@ class VirtualMachine:
         command = ["qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-M", "q35", "-accel", "tcg", "-cpu", "qemu64", "-m", "256", "-no-reboot"]
         command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", cmdline]
-        for node in self._nodes(backing, direct):
+        for node in self._nodes(backing, backing_format, direct):
             command += ["-blockdev", json.dumps(node)]
         if iothread:
             command += ["-object", "iothread,id=disk-thread"]
@@ -91,11 +94,11 @@ class VirtualMachine:
                 preexec_fn=lambda: die_with_parent(signal.SIGKILL),
             )
 
-    def _nodes(self, backing: Path, direct: bool) -> list[dict[str, object]]:
+    def _nodes(self, backing: Path, backing_format: str, direct: bool) -> list[dict[str, object]]:
         cache = {"cache": {"direct": direct}}
         return [
             {"driver": "file", "node-name": "base-file", "filename": str(backing), "read-only": True, **cache},
-            {"driver": "raw", "node-name": "base", "file": "base-file", "read-only": True, **cache},
+            {"driver": backing_format, "node-name": "base", "file": "base-file", "read-only": True, **cache},
             {"driver": "file", "node-name": "vm-file", "filename": str(self.overlay), **cache},
             {"driver": "qcow2", "node-name": "vm", "file": "vm-file", "backing": "base", **cache},
         ]

@@ -1,0 +1,296 @@
+"""A qcow2 file of which every offset follows from the virtual size. Source: QEMU, docs/interop/qcow2.txt.
+
+    cluster  0                 header (version 3), its extensions, the name of the backing file
+             1 ...             refcount table                 8 bytes for each refcount block
+             ...               refcount blocks                2 bytes for each cluster of the file
+             ...               L1 table                       8 bytes for each L2 table
+             ...               L2 tables                      8 bytes for each data cluster
+    data_offset / cluster_size data cluster i is at data_offset + i * cluster_size
+
+Two kinds of metadata for one layout:
+
+- *finished*: every data cluster is allocated, there is no backing file. It depends on nothing but the size, so it can
+  be computed at any moment, is what the mount shows from the first open, and what is on disk in the end. A cluster of
+  zeroes is a hole in the file.
+- *partial*: what is on disk while the image is filled. The L2 entry of a missing cluster is 0, so it is read from the
+  backing file, which is the export itself. An entry is
+
+        0                          missing                                           block_map.MISSING
+        offset | COPIED            data                                              block_map.DATA
+        offset | COPIED | ZERO     reads as zeroes, whatever is at the offset        block_map.ZERO
+
+  and refcounts are 1 for the metadata and the clusters that are not missing.
+
+The header's extension `_OWN` says which image it is, as the header of a `.map` file does. It is in partial files only.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lazyfs.core import block_map, map_file
+from lazyfs.errors import CacheCorrupt
+from lazyfs.units import KiB, MiB
+
+COPIED = 1 << 63
+"""Of an L1 or L2 entry: the refcount is exactly 1."""
+ZERO = 1
+"""Of an L2 entry: the cluster reads as zeroes."""
+
+MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 4 * KiB, 2 * MiB
+"""QEMU takes 512 bytes to 2 MiB; below a page of memory nothing is gained."""
+
+_MAGIC = 0x514649FB  # "QFI\xfb"
+_VERSION = 3
+_HEADER = struct.Struct(">IIQIIQIIQQIIQQQQII")
+_EXTENSION = struct.Struct(">II")  # type, length; the data is padded to 8 bytes
+_END, _BACKING_FORMAT, _OWN = 0, 0xE2792ACA, 0x4C5A4653  # the last: "LZFS", ours
+_REFCOUNT_ORDER = 4  # 16 bits
+
+_OWN_SIZE = 100
+"""Of `map_file.MapHeader`: magic, version, checksum, image."""
+COUNTERS_OFFSET = _HEADER.size + _EXTENSION.size + 104
+"""Where `map_file`'s counters lie: in the first sector of the file, which is written as a whole or not at all."""
+_BACKING_NAME_OFFSET = 512
+MAX_BACKING_NAME = 1023
+"""Bytes; QEMU's limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything is. Offsets and sizes in bytes."""
+
+    size: int
+    """Of the virtual disk: that of the export, rounded up to sectors."""
+    cluster_size: int
+    clusters: int
+    """Of data."""
+    refcount_table_clusters: int
+    refcount_blocks: int
+    l1_clusters: int
+    l2_tables: int
+
+    @property
+    def refcount_table_offset(self) -> int:
+        """The refcount table follows the header."""
+        return self.cluster_size
+
+    @property
+    def refcount_blocks_offset(self) -> int:
+        """Refcount blocks, one after the other."""
+        return self.refcount_table_offset + self.refcount_table_clusters * self.cluster_size
+
+    @property
+    def l1_offset(self) -> int:
+        """The L1 table."""
+        return self.refcount_blocks_offset + self.refcount_blocks * self.cluster_size
+
+    @property
+    def l2_offset(self) -> int:
+        """L2 tables, one after the other."""
+        return self.l1_offset + self.l1_clusters * self.cluster_size
+
+    @property
+    def data_offset(self) -> int:
+        """Data clusters, in the order of the virtual disk. Also the size of the metadata."""
+        return self.l2_offset + self.l2_tables * self.cluster_size
+
+    @property
+    def metadata_clusters(self) -> int:
+        """Clusters before the first of data."""
+        return self.data_offset // self.cluster_size
+
+    @property
+    def file_size(self) -> int:
+        """Whole clusters: behind the end of the disk the last one holds zeroes."""
+        return self.data_offset + self.clusters * self.cluster_size
+
+
+def layout(export_size: int, cluster_size: int) -> Layout:
+    """Return the layout for an export of `export_size` bytes; clusters are a power of two."""
+    size = _up(export_size, 512) * 512
+    clusters = _up(size, cluster_size)
+    l2_tables = _up(clusters * 8, cluster_size)
+    l1_clusters = _up(l2_tables * 8, cluster_size)
+    refcount_blocks = table_clusters = 1
+    while True:  # both count themselves; they only grow, and soon no more
+        total = 1 + table_clusters + refcount_blocks + l1_clusters + l2_tables + clusters
+        needed = _up(total * 2, cluster_size)
+        if (needed, _up(needed * 8, cluster_size)) == (refcount_blocks, table_clusters):
+            break
+        refcount_blocks, table_clusters = needed, _up(needed * 8, cluster_size)
+    return Layout(size, cluster_size, clusters, table_clusters, refcount_blocks, l1_clusters, l2_tables)
+
+
+# -- finished
+
+
+def finished(at: Layout, start: int, end: int) -> bytes:
+    """Return bytes `[start, end)` of the finished metadata; `end` is at most `at.data_offset`."""
+    parts = []
+    for begin, stop, width, first, step, count in _tables(at):
+        low, high = max(start, begin), min(end, stop)
+        if low < high:
+            parts.append(_slice(low - begin, high - begin, width, first, step, count))
+    if start < at.cluster_size:
+        header = _header(at, 0, 0).ljust(at.cluster_size, b"\0")
+        parts.insert(0, header[start : min(end, at.cluster_size)])
+    return b"".join(parts)
+
+
+def _tables(at: Layout) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Yield (start, end, bytes of an entry, first entry, step, entries); what follows the entries is zero."""
+    size, clusters = at.cluster_size, at.metadata_clusters + at.clusters
+    yield at.refcount_table_offset, at.refcount_blocks_offset, 8, at.refcount_blocks_offset, size, at.refcount_blocks
+    yield at.refcount_blocks_offset, at.l1_offset, 2, 1, 0, clusters
+    yield at.l1_offset, at.l2_offset, 8, at.l2_offset | COPIED, size, at.l2_tables
+    yield at.l2_offset, at.data_offset, 8, at.data_offset | COPIED, size, at.clusters
+
+
+def _slice(start: int, end: int, width: int, first: int, step: int, count: int) -> bytes:
+    """Return bytes `[start, end)` of a table."""
+    low, high = min(start // width, count), min(_up(end, width), count)
+    entries = _entries(width, first + low * step, step, high - low)
+    return entries.ljust(end - low * width, b"\0")[start - low * width : end - low * width]
+
+
+def _entries(width: int, first: int, step: int, count: int) -> bytes:
+    if step == 0:
+        return first.to_bytes(width, "big") * count
+    return struct.pack(f">{count}Q", *range(first, first + count * step, step))
+
+
+# -- partial
+
+
+def initial_tables(at: Layout) -> list[tuple[int, bytes]]:
+    """Return (offset, bytes) of what a partial file has besides its header when nothing is present yet."""
+    table_end = at.refcount_table_offset + at.refcount_blocks * 8
+    l1_end = at.l1_offset + at.l2_tables * 8
+    return [
+        (at.refcount_table_offset, finished(at, at.refcount_table_offset, table_end)),
+        (at.refcount_blocks_offset, _entries(2, 1, 0, at.metadata_clusters)),
+        (at.l1_offset, finished(at, at.l1_offset, l1_end)),
+    ]
+
+
+def partial_header(at: Layout, own: map_file.MapHeader, backing: str, mixed_zero_bytes: int) -> bytes:
+    """Return the header of a partial file; what follows it in its cluster is zero.
+
+    Args:
+        own: the image that it belongs to.
+        backing: the export, as QEMU opens it. One that is too long for a qcow2 is replaced by a name that cannot be
+            opened: without any, QEMU would show zeroes for what is missing.
+        mixed_zero_bytes: as in `map_file`.
+    """
+    name = backing.encode("utf-8", "surrogateescape")
+    if len(name) > MAX_BACKING_NAME:
+        name = b"nbd:the-name-of-the-export-is-too-long-for-a-qcow2"
+    extensions = _extension(
+        _OWN, own.encode()[:_OWN_SIZE].ljust(104, b"\0") + map_file.encode_counters(mixed_zero_bytes)
+    )
+    extensions += _extension(_BACKING_FORMAT, b"raw") + _extension(_END, b"")
+    header = _header(at, _BACKING_NAME_OFFSET, len(name)) + extensions
+    return header.ljust(_BACKING_NAME_OFFSET, b"\0") + name
+
+
+def counters(mixed_zero_bytes: int) -> bytes:
+    """Return what lies at COUNTERS_OFFSET of a partial file."""
+    return map_file.encode_counters(mixed_zero_bytes)
+
+
+def check_partial_header(at: Layout, own: map_file.MapHeader, cluster: bytes) -> int:
+    """Compare with the first cluster of a file on disk; return its mixed_zero_bytes.
+
+    Raises:
+        CacheCorrupt: it is damaged, or another image's, or of another size.
+    """
+    expected = _header(at, _BACKING_NAME_OFFSET, 0)
+    # The backing file's name may have changed since: another address of the same repository.
+    if len(cluster) < _BACKING_NAME_OFFSET or (cluster[:16], cluster[20 : len(expected)]) != (
+        expected[:16],
+        expected[20:],
+    ):
+        raise CacheCorrupt("not the header of a partial image of this size")
+    if _EXTENSION.unpack_from(cluster, _HEADER.size)[0] != _OWN:
+        raise CacheCorrupt("the header does not say which image it belongs to")
+    own.check(cluster[_HEADER.size + _EXTENSION.size :][:_OWN_SIZE])
+    return map_file.decode_counters(cluster[COUNTERS_OFFSET : COUNTERS_OFFSET + 12])
+
+
+def is_finished_header(at: Layout, cluster: bytes) -> bool:
+    """Whether this is the first cluster of a finished file: it was cut off its backing file.
+
+    What follows the first sector may be left from before: `Qcow2Store.finish` writes all of it again.
+    """
+    return cluster[:_BACKING_NAME_OFFSET] == finished(at, 0, _BACKING_NAME_OFFSET)
+
+
+def encode_refcounts(at: Layout, first: int, states: bytes) -> tuple[int, bytes]:
+    """Return where the refcounts of data clusters from `first` on are, and what they are."""
+    counts = bytearray(2 * len(states))
+    counts[1::2] = states.translate(_REFCOUNT_OF)
+    return at.refcount_blocks_offset + 2 * (at.metadata_clusters + first), bytes(counts)
+
+
+def encode_l2(at: Layout, first: int, states: bytes) -> tuple[int, bytes]:
+    """Return where the L2 entries of data clusters from `first` on are, and what they are."""
+    parts = []
+    start = 0
+    while start < len(states):
+        state = states[start]
+        rest = states[start:].lstrip(bytes([state]))
+        count = len(states) - start - len(rest)
+        parts.append(_l2_run(at, first + start, count, state))
+        start += count
+    return at.l2_offset + 8 * first, b"".join(parts)
+
+
+def _l2_run(at: Layout, first: int, count: int, state: int) -> bytes:
+    if state not in (block_map.DATA, block_map.ZERO):
+        return bytes(8 * count)
+    flags = COPIED | (ZERO if state == block_map.ZERO else 0)
+    return _entries(8, (at.data_offset + first * at.cluster_size) | flags, at.cluster_size, count)
+
+
+def decode_l2(at: Layout, first: int, table: bytes) -> bytes:
+    """Return the states that `encode_l2` was given.
+
+    Raises:
+        CacheCorrupt: an entry is none that lazyfs writes.
+    """
+    count = len(table) // 8
+    if not any(table):
+        return bytes(count)
+    for state in (block_map.DATA, block_map.ZERO):
+        if table == _l2_run(at, first, count, state):
+            return bytes([state]) * count
+    states = bytearray(count)
+    offset = at.data_offset + first * at.cluster_size
+    for i, entry in enumerate(struct.unpack(f">{count}Q", table)):
+        if entry:
+            expected = (offset + i * at.cluster_size) | COPIED
+            if entry & ~ZERO != expected:
+                raise CacheCorrupt(f"the L2 entry of cluster {first + i} is {entry:#x}")
+            states[i] = block_map.ZERO if entry & ZERO else block_map.DATA
+    return bytes(states)
+
+
+_REFCOUNT_OF = bytes(state in (block_map.DATA, block_map.ZERO) for state in range(256))
+
+
+def _header(at: Layout, backing_offset: int, backing_length: int) -> bytes:
+    """Return the header; a finished one is followed by zeroes: the extension that ends the list."""
+    bits = at.cluster_size.bit_length() - 1
+    return _HEADER.pack(
+        _MAGIC, _VERSION, backing_offset, backing_length, bits, at.size, 0, at.l2_tables, at.l1_offset,
+        at.refcount_table_offset, at.refcount_table_clusters, 0, 0, 0, 0, 0, _REFCOUNT_ORDER, _HEADER.size,
+    )  # fmt: skip
+
+
+def _extension(kind: int, data: bytes) -> bytes:
+    return _EXTENSION.pack(kind, len(data)) + data.ljust(_up(len(data), 8) * 8, b"\0")
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit)

@@ -1,0 +1,138 @@
+"""A qcow2 image being filled: `partial/<inode>.qcow2`, a valid qcow2 at every moment, and its own map.
+
+Its backing file is the export, so QEMU could open it without lazyfs (`core/qcow2_layout.py` has the format). Order on
+disk, always:
+
+    data, fdatasync, refcounts, fdatasync, L2 entries, fdatasync
+
+so a crash can leak a cluster (counted, not yet in a table), never corrupt one; `load` mends the leak. At the end the
+finished metadata is written, synced, and then the header that names no backing file. The metadata has its room on the
+disk from the start, so no checkpoint needs any that a full disk could refuse.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from lazyfs import errors
+from lazyfs.core import block_map, map_file, qcow2_layout
+from lazyfs.core.block_map import BlockMap
+from lazyfs.interfaces import FileLook, ImageRecord
+from lazyfs.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
+from lazyfs.units import MiB
+
+_CHUNK = 1 * MiB
+"""Of metadata written at once: an L2 entry is made in 50 ns, so a chunk takes 7 ms."""
+
+
+class Qcow2Store(PartialFile):
+    """A qcow2 image being filled. Implements `interfaces.Store`; offsets are those of the virtual disk."""
+
+    def __init__(self, root_fd: int, record: ImageRecord, look: FileLook, backing: str) -> None:
+        """`backing`: the export, as QEMU opens it, for the header of a new file."""
+        super().__init__(root_fd, record, look)
+        self._backing = backing
+        self._at = qcow2_layout.layout(self._size, record.block_size)
+        self._data_offset = self._at.data_offset
+        self._own = map_file.MapHeader(record.inode, self._size, record.block_size, record.export, record.identity)
+        self._finished = False
+        """The header names no backing file any more, and has no place for counters."""
+
+    def load(self) -> BlockMap:
+        """Open the file, or create it."""
+        with space_errors():
+            self._fd = self._open_data()
+            if os.fstat(self._fd).st_size == 0:
+                self._create()
+                return BlockMap(self._size, self._record.block_size)
+            header = read_exactly(self._fd, 0, self._at.cluster_size)
+            self._finished = qcow2_layout.is_finished_header(self._at, header)
+            mixed_zero_bytes = 0 if self._finished else qcow2_layout.check_partial_header(self._at, self._own, header)
+            if os.fstat(self._fd).st_size != self._at.file_size:
+                raise errors.CacheCorrupt("the cache file is cut short")
+            for offset, expected in qcow2_layout.initial_tables(self._at):
+                self._mend(offset, expected)
+            states = b"".join(self._load_page(first, end) for first, end in self._pages())
+            if states.count(block_map.DATA) == len(states):
+                # `finish` has begun, perhaps, and made DATA of what is ZERO: only the file's holes tell them apart.
+                data_bytes = max(os.fstat(self._fd).st_blocks * 512 - self._data_offset, 0)
+                mixed_zero_bytes = max(mixed_zero_bytes, self._size - data_bytes)
+            return BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
+
+    def _create(self) -> None:
+        """The header last, with the file's size before it: an empty file is one that was never begun."""
+        header = qcow2_layout.partial_header(self._at, self._own, self._backing, 0)
+        # Under another name until it is complete, as a file that begins with zeroes is no qcow2.
+        fresh = f"{self._data_name}.new"
+        fd = os.open(fresh, OPEN_FLAGS | os.O_TRUNC, 0o600, dir_fd=self._root_fd)
+        try:
+            os.ftruncate(fd, self._at.file_size)
+            room = os.fstatvfs(fd)
+            if room.f_bavail * room.f_frsize < self._at.data_offset:
+                raise errors.NoSpace  # else the attempt takes from others, for a moment, all that is left
+            os.posix_fallocate(fd, 0, self._at.data_offset)
+            for offset, content in [*qcow2_layout.initial_tables(self._at), (0, header)]:
+                write_all(fd, content, offset)
+            os.fsync(fd)
+            os.rename(fresh, self._data_name, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+            self._sync_folder(PARTIAL)
+        except BaseException:
+            os.close(fd)
+            # What took up the rest of a full disk's room is given back.
+            with suppress(FileNotFoundError):
+                os.unlink(fresh, dir_fd=self._root_fd)
+            raise
+        os.close(self._fd)
+        self._fd = fd
+
+    def _pages(self) -> Iterator[tuple[int, int]]:
+        """Yield blocks `[first, end)` for each page of the map."""
+        for first in range(0, self._at.clusters, block_map.PAGE_BLOCKS):
+            yield first, min(first + block_map.PAGE_BLOCKS, self._at.clusters)
+
+    def _load_page(self, first: int, end: int) -> bytes:
+        """Return the states of a page, and take back what a crash left counted that is in no table."""
+        table = read_exactly(self._fd, self._at.l2_offset + 8 * first, 8 * (end - first))
+        states = qcow2_layout.decode_l2(self._at, first, table)
+        if self._finished and states.count(block_map.DATA) != len(states):
+            raise errors.CacheCorrupt("a finished qcow2 lacks clusters")
+        self._mend(*qcow2_layout.encode_refcounts(self._at, first, states))
+        return states
+
+    def _mend(self, offset: int, expected: bytes) -> None:
+        """Write again what follows from the rest, where a crash or a damaged disk left something else."""
+        if read_exactly(self._fd, offset, len(expected)) != expected:
+            write_all(self._fd, expected, offset)
+
+    def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
+        """Data, fdatasync, refcounts, fdatasync, L2 entries, fdatasync."""
+        self._sync_data()
+        if self._finished:
+            return
+        changed = [(index * block_map.PAGE_BLOCKS, content) for index, content in pages]
+        with space_errors():
+            for first, states in changed:
+                offset, refcounts = qcow2_layout.encode_refcounts(self._at, first, states)
+                write_all(self._fd, refcounts, offset)
+            # Others write data to the same file meanwhile: that it was lost may be reported here, and only here.
+            self._sync_data()
+            for first, states in changed:
+                offset, table = qcow2_layout.encode_l2(self._at, first, states)
+                write_all(self._fd, table, offset)
+            write_all(self._fd, qcow2_layout.counters(mixed_zero_bytes), qcow2_layout.COUNTERS_OFFSET)
+            self._sync_data()
+
+    def _names(self) -> list[str]:
+        return [self._data_name, f"{self._data_name}.new"]
+
+    def finish(self) -> None:
+        """Write the finished metadata, cut the backing file, and put the file in its place."""
+        at = self._at
+        with space_errors():
+            for start in range(at.cluster_size, at.data_offset, _CHUNK):
+                end = min(start + _CHUNK, at.data_offset)
+                write_all(self._fd, qcow2_layout.finished(at, start, end), start)
+            os.fdatasync(self._fd)
+            self._finished = True
+            write_all(self._fd, qcow2_layout.finished(at, 0, at.cluster_size), 0)
+        super().finish()
