@@ -53,11 +53,13 @@ class Qcow2Store(PartialFile):
             for offset, expected in qcow2_layout.initial_tables(self._at):
                 self._mend(offset, expected)
             states = b"".join(self._load_page(first, end) for first, end in self._pages())
-            if states.count(block_map.DATA) == len(states):
-                # `finish` has begun, perhaps, and made DATA of what is ZERO: only the file's holes tell them apart.
+            blocks = BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
+            if blocks.complete:
+                # `finish` has begun, perhaps, and made DATA of some of what is ZERO: the file's holes tell them apart.
                 data_bytes = max(os.fstat(self._fd).st_blocks * 512 - self._data_offset, 0)
-                mixed_zero_bytes = max(mixed_zero_bytes, self._size - data_bytes)
-            return BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
+                mixed_zero_bytes += max(blocks.present_bytes - data_bytes, 0)
+                return BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
+            return blocks
 
     def _create(self) -> None:
         """The header last, with the file's size before it: an empty file is one that was never begun."""
