@@ -220,6 +220,7 @@ class Image:
             elif self.record.state is State.PARTIAL:  # a failed image keeps its first reason
                 logger.warning("image failed: image=%s reason=%s", self.record.export, reason)
                 await self._save(state=State.FAILED, error=str(reason))
+                await self._disown()
 
     async def recover(self) -> None:
         """The cause of a failure is gone: the export is again what the cache was filled from."""
@@ -284,11 +285,22 @@ class Image:
         self.fetcher = self._make_fetcher(store, blocks)
         if self.record.state is State.FAILED:
             self.fetcher.failure = errors.UserError(self.record.error)
+            await self._disown()  # a crash may have come before it
         self._scope = trio.CancelScope()
         if self._unkept:
             self._around.nursery.start_soon(self._wait_for_room, store)
         else:
             self._around.nursery.start_soon(self._look_after, self.fetcher)
+
+    async def _disown(self) -> None:
+        """See to it that nobody who opens the partial file without lazyfs reads a mixture of two versions."""
+        if self._store is not None:
+            try:
+                await trio.to_thread.run_sync(self._store.disown, limiter=self._around.syncs)
+            except (errors.LazyfsError, OSError) as error:
+                logger.warning("the file still names its export: image=%s reason=%s", self.record.export, error)
+                if self.fetcher is not None and isinstance(error, errors.CacheCorrupt):
+                    self.fetcher.distrust = error  # the sync may have reported that data was lost
 
     async def _open_plain(self) -> None:
         if self._plain is None:

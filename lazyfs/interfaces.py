@@ -276,6 +276,16 @@ class Store(ImageFile, Protocol):
         """
         ...
 
+    def disown(self) -> None:
+        """Let no other program that opens the file take what is missing from the export, which is another version now.
+
+        Present ranges stay readable, and the image can still be filled and finished, by lazyfs. May be repeated.
+
+        Raises:
+            CacheCorrupt, OSError: perhaps not done.
+        """
+        ...
+
     def finish(self) -> None:
         """Make the complete, checkpointed cache file the plain file at the image's path, durably.
 

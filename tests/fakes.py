@@ -333,6 +333,8 @@ class _Disk:
         self.states = bytes(-(-record.size // record.block_size))
         self.mixed_zero_bytes = 0
         self.damaged = False
+        self.disowned = False
+        """Names no export any more."""
 
 
 class MemoryStores:
@@ -464,6 +466,11 @@ class MemoryStore(_MemoryReader):
             self._disk.states = bytes(states)
             self._disk.mixed_zero_bytes = mixed_zero_bytes
             self._stores.journal.append(f"map {self._record.inode}")
+
+    def disown(self) -> None:
+        assert self._disk is not None
+        self._disk.disowned = True
+        self._stores.journal.append(f"disown {self._record.inode}")
 
     def finish(self) -> None:
         assert self._disk is not None

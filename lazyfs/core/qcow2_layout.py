@@ -54,6 +54,10 @@ COUNTERS_OFFSET = _HEADER.size + _EXTENSION.size + 104
 _BACKING_NAME_OFFSET = 512
 MAX_BACKING_NAME = 1023
 """Bytes; QEMU's limit."""
+_BACKING_REFERENCE = struct.Struct(">QI")  # offset, length
+_BACKING_REFERENCE_OFFSET = 8
+_NO_BACKING_OFFSET, _NO_BACKING = 2048, b"nbd:the-export-is-not-the-one-that-this-was-filled-from"
+"""Behind the longest name, so that there is always a whole name where the reference leads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,17 +203,28 @@ def counters(mixed_zero_bytes: int) -> bytes:
     return map_file.encode_counters(mixed_zero_bytes)
 
 
+def disown() -> list[tuple[int, bytes]]:
+    """Return (offset, bytes) that let a partial file name a backing file that cannot be opened.
+
+    In this order, each on disk before the next. The last lies in the first sector: it is written whole or not at all.
+    """
+    reference = _BACKING_REFERENCE.pack(_NO_BACKING_OFFSET, len(_NO_BACKING))
+    return [(_NO_BACKING_OFFSET, _NO_BACKING), (_BACKING_REFERENCE_OFFSET, reference)]
+
+
 def check_partial_header(at: Layout, own: map_file.MapHeader, cluster: bytes) -> int:
     """Compare with the first cluster of a file on disk; return its mixed_zero_bytes.
 
     Raises:
         CacheCorrupt: it is damaged, or another image's, or of another size.
     """
-    expected = _header(at, _BACKING_NAME_OFFSET, 0)
-    # The backing file's name may have changed since: another address of the same repository.
-    if len(cluster) < _BACKING_NAME_OFFSET or (cluster[:16], cluster[20 : len(expected)]) != (
-        expected[:16],
-        expected[20:],
+    # The backing file's name may have changed since: another address of the same repository, or disowned.
+    reference = slice(_BACKING_REFERENCE_OFFSET, _BACKING_REFERENCE_OFFSET + _BACKING_REFERENCE.size)
+    backing_offset, length = _BACKING_REFERENCE.unpack(cluster[reference].ljust(_BACKING_REFERENCE.size, b"\0"))
+    if (
+        len(cluster) < _BACKING_NAME_OFFSET
+        or backing_offset not in (_BACKING_NAME_OFFSET, _NO_BACKING_OFFSET)
+        or cluster[: _HEADER.size] != _header(at, backing_offset, length)
     ):
         raise CacheCorrupt("not the header of a partial image of this size")
     if _EXTENSION.unpack_from(cluster, _HEADER.size)[0] != _OWN:

@@ -127,6 +127,9 @@ class PartialFile(FileReader):
             # Linux reports it once and may count the lost pages as clean: syncing again proves nothing.
             raise errors.CacheCorrupt(f"the cache's disk could not take the data ({error.strerror})") from error
 
+    def disown(self) -> None:
+        """Most formats name no source."""
+
     def finish(self) -> None:
         """Give the file its mode, owner and times, fsync it, link it into place, fsync the folders."""
         path = self._record.path

@@ -124,6 +124,13 @@ class Qcow2Store(PartialFile):
             write_all(self._fd, qcow2_layout.counters(mixed_zero_bytes), qcow2_layout.COUNTERS_OFFSET)
             self._sync_data()
 
+    def disown(self) -> None:
+        """Let the header name a backing file that cannot be opened. Nothing is lost if the disk refuses."""
+        if not self._finished:
+            for offset, content in qcow2_layout.disown():
+                write_all(self._fd, content, offset)
+                self._sync_data()
+
     def _names(self) -> list[str]:
         return [self._data_name, f"{self._data_name}.new"]
 

@@ -28,6 +28,9 @@ class UnkeptStore:
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         """Nothing to save."""
 
+    def disown(self) -> None:
+        """Nobody could open it."""
+
     def finish(self) -> None:
         """Never complete."""
         raise errors.NoSpace

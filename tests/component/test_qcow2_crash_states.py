@@ -453,6 +453,31 @@ def test_power_cut_as_qemu_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert codes == {0, 3}
 
 
+def test_power_cut_while_a_file_is_disowned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header names one backing file or the other, and the rest of the file is as it was."""
+    lab, copy = Lab(tmp_path / "cache"), Lab(tmp_path / "copy")
+    lab.partial_image(HALF)
+    before = lab.data.read_bytes()
+    with lab.opened() as store:
+        store.load()
+        with monkeypatch.context() as patch:
+            recorder = Recorder(patch)
+            store.disown()
+    after = qcow2_judge.examine(lab.data.read_bytes()).backing
+    assert after is not None
+    assert after.startswith("nbd:the-export-is-not")
+    seen = set()
+    for cut, disk in states_after_power_cut({"2.qcow2": before}, recorder.events, random.Random(3), MUCH_LUCK):
+        disk.write(copy.folder)
+        found = qcow2_judge.examine(copy.data.read_bytes())
+        assert found.backing in (NOWHERE, after)
+        assert found.backing == after or cut < len(recorder.events)
+        copy.backing = found.backing
+        seen.add(found.backing)
+        assert copy.go_on() == blocks_in([HALF])
+    assert seen == {NOWHERE, after}
+
+
 def test_each_kind_is_synced_before_the_next(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, refcounts, L2 entries."""
     at = lab.image.record.shown

@@ -66,13 +66,18 @@ class Disk:
         return b"".join(part if isinstance(part, bytes) else content[part.start : part.end] for part in parts)
 
 
-def memory(_folder: Path) -> tuple[Disk, Callable[[], None]]:
+def memory(_folder: Path, image_format: str = shown_file.RAW) -> tuple[Disk, Callable[[], None]]:
     stores = MemoryStores()
 
     def get(path: str) -> bytes | None:
         return bytes(stores.plain[path]) if path in stores.plain else None
 
-    return Disk(stores.partial, stores.whole, stores.plain.__setitem__, get, lambda: len(stores.partials)), lambda: None
+    files = lambda: len(stores.partials)  # noqa: E731
+    return Disk(stores.partial, stores.whole, stores.plain.__setitem__, get, files, image_format), lambda: None
+
+
+def memory_qcow2(folder: Path) -> tuple[Disk, Callable[[], None]]:
+    return memory(folder, shown_file.QCOW2)
 
 
 def raw(folder: Path) -> tuple[Disk, Callable[[], None]]:
@@ -111,7 +116,7 @@ def on_disk(
     return disk, lambda: os.close(root_fd)
 
 
-@pytest.fixture(params=[memory, raw, qcow2], ids=["memory", "raw", "qcow2"])
+@pytest.fixture(params=[memory, memory_qcow2, raw, qcow2], ids=["memory", "memory qcow2", "raw", "qcow2"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     made, close = request.param(tmp_path)
     yield made
@@ -339,6 +344,24 @@ def test_undoing_the_end_leaves_a_foreign_file_alone(disk: Disk) -> None:
     store.unfinish()
     disk.partial(replace(disk.record, inode=99)).unfinish()
     assert disk.get("team/disk") == b"precious"
+
+
+def test_a_file_that_is_disowned_keeps_what_it_has_and_can_be_finished(disk: Disk) -> None:
+    store, blocks = disk.load()
+    keep(store, blocks, 0, 7)
+    save(store, blocks)
+    store.disown()
+    keep(store, blocks, 7, 9)
+    save(store, blocks)
+    store.disown()
+    store.close()
+    store, blocks = disk.load()
+    assert [(tuple(run), state) for run, state in blocks.runs() if state] == [((0, 9), DATA)]
+    keep(store, blocks, 9, 40)
+    save(store, blocks)
+    store.finish()
+    store.disown()
+    assert disk.get("team/disk") == disk.shown()
 
 
 def test_removing_before_the_end_leaves_nothing_but_what_is_open(disk: Disk) -> None:

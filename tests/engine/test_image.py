@@ -3,7 +3,7 @@
 import pytest
 import trio
 from engine_world import BLOCK, World, blocks, run, seconds_to_next_wakeup, threads, until
-from fakes import pattern
+from fakes import MemoryStore, pattern
 from trio.testing import wait_all_tasks_blocked
 
 from lazyfs import errors
@@ -329,12 +329,15 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
         await until(lambda: image.record.state is State.FAILED)
         assert world.catalog.load()[0].state is State.FAILED
         assert image.statistics().error == "changed in the repository (was 'old', now 'new')"
+        await until(lambda: world.stores.partials[image.inode].disowned)
         await world.check(image, blocks(0, 2), old.content)
         with pytest.raises(errors.ExportChanged):
             await image.read(BLOCK, 2 * BLOCK)
         assert not image.fillable
+    world.stores.partials[image.inode].disowned = False  # killed before that
     async with world.daemon():  # and so after a restart
         image = await world.open("disk")
+        assert world.stores.partials[image.inode].disowned
         await world.check(image, blocks(0, 2), old.content)
         with pytest.raises(errors.LazyfsError, match="changed in the repository"):
             await image.read(9 * BLOCK, BLOCK)
@@ -344,6 +347,24 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
         await world.check(image, ALL)
         await until(lambda: image.record.state is State.WHOLE)
         assert image.statistics().error == ""
+
+
+async def test_a_lost_write_that_is_reported_while_a_file_is_disowned_stops_its_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Linux tells whoever syncs next, once."""
+    world = world_with_disk()
+
+    def lost(_store: MemoryStore) -> None:
+        raise errors.CacheCorrupt("the cache's disk could not take the data")
+
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.check(image, blocks(0))
+        monkeypatch.setattr(MemoryStore, "disown", lost)
+        await image.fail(errors.ExportChanged("disk", "a", "b"))
+        with pytest.raises(errors.CacheCorrupt):
+            await image.read(0, 1)
 
 
 async def test_equal_sizes_alone_are_no_proof_that_the_old_version_is_back() -> None:

@@ -619,6 +619,33 @@ def test_the_partial_file_on_disk_is_a_qcow2_that_qemu_opens_without_lazyfs(lab:
     assert guest_read(partial, 2 * MiB, 2 * MiB) == source.read_bytes()[2 * MiB : 4 * MiB]
 
 
+def test_qemu_alone_never_reads_a_mixture_of_two_versions_that_lazyfs_has_noticed(lab: Lab) -> None:
+    source = lab.image("disk", 4 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    cache = lab.folder / "cache"
+    lab.mount(server.uri, *QCOW2, "--cache-dir", cache, "--no-populate", "--refresh", "0.3")
+    at = data_offset(4 * MiB)
+    path = lab.mnt / "disk.qcow2"
+    assert pread(path, at, 64 * KiB) == expected[: 64 * KiB]
+    compare(server, "disk", partial_file(cache))
+    changed = lab.folder / "changed"
+    changed.write_bytes(os.urandom(5 * MiB))
+    changed.replace(source)
+    lab.wait_for_state("disk", "failed")
+
+    def opened_alone() -> str:
+        command = ["qemu-io", "-r", "-f", "qcow2", "-c", "read 0 512", str(partial_file(cache))]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+
+    wait_until(lambda: "Could not open backing file" in opened_alone(), "it names no export any more")
+    assert pread(path, at, 64 * KiB) == expected[: 64 * KiB]
+    lab.umount()
+    lab.mount(server.uri, "--cache-dir", cache)
+    assert pread(path, at, 64 * KiB) == expected[: 64 * KiB]
+    assert "Could not open backing file" in opened_alone()
+
+
 # -- formats side by side
 
 

@@ -374,6 +374,27 @@ def test_a_backing_name_too_long_for_qcow2_becomes_one_that_cannot_be_opened(nam
     assert qcow2_layout.check_partial_header(at, OWN, cluster) == 0
 
 
+@given(layouts, names, st.integers(0, 1 << 63))
+def test_a_disowned_header_names_another_backing_file_and_is_the_same_image_s(
+    at: Layout, name: str, mixed: int
+) -> None:
+    cluster = bytearray(qcow2_layout.partial_header(at, OWN, name, mixed).ljust(at.cluster_size, b"\0"))
+    before = bytes(cluster)
+    (there, new_name), (reference, changed) = qcow2_layout.disown()
+    assert there >= 512 + MAX_BACKING_NAME, "the name that is in use meanwhile is left alone"
+    assert reference + len(changed) <= SECTOR, "switched by one sector"
+    cluster[there : there + len(new_name)] = new_name
+    cluster[reference : reference + len(changed)] = changed
+    found, header = read_header(bytes(cluster))
+    assert cluster[found.backing_offset : found.backing_offset + found.backing_length] == new_name
+    assert (found.size, found.extensions) == (at.size, read_header(before)[0].extensions)
+    assert {**header, "backing_offset": 0, "backing_length": 0} == {
+        **read_header(before)[1], "backing_offset": 0, "backing_length": 0
+    }  # fmt: skip
+    assert qcow2_layout.check_partial_header(at, OWN, bytes(cluster)) == mixed
+    assert not qcow2_layout.is_finished_header(at, bytes(cluster))
+
+
 def test_counters_are_rewritten_in_place() -> None:
     at = layout(1 * MiB, 4 * KiB)
     cluster = bytearray(qcow2_layout.partial_header(at, OWN, BACKING, 5))
