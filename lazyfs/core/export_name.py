@@ -16,9 +16,12 @@ name is a safe path, and no two exports share one:
 """
 
 import hashlib
+import json
+import re
 import unicodedata
 from collections.abc import Callable
-from urllib.parse import quote, urlsplit
+from contextlib import suppress
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 NAME_MAX = 255
 PATH_MAX = 3072
@@ -28,18 +31,38 @@ RESERVED = frozenset({".lazyfs", "lost+found"})
 """Names at the top of the cache directory that are not ours to give: our state, and mkfs's folder."""
 
 _HASH_HEX = 32
+_NBD_PORT = 10809  # IANA's
 
 
 def qemu_uri(repository: str, export: str) -> str:
-    """Return the URI by which QEMU opens `export`, as it has to be in a qcow2's header.
+    """Return the name by which QEMU opens `export`, as it has to be in a qcow2's header: a URI.
 
-    QEMU drops leading slashes of a name, so for such a one this is a URI that cannot be opened: not another export.
+    QEMU drops leading slashes of the name in a URI, so for such an export it is a description in JSON; where QEMU 7.2
+    has none (TLS, vsock), a name that opens nothing: not another export.
     """
     parts = urlsplit(repository)
     if export.startswith("/"):
-        return "nbd:the-name-of-the-export-begins-with-a-slash"
+        server = _qemu_server(parts)
+        if server is None:
+            return "nbd:the-name-of-the-export-begins-with-a-slash"
+        # The inner node is the raw one that the format in the header asks for; QEMU takes no other for it.
+        node = {"driver": "raw", "file": {"driver": "nbd", "server": server, "export": export}}
+        return "json:" + json.dumps(node, separators=(",", ":"))
     query = f"?{parts.query}" if parts.query else ""
     return f"{parts.scheme}://{parts.netloc}/{quote(export, errors='surrogatepass')}{query}"
+
+
+def _qemu_server(parts: SplitResult) -> dict[str, str] | None:
+    """Return a repository's address as QEMU's SocketAddress; None if it has none."""
+    if parts.scheme == "nbd+unix":
+        for parameter in re.split("[&;]", parts.query):
+            key, _, value = parameter.partition("=")
+            if key == "socket":
+                return {"type": "unix", "path": unquote(value, errors="surrogateescape")}
+    if parts.scheme == "nbd" and parts.hostname is not None:
+        with suppress(ValueError):  # a port that is none
+            return {"type": "inet", "host": unquote(parts.hostname), "port": str(parts.port or _NBD_PORT)}
+    return None
 
 
 def file_name(export: str, is_free: Callable[[str], bool] = lambda path: True, suffix: str = "") -> str:

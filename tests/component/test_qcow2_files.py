@@ -2,12 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import nbdkit, requires
+from servers import nbdkit, requires, wait_until
 
 from lazyfs.core import export_name, map_file, qcow2_layout, shown_file
 from lazyfs.core.byte_range import ByteRange
@@ -117,6 +119,7 @@ def test_two_tebibytes_take_no_more_room_than_their_metadata(tmp_path: Path, clu
 ODD_NAMES = [
     "", "disk", "a b", " ", "100%", "a%41", "%2F", "a?b=c", "a#b", "a&b;c", "a+b", "a:b", "Grüße/日本 😀", "a/b", "a//b",
     "a/../b", "../x", ".", "a/", 'q"uo\'te', "back\\slash", "json:{}", "tab\tnewline\n", "x" * 300,
+    "/", "/disk", "//disk/", "/Grüße 日本 😀", '/q"uo\'te\\', "/tab\tnewline\n", "/" + "x" * 300,
 ]  # fmt: skip
 
 
@@ -146,11 +149,11 @@ def test_qemu_opens_the_very_export_that_a_partial_file_names(tmp_path: Path) ->
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
             assert done.returncode == 0, (name, done.stderr)
             assert asked.read_bytes().decode() == name
-        check(tmp_path / "disk.qcow2")
-        assert info(tmp_path / "disk.qcow2")["backing-filename-format"] == "raw"
+            check(tmp_path / "disk.qcow2")
+            assert info(tmp_path / "disk.qcow2")["backing-filename-format"] == "raw"
 
-        # Those that QEMU would take for another name, and those that do not fit, open nothing.
-        for name in ("/", "/disk", "//disk", "y" * 2000):
+        # Those that do not fit open nothing.
+        for name in ("y" * 2000, "/" + "y" * 1000):
             asked.unlink()
             asked.touch()
             partial_file(tmp_path / "disk.qcow2", export_name.qemu_uri(server.uri, name))
@@ -160,3 +163,43 @@ def test_qemu_opens_the_very_export_that_a_partial_file_names(tmp_path: Path) ->
             assert "Could not open backing file" in done.stderr
             assert asked.read_bytes() == b""
             assert info(tmp_path / "disk.qcow2")["virtual-size"] == 1 * MiB, "info needs no backing file"
+
+
+def test_qemu_opens_such_an_export_over_tcp(tmp_path: Path) -> None:
+    requires("nbdkit")
+    asked = tmp_path / "asked"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [
+        "nbdkit",
+        "--foreground",
+        "--exit-with-parent",
+        "--readonly",
+        "--ipaddr=127.0.0.1",
+        f"--port={port}",
+        "eval",
+    ]
+    command += [f'open=printf %s "$3" >{asked}; echo handle', "get_size=echo 1M"]
+    command += ["pread=dd if=/dev/zero bs=$3 count=1 status=none"]
+
+    def listens() -> bool:
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 5):
+            return True
+        return False
+
+    with subprocess.Popen(command) as server:
+        try:
+            wait_until(listens, "nbdkit listens")
+            for name in ("/disk", "disk"):
+                partial_file(tmp_path / "disk.qcow2", export_name.qemu_uri(f"nbd://127.0.0.1:{port}", name))
+                assert qemu_img("compare", "-F", "raw", tmp_path / "disk.qcow2", zeroes(tmp_path)).returncode == 0
+                assert asked.read_text() == name
+        finally:
+            server.terminate()
+
+
+def zeroes(folder: Path) -> Path:
+    path = folder / "zeroes"
+    path.touch()
+    os.truncate(path, 1 * MiB)
+    return path

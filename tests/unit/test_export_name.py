@@ -1,5 +1,6 @@
 """Hostile export names become safe paths, and no two of them the same or in each other's way."""
 
+import json
 from collections.abc import Callable
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -258,6 +259,30 @@ def test_the_uri_of_an_export_names_it_and_nothing_else(repository: str, export:
     assert unquote(parts.path.removeprefix("/"), errors="surrogatepass") == export
 
 
-def test_an_export_whose_slash_qemu_would_drop_gets_a_uri_that_cannot_be_opened() -> None:
+@pytest.mark.parametrize(
+    ("repository", "server"),
+    [
+        ("nbd://host", {"type": "inet", "host": "host", "port": "10809"}),
+        ("nbd://[::1]:10810/", {"type": "inet", "host": "::1", "port": "10810"}),
+        ("nbd+unix:///?socket=/run/a%20b+c", {"type": "unix", "path": "/run/a b+c"}),
+        ("nbd+unix:///?x=y&socket=/run/s", {"type": "unix", "path": "/run/s"}),
+    ],
+)
+@given(export=hostile.map(lambda name: f"/{name}"))
+def test_an_export_whose_slash_qemu_would_drop_is_described_in_json(
+    repository: str, server: dict[str, str], export: str
+) -> None:
+    name = export_name.qemu_uri(repository, export)
+    assert name.isascii()
+    assert name.isprintable()
+    file = {"driver": "nbd", "server": server, "export": export}
+    assert json.loads(name.removeprefix("json:")) == {"driver": "raw", "file": file}
+
+
+@pytest.mark.parametrize(
+    "repository",
+    ["nbds://host", "nbd+vsock://2", "nbds+unix:///?socket=/s", "nbds+vsock://2", "nbd://host:99999", "nbd+unix:///?x"],
+)
+def test_where_qemu_has_no_address_such_an_export_gets_a_name_that_opens_nothing(repository: str) -> None:
     for export in ("/", "/a", "//a/b"):
-        assert "://" not in export_name.qemu_uri("nbd://host", export)
+        assert export_name.qemu_uri(repository, export).startswith("nbd:the-name")
