@@ -229,7 +229,10 @@ def check_partial_header(at: Layout, own: map_file.MapHeader, cluster: bytes) ->
         raise CacheCorrupt("not the header of a partial image of this size")
     if _EXTENSION.unpack_from(cluster, _HEADER.size)[0] != _OWN:
         raise CacheCorrupt("the header does not say which image it belongs to")
-    own.check(cluster[_HEADER.size + _EXTENSION.size :][:_OWN_SIZE])
+    try:
+        own.check(cluster[_HEADER.size + _EXTENSION.size :][:_OWN_SIZE])
+    except CacheCorrupt as error:  # its text is about a map
+        raise CacheCorrupt("the header is damaged, or belongs to another image, size or version") from error
     return map_file.decode_counters(cluster[COUNTERS_OFFSET : COUNTERS_OFFSET + 12])
 
 

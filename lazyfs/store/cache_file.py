@@ -93,9 +93,9 @@ class PartialFile(FileReader):
         self._writers = 0
         self._closed = False
 
-    def _open_data(self) -> int:
+    def _open_data(self, flags: int = OPEN_FLAGS) -> int:
         try:
-            return os.open(self._data_name, OPEN_FLAGS, 0o600, dir_fd=self._root_fd)
+            return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
         except PermissionError:
             # `finish` gave it its mode, and the catalog was not told before the daemon ended.
             fd = os.open(self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
@@ -103,7 +103,7 @@ class PartialFile(FileReader):
                 os.chmod(f"/proc/self/fd/{fd}", 0o600)
             finally:
                 os.close(fd)
-            return os.open(self._data_name, OPEN_FLAGS, 0o600, dir_fd=self._root_fd)
+            return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write data of whole blocks, holes left out."""

@@ -41,15 +41,16 @@ class Qcow2Store(PartialFile):
     def load(self) -> BlockMap:
         """Open the file, or create it."""
         with space_errors():
-            self._fd = self._open_data()
-            if os.fstat(self._fd).st_size == 0:
+            try:
+                self._fd = self._open_data(OPEN_FLAGS & ~os.O_CREAT)
+            except FileNotFoundError:
                 self._create()
                 return BlockMap(self._size, self._record.block_size)
             header = read_exactly(self._fd, 0, self._at.cluster_size)
             self._finished = qcow2_layout.is_finished_header(self._at, header)
             mixed_zero_bytes = 0 if self._finished else qcow2_layout.check_partial_header(self._at, self._own, header)
-            if os.fstat(self._fd).st_size != self._at.file_size:
-                raise errors.CacheCorrupt("the cache file is cut short")
+            if (found := os.fstat(self._fd).st_size) != self._at.file_size:
+                raise errors.CacheCorrupt(f"the cache file has {found} bytes, expected {self._at.file_size}")
             for offset, expected in qcow2_layout.initial_tables(self._at):
                 self._mend(offset, expected)
             states = b"".join(self._load_page(first, end) for first, end in self._pages())
@@ -62,9 +63,8 @@ class Qcow2Store(PartialFile):
             return blocks
 
     def _create(self) -> None:
-        """The header last, with the file's size before it: an empty file is one that was never begun."""
+        """Under another name until it is complete: what has the name of a partial image is always a qcow2."""
         header = qcow2_layout.partial_header(self._at, self._own, self._backing, 0)
-        # Under another name until it is complete, as a file that begins with zeroes is no qcow2.
         fresh = f"{self._data_name}.new"
         fd = os.open(fresh, OPEN_FLAGS | os.O_TRUNC, 0o600, dir_fd=self._root_fd)
         try:
@@ -84,7 +84,6 @@ class Qcow2Store(PartialFile):
             with suppress(FileNotFoundError):
                 os.unlink(fresh, dir_fd=self._root_fd)
             raise
-        os.close(self._fd)
         self._fd = fd
 
     def _pages(self) -> Iterator[tuple[int, int]]:
