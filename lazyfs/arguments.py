@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from lazyfs import __version__, errors
 from lazyfs.core import shown_file
-from lazyfs.core.qcow2_layout import MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE
+from lazyfs.core.qcow2_layout import MIN_CLUSTER_SIZE
 from lazyfs.units import KiB, MiB, parse_size
 
 SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
@@ -162,11 +162,11 @@ def _rate(text: str) -> int:
 
 
 def _block_size(text: str) -> int:
-    return _power_of_two(text, 4 * KiB, 4 * MiB)
+    return _power_of_two(text, 4 * KiB, shown_file.MAX_BLOCK_SIZE[shown_file.RAW])
 
 
 def _cluster_size(text: str) -> int:
-    return _power_of_two(text, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
+    return _power_of_two(text, MIN_CLUSTER_SIZE, shown_file.MAX_BLOCK_SIZE[shown_file.QCOW2])
 
 
 def _power_of_two(text: str, least: int, most: int) -> int:

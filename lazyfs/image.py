@@ -14,7 +14,7 @@ Invariants (more in `doc/CONCURRENCY.md`):
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -96,6 +96,8 @@ class Image:
         self._store: Store | None = None
         self._unkept = False
         """There was no room even for a map: `_store` keeps nothing."""
+        self._open_trouble = ""
+        """Why the cache file cannot be opened, if the user can mend that."""
         self._changing = trio.Lock()
         self._scope = trio.CancelScope()
 
@@ -114,7 +116,7 @@ class Image:
 
     def allocated_bytes(self) -> int:
         """Return what the cache file takes of the disk, as `du` shows it: data, and a qcow2's metadata."""
-        metadata = 0 if self.record.state is State.REMOTE else self.record.shown.metadata_size
+        metadata = 0 if self.record.state is State.REMOTE or self._unkept else self.record.shown.metadata_size
         return image_statistics.present_bytes(self.record, self.fetcher) + metadata
 
     @property
@@ -279,7 +281,12 @@ class Image:
         if self.record.state is State.REMOTE:
             await self._save(state=State.PARTIAL)
             self._around.on_attributes_changed(self)
-        store, blocks, kept = await trio.to_thread.run_sync(partial_cache.load, self._around.stores, self.record)
+        self._open_trouble = ""
+        try:
+            store, blocks, kept = await trio.to_thread.run_sync(partial_cache.load, self._around.stores, self.record)
+        except errors.UserError as error:
+            self._open_trouble = str(error)
+            raise
         self._unkept = not kept
         self._store = self._file = store
         self.fetcher = self._make_fetcher(store, blocks)
@@ -324,7 +331,9 @@ class Image:
         try:
             return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
         except errors.CacheCorrupt as error:
-            self.record = replace(self.record, error=f"{error}: mount anew, and what is gone is fetched again")
+            self.record = replace(
+                self.record, error=f"{error}; remove it, if it is there, and mount anew to fetch it again"
+            )
             raise
 
     async def _remove_plain_file(self) -> None:
@@ -462,6 +471,8 @@ class Image:
 
     def statistics(self) -> image_statistics.ImageStatistics:
         """Return what `status` shows, as of now."""
+        # One that is closed has no file, and nobody looks for room for it until it is opened again.
+        unkept = self._unkept and (self.fetcher is not None or self._around.stores.nearly_full())
         return image_statistics.of(
             self.record,
             self.fetcher,
@@ -469,21 +480,12 @@ class Image:
             inode=self.shown_inode,
             open_count=self.open_count,
             replaced=self.retired,
-            error="; ".join(self._messages()),
+            messages=[
+                self.record.error or partial_cache.too_large(self.record) or self._open_trouble,
+                "not in the repository any more" if self.gone else "",
+                image_statistics.filling_trouble(self.record, self.fetcher, unkept, self.fill_trouble),
+            ],
         )
-
-    def _messages(self) -> Iterable[str]:
-        if trouble := self.record.error or partial_cache.too_large(self.record):
-            yield trouble
-        if self.gone:
-            yield "not in the repository any more"
-        if self.record.state is State.PARTIAL and self.fetcher is not None:
-            if self.fetcher.distrust is not None:
-                yield f"{self.fetcher.distrust}: reads fail; mount anew to go on from the last checkpoint"
-            elif self.fetcher.unkept or self._unkept:
-                yield "the cache's disk is full: reads are served from the repository and not kept"
-            elif self.fill_trouble:
-                yield self.fill_trouble
 
 
 async def _wait_then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:

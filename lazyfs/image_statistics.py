@@ -1,5 +1,6 @@
 """What is told about an image: the row of `query-images`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lazyfs.core.lifecycle import State
@@ -37,6 +38,17 @@ def present_bytes(record: ImageRecord, fetcher: Fetcher | None) -> int:
     return record.present_bytes if fetcher is None else fetcher.present_bytes
 
 
+def filling_trouble(record: ImageRecord, fetcher: Fetcher | None, unkept: bool, fill_trouble: str) -> str:
+    """Return what hinders an image that is being filled; "" if nothing does."""
+    if record.state is not State.PARTIAL:
+        return ""
+    if fetcher is not None and fetcher.distrust is not None:
+        return f"{fetcher.distrust}: reads fail; mount anew to go on from the last checkpoint"
+    if unkept or (fetcher is not None and fetcher.unkept):
+        return "the cache's disk is full: reads are served from the repository and not kept"
+    return fill_trouble if fetcher is not None else ""
+
+
 def of(
     record: ImageRecord,
     fetcher: Fetcher | None,
@@ -45,9 +57,9 @@ def of(
     inode: int,
     open_count: int,
     replaced: bool,
-    error: str,
+    messages: Iterable[str],
 ) -> ImageStatistics:
-    """Put together what the record and, while the image fills, its fetcher know."""
+    """Put together what the record and, while the image fills, its fetcher know; `messages` may be empty ones."""
     if fetcher is not None:
         zero, rate = fetcher.zero_bytes, fetcher.rate()
     else:
@@ -70,5 +82,5 @@ def of(
         open_count=open_count,
         replaced=replaced,
         fill_rate=rate if record.state is State.PARTIAL and not (fetcher and fetcher.unkept) else 0.0,
-        error=error,
+        error="; ".join(filter(None, messages)),
     )

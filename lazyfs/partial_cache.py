@@ -1,5 +1,6 @@
 """Opens what there is of an image that is being filled."""
 
+import errno
 import logging
 
 from lazyfs import errors
@@ -16,8 +17,11 @@ MAX_BLOCKS = 256 * MiB
 
 def too_large(record: ImageRecord) -> str:
     """Return why this image cannot be cached with these blocks; "" if it can."""
-    if -(-(record.size or 0) // record.block_size) <= MAX_BLOCKS:
+    size = record.size or 0
+    if size <= MAX_BLOCKS * record.block_size:
         return ""
+    if size > MAX_BLOCKS * shown_file.MAX_BLOCK_SIZE[record.format]:
+        return "too large for lazyfs"
     option = "--block-size" if record.format == shown_file.RAW else "--cluster-size"
     return f"too large for its blocks: mount with a larger {option} and an empty cache"
 
@@ -28,7 +32,7 @@ def load(stores: Stores, record: ImageRecord) -> tuple[Store, BlockMap, bool]:
     What is on disk and cannot be trusted is discarded. Blocks.
 
     Raises:
-        OSError, CacheCorrupt: it can be neither used nor begun anew.
+        OSError, CacheCorrupt, UserError: it can be neither used nor begun anew.
     """
     assert record.size is not None
     store = stores.partial(record)
@@ -46,6 +50,8 @@ def load(stores: Stores, record: ImageRecord) -> tuple[Store, BlockMap, bool]:
         logger.warning("no room to cache: image=%s; it is served from the repository", record.export)
         store.close()
         return stores.unkept(), BlockMap(record.size, record.block_size), False
-    except BaseException:
+    except BaseException as error:
         store.close()
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise errors.UserError(f"the cache's file system cannot hold a file of {record.file_size} bytes") from error
         raise

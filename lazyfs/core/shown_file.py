@@ -9,11 +9,14 @@ from typing import Protocol
 
 from lazyfs.core import qcow2_layout
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.units import MiB
 
 RAW, QCOW2 = "raw", "qcow2"
 FORMATS = (RAW, QCOW2)
 SUFFIX = {RAW: "", QCOW2: ".qcow2"}
 """Of the file's name."""
+MAX_BLOCK_SIZE = {RAW: 4 * MiB, QCOW2: qcow2_layout.MAX_CLUSTER_SIZE}
+"""Of an image's blocks. For raw no more, as a reader waits for a whole block."""
 
 
 class ShownFile(Protocol):

@@ -132,6 +132,7 @@ async def test_with_no_room_at_all_it_is_served_and_cached_when_there_is_some() 
         image = await world.open("disk")
         assert await whole_file(image) == shown(content)
         assert "disk is full" in image.statistics().error
+        assert image.allocated_bytes() == 0
         assert not world.stores.partials
         world.stores.full = world.stores.room_low = False
         await until(lambda: image.record.state is State.WHOLE)

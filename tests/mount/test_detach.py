@@ -372,7 +372,7 @@ def test_umount_and_detach_at_once_are_both_content_or_say_why(lab: Lab) -> None
 
 
 def test_a_plain_file_that_is_removed_underneath_shows_in_status(lab: Lab) -> None:
-    lab.image("disk", 1 * MiB)
+    source = lab.image("disk", 1 * MiB)
     cache = lab.folder / "cache"
     lab.mount(lab.serve().uri, "--cache-dir", cache)
     (lab.mnt / "disk").read_bytes()
@@ -382,3 +382,25 @@ def test_a_plain_file_that_is_removed_underneath_shows_in_status(lab: Lab) -> No
         (lab.mnt / "disk").read_bytes()
     assert "the plain file cannot be opened" in lab.image_status("disk")["error"]
     assert "mount anew" in lab.lazyfs("status", lab.mnt).stdout
+    lab.umount()
+    lab.mount(lab.serve().uri, "--cache-dir", cache)
+    assert (lab.mnt / "disk").read_bytes() == source.read_bytes()
+
+
+def test_a_plain_file_that_is_changed_underneath_has_to_be_removed_as_status_says(lab: Lab) -> None:
+    source = lab.image("disk", 1 * MiB)
+    cache = lab.folder / "cache"
+    server = lab.serve()
+    lab.mount(server.uri, "--cache-dir", cache)
+    (lab.mnt / "disk").read_bytes()
+    lab.wait_for_state("disk", "whole")
+    (cache / "disk").unlink()
+    (cache / "disk").write_bytes(b"mine")
+    with pytest.raises(OSError, match="Input/output"):
+        (lab.mnt / "disk").read_bytes()
+    assert "has 4 bytes" in lab.image_status("disk")["error"]
+    assert "remove it, if it is there, and mount anew" in lab.image_status("disk")["error"]
+    (cache / "disk").unlink()
+    lab.umount()
+    lab.mount(server.uri, "--cache-dir", cache)
+    assert (lab.mnt / "disk").read_bytes() == source.read_bytes()

@@ -125,12 +125,51 @@ def test_a_foreign_file_in_the_way_of_a_whole_image_is_not_touched(lab: Lab) -> 
     assert (cache / "dense").read_bytes() == source.read_bytes()
 
 
-def test_an_image_too_large_for_its_blocks_is_refused_with_a_reason(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("options", "size", "advice"),
+    [
+        ((), 1 << 50, "mount with a larger --block-size"),
+        ((), (1 << 50) + 1, "too large for lazyfs"),
+        (("--format", "qcow2"), 1 << 49, "mount with a larger --cluster-size"),
+        (("--format", "qcow2"), (1 << 49) + 1, "too large for lazyfs"),
+    ],
+)
+def test_an_image_too_large_for_its_blocks_is_refused_with_a_reason(
+    lab: Lab, options: tuple[str, ...], size: int, advice: str
+) -> None:
     """A stranger's word of a size must not cost us that much memory."""
-    lab.image("fine", 1 * MiB)
-    server = lab.serve_with("eval", "list_exports=echo huge", "get_size=echo 1152921504606846976")
-    lab.mount(server.uri)
-    assert (lab.mnt / "huge").stat().st_size == 1 << 60
+    server = lab.serve_with("eval", "list_exports=echo huge", f"get_size=echo {size}")
+    lab.mount(server.uri, *options)
+    (path,) = lab.mnt.iterdir()
+    assert path.stat().st_size >= size
     with pytest.raises(OSError, match="Input/output error"):
-        (lab.mnt / "huge").open("rb")
-    assert "--block-size" in lab.image_status("huge")["error"]
+        path.open("rb")
+    assert advice in lab.image_status("huge")["error"]
+
+
+@pytest.mark.parametrize(("image_format", "name"), [("raw", "large"), ("qcow2", "large.qcow2")])
+def test_a_file_system_that_cannot_hold_such_a_file_is_named_in_status(lab: Lab, image_format: str, name: str) -> None:
+    """ext4 ends at 16 TiB; here a limit of the process (RLIMIT_FSIZE) has the same error, EFBIG."""
+    small = lab.image("small", 1 * MiB)
+    lab.image("large", 100 * MiB)
+    cache = lab.folder / "cache"
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, 50 << 20))"
+    program = ("-c", f"{limit}\nfrom lazyfs import cli\nsys.exit(cli.main())")
+    server = lab.serve()
+    lab.mount(server.uri, "--format", image_format, "--cache-dir", cache, program=program)
+    path = lab.mnt / name
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            path.open("rb")
+    expected = f"the cache's file system cannot hold a file of {path.stat().st_size} bytes"
+    assert lab.image_status("large")["error"] == expected
+    assert small.read_bytes() in (lab.mnt / name.replace("large", "small")).read_bytes()
+    lab.wait_for_state("small", "whole")
+    assert not list((cache / ".lazyfs/partial").glob("*.qcow2*"))
+    lab.umount()
+    lab.mount(server.uri, "--cache-dir", cache, program=program)
+    wait_until(lambda: lab.image_status("large")["error"] == expected, "and so after a restart")
+    lab.umount()
+    lab.mount(server.uri, "--cache-dir", cache)
+    path.open("rb").close()
+    assert lab.image_status("large")["error"] == ""
