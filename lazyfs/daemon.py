@@ -2,8 +2,9 @@
 
 mount        cache directory opened and locked -> exports listed -> mounted -> "ready"
 detach       unmounted lazily -> open files are served -> the last is closed: as after unmount
-unmount      kernel's connection ends -> population gives back its claims -> checkpoint of every image
-             -> catalog closed -> exit. A crash anywhere costs what the last checkpoint did not have.
+unmount      kernel's connection ends -> population gives back its claims -> checkpoint of every image,
+             hand-off of what is complete -> catalog closed -> exit
+A crash anywhere costs what the last checkpoint did not have.
 """
 
 import errno

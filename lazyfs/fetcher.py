@@ -29,7 +29,6 @@ from lazyfs.pace import Pace
 
 logger = logging.getLogger(__name__)
 
-
 KERNEL_RETRY_S = 0.05
 """A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c): that second
 request for the same offset fails with the first, or the reader would wait for two timeouts. It comes within a
@@ -183,7 +182,8 @@ class Fetcher:
             await fetch.done.wait()
             if isinstance(fetch.error, errors.TimedOut):
                 return None  # its time was up, ours may not be
-            if isinstance(fetch.error, errors.RequestFailed) and not self._only_for(fetch, wanted):
+            only_ours = fetch.span.clip(self._whole_blocks(wanted)) == fetch.span
+            if isinstance(fetch.error, errors.RequestFailed) and not only_ours:
                 return None  # somebody else's, and it may have failed where we do not read: ask for our own blocks
             if fetch.error is not None:
                 raise fetch.error
@@ -308,9 +308,6 @@ class Fetcher:
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
         what = f"reading {self.export.name} at {wanted.start}"
         return errors.TimedOut(what, self._io_timeout_s, "the repository does not answer")
-
-    def _only_for(self, fetch: _Fetch, wanted: ByteRange) -> bool:
-        return fetch.span.clip(self._whole_blocks(wanted)) == fetch.span
 
     def _whole_blocks(self, wanted: ByteRange) -> ByteRange:
         return wanted.align_out(self._blocks.block_size, self._blocks.size)
@@ -451,6 +448,13 @@ class Fetcher:
         self.failure = error
         self._on_changed(error)
 
+    async def written(self) -> None:
+        """Wait until what has arrived is written: its readers were let go before."""
+        while arrived := [block for block, fetch in self._fetches.items() if fetch.done.is_set()]:
+            with self._lock:
+                self._waiters.append((arrived[0], settled := trio.Event()))
+            await settled.wait()
+
     async def rest(self) -> None:
         """Drop the connection if nothing is under way on it: the last reader has gone."""
         if not self._fetches and not self._learning:
@@ -481,12 +485,9 @@ class Fetcher:
 
     def _note_progress(self) -> None:
         if not self.dirtied.is_set():
-            self._in_trio(self._mark_dirtied)
+            self._in_trio(lambda: self.dirtied.set())  # whichever event stands there by then
         if self._blocks.complete:
             self._in_trio(self.completed.set)
-
-    def _mark_dirtied(self) -> None:
-        self.dirtied.set()  # whichever event stands there by now
 
     def _in_trio(self, call: Callable[[], object]) -> None:
         # A thread may finish its last request after the daemon's loop has ended.

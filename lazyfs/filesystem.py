@@ -376,7 +376,9 @@ class Filesystem:
         self.on_fillable()
 
     async def aclose(self) -> None:
-        """Checkpoint and close every image."""
+        """Save and close every image; what is complete becomes whole. The kernel's connection has ended."""
+        self.on_invalid_entry = lambda folder, name: None
+        self.on_invalid_attributes = lambda inode: None
         for image in list(self._active.values()):
             try:
                 await image.aclose()

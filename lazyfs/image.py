@@ -173,10 +173,9 @@ class Image:
             return
         async with self._changing:
             await self._close_plain_if_unused()
-            idle = self.record.state is State.WHOLE or self.retired or self._unkept
             if self.open_count:
                 return
-            if idle:
+            if self.record.state is State.WHOLE or self.retired or self._unkept:
                 await self._close_file()
             elif self.fetcher is not None:
                 await self.fetcher.rest()
@@ -260,11 +259,13 @@ class Image:
                 await self._close_file()
 
     async def aclose(self) -> None:
-        """Save everything and close; for the daemon's end, when nobody reads any more."""
+        """Save everything, hand off what is complete, and close; for the daemon's end, when nobody reads any more."""
         self._scope.cancel()
         async with self._changing:
             if self.fetcher is not None and self.record.state in (State.PARTIAL, State.FAILED) and not self.retired:
-                await self._checkpoint()
+                await self.fetcher.written()
+                if not await self._become_whole(self.fetcher):  # its task may not have begun, or was cancelled
+                    await self._checkpoint()
             self._plain_opens = 0
             await self._close_plain_if_unused()
             await self._close_file()
@@ -444,22 +445,10 @@ class Image:
             await self._save()
 
     async def _hand_off(self, fetcher: Fetcher) -> bool:
-        """Turn the complete image into a plain file; False if that failed and is worth another try later."""
-        assert self._store is not None
+        """Turn the complete image into a plain file, and tell the kernel; False if it is worth another try later."""
         async with self._changing:
-            if self.record.state is State.FAILED:
+            if not await self._become_whole(fetcher):
                 return False
-            try:
-                await fetcher.checkpoint(self._around.syncs)
-                await trio.to_thread.run_sync(self._store.finish, limiter=self._around.syncs)
-                await self._save(state=State.WHOLE, error="")
-                await trio.to_thread.run_sync(self._store.remove)
-            except (errors.LazyfsError, OSError) as error:
-                if self.record.error != str(error):
-                    logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)
-                    self.record = replace(self.record, error=str(error))
-                return False
-            logger.info("image is whole: image=%s size=%d", self.record.export, self.record.size)
             await fetcher.aclose()
             if self.open_count == 0:
                 await self._close_file()
@@ -467,11 +456,29 @@ class Image:
         self._around.on_whole(self)
         return True
 
+    async def _become_whole(self, fetcher: Fetcher) -> bool:
+        missing = fetcher.export.size - fetcher.present_bytes - fetcher.zero_bytes
+        if missing or self._store is None or self._unkept or self.record.state is State.FAILED:
+            return False
+        try:
+            await fetcher.checkpoint(self._around.syncs)
+            await trio.to_thread.run_sync(self._store.finish, limiter=self._around.syncs)
+            with trio.CancelScope(shield=True):  # else the partial name would stay until the next start
+                await self._save(state=State.WHOLE, error="")
+                await trio.to_thread.run_sync(self._store.remove)
+        except (errors.LazyfsError, OSError) as error:
+            if self.record.error != str(error):
+                logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)
+                self.record = replace(self.record, error=str(error))
+            return False
+        logger.info("image is whole: image=%s size=%d", self.record.export, self.record.size)
+        return True
+
     # -- reporting
 
     def statistics(self) -> image_statistics.ImageStatistics:
         """Return what `status` shows, as of now."""
-        # One that is closed has no file, and nobody looks for room for it until it is opened again.
+        # Nobody looks for room for one that is closed.
         unkept = self._unkept and (self.fetcher is not None or self._around.stores.nearly_full())
         return image_statistics.of(
             self.record,

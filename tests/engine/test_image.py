@@ -135,6 +135,47 @@ async def test_a_crash_in_the_middle_of_a_hand_off_is_finished_by_the_next_daemo
         assert world.repository.bytes_read() == SIZE
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("wait_s", [0.0, 0.3, 1.5, 2.5, 3.5, 4.5, 60.0])
+async def test_a_daemon_that_ends_hands_off_what_is_complete(image_format: str, wait_s: float) -> None:
+    """Also what arrived, and was read, a moment ago and is not written yet; each call to the disk takes 1 s."""
+    world = World(format=image_format)
+    world.repository.add("disk", pattern(SIZE))
+    async with world.daemon():
+        image = await world.open("disk")
+        threads.delay_s = 1.0
+        await image.read(0, 1 << 40)
+        await trio.sleep(wait_s)
+        told: list[object] = []
+        world.filesystem.on_invalid_entry = lambda *of_name: told.append(of_name)
+    assert world.catalog.load()[0].state is State.WHOLE
+    assert list(world.stores.plain) == [image.record.path]
+    assert not world.stores.partials
+    assert not told, "no kernel listens any more"
+
+
+async def test_a_daemon_s_end_waits_for_no_repository_and_tries_no_hand_off_twice() -> None:
+    world = world_with_disk()
+    world.repository.add("other", pattern(SIZE))
+    async with world.daemon(), trio.open_nursery() as nursery:
+        image, other = await world.open("disk"), await world.open("other")
+        world.stores.plain["disk"] = b"precious"
+        await world.check(image, ALL)
+        await world.check(other, blocks(0, 2))
+        world.repository.hang()
+        nursery.start_soon(other.read, 9 * BLOCK, 1)
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+        began = trio.current_time()
+    assert trio.current_time() < began + 1
+    assert world.stores.plain == {"disk": b"precious"}
+    assert {record.state for record in world.catalog.load()} == {State.PARTIAL}
+    world.repository.go_on()
+    async with world.daemon():
+        await world.check(await world.open("other"), blocks(0, 2))
+        assert world.repository.bytes_read("other", "demand") <= 3 * BLOCK
+
+
 # -- checkpoints and counters
 
 
