@@ -293,16 +293,16 @@ class Image:
         self.fetcher = self._make_fetcher(store, blocks)
         if self.record.state is State.FAILED:
             self.fetcher.failure = errors.UserError(self.record.error)
-            await self._disown()  # a crash may have come before it
         self._scope = trio.CancelScope()
         if self._unkept:
             self._around.nursery.start_soon(self._wait_for_room, store)
         else:
             self._around.nursery.start_soon(self._look_after, self.fetcher)
+        await self._disown()  # a crash may have come before it; last, as this may be cancelled
 
     async def _disown(self) -> None:
-        """See to it that nobody who opens the partial file without lazyfs reads a mixture of two versions."""
-        if self._store is not None:
+        """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two versions."""
+        if self._store is not None and self.record.state is State.FAILED:
             try:
                 await trio.to_thread.run_sync(self._store.disown, limiter=self._around.syncs)
             except (errors.LazyfsError, OSError) as error:
