@@ -25,7 +25,7 @@ from lazyfs.catalog import SqliteCatalog
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
 from lazyfs.core.lifecycle import State
-from lazyfs.interfaces import FileLook, ImageRecord, PlainFile, Store
+from lazyfs.interfaces import FileLook, ImageRecord, PlainFile, Space, Store
 from lazyfs.store.cache_file import WholeFile
 from lazyfs.store.qcow2 import Qcow2Store
 from lazyfs.store.raw import RawStore
@@ -41,8 +41,9 @@ ENDING_S = 20.0
 
 CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
 _DETACHED = "the lazyfs detached from"
-_PARTIAL = f"{STATE}/partial"
-_CATALOG = f"{STATE}/catalog.sqlite"
+PARTIAL = f"{STATE}/partial"
+CATALOG = f"{STATE}/catalog.sqlite"
+LOCK = f"{STATE}/lock"
 
 
 class CacheDir:
@@ -85,10 +86,7 @@ class CacheDir:
 
     def partial(self, record: ImageRecord) -> Store:
         """Return the store of an image that is being filled."""
-        if record.format == shown_file.QCOW2:
-            backing = qemu_uri(self._repository, record.export)
-            return Qcow2Store(self.root_fd, record, self._look, backing)
-        return RawStore(self.root_fd, record, self._look)
+        return partial_file(self.root_fd, record, self._look, self._repository)
 
     def unkept(self) -> Store:
         """Return a store that keeps nothing."""
@@ -103,9 +101,13 @@ class CacheDir:
 
         Enough for the catalog, and for neighbours on the same disk to go on for a while. Unmeasured.
         """
-        room = os.fstatvfs(self.root_fd)
-        reserve = max(min(room.f_blocks * room.f_frsize // 100, GiB), MiB)
-        return room.f_bavail * room.f_frsize < reserve
+        space = self.space()
+        return space.free < max(min(space.total // 100, GiB), MiB)
+
+    def space(self) -> Space:
+        """Return the size of the file system, and what of it an ordinary user may still take."""
+        found = os.fstatvfs(self.root_fd)
+        return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
     # -- opening
 
@@ -114,8 +116,8 @@ class CacheDir:
             undo.callback(self._close_fds)
             self._make_state_folder()
             self._take_lock(mountpoint)
-            self._check_catalog_file()
-            self.catalog = SqliteCatalog(os.path.join(self.path, _CATALOG))
+            check_catalog_file(self.root_fd, self.path)
+            self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG))
             undo.callback(self.catalog.close)
             self.records = [self._look_at_whole(record) for record in self.catalog.load()]
             self._refuse_foreign()
@@ -123,7 +125,7 @@ class CacheDir:
             undo.pop_all()
 
     def _make_state_folder(self) -> None:
-        for name in (STATE, _PARTIAL):
+        for name in (STATE, PARTIAL):
             try:
                 os.mkdir(name, 0o700, dir_fd=self.root_fd)
             except FileExistsError:
@@ -138,10 +140,10 @@ class CacheDir:
 
     def _take_lock(self, mountpoint: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.lock_fd = os.open(f"{STATE}/lock", flags, 0o600, dir_fd=self.root_fd)
+        self.lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self.root_fd)
         deadline = time.monotonic() + ENDING_S
-        while not self._try_lock():
-            owner = os.pread(self.lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
+        while not try_lock(self.lock_fd):
+            owner = owner_of(self.lock_fd)
             detached = owner.startswith(_DETACHED)
             mounted = any(f"the lazyfs on {mount.mountpoint} (pid" in owner for mount in mounts.lazyfs_mounts())
             if not mounted and not detached and time.monotonic() < deadline:
@@ -152,82 +154,36 @@ class CacheDir:
                 + ("close them or move QEMU with lazyfs pivot" if detached else "unmount that first")
                 + ", or give this mount its own --cache-dir"
             )
-        self._tell(f"the lazyfs on {mountpoint} (pid {os.getpid()})")
+        tell_owner(self.lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})")
 
     def tell_detached(self) -> None:
         """Let the message to another daemon that wants this cache say what keeps it."""
-        self._tell(f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), which serves the files still open")
-
-    def _tell(self, owner: str) -> None:
-        os.ftruncate(self.lock_fd, 0)
-        os.pwrite(self.lock_fd, owner.encode(errors="surrogateescape"), 0)
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _check_catalog_file(self) -> None:
-        """SQLite would follow a symlink."""
-        try:
-            found = os.stat(_CATALOG, dir_fd=self.root_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISREG(found.st_mode):
-            raise errors.UserError(f"{self.path}/{_CATALOG} is not a plain file; remove it, or use --cache-dir")
+        tell_owner(
+            self.lock_fd,
+            f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), which serves the files still open",
+        )
 
     def _look_at_whole(self, record: ImageRecord) -> ImageRecord:
-        """Return the record of an image as it is now, if somebody removed or changed its plain file meanwhile.
-
-        A file that is gone was evicted by hand: the image is remote again. One of another size is left alone and
-        reported, and when it is gone, too, the image is remote again.
-        """
-        if record.state is not State.WHOLE and record.error != CHANGED_BY_HAND:
-            return record
-        try:
-            found = os.stat(record.path, dir_fd=self.root_fd, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
-            logger.info("the plain file was removed, so it is remote again: image=%s", record.export)
-            now = replace(
-                record, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0
-            )
-        else:
-            if stat.S_ISREG(found.st_mode) and found.st_size == record.file_size:
-                now = replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
-            else:
-                now = replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
+        now = whole_now(self.root_fd, record)
         if now != record:
+            if now.state is State.REMOTE:
+                logger.info("the plain file was removed, so it is remote again: image=%s", record.export)
             self.catalog.update([now])
         return now
 
     def _refuse_foreign(self) -> None:
-        ours = {r.path for r in self.records if r.state is State.WHOLE or r.error == CHANGED_BY_HAND}
-        unfinished = {record.path: record for record in self.records if record.path not in ours}
-        for path in _files_below(self.root_fd):
-            if path in ours or (path in unfinished and self._is_finished(path, unfinished[path])):
-                continue
+        for path in foreign_files(self.root_fd, self.records):
             raise errors.UserError(
                 f"{self.path} holds {path!r}, which lazyfs did not put there; "
                 f"move it away, or keep the cache elsewhere with --cache-dir"
             )
 
-    def _is_finished(self, path: str, record: ImageRecord) -> bool:
-        """Whether a crash came between linking a whole image into place and telling the catalog."""
-        try:
-            ours = os.stat(f"{_PARTIAL}/{record.inode}.{record.format}", dir_fd=self.root_fd, follow_symlinks=False)
-            there = os.stat(path, dir_fd=self.root_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
-
     def _sweep(self) -> None:
         """Remove partial files that no record speaks of: the rest of a crash, or of an image become whole."""
         wanted = {str(record.inode) for record in self.records if record.state in (State.PARTIAL, State.FAILED)}
-        for name in _list(self.root_fd, _PARTIAL):
+        for name in list_folder(self.root_fd, PARTIAL):
             if name.partition(".")[0] not in wanted:
-                os.unlink(f"{_PARTIAL}/{name}", dir_fd=self.root_fd)
+                os.unlink(f"{PARTIAL}/{name}", dir_fd=self.root_fd)
 
     # -- closing
 
@@ -242,7 +198,93 @@ class CacheDir:
                 os.close(fd)
 
 
-def _list(root_fd: int, name: str) -> list[str]:
+# -- what can be asked of a cache directory that is open in any way; `cache_check.py` does, too
+
+
+def partial_file(root_fd: int, record: ImageRecord, look: FileLook, repository: str) -> RawStore | Qcow2Store:
+    """Return the store of an image that is being filled."""
+    if record.format == shown_file.QCOW2:
+        return Qcow2Store(root_fd, record, look, qemu_uri(repository, record.export))
+    return RawStore(root_fd, record, look)
+
+
+def try_lock(lock_fd: int) -> bool:
+    """Lock, if nobody else has; released when the descriptor is closed."""
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def owner_of(lock_fd: int) -> str:
+    """Return who says that he has the lock; "" if nobody does."""
+    return os.pread(lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
+
+
+def tell_owner(lock_fd: int, owner: str) -> None:
+    """Say who has the lock."""
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
+
+
+def check_catalog_file(root_fd: int, path: str) -> None:
+    """SQLite would follow a symlink.
+
+    Raises:
+        UserError: the catalog of the cache at `path` is one, or a folder.
+    """
+    try:
+        found = os.stat(CATALOG, dir_fd=root_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise errors.UserError(f"{path}/{CATALOG} is not a plain file; remove it, or use --cache-dir")
+
+
+def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
+    """Return the record of an image as it is now, if somebody removed or changed its plain file meanwhile.
+
+    A file that is gone was evicted by hand: the image is remote again. One of another size is left alone and
+    reported, and when it is gone, too, the image is remote again.
+    """
+    if record.state is not State.WHOLE and record.error != CHANGED_BY_HAND:
+        return record
+    try:
+        found = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return remote_again(record)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != record.file_size:
+        return replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
+    return replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
+
+
+def remote_again(record: ImageRecord) -> ImageRecord:
+    """Return the record of an image of which nothing is cached any more."""
+    return replace(record, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0)
+
+
+def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]:
+    """Yield the path of every file that is no image's."""
+    ours = {r.path for r in records if r.state is State.WHOLE or r.error == CHANGED_BY_HAND}
+    unfinished = {record.path: record for record in records if record.path not in ours}
+    for path in _files_below(root_fd):
+        if path not in ours and not (path in unfinished and is_finished(root_fd, unfinished[path])):
+            yield path
+
+
+def is_finished(root_fd: int, record: ImageRecord) -> bool:
+    """Whether a crash came between linking a whole image into place and telling the catalog."""
+    try:
+        ours = os.stat(f"{PARTIAL}/{record.inode}.{record.format}", dir_fd=root_fd, follow_symlinks=False)
+        there = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
+def list_folder(root_fd: int, name: str) -> list[str]:
+    """Return the names in a folder of the cache directory."""
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
     try:
         return os.listdir(fd)
@@ -255,7 +297,7 @@ def _files_below(root_fd: int) -> Iterator[str]:
     pending: list[Sequence[str]] = [[]]
     while pending:
         folder = pending.pop()
-        for name in sorted(_list(root_fd, "/".join(folder) or ".")):
+        for name in sorted(list_folder(root_fd, "/".join(folder) or ".")):
             if not folder and name in RESERVED:
                 continue
             path = "/".join([*folder, name])

@@ -11,19 +11,15 @@ import logging.handlers
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from lazyfs import arguments as arguments_of
-from lazyfs import control_client, errors, mounts, pivot, unmounting, waiting
+from lazyfs import configuration, control_client, errors, image_verbs, mounts, pivot, unmounting, waiting
 from lazyfs.core import shown_file
 from lazyfs.units import KiB
-
-WATCH_S = 1.0
-"""Between two pictures of `status --watch`."""
 
 _PIPE_WIDTH = 160
 
@@ -35,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        options = arguments_of.parser(_mount, _status, _pivot, _detach, _umount).parse_args(words)
+        options = arguments_of.parser(_verbs()).parse_args(words)
         options.words = words
         code: int = options.run(options)
         sys.stdout.flush()
@@ -54,14 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _verbs() -> dict[str, arguments_of.Verb]:
+    return {
+        "mount": _mount, "status": _status, "prefetch": image_verbs.prefetch, "pause": image_verbs.pause,
+        "resume": image_verbs.resume, "cancel": image_verbs.cancel, "set-rate": image_verbs.set_rate,
+        "evict": image_verbs.evict, "pin": image_verbs.pin, "unpin": image_verbs.unpin, "map": image_verbs.map_image,
+        "verify": image_verbs.verify, "forget": image_verbs.forget, "pivot": _pivot, "detach": _detach,
+        "umount": _umount, "check": _check, "config": _config,
+    }  # fmt: skip
+
+
 # -- mount
 
 
 def _mount(options: argparse.Namespace) -> int:
+    configuration.apply(options, arguments_of.mount_keys())
     options.block_size = _block_size(options)
     mountpoint = _mountpoint(options.mountpoint)
     if os.geteuid() != 0 and (options.uid, options.gid) != (os.geteuid(), os.getegid()):
         raise errors.UsageError("only root can give files to others: leave out --uid and --gid")
+    _overlays(options, mountpoint)
     if not options.foreground:
         return _serve_in_background(options, mountpoint)
     try:
@@ -123,9 +131,14 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
             populate=not options.no_populate,
             fill_rate=options.fill_rate,
             format=options.format,
+            names=options.names,
         ),
         refresh_s=options.refresh,
+        limits=arguments_of.limits(options),
+        overlays=_overlays(options, mountpoint),
+        metrics=options.metrics,
         passthrough=not options.no_passthrough,
+        allow_evict=options.allow_evict,
     )
     try:
         daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
@@ -134,6 +147,14 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
     except Exception:
         logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
         raise errors.UserError("the daemon failed, a bug in lazyfs; the log has the details") from None
+
+
+def _overlays(options: argparse.Namespace, mountpoint: str) -> list[str]:
+    folders = [os.path.realpath(folder) for folder in options.overlays or []]
+    for folder in folders:
+        if os.path.commonpath([folder, mountpoint]) == mountpoint:
+            raise errors.UsageError(f"--overlays {folder} would be hidden by the mount")
+    return folders
 
 
 def _block_size(options: argparse.Namespace) -> int:
@@ -198,6 +219,11 @@ def _log_to(options: argparse.Namespace) -> None:
     logging.basicConfig(level=options.log_level.upper(), handlers=[handler], format=text)
 
 
+def _config(options: argparse.Namespace) -> int:
+    print(configuration.show(options, arguments_of.mount_keys()), end="")
+    return 0
+
+
 # -- status
 
 
@@ -219,15 +245,20 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     from rich.live import Live
 
+    from lazyfs import watching
+
     with Live(console=console, auto_refresh=False) as live:
-        while True:
-            picture = status_view.render(_query_all(options.paths), console.width)
+
+        def draw(found: list[dict[str, Any]]) -> None:
+            picture = status_view.render(found, console.width)
             if console.is_terminal:
                 live.update(picture, refresh=True)
             else:  # a log or a pipe: one picture after another
                 console.print(picture)
                 sys.stdout.flush()
-            time.sleep(WATCH_S)
+
+        watching.watch(lambda: _query_all(options.paths), draw, keep=console.is_terminal)
+    return 0
 
 
 def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -240,10 +271,7 @@ def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
         if mounts.mount_of(path) is None and (gone := detached.get(os.path.realpath(path))):
             found.setdefault(f"detached {path}", gone)
             continue
-        mount = mounts.mount_of(path) or mounts.mount_of(os.path.realpath(path))
-        if mount is None:
-            raise errors.UserError(f"{path} is not on a lazyfs mount; lazyfs status shows them all")
-        inside = _inside(path, mount)
+        mount, inside = control_client.locate(path)
         one = _query_or_say_why(mount) if not inside else control_client.query(mount, inside)
         known = found.setdefault(mount.mountpoint, one)
         if known is not one:
@@ -252,22 +280,13 @@ def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _inside(path: str, mount: mounts.Mount) -> str:
-    """Return `path` relative to the mountpoint, "" for the mountpoint itself."""
-    absolute = os.path.abspath(path)
-    if mounts.mount_of(absolute) is None:
-        absolute = os.path.realpath(path)
-    inside = os.path.relpath(absolute, mount.mountpoint)
-    return "" if inside == "." else inside
-
-
 def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
     try:
         return control_client.query(mount)
     except errors.UserError as error:
         return {
             "mountpoint": mount.mountpoint, "cache_dir": None, "repository": mount.repository, "connected": False,
-            "control_socket": mounts.socket_path(mount.mountpoint), "images": [], "error": str(error),
+            "control_socket": mounts.socket_path(mount.mountpoint), "images": [], "jobs": [], "error": str(error),
         }  # fmt: skip
 
 
@@ -317,3 +336,21 @@ def _detach(options: argparse.Namespace) -> int:
 def _umount(options: argparse.Namespace) -> int:
     unmounting.umount(options.mountpoint)
     return 0
+
+
+# -- check
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lazyfs import cache_check
+
+    report = cache_check.run(options.cache_dir, options.repair)
+    if options.json:
+        findings = [asdict(finding) for finding in report.findings]
+        json.dump({"cache_dir": report.cache_dir, "images": report.images, "findings": findings}, sys.stdout, indent=2)
+        print()
+    else:
+        for finding in report.findings:
+            print(finding.line())
+        print(report.summary())
+    return 1 if report.problems else 0

@@ -15,7 +15,8 @@ MAX_ANSWER = 1 * GiB
 """Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at 20,000 images."""
 
 TIMEOUT_S = 10.0
-"""A daemon answers in milliseconds; one that does not in this time hangs."""
+"""A daemon greets and answers a question in milliseconds; one that does not in this time hangs. Other commands may
+take longer: a hundred large files are not removed in a moment."""
 
 Command = tuple[str, dict[str, Any]]
 
@@ -28,15 +29,40 @@ class Hangs(errors.UserError):
     """The daemon is there, and did not answer in time."""
 
 
+def locate(path: str) -> tuple[mounts.Mount, str]:
+    """Return the mount that `path` lies on, and the path relative to its mountpoint ("" for that itself).
+
+    Raises:
+        UserError: it lies on no lazyfs mount.
+    """
+    for absolute in (os.path.abspath(path), os.path.realpath(path)):
+        mount = mounts.mount_of(absolute)
+        if mount is not None:
+            inside = os.path.relpath(absolute, mount.mountpoint)
+            return mount, "" if inside == "." else inside
+    raise errors.UserError(f"{path} is not on a lazyfs mount; lazyfs status shows them all")
+
+
 def query(mount: mounts.Mount, path: str = "") -> dict[str, Any]:
-    """Return what the daemon of `mount` says of itself, and as `images` those at `path`, relative to the mountpoint.
+    """Return what the daemon of `mount` says of itself, as `images` those at `path`, relative to the mountpoint, and
+    as `jobs` theirs.
 
     Raises:
         UserError: it does not answer, or knows no such path.
     """
-    arguments = {"path": path} if path else {}
-    status, images = execute(mount, [("query-mount", {}), ("query-images", arguments)])
-    return {**status, "images": images}
+    return _together(execute(mount, _questions(path)), path)
+
+
+def _questions(path: str = "") -> list[Command]:
+    return [("query-mount", {}), ("query-images", {"path": path} if path else {}), ("query-jobs", {})]
+
+
+def _together(answers: list[Any], path: str = "") -> dict[str, Any]:
+    status, images, jobs = answers
+    if path:
+        shown = {image["path"].removeprefix(f"{status['mountpoint'].rstrip('/')}/") for image in images}
+        jobs = [job for job in jobs if job["id"] in shown or job["id"].partition(":")[2] in shown]
+    return {**status, "images": images, "jobs": jobs}
 
 
 def query_detached() -> list[dict[str, Any]]:
@@ -44,14 +70,14 @@ def query_detached() -> list[dict[str, Any]]:
     found = []
     for path in mounts.control_sockets(detached_only=True):
         try:
-            status, images = asyncio.run(ask(path, [("query-mount", {}), ("query-images", {})]))
+            answers = asyncio.run(ask(path, _questions()))
         except ConnectionRefusedError:
             with suppress(OSError):
                 os.unlink(path)  # what a killed daemon left
         except (errors.UserError, OSError) as error:
             logging.getLogger(__name__).debug("no answer: socket=%s reason=%s", path, error)
         else:
-            found.append({**status, "images": images})
+            found.append(_together(answers))
     return found
 
 
@@ -94,10 +120,15 @@ async def ask(path: str, commands: Sequence[Command]) -> list[Any]:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     client = QMPClient("lazyfs", readbuflen=MAX_ANSWER)
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(TIMEOUT_S) as limit:
             await client.connect(path)
             try:
-                return [await client.execute(name, arguments) for name, arguments in commands]
+                answers = []
+                for name, arguments in commands:
+                    quick = name.startswith("query-")
+                    limit.reschedule(asyncio.get_running_loop().time() + TIMEOUT_S if quick else None)
+                    answers.append(await client.execute(name, arguments))
+                return answers
             finally:
                 # It reports a peer that was faster, as a daemon is that has nothing to serve after a detach.
                 with suppress(QMPError, EOFError, OSError):

@@ -1,7 +1,7 @@
 """The control socket: QMP clients in, calls of the daemon's commands out.
 
-Each client has a task of its own and is served one command at a time, so one that never reads its answers
-stops nobody but itself.
+Each client has two tasks of its own, one that executes its commands in turn, one that writes answers and events. So
+one that never reads stops nobody but itself: its commands wait for it, and when too many events do it is dropped.
 """
 
 import errno
@@ -9,7 +9,9 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,22 +19,30 @@ import trio
 
 import lazyfs
 from lazyfs import errors
-from lazyfs.core import qmp_wire
+from lazyfs.core import control_schema, qmp_wire
 
 logger = logging.getLogger(__name__)
 
 MAX_CLIENTS = 64
 """A host has a handful of people and scripts that ask; the next is turned away."""
 
+MAX_UNREAD = 1000
+"""Events that wait for a client: one for each state and job of a few hundred images, at 200 bytes each."""
+
 _UCRED = struct.Struct("=iII")  # unix(7): pid, uid, gid
 
-Command = Callable[[dict[str, Any]], Awaitable[object]]
+Handler = Callable[[dict[str, Any]], Awaitable[object]]
 
 
 class ControlServer:
     """Serves `commands` on a UNIX socket."""
 
-    def __init__(self, path: str, commands: Mapping[str, Command]) -> None:
+    def __init__(
+        self,
+        path: str,
+        commands: Mapping[str, Handler],
+        schema: Sequence[control_schema.Command] = control_schema.COMMANDS,
+    ) -> None:
         """Bind the socket, mode 0600. The caller holds the cache's lock, so a socket there is a dead daemon's.
 
         A command gets its arguments and returns what can be JSON, or raises qmp_wire.CommandError.
@@ -41,8 +51,16 @@ class ControlServer:
             UserError: the socket cannot be made.
         """
         self.path = path
-        self._commands = {**commands, "query-commands": self._query_commands, "query-version": self._query_version}
-        self._clients = 0
+        self._commands = {
+            **commands,
+            "qmp_capabilities": self._capabilities,
+            "query-commands": self._query_commands,
+            "query-qmp-schema": self._query_schema,
+            "query-version": self._query_version,
+        }
+        self._schema = {command.name: command for command in schema}
+        assert self._commands.keys() == self._schema.keys()
+        self._clients: set[_Client] = set()
         self._answering = 0
         self._answered = trio.Event()
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -96,32 +114,46 @@ class ControlServer:
             if os.path.samestat(os.stat(self.path), self._bound):
                 os.unlink(self.path)
 
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to every client; one that does not read is dropped when `MAX_UNREAD` messages wait for it."""
+        assert name in control_schema.EVENT_NAMES, name
+        message = qmp_wire.encode(qmp_wire.event(name, data, time.time_ns() // 1000))
+        for client in list(self._clients):
+            client.send_nowait(message)
+
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
-            if not _allowed(stream) or self._clients >= MAX_CLIENTS:
+            if not _allowed(stream) or len(self._clients) >= MAX_CLIENTS:
                 return
-            self._clients += 1
+            client = _Client(stream)
+            self._clients.add(client)
             try:
-                await self._talk(stream)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(client.write)
+                    await self._talk(client)
+                    await client.flushed()
+                    nursery.cancel_scope.cancel()
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # clients come and go
-            except Exception:
+            except* Exception:
                 logger.exception("a control client was dropped, a bug in lazyfs")
             finally:
-                self._clients -= 1
+                self._clients.discard(client)
 
-    async def _talk(self, stream: trio.SocketStream) -> None:
+    async def _talk(self, client: "_Client") -> None:
         session = qmp_wire.ServerSession("lazyfs", _version())
         decoder = qmp_wire.Decoder()
-        await stream.send_all(qmp_wire.encode(session.greeting()))
-        async for data in stream:
+        await client.send(qmp_wire.encode(session.greeting()))
+        async for data in client.stream:
             try:
                 for message in decoder.feed(bytes(data)):
                     with self._under_way():
-                        await stream.send_all(await self._answer(session, message))
+                        answer = await self._answer(session, message)
+                        client.listens = session.negotiated
+                        await client.send(answer)
             except qmp_wire.WireError as error:
                 failure = qmp_wire.CommandError(f"JSON parse error, {error.desc}")
-                await stream.send_all(qmp_wire.encode(qmp_wire.failed({}, failure)))
+                await client.send(qmp_wire.encode(qmp_wire.failed({}, failure)))
                 return
 
     @contextmanager
@@ -139,7 +171,7 @@ class ControlServer:
             return qmp_wire.encode(qmp_wire.returned(message, await self._execute(session.command(message))))
         except qmp_wire.CommandError as error:
             failure = error
-        except errors.LazyfsError as error:
+        except (errors.LazyfsError, OSError) as error:
             failure = qmp_wire.CommandError(str(error))
         except Exception:
             logger.exception("a control command failed, a bug in lazyfs")
@@ -147,19 +179,87 @@ class ControlServer:
         return qmp_wire.encode(qmp_wire.failed(message, failure))
 
     async def _execute(self, command: qmp_wire.Command) -> object:
-        if command.name == "qmp_capabilities":
-            return {}
-        handler = self._commands.get(command.name)
-        if handler is None:
+        schema = self._schema.get(command.name)
+        if schema is None:
             raise qmp_wire.CommandError(f"The command {command.name} has not been found", "CommandNotFound")
-        return await handler(command.arguments)
+        control_schema.check_arguments(schema, command.arguments)
+        return await self._commands[command.name](command.arguments)
+
+    async def _capabilities(self, _arguments: dict[str, Any]) -> object:
+        return {}
 
     async def _query_commands(self, _arguments: dict[str, Any]) -> object:
-        return [{"name": name} for name in sorted([*self._commands, "qmp_capabilities"])]
+        return [{"name": name} for name in sorted(self._commands)]
+
+    async def _query_schema(self, _arguments: dict[str, Any]) -> object:
+        return control_schema.introspection()
 
     async def _query_version(self, _arguments: dict[str, Any]) -> object:
         major, minor, micro = _version()
         return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": "lazyfs"}
+
+
+class _Client:
+    """One connection: what waits to be written to it."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.listens = False
+        """It has negotiated, so it gets events."""
+        self._gone = False
+        """Nothing can be written to it any more."""
+        self._unread: deque[bytes] = deque()
+        self._filled = trio.Event()
+        self._emptied = trio.Event()
+
+    async def send(self, message: bytes) -> None:
+        """Write an answer behind what waits already; the next command waits for that.
+
+        Raises:
+            BrokenResourceError: the client is gone.
+        """
+        self._put(message)
+        await self.flushed()
+
+    async def flushed(self) -> None:
+        """Wait until everything is written. Raises BrokenResourceError if that will never be."""
+        while self._unread and not self._gone:
+            await self._emptied.wait()
+        if self._gone:
+            raise trio.BrokenResourceError
+
+    def send_nowait(self, message: bytes) -> None:
+        """Queue an event."""
+        if not self.listens:
+            return
+        if len(self._unread) >= MAX_UNREAD:
+            logger.warning("a control client that does not read was dropped")
+            self._end()
+            self.stream.socket.close()
+            return
+        self._put(message)
+
+    def _put(self, message: bytes) -> None:
+        self._unread.append(message)
+        self._filled.set()
+
+    async def write(self) -> None:
+        """Write what is queued, until cancelled or the client is gone; its command under way goes on to its end."""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while True:
+                await self._filled.wait()
+                while self._unread:
+                    await self.stream.send_all(self._unread[0])
+                    self._unread.popleft()
+                self._filled = trio.Event()
+                self._emptied.set()
+                self._emptied = trio.Event()
+        self._end()
+
+    def _end(self) -> None:
+        self._gone, self.listens = True, False
+        self._unread.clear()
+        self._emptied.set()
 
 
 def _allowed(stream: trio.SocketStream) -> bool:

@@ -8,32 +8,41 @@ A crash anywhere costs what the last checkpoint did not have.
 """
 
 import errno
+import functools
 import logging
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazyfs import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 import trio
 
-from lazyfs import errors, mounts
+from lazyfs import errors, mounts, service_manager
 from lazyfs.cache_dir import CacheDir
+from lazyfs.control_commands import Commands
 from lazyfs.control_server import ControlServer
+from lazyfs.core.eviction import Limits
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
 from lazyfs.core.qmp_wire import CommandError
-from lazyfs.filesystem import Filesystem, Folder, Options
+from lazyfs.filesystem import Filesystem, Options
 from lazyfs.fuse_adapter import FuseAdapter
 from lazyfs.image import Image
 from lazyfs.interfaces import FileLook
+from lazyfs.jobs import Jobs
 from lazyfs.kernel_session import KernelSession
+from lazyfs.overlay_scan import OverlayScan
 from lazyfs.population import Population
 from lazyfs.repository import NbdRepository
+from lazyfs.room import Room
+
+if TYPE_CHECKING:
+    from lazyfs.metrics_server import MetricsServer
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +51,9 @@ FIRST_LIST_S = 10.0
 
 LAST_ANSWERS_S = 1.0
 """How long the daemon's end waits for control commands under way to be answered, as the `detach` that caused it."""
+
+SAVE_USES_S = 30.0
+"""How late the catalog hears that an image was used: what a crash may cost of the order of eviction."""
 
 MAX_REQUESTS = 2048
 """FUSE requests handled at once: readers that wait for a repository must leave room for all the others."""
@@ -57,7 +69,13 @@ class MountConfig:
     look: FileLook
     options: Options
     refresh_s: float
+    limits: Limits
+    overlays: Sequence[str]
+    """Folders of qcow2 files whose backing files are never evicted."""
+    metrics: str | None
+    """Where to serve them, "HOST:PORT"; None for nowhere."""
     passthrough: bool
+    allow_evict: bool
 
 
 def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
@@ -102,16 +120,23 @@ class _Daemon:
         self._config = config
         self._cache = cache
         self._on_ready = on_ready
+        self._used = trio.Event()
         self._detaching = trio.Lock()
+        self._metrics: MetricsServer | None = None
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             config, cache = self._config, self._cache
+            if config.metrics is not None:
+                self._metrics = _metrics_server(config.metrics)
             self._repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
             self._filesystem = Filesystem(
                 self._repository, cache, cache.catalog, cache.records, config.options, nursery
             )
+            self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
+            self._room = Room(self._filesystem, cache, config.limits, self._overlays.backing_files)
             self._population = Population(self._repository, cache, self._filesystem.active_images)
+            self._jobs = Jobs(nursery, self._filesystem.active_images, lambda: self._population.paused)
             try:
                 await self._first_list()
                 await self._serve()
@@ -137,9 +162,10 @@ class _Daemon:
 
     async def _serve(self) -> None:
         config = self._config
+        commands = Commands(config.mountpoint, self._filesystem, self._population, self._jobs)
         self._control = ControlServer(
             mounts.socket_path(config.mountpoint),
-            {"query-mount": self._query_mount, "query-images": self._query_images, "detach": self._detach},
+            {**commands.handlers, "query-mount": self._query_mount, "detach": self._detach},
         )
         try:
             self._session = session = KernelSession(config.mountpoint, config.repository, config.passthrough)
@@ -149,7 +175,13 @@ class _Daemon:
         self._backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
         logger.info("passthrough: %s", f"off, {self._backings.trouble}" if self._backings.trouble else "on")
         adapter = FuseAdapter(
-            self._filesystem, config.look, self._cache.root_fd, self._backings, session.connect_libfuse
+            self._filesystem,
+            config.look,
+            self._cache.root_fd,
+            self._backings,
+            session.connect_libfuse,
+            config.allow_evict,
+            self._overlays.backing_files,
         )
         try:
             pyfuse3.init(adapter, session.libfuse_path, set())
@@ -157,8 +189,14 @@ class _Daemon:
                 nursery.start_soon(self._control.run)
                 nursery.start_soon(self._unmount_on_signal, session)
                 nursery.start_soon(self._refresh)
+                nursery.start_soon(self._save_uses)
                 nursery.start_soon(self._start_images, nursery)
+                if self._metrics is not None:
+                    nursery.start_soon(self._serve_metrics, self._metrics)
                 self._on_ready()
+                if manager := service_manager.own():
+                    answers = functools.partial(os.stat, os.path.join(config.mountpoint, "."))
+                    nursery.start_soon(manager.attend, answers, self._status_line)
                 await pyfuse3.main(max_tasks=MAX_REQUESTS)
                 with trio.move_on_after(LAST_ANSWERS_S):
                     await self._control.all_answered()
@@ -170,11 +208,50 @@ class _Daemon:
             pyfuse3.close(unmount=False)
         logger.info("unmounted: %s", config.mountpoint)
 
+    async def _serve_metrics(self, server: "MetricsServer") -> None:
+        from lazyfs.metrics import Mount
+
+        mount = Mount(
+            self._config.mountpoint,
+            self._filesystem,
+            self._population,
+            self._repository.statistics,
+            self._backings,
+            self._room,
+        )
+        await server.run(mount.picture)
+
     async def _start_images(self, nursery: trio.Nursery) -> None:
-        if self._config.options.populate:
-            self._filesystem.on_fillable = self._population.wake
-            nursery.start_soon(self._population.run)
+        self._filesystem.on_fillable = self._fillable
+        self._filesystem.on_state_changed = self._state_changed
+        self._population.on_turn = self._jobs.look
+        self._population.room = self._room.shortage
+        self._room.on_change = self._fillable
+        self._jobs.on_status = lambda job, status: self._control.emit(
+            "JOB_STATUS_CHANGE", {"id": job, "status": status}
+        )
+        nursery.start_soon(self._room.run)
+        nursery.start_soon(self._population.run)
         await self._filesystem.resume()
+
+    def _fillable(self) -> None:
+        self._population.wake()
+        self._jobs.look()
+        self._used.set()
+
+    def _state_changed(self, image: Image) -> None:
+        record = image.record
+        data = {"path": record.path, "state": record.state.value, "error": record.error}
+        self._control.emit("IMAGE_STATE_CHANGE", data)
+        self._jobs.look()
+
+    async def _save_uses(self) -> None:
+        """Write down now and then when images were used; nothing wakes up while none is."""
+        while True:
+            await self._used.wait()
+            await trio.sleep(SAVE_USES_S)
+            self._used = trio.Event()
+            await self._filesystem.save_uses()
 
     async def _refresh(self) -> None:
         """Look at the repository's list now and then; sooner while it cannot be had."""
@@ -205,10 +282,19 @@ class _Daemon:
                     _unmount_quietly(session)
                     pyfuse3.terminate()
 
+    def _message(self) -> str:
+        trouble = self._filesystem.list_trouble or self._repository.trouble
+        return trouble or self._population.paused or self._room.message
+
+    def _status_line(self) -> str:
+        config = self._config
+        where = "detached from" if self._session.detached else "on"
+        message = self._message()
+        return f"{config.repository} {where} {config.mountpoint}{f': {message}' if message else ''}"
+
     # -- control commands
 
     async def _query_mount(self, arguments: dict[str, Any]) -> object:
-        _no_more(arguments, set())
         filesystem = self._filesystem
         return {
             "mountpoint": self._config.mountpoint,
@@ -219,27 +305,16 @@ class _Daemon:
             "pid": os.getpid(),
             "reconnects": self._repository.reconnects,
             "device": self._session.device,
+            "metrics": self._metrics.address if self._metrics else "",
             "detached": self._session.detached,
             "passthrough": not self._backings.trouble,
             "passthrough_trouble": self._backings.trouble,
-            "message": filesystem.list_trouble or self._repository.trouble or self._population.paused,
+            "room": asdict(self._room.statistics()),
+            "message": self._message(),
         }
-
-    async def _query_images(self, arguments: dict[str, Any]) -> object:
-        """Argument `path`: an image or folder relative to the mountpoint; without it, all."""
-        _no_more(arguments, {"path"})
-        path = arguments.get("path", "")
-        if not isinstance(path, str):
-            raise CommandError("Invalid parameter type for 'path', expected: string")
-        node = self._filesystem.node_at(path)
-        if node is None:
-            raise CommandError(f"no image at {path!r}")
-        images = self._filesystem.statistics(_images_below(node) if path else None)
-        return [{**asdict(one), "path": os.path.join(self._config.mountpoint, one.path)} for one in images]
 
     async def _detach(self, arguments: dict[str, Any]) -> object:
         """Unmount lazily. Fails while an open image is not whole: nobody could see to it that it becomes so."""
-        _no_more(arguments, set())
         async with self._detaching:
             return await self._detach_once()
 
@@ -260,25 +335,25 @@ class _Daemon:
         if not unmounted:
             raise CommandError("somebody else has unmounted it just now")
         self._cache.tell_detached()
+        self._room.may_evict = False
+        if self._metrics is not None:  # another daemon may come and have the port
+            self._metrics.close()
         logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
         return {"open_count": sum(image.open_count for image in images)}
 
 
-def _no_more(arguments: dict[str, Any], known: set[str]) -> None:
-    for name in arguments:
-        if name not in known:
-            raise CommandError(f"Parameter '{name}' is unexpected")
-
-
-def _images_below(node: Folder | Image) -> list[Image]:
-    images, pending = [], [node]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, Image):
-            images.append(node)
-        else:
-            pending.extend(node.entries.values())
-    return images
+def _metrics_server(address: str) -> "MetricsServer":
+    """Listen at `address`. Raises UserError."""
+    try:
+        # Here: most mounts need none of it, neither the package nor the 12 ms to load it.
+        from lazyfs import metrics_server
+    except ModuleNotFoundError as error:
+        if error.name != "prometheus_client":
+            raise
+        raise errors.UserError("--metrics needs prometheus_client: pip install prometheus_client") from error
+    server = metrics_server.MetricsServer(address)
+    logger.info("metrics: http://%s/metrics", server.address)
+    return server
 
 
 def _unmount_quietly(session: KernelSession) -> None:

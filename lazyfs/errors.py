@@ -9,9 +9,11 @@
     ├── ExportChanged       the export is not the one we have cached: fetch nothing more
     ├── CacheCorrupt        what is on disk cannot be trusted: discard and fetch again
     ├── NoSpace             the cache's file system is full: serve without keeping
+    │   └── OverLimit       the same, by --max-cache or --min-free
     ├── StateError          our own bug: an operation that the state does not permit
     └── UserError           one line for the user, exit 1
         └── UsageError      the same, exit 2
+            └── WrongConfiguration  a file's text, not an argument
 
 Facts are attributes; the message is built from them, once, here.
 """
@@ -92,6 +94,13 @@ class NoSpace(LazyfsError):
         return "no space left for the cache"
 
 
+class OverLimit(NoSpace):
+    """The cache may not grow any more: `--max-cache`, `--min-free`."""
+
+    def __str__(self) -> str:
+        return "the cache has reached its limit (--max-cache, --min-free)"
+
+
 class StateError(LazyfsError):
     """An operation that the present state does not permit: a bug in lazyfs."""
 
@@ -106,3 +115,17 @@ class UsageError(UserError):
     """Wrong arguments."""
 
     exit_code = 2
+
+
+class WrongConfiguration(UsageError):
+    """A configuration file says something wrong."""
+
+    def __init__(self, file: str, where: str, problem: str) -> None:
+        """`where`: the key, or "line N"; "" for the file as a whole."""
+        super().__init__(file, where, problem)
+        self.file = file
+        self.where = where
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.where, self.problem) if part)

@@ -1,6 +1,6 @@
 """The in-flight table of one image: who fetches which block, and who waits for it.
 
-A block is fetched by one request at a time, a reader's (`_Fetch`) or population's (`Claim`); whoever else
+A block is fetched by one request at a time, a reader's (`DemandFetch`) or population's (`Claim`); whoever else
 wants it joins. `doc/CONCURRENCY.md` has the whole story; in short:
 
 - `_lock` guards the block map, the extents, the cursor, the counters and the waiters, because population's
@@ -12,40 +12,28 @@ wants it joins. `doc/CONCURRENCY.md` has the whole story; in short:
 import errno
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import trio
 
-from lazyfs import errors
+from lazyfs import demand_fetch, errors, events, totals
+from lazyfs.budget import Budget
 from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
 from lazyfs.core.fetch_plan import FillCursor, Readahead, plan_read
 from lazyfs.core.pacing import RateMeter
+from lazyfs.demand_fetch import DemandFetch, ReadCache, assemble
 from lazyfs.interfaces import Claim, Export, FetchCounters, Source, Store
 from lazyfs.pace import Pace
+from lazyfs.totals import Read, Totals
 
 logger = logging.getLogger(__name__)
 
-KERNEL_RETRY_S = 0.05
-"""A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c): that second
-request for the same offset fails with the first, or the reader would wait for two timeouts. It comes within a
-millisecond; this leaves room for a busy host."""
+UNKEPT = "the cache's disk is full: reads are served from the repository and not kept"
 
-
-@dataclass(eq=False, slots=True)
-class _Fetch:
-    """A demand request: its blocks, and its bytes once `done` is set without an error."""
-
-    run: BlockRun
-    span: ByteRange
-    parts: Sequence[ByteRange]
-    data: bytearray
-    done: trio.Event = field(default_factory=trio.Event)
-    error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
-    """None once the data is good: an end that nobody foresaw must not look like success."""
+LIMITED = "the cache has reached its limit: reads are served from the repository and not kept"
 
 
 class Fetcher:
@@ -62,7 +50,9 @@ class Fetcher:
         pace: Pace,
         io_timeout_s: float,
         counters: FetchCounters,
+        totals: Totals,
         on_changed: Callable[[errors.ExportChanged], None],
+        budget: Budget | None = None,
     ) -> None:
         """Must be made in the trio thread.
 
@@ -78,8 +68,8 @@ class Fetcher:
         """Set: not even present ranges may be read; only a restart, from the last checkpoint, mends that."""
         self.trouble: Exception | None = None
         """The latest failure of a population request; None once one succeeds."""
-        self.unkept = False
-        """The latest write found the cache's file system full."""
+        self.unkept = self._limited = False
+        """The latest write found the cache's file system full, or the cache at its limit."""
         self.completed = trio.Event()
         """Every block is in the cache."""
         self.dirtied = trio.Event()
@@ -94,13 +84,16 @@ class Fetcher:
         self._demand_bytes = counters.demand_bytes
         self._populated_bytes = counters.populated_bytes
         self._requests = counters.requests
+        self._totals = totals
+        self._zero_counted = blocks.zero_bytes
         self._on_changed = on_changed
+        self._budget = budget or Budget()
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
-        self._fetches: dict[int, _Fetch] = {}
+        self._fetches: dict[int, DemandFetch] = {}
         self._waiters: list[tuple[int, trio.Event]] = []
         self._learning: dict[int, trio.Event] = {}
-        self._timeouts: dict[int, float] = {}
+        self._timeouts = demand_fetch.Timeouts()
         self._readahead = Readahead()
         self._cursor = FillCursor()
         self._meter = RateMeter()
@@ -125,6 +118,19 @@ class Fetcher:
         with self._lock:
             return FetchCounters(self._demand_bytes, self._populated_bytes, self._requests)
 
+    def runs(self) -> list[tuple[ByteRange, int]]:
+        """Return the ranges of the export and the state of their blocks (`core/block_map.py`)."""
+        with self._lock:
+            return [(self._blocks.bytes_of(run), state) for run, state in self._blocks.runs()]
+
+    def message(self) -> str:
+        """Return what an operator should know, or ""."""
+        if self.distrust is not None:
+            return f"{self.distrust}: reads fail; mount anew to go on from the last checkpoint"
+        if not self.unkept or (self._limited and not self._budget.tight):
+            return ""
+        return LIMITED if self._limited else UNKEPT
+
     def rate(self) -> float:
         """Return bytes fetched per second, lately."""
         with self._lock:
@@ -136,7 +142,7 @@ class Fetcher:
         """Whether `wanted` can be read from the cache file."""
         return self._blocks.is_present(wanted)
 
-    async def read_missing(self, wanted: ByteRange, read_cache: Callable[[ByteRange], bytes]) -> bytes | None:
+    async def read_missing(self, wanted: ByteRange, read_cache: ReadCache, read: Read | None = None) -> bytes | None:
         """Return the bytes of `wanted`, fetching what is missing; None if all of it is in the cache now.
 
         Args:
@@ -148,29 +154,32 @@ class Fetcher:
 
         Cancellation: the fetch goes on and is kept; others may have joined it.
         """
-        now = trio.current_time()
-        if (failed := self._timeouts.get(wanted.start)) is not None and now < failed + KERNEL_RETRY_S:
+        if self._timeouts.is_again(wanted.start, trio.current_time()):
             raise self._timed_out(wanted)
+        self._totals.waiting += 1
         try:
             with trio.fail_after(self._io_timeout_s):
                 while not self.present(wanted):
                     if self.failure is not None:
                         raise self.failure
-                    data = await self._try_missing(wanted, read_cache)
+                    data = await self._try_missing(wanted, read_cache, read or Read(self._totals))
                     if data is not None:
                         return data
         except trio.TooSlowError:
-            now = trio.current_time()
-            self._timeouts = {start: at for start, at in self._timeouts.items() if now < at + KERNEL_RETRY_S}
-            self._timeouts[wanted.start] = now
+            self._timeouts.note(wanted.start, trio.current_time())
             raise self._timed_out(wanted) from None
+        finally:
+            self._totals.waiting -= 1
         return None
 
-    async def _try_missing(self, wanted: ByteRange, read_cache: Callable[[ByteRange], bytes]) -> bytes | None:
+    async def _try_missing(self, wanted: ByteRange, read_cache: ReadCache, read: Read) -> bytes | None:
         """Make one attempt; None if the state has changed meanwhile and the caller should look again."""
         while (window := self._extents.first_unknown(self._whole_blocks(wanted))) is not None:
+            read.waits(asks=window.start not in self._learning)
             await self.learn(window)
         fetches, joined, claimed = self._plan(wanted)
+        read.waits(asks=bool(fetches))
+        self._totals.add(totals.DEMAND_REQUESTS, sum(len(fetch.parts) for fetch in fetches))
         for fetch in fetches:
             self._nursery.start_soon(self._carry_out, fetch)
             # Most urgent first: trio would run what starts together in random order.
@@ -187,9 +196,9 @@ class Fetcher:
                 return None  # somebody else's, and it may have failed where we do not read: ask for our own blocks
             if fetch.error is not None:
                 raise fetch.error
-        return await self._assemble(wanted, joined, read_cache)
+        return await assemble(wanted, joined, self.present, read_cache)
 
-    def _plan(self, wanted: ByteRange) -> tuple[list[_Fetch], list[_Fetch], trio.Event | None]:
+    def _plan(self, wanted: ByteRange) -> tuple[list[DemandFetch], list[DemandFetch], trio.Event | None]:
         """Claim what is missing; return new fetches, those the reader needs, and what else to wait for."""
         blocks = self._blocks
         with self._lock:
@@ -200,7 +209,7 @@ class Fetcher:
             for run in plan_read(blocks, wanted, ahead):
                 blocks.claim(run)
                 span = blocks.bytes_of(run)
-                fetch = _Fetch(run, span, self._extents.data_ranges(span), bytearray(span.length))
+                fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length))
                 new.append(fetch)
                 for block in range(run.first, run.end):
                     self._fetches[block] = fetch
@@ -216,14 +225,14 @@ class Fetcher:
             self._waiters.append((claimed, event))
             return new, joined, event
 
-    async def _carry_out(self, fetch: _Fetch) -> None:
+    async def _carry_out(self, fetch: DemandFetch) -> None:
         """Fetch, let the readers go, keep."""
         settled = False
         try:
             self._pace.demand(1)
             try:
                 with trio.fail_after(self._io_timeout_s):
-                    await self._fetch_parts(fetch)
+                    await demand_fetch.receive(fetch, self._source)
                 fetch.error = None
             except trio.TooSlowError:
                 fetch.error = self._timed_out(fetch.span)
@@ -241,69 +250,30 @@ class Fetcher:
             with self._lock:
                 self._demand_bytes += fetched
                 self._meter.add(self._pace.clock(), fetched)
+            self._totals.add(totals.DEMAND_BYTES, fetched)
             if await trio.to_thread.run_sync(self._write_fetch, fetch):
                 settled = True
                 self._settle(fetch.run, fetched)
+                self._budget.keep(fetched)
         finally:
             if not settled:
                 self._settle(fetch.run, None)
             fetch.done.set()
 
-    async def _fetch_parts(self, fetch: _Fetch) -> None:
-        view = memoryview(fetch.data)
-        failures: list[errors.LazyfsError] = []
-
-        async def one(part: ByteRange) -> None:
-            try:
-                start = part.start - fetch.span.start
-                await self._source.pread(part.start, view[start : start + part.length])
-            except errors.LazyfsError as error:
-                failures.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for part in fetch.parts:
-                nursery.start_soon(one, part)
-        if failures:
-            raise failures[0]
-
-    def _write_fetch(self, fetch: _Fetch) -> bool:
+    def _write_fetch(self, fetch: DemandFetch) -> bool:
         """Write to the cache file (in a thread); False if that could not be done and nothing is kept."""
-        view = memoryview(fetch.data)
+        size = sum(part.length for part in fetch.parts)
+        if not self._budget.reserve(size):
+            self._cannot_keep(errors.OverLimit())
+            return False
         try:
-            for part in fetch.parts:
-                start = part.start - fetch.span.start
-                self._store.write(part.start, view[start : start + part.length])
+            demand_fetch.write(fetch, self._store)
         except (errors.NoSpace, OSError) as error:
+            self._budget.give_back(size)
             self._cannot_keep(error)
             return False
         self.unkept = False
         return True
-
-    async def _assemble(
-        self, wanted: ByteRange, joined: list[_Fetch], read_cache: Callable[[ByteRange], bytes]
-    ) -> bytes | None:
-        """Put together what was fetched and what was there; None if a block is neither."""
-        if len(joined) == 1 and joined[0].span.start <= wanted.start and joined[0].span.end >= wanted.end:
-            start = wanted.start - joined[0].span.start
-            return bytes(memoryview(joined[0].data)[start : start + wanted.length])
-        out = bytearray(wanted.length)
-        gaps = []
-        position = wanted.start
-        for fetch in sorted(joined, key=lambda f: f.span):
-            piece = fetch.span.clip(wanted)
-            start = piece.start - fetch.span.start
-            out[piece.start - wanted.start : piece.end - wanted.start] = fetch.data[start : start + piece.length]
-            if piece.start > position:
-                gaps.append(ByteRange(position, piece.start))
-            position = piece.end
-        if position < wanted.end:
-            gaps.append(ByteRange(position, wanted.end))
-        for gap in gaps:
-            if not self.present(gap):
-                return None
-            data = await trio.to_thread.run_sync(read_cache, gap)
-            out[gap.start - wanted.start : gap.end - wanted.start] = data
-        return bytes(out)
 
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
         what = f"reading {self.export.name} at {wanted.start}"
@@ -369,11 +339,19 @@ class Fetcher:
 
     def claim(self, limit: int) -> Claim | float | None:
         """Take the next missing blocks."""
-        if self.failure is not None or self.trouble is not None:
+        if self.failure is not None or self.trouble is not None or self._pace.stopped:
             return None
         wait_s = self._pace.wait()
         if wait_s > 0:
             return wait_s
+        most = max(limit, self._blocks.block_size)
+        if not self._budget.reserve(most, background=True):
+            return None
+        claim = self._claim(limit)
+        self._budget.give_back(most - (sum(part.length for part in claim.parts) if claim is not None else 0))
+        return claim
+
+    def _claim(self, limit: int) -> Claim | None:
         with self._lock:
             run = self._cursor.peek(self._blocks, limit)
             if run is None:
@@ -388,6 +366,7 @@ class Fetcher:
             self._blocks.claim(run)
             parts = tuple(self._extents.data_ranges(self._blocks.bytes_of(run)))
             self._requests += len(parts)
+        self._totals.add(totals.POPULATION_REQUESTS, len(parts))
         self._pace.take(sum(part.length for part in parts))
         return Claim(run, parts)
 
@@ -401,8 +380,10 @@ class Fetcher:
         with self._lock:
             self._populated_bytes += fetched
             self._meter.add(self._pace.clock(), fetched)
+        self._totals.add(totals.POPULATED_BYTES, fetched)
         self.unkept = False
         self._settle(claim.run, fetched)
+        self._budget.keep(fetched)
 
     def drop(self, claim: Claim, error: Exception | None) -> None:
         """Give a claim back."""
@@ -413,8 +394,17 @@ class Fetcher:
             self.trouble = error
             self._cannot_keep(error)
         self._settle(claim.run, None)
+        self._budget.give_back(sum(part.length for part in claim.parts))
 
     # -- saving
+
+    async def until_complete(self, every_s: float, checkpoint: Callable[[], Awaitable[None]]) -> None:
+        """Call `checkpoint` while something changes, at most each `every_s`, and once more when all is here."""
+        while not self.completed.is_set():
+            await events.first_of(self.dirtied, self.completed)
+            with trio.move_on_after(every_s):
+                await self.completed.wait()
+            await checkpoint()
 
     async def checkpoint(self, limiter: trio.CapacityLimiter) -> None:
         """Make durable what is present now, in a thread of `limiter`.
@@ -441,6 +431,8 @@ class Fetcher:
                 with self._lock:
                     self._blocks.give_back(index for index, _ in pages)
                 self.dirtied.set()
+                if isinstance(error, Exception):
+                    self._totals.failed(totals.CHECKPOINT)
                 raise
 
     def changed(self, error: errors.ExportChanged) -> None:
@@ -484,6 +476,9 @@ class Fetcher:
             self._note_progress()
 
     def _note_progress(self) -> None:
+        with self._lock:
+            zero, self._zero_counted = self._blocks.zero_bytes - self._zero_counted, self._blocks.zero_bytes
+        self._totals.add(totals.ZERO_BYTES, zero)
         if not self.dirtied.is_set():
             self._in_trio(lambda: self.dirtied.set())  # whichever event stands there by then
         if self._blocks.complete:
@@ -495,6 +490,11 @@ class Fetcher:
             self._token.run_sync_soon(call)
 
     def _cannot_keep(self, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno == errno.EBADF:
+            return  # closed meanwhile, as an evicted image is
+        if not isinstance(error, errors.OverLimit):
+            self._totals.failed(totals.WRITE)
         if not self.unkept:
             logger.warning("cannot keep what is fetched: image=%s reason=%s", self.export.name, error)
+        self._limited = isinstance(error, errors.OverLimit)
         self.unkept = True

@@ -1,40 +1,40 @@
-"""Names and inodes: which image is behind which path, as the repository's list changes.
-
-Images are known by their key in the catalog, whichever of their two inode numbers the kernel uses
-(`core/inode_number.py`). Entries of a folder are listed in the order of their inode numbers, which is
-also the position a listing goes on from: no entry is skipped or shown twice while others come and go.
-"""
+"""The images of one mount, as the repository's list changes: opened, refreshed, replaced, evicted."""
 
 import errno
 import logging
 import os
 import time
-from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import trio
 
-from lazyfs import errors
-from lazyfs.core import inode_number, shown_file
-from lazyfs.core.export_name import file_name
+from lazyfs import errors, verifying
+from lazyfs.budget import Budget
+from lazyfs.core import shown_file
+from lazyfs.core.export_name import EXPORT, shown_path
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image, Surroundings
+from lazyfs.events import UnderWay
+from lazyfs.image import Image
 from lazyfs.image_statistics import ImageStatistics
 from lazyfs.interfaces import Catalog, Export, ImageRecord, Repository, Stores
-from lazyfs.pace import Pace
+from lazyfs.name_tree import NameTree, TakenNames
+from lazyfs.pace import SharedPace
+from lazyfs.sizes import DESCRIBE_BATCH, Sizes
+from lazyfs.surroundings import Surroundings
+from lazyfs.totals import Totals
+from lazyfs.units import KiB
 
 logger = logging.getLogger(__name__)
 
-DESCRIBE_BATCH = 128
-"""Exports asked about at once: 10 ms of questions at 70 us each, 3 s over a link of 20 ms; one catalog transaction."""
+DEFAULT_BLOCK_SIZE = 64 * KiB
+"""Of raw images, and the clusters of qcow2: QEMU's default; doc/BENCHMARKS.md has what a guest makes of others."""
 
 MAX_SYNCS = 4
 """Images that are synced to disk at the same time. Unmeasured; a disk that queues more gains nothing."""
 
-NO_SIZES_S = 5.0
-"""After a question about sizes had no answer, others fail at once for so long: time for a listing of thousands,
-and how late a user may notice that the repository is back."""
+PREFETCH_ANSWER_S = 5.0
+"""How long `prefetch` waits for the repository: less than a client of the control socket does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +48,8 @@ class Options:
     populate: bool
     fill_rate: int | None = None
     format: str = "raw"
-
-
-@dataclass(eq=False, slots=True)
-class Folder:
-    """A "/" in export names."""
-
-    path: str
-    inode: int
-    parent: "Folder | None"
-    entries: dict[str, "Folder | Image"] = field(default_factory=dict)
-    order: list[tuple[int, str]] | None = None
-    """Inode and name of each entry, sorted; None when out of date."""
-
-    @property
-    def shown_inode(self) -> int:
-        """As of an image."""
-        return self.inode
-
-
-Node = Folder | Image
+    names: str = EXPORT
+    """Of new images: one of `export_name.NAMES`."""
 
 
 class Filesystem:
@@ -85,12 +67,16 @@ class Filesystem:
         """Start from the catalog's `records`; `refresh` brings in what the repository has."""
         self.list_trouble = ""
         """Why the repository could not be listed; "" if it could."""
-        self.on_invalid_entry: Callable[[Folder, str], None] = lambda folder, name: None
-        """The kernel must ask for this name again; set by the adapter."""
+        self.names = NameTree()
+        self.sizes = Sizes(repository, catalog, nursery, options.io_timeout_s)
+        self.totals = Totals(trio.lowlevel.current_clock().current_time)
+        self.budget = Budget()
         self.on_invalid_attributes: Callable[[int], None] = lambda inode: None
         """The kernel must ask for this inode's attributes again; set by the adapter."""
         self.on_fillable: Callable[[], None] = lambda: None
         """Set by whoever populates."""
+        self.on_state_changed: Callable[[Image], None] = lambda image: None
+        """Set by whoever tells clients."""
         self._repository = repository
         self._catalog = catalog
         self._options = options
@@ -100,34 +86,25 @@ class Filesystem:
             stores=stores,
             catalog=catalog,
             nursery=nursery,
-            pace=Pace(options.fill_rate, trio.lowlevel.current_clock().current_time),
+            pace=SharedPace(options.fill_rate, trio.lowlevel.current_clock().current_time),
+            totals=self.totals,
+            budget=self.budget,
+            populate=options.populate,
             io_timeout_s=options.io_timeout_s,
             syncs=trio.CapacityLimiter(MAX_SYNCS),
             on_fillable=lambda: self.on_fillable(),
             on_export_changed=lambda image, error: nursery.start_soon(self._export_changed, image, error),
             on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
-            on_whole=self._became_whole,
+            on_state_changed=self._state_changed,
         )
-        self.root = Folder("", inode_number.ROOT, None)
-        self._nodes: dict[int, Node] = {self.root.inode: self.root}
-        """By inode number; images by their key."""
-        self._by_export: dict[str, Image] = {}
         self._active: dict[int, Image] = {}
-        self._describing = trio.Lock()
-        self._no_sizes_until = 0.0
+        self._replacing = UnderWay()
         self._refreshing = trio.Lock()
+        self._uses_saved_ns = max((record.last_used_ns for record in records), default=0)
         for record in records:
-            self._add(Image(record, self._around))
+            self.names.add(Image(record, self._around))
 
     # -- looking
-
-    def node(self, inode: int) -> Node | None:
-        """Return what has this inode number, also if its name is gone but somebody has it open."""
-        return self._nodes.get(inode_number.key(inode))
-
-    def images(self) -> Iterator[Image]:
-        """Yield the images that have a name, in no special order."""
-        return iter(list(self._by_export.values()))
 
     def active_images(self) -> Iterable[Image]:
         """Return the images that have a cache file open: those population may look at."""
@@ -135,26 +112,9 @@ class Filesystem:
             del self._active[image.inode]  # whole and closed
         return list(self._active.values())
 
-    def node_at(self, path: str) -> Node | None:
-        """Return what `path`, relative to the mountpoint, names."""
-        node: Node | None = self.root
-        for part in path.split("/") if path else []:
-            node = node.entries.get(part) if isinstance(node, Folder) else None
-        return node
-
-    def entries_after(self, folder: Folder, position: int) -> Iterator[tuple[int, str, Node]]:
-        """Yield (position, name, node) for the entries behind `position`, 0 for the first."""
-        if folder.order is None:
-            folder.order = sorted((node.inode, name) for name, node in folder.entries.items())
-        order = folder.order
-        for inode, name in order[bisect_right(order, (position, "\U0010ffff")) :]:
-            node = folder.entries.get(name)
-            if node is not None:
-                yield inode, name, node
-
     def statistics(self, images: Iterable[Image] | None = None) -> list[ImageStatistics]:
         """Return what `status` shows, by path: of `images`, or of all with a name or a reader."""
-        chosen = [*self.images(), *self._replaced()] if images is None else images
+        chosen = [*self.names.images(), *self._replaced()] if images is None else images
         return sorted((image.statistics() for image in chosen), key=lambda s: s.path)
 
     # -- opening
@@ -164,7 +124,7 @@ class Filesystem:
 
     def open_images(self) -> list[Image]:
         """Return the images that somebody has open, with or without a name."""
-        return [node for node in self._nodes.values() if isinstance(node, Image) and node.open_count]
+        return [image for image in self.names.all_images() if image.open_count]
 
     async def open(self, image: Image, plain: bool = False) -> None:
         """Open `image`; its population begins with its first open. `plain`: as a whole image only.
@@ -174,87 +134,27 @@ class Filesystem:
         """
         if image.record.state is State.REMOTE and not image.open_count and not plain:
             # Asked again although known: from here on the size is what the cache is made for.
-            await self._in_time(self._describe, [image], patient=True)
-        if self._nodes.get(image.inode) is not image:
+            await self.sizes.learn_again(image, patient=True)
+        if self.names.node(image.inode) is not image:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if image.record.size is None and not plain:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
-        await image.open(plain)
         self._active[image.inode] = image
+        try:
+            await image.open(plain)
+        except OSError:  # ESTALE: the kernel looks the name up again, once, and must find the new inode then
+            await self._replacing.over(image.inode)
+            raise
 
     async def release(self, image: Image, plain: bool = False) -> None:
         """Close what `open` opened."""
         await image.release(plain)
+        self._drop_if_unused(image)
+
+    def _drop_if_unused(self, image: Image) -> None:
         if image.retired and not image.open_count:
-            self._nodes.pop(image.inode, None)
+            self.names.drop_inode(image)
             self._active.pop(image.inode, None)
-
-    async def describe(self, images: Sequence[Image]) -> None:
-        """Learn the sizes that are not known yet, in batches; what the server will not describe stays unknown.
-
-        Raises:
-            TimedOut: the repository does not answer in the time allowed.
-        """
-        unknown = [image for image in images if image.record.size is None]
-        for start in range(0, len(unknown), DESCRIBE_BATCH):
-            await self._in_time(self._describe_unknown, unknown[start : start + DESCRIBE_BATCH])
-
-    def describe_soon(self, images: Sequence[Image]) -> None:
-        """Let `describe` run in the background, after a listing showed names without sizes."""
-        if not self._describing.locked():
-            self._nursery.start_soon(self._describe_quietly, images)
-
-    async def _describe_quietly(self, images: Sequence[Image]) -> None:
-        try:
-            await self.describe(images)
-        except (errors.LazyfsError, OSError) as error:
-            logger.info("sizes stay unknown: %s", error)
-
-    async def _describe_unknown(self, images: Sequence[Image]) -> None:
-        async with self._describing:
-            # Looked at again under the lock: the one before us may have learned them.
-            await self._describe([image for image in images if image.record.size is None])
-
-    async def _in_time(
-        self, call: Callable[[Sequence[Image]], Awaitable[None]], images: Sequence[Image], patient: bool = False
-    ) -> None:
-        too_late = errors.TimedOut(
-            "asking for the size of an image", self._options.io_timeout_s, "the repository does not answer"
-        )
-        if not patient and trio.current_time() < self._no_sizes_until and not self._repository.connected:
-            raise too_late  # `ls -l` of thousands waits once, not once for each
-        try:
-            with trio.fail_after(self._options.io_timeout_s):
-                await call(images)
-        except trio.TooSlowError:
-            self._no_sizes_until = trio.current_time() + NO_SIZES_S
-            raise too_late from None
-        self._no_sizes_until = 0.0
-
-    async def _describe(self, images: Sequence[Image]) -> None:
-        if not images:
-            return
-        found = await self._ask([image.record.export for image in images])
-        changed = []
-        for image in images:
-            export = found[image.record.export]
-            if isinstance(export, Export):
-                await image.describe(export.size, export.identity)
-                changed.append((image.inode, export.size, export.identity))
-            else:
-                logger.warning("no size: image=%s reason=%s", image.record.export, export)
-        try:
-            await trio.to_thread.run_sync(self._catalog.describe, changed)
-        except (errors.LazyfsError, OSError) as error:
-            logger.warning("the catalog could not be written: %s", error)
-
-    async def _ask(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Describe, reconnecting for as long as the caller allows."""
-        while True:
-            try:
-                return await self._repository.describe(names)
-            except errors.ConnectionLost:
-                await trio.sleep(0.5)
 
     # -- the repository's list
 
@@ -268,24 +168,24 @@ class Filesystem:
             try:
                 listed = set(await self._repository.list_exports())
                 await self._take_in(listed)
-                await self._check_versions([i for i in self.images() if i.record.export in listed])
+                await self._check_versions([i for i in self.names.images() if i.record.export in listed])
             except errors.LazyfsError as error:
                 self.list_trouble = str(error)
                 raise
             self.list_trouble = ""
 
     async def _take_in(self, listed: set[str]) -> None:
-        known = {image.record.export for image in self.images()}
-        for image in self.images():
+        known = {image.record.export for image in self.names.images()}
+        for image in self.names.images():
             image.gone = image.record.export not in listed
         self.on_fillable()  # some may be back
-        await self._drop([image for image in self.images() if image.gone and _has_nothing(image)])
+        await self._drop([image for image in self.names.images() if image.gone and _has_nothing(image)])
         now = time.time_ns()
         records: list[ImageRecord] = []
-        taken = _Names(self.root)
+        taken = TakenNames(self.names.root)
         for export in sorted(listed - known):
             options = self._options
-            path = file_name(export, taken.is_free, shown_file.SUFFIX[options.format])
+            path = shown_path(export, options.names, taken.is_free, shown_file.SUFFIX[options.format])
             taken.take(path)
             records.append(
                 # No two of one time: that, with the size, is what a plain file is known by.
@@ -295,13 +195,13 @@ class Filesystem:
             )
         if records:
             for record in await trio.to_thread.run_sync(self._catalog.add, records):
-                self._add(Image(record, self._around))
+                self.names.add(Image(record, self._around))
 
     async def _drop(self, images: Sequence[Image]) -> None:
         if images:
             for image in images:  # before anything is awaited: nobody can open them from here on
-                self._unname(image)
-                self._nodes.pop(image.inode, None)
+                self.names.unname(image)
+                self.names.drop_inode(image)
             await trio.to_thread.run_sync(self._catalog.remove, [image.inode for image in images])
 
     async def _check_versions(self, images: Sequence[Image]) -> None:
@@ -344,27 +244,156 @@ class Filesystem:
             logger.warning("a change is not taken in yet: image=%s reason=%s", image.record.export, failed)
             image.retired = False
 
-    async def _replace(self, image: Image, error: errors.ExportChanged) -> None:
+    async def _replace(self, image: Image, error: errors.ExportChanged | None, **changes: object) -> Image:
         """Let a new inode take the name; the old one lives until its last close."""
-        logger.info("replaced: image=%s reason=%s", image.record.export, error)
-        old = image.record
-        await image.retire(error)
-        (record,) = await trio.to_thread.run_sync(
-            self._catalog.add,
-            [replace(old, size=None, identity="", state=State.REMOTE, error="", created_ns=time.time_ns(),
-                     present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0)],
-        )  # fmt: skip
-        self._unname(image)
-        if not image.open_count:
-            self._nodes.pop(image.inode, None)
-            self._active.pop(image.inode, None)
-        self._add(Image(record, self._around))
+        logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
+        fresh: dict[str, object] = {
+            "size": None, "identity": "", "state": State.REMOTE, "error": "", "created_ns": time.time_ns(),
+            "present_bytes": 0, "demand_bytes": 0, "populated_bytes": 0, "requests": 0, "digest": "",
+        }  # fmt: skip
+        with self._replacing.mark(image.inode):
+            await image.retire(error)
+            added = replace(image.record, **(fresh | changes))  # type: ignore[arg-type]
+            (record,) = await trio.to_thread.run_sync(self._catalog.add, [added])
+            self._take_name(image)
+            new = Image(record, self._around)
+            new.gone = image.gone
+            self.names.add(new)
+        self.on_state_changed(new)
+        return new
+
+    def _take_name(self, image: Image) -> None:
+        """Of a retired image: only who has it open can reach it now."""
+        self.names.unname(image)
+        self._drop_if_unused(image)
+
+    # -- what an operator asks for
+
+    async def prefetch(self, image: Image, image_format: str | None) -> Image:
+        """Populate an image without a reader; return it, or the one that shows it in another format.
+
+        Raises:
+            UserError: something is cached in another format, or the image has failed.
+            LazyfsError, OSError: it cannot be begun now.
+        """
+        if image_format is not None and image_format != image.record.format:
+            if not _has_nothing(image):
+                raise errors.UserError(f"{image.record.path} is cached as {image.record.format}; evict it first")
+            taken, own = TakenNames(self.names.root), image.record.path
+            path = shown_path(
+                image.record.export,
+                self._options.names,
+                lambda path: path == own or taken.is_free(path),
+                shown_file.SUFFIX[image_format],
+            )
+            size = self._options.block_size if image_format == self._options.format else DEFAULT_BLOCK_SIZE
+            image = await self._renew(image, path=path, format=image_format, block_size=size)
+        if image.record.state is State.REMOTE:
+            await self.sizes.learn_again(image, PREFETCH_ANSWER_S)
+            if image.record.size is None:
+                raise errors.UserError(f"the repository does not describe {image.record.export}")
+        self._check_current(image)
+        await image.prefetch()
+        self._active[image.inode] = image
+        self.on_fillable()
+        return image
+
+    async def evict(self, image: Image) -> None:
+        """Drop what is cached; who has the image open keeps it until closed.
+
+        Raises:
+            UserError: it is pinned.
+            LazyfsError, OSError: it could not be dropped.
+        """
+        if image.record.pinned:
+            raise errors.UserError(f"{image.record.path} is pinned; lazyfs unpin it first")
+        if image.record.state is State.REMOTE and not image.gone:
+            return
+        with trio.CancelScope(shield=True):
+            new = await self._renew(image)
+            if new.gone and not new.open_count:
+                await self._drop([new])
+
+    async def touch(self, image: Image, used_ns: int) -> None:
+        """Note that somebody used `image` then, without opening it. A time in the future counts as now."""
+        await image.annotate(last_used_ns=max(0, min(used_ns, time.time_ns())))
+
+    async def forget(self, image: Image) -> None:
+        """Drop an image that is gone from the repository.
+
+        Raises:
+            UserError: it is there, pinned or open.
+        """
+        if not image.gone:
+            raise errors.UserError(f"{image.record.path} is in the repository; evict drops what is cached of it")
+        if image.open_count:
+            raise errors.UserError(f"{image.record.path} is open")
+        await self.evict(image)
+
+    async def verify(self, image: Image, against_repository: bool, progress: Callable[[int], None]) -> None:
+        """Read back what is cached; drop it if it is damaged, so that it is fetched again when next needed.
+
+        Raises:
+            Differs, CacheCorrupt: it was damaged, and has been dropped.
+            UserError, OSError, LazyfsError: it cannot be verified; says why.
+        """
+        record = image.record
+        digest = record.digest if record.state is State.WHOLE else ""
+        source = None
+        if against_repository:
+            if record.size is None:
+                raise errors.UserError(f"nothing of {record.path} is cached")
+            source = self._repository.source(Export(record.export, record.size, record.identity))
+        try:
+            await verifying.verify(image, digest, source, progress)
+        except (verifying.Differs, errors.CacheCorrupt) as damage:
+            logger.critical("%s: image=%s; dropped, to be fetched again", damage, record.export)
+            if not image.retired:
+                await self._renew(image, digest=record.digest)
+            raise
+        finally:
+            self._drop_if_unused(image)
+            if source is not None:
+                with trio.CancelScope(shield=True):
+                    await source.aclose()
+
+    async def _renew(self, image: Image, **changes: object) -> Image:
+        """Replace an image on an operator's behalf, from the same export. Disk only, so never long."""
+        self._check_current(image)
+        try:
+            with trio.CancelScope(shield=True):
+                new = await self._replace(image, None, **changes)
+        except BaseException:
+            image.retired = False
+            raise
+        return new
+
+    def _check_current(self, image: Image) -> None:
+        if image.retired:
+            raise errors.UserError(f"{image.record.path} is being replaced by a new version; try again")
+
+    def set_rate(self, rate: int | None) -> None:
+        """Limit population of all images together."""
+        self._around.pace.set_rate(rate)
+
+    async def save_uses(self) -> None:
+        """Write to the catalog when images were used last."""
+        records = [image.record for image in self.names.images() if image.record.last_used_ns > self._uses_saved_ns]
+        uses = [(record.inode, record.last_used_ns) for record in records]
+        if not uses:
+            return
+        try:
+            await trio.to_thread.run_sync(self._catalog.note_uses, uses)
+        except (errors.NoSpace, OSError) as error:
+            logger.warning("the catalog could not be written: %s", error)
+        else:
+            self._uses_saved_ns = max(used_ns for _, used_ns in uses)
 
     # -- beginning and end
 
     async def resume(self) -> None:
         """Open the partial images of an earlier daemon."""
-        for image in self.images():
+        for image in self.names.images():
             if image.record.state in (State.PARTIAL, State.FAILED):
                 try:
                     await image.resume()
@@ -376,97 +405,26 @@ class Filesystem:
         self.on_fillable()
 
     async def aclose(self) -> None:
-        """Save and close every image; what is complete becomes whole. The kernel's connection has ended."""
-        self.on_invalid_entry = lambda folder, name: None
+        """Save and close every image; what is complete becomes whole. The kernel's connection has ended.
+
+        It is noted when each was used.
+        """
+        self.names.on_invalid_entry = lambda folder, name: None
         self.on_invalid_attributes = lambda inode: None
         for image in list(self._active.values()):
             try:
                 await image.aclose()
             except (errors.LazyfsError, OSError) as error:
                 logger.warning("not closed cleanly: image=%s reason=%s", image.record.export, error)
+        await self.save_uses()
 
     # -- inside
 
-    def _add(self, image: Image) -> None:
-        *folders, name = image.record.path.split("/")
-        folder = self.root
-        for part in folders:
-            below = folder.entries.get(part)
-            if below is None:
-                path = f"{folder.path}/{part}".lstrip("/")
-                below = Folder(path, inode_number.folder(path), folder)
-                self._nodes[below.inode] = below
-                folder.entries[part] = below
-                folder.order = None
-            assert isinstance(below, Folder), f"{image.record.path}: {part} is an image"
-            folder = below
-        folder.entries[name] = image
-        folder.order = None
-        self._nodes[image.inode] = image
-        self._by_export[image.record.export] = image
-        self.on_invalid_entry(folder, name)
-
-    def _unname(self, image: Image) -> None:
-        *folders, name = image.record.path.split("/")
-        folder = self.node_at("/".join(folders))
-        assert isinstance(folder, Folder)
-        self._by_export.pop(image.record.export, None)
-        while True:
-            folder.entries.pop(name, None)
-            folder.order = None
-            self.on_invalid_entry(folder, name)
-            if folder.entries or folder.parent is None:
-                break
-            self._nodes.pop(folder.inode, None)
-            name, folder = folder.path.rpartition("/")[2], folder.parent
-
-    def _became_whole(self, image: Image) -> None:
-        if self._by_export.get(image.record.export) is image:
-            folder, _, name = image.record.path.rpartition("/")
-            parent = self.node_at(folder)
-            assert isinstance(parent, Folder)
-            self.on_invalid_entry(parent, name)
-
-    async def _update_catalog(self, records: Sequence[ImageRecord]) -> None:
-        if records:
-            try:
-                await trio.to_thread.run_sync(self._catalog.update, records)
-            except (errors.NoSpace, OSError) as error:
-                logger.warning("the catalog could not be written: %s", error)
-
-
-class _Names:
-    """Which paths can still be given, while new exports are taken in."""
-
-    def __init__(self, root: Folder) -> None:
-        self._files: set[str] = set()
-        self._folders: set[str] = set()
-        pending = [root]
-        while pending:
-            folder = pending.pop()
-            for name, node in folder.entries.items():
-                path = f"{folder.path}/{name}".lstrip("/")
-                if isinstance(node, Folder):
-                    self._folders.add(path)
-                    pending.append(node)
-                else:
-                    self._files.add(path)
-
-    def is_free(self, path: str) -> bool:
-        """Whether no file or folder has `path`, and no file is where its folders belong."""
-        return path not in self._files and path not in self._folders and self._files.isdisjoint(_ancestors(path))
-
-    def take(self, path: str) -> None:
-        """Give `path` to a file."""
-        self._files.add(path)
-        self._folders.update(_ancestors(path))
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    position = path.find("/")
-    while position >= 0:
-        yield path[:position]
-        position = path.find("/", position + 1)
+    def _state_changed(self, image: Image) -> None:
+        if self.names.image_of(image.record.export) is image:
+            if image.record.state is State.WHOLE:
+                self.names.invalidate(image)
+            self.on_state_changed(image)
 
 
 def _has_nothing(image: Image) -> bool:

@@ -1,4 +1,9 @@
-"""pyfuse3's handlers: check, call the engine, translate. The only place where errors become errnos."""
+"""pyfuse3's handlers: check, call the engine, translate. The only place where errors become errnos.
+
+The kernel takes the file system for a writable one, or it would refuse utime(2), by which users of a cache directory
+say that a file is in use. That is let through, and unlink(2) with `--allow-evict`; every other change is refused here,
+with EROFS.
+"""
 
 import errno
 import logging
@@ -7,16 +12,20 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from lazyfs import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
+import trio
 
-from lazyfs import errors
+from lazyfs import errors, image_statistics
 from lazyfs.core import inode_number
 from lazyfs.core.lifecycle import State
-from lazyfs.filesystem import Filesystem, Folder, Node
+from lazyfs.filesystem import Filesystem
 from lazyfs.image import Image
 from lazyfs.interfaces import FileLook
+from lazyfs.name_tree import Folder, Node
+from lazyfs.totals import Read
 from lazyfs.units import SECTOR
 
 logger = logging.getLogger(__name__)
@@ -27,6 +36,8 @@ FILLING_TIMEOUT_S = 1.0
 """How old `du` of an image that is being filled may be."""
 LARGEST_FILE = 2**63 - 1
 """Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be opened."""
+
+XATTR_PREFIX = "user.lazyfs."
 
 
 class FuseAdapter(pyfuse3.Operations):
@@ -45,20 +56,28 @@ class FuseAdapter(pyfuse3.Operations):
         root_fd: int,
         backings: passthrough.Backings,
         on_connected: Callable[[], None],
+        allow_evict: bool,
+        backing_files: Callable[[], frozenset[str]],
     ) -> None:
-        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated."""
+        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated.
+
+        `allow_evict`: whether unlink(2) evicts. `backing_files`: what it does not, as overlays need it; as for `Room`.
+        """
         super().__init__()
         self._filesystem = filesystem
+        self._totals = filesystem.totals
         self._look = look
         self._root_fd = root_fd
         self._backings = backings
         self._on_connected = on_connected
+        self._allow_evict = allow_evict
+        self._backing_files = backing_files
         self._mounted_ns = time.time_ns()
 
     def init(self) -> None:
         """libfuse is ready: from here on the kernel listens to notifications."""
         self._on_connected()
-        self._filesystem.on_invalid_entry = _invalidate_entry
+        self._filesystem.names.on_invalid_entry = _invalidate_entry
         self._filesystem.on_invalid_attributes = _invalidate_attributes
 
     # -- names and attributes
@@ -82,7 +101,7 @@ class FuseAdapter(pyfuse3.Operations):
 
     async def _described(self, node: Node, inode: int) -> pyfuse3.EntryAttributes:
         if isinstance(node, Image):
-            await self._filesystem.describe([node])
+            await self._filesystem.sizes.learn([node])
             if node.record.size is None:
                 raise pyfuse3.FUSEError(errno.EIO)
         return self._attributes(node, inode)
@@ -100,7 +119,7 @@ class FuseAdapter(pyfuse3.Operations):
             entry.entry_timeout = entry.attr_timeout = SETTLED_TIMEOUT_S
             return entry
         entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._look.mode)
-        entry.st_nlink = 1
+        entry.st_nlink = 0 if node.retired else 1
         entry.st_size = min(node.record.file_size or 0, LARGEST_FILE)
         entry.st_blksize = node.record.block_size
         entry.st_blocks = -(-node.allocated_bytes() // SECTOR)
@@ -126,8 +145,8 @@ class FuseAdapter(pyfuse3.Operations):
                 images = [node for node in folder.entries.values() if isinstance(node, Image)]
                 unknown = [image for image in images if image.record.size is None]
                 if unknown:
-                    self._filesystem.describe_soon(unknown)
-            for position, name, node in self._filesystem.entries_after(folder, start_id):
+                    self._filesystem.sizes.learn_soon(unknown)
+            for position, name, node in self._filesystem.names.entries_after(folder, start_id):
                 attributes = self._attributes(node, node.shown_inode)
                 if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), attributes, position):
                     break
@@ -143,15 +162,16 @@ class FuseAdapter(pyfuse3.Operations):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
             image, plain = self._image(inode), inode_number.is_whole(inode)
-            await self._filesystem.open(image, plain)
+            with self._totals.opening():
+                await self._filesystem.open(image, plain)
             if plain:
                 self._backings.opened(inode, image.plain_fd)
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
     async def read(self, fh: pyfuse3.FileHandleT, offset: int, size: int) -> bytes:
         """Read from an image."""
-        with _translated("read", fh, offset):
-            return await self._image(fh).read(offset, size, inode_number.is_whole(fh))
+        with _translated("read", fh, offset), Read(self._totals) as read:
+            return await self._image(fh).read(offset, size, inode_number.is_whole(fh), read)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """Close an image."""
@@ -166,6 +186,66 @@ class FuseAdapter(pyfuse3.Operations):
     async def forget(self, inode_list: object) -> None:
         """The kernel dropped inodes: ours live as long as their names and openers."""
 
+    # -- what changes something: a use, an eviction, or nothing
+
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Take the times of an image for its last use. Those shown stay: they are of the bytes, which do not change."""
+        with _translated("setattr", inode):
+            node = self._node(inode)
+            others = fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
+            if others or not isinstance(node, Image):
+                raise pyfuse3.FUSEError(errno.EROFS)
+            await self._filesystem.touch(node, attr.st_mtime_ns if fields.update_mtime else attr.st_atime_ns)
+            return await self._described(node, inode)
+
+    async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        """Evict an image. Its name stays, as its export does: the next lookup finds it with nothing cached."""
+        if not self._allow_evict:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        with _translated("unlink", parent_inode):
+            image = self._folder(parent_inode).entries.get(os.fsdecode(name))
+            if image is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            if isinstance(image, Folder):
+                raise pyfuse3.FUSEError(errno.EISDIR)
+            try:
+                if image.record.path in await trio.to_thread.run_sync(self._backing_files):
+                    raise errors.UserError("an overlay needs it")
+                await self._filesystem.evict(image)
+            except errors.UserError as refusal:
+                logger.info("not evicted: image=%s reason=%s", image.record.export, refusal)
+                raise pyfuse3.FUSEError(errno.EPERM if image.record.pinned else errno.EBUSY) from refusal
+
+    async def _refuse(self, *_positional: Any, **_named: Any) -> Any:
+        """Change nothing."""
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    create = mknod = mkdir = rmdir = symlink = link = rename = write = setxattr = removexattr = _refuse
+
+    # -- extended attributes
+
+    async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return one of ours. Asks nobody: the kernel and `ls` look for attributes of theirs all the time."""
+        with _translated("getxattr", inode):
+            value = _xattrs(self._node(inode)).get(os.fsdecode(name))
+            if value is None:
+                raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+            return value.encode("utf-8", "surrogatepass")
+
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """Return the names of ours."""
+        with _translated("listxattr", inode):
+            return [os.fsencode(name) for name in _xattrs(self._node(inode))]
+
+    # -- the file system
+
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Report the file system that holds the cache."""
         with _translated("statfs", 0):
@@ -179,7 +259,7 @@ class FuseAdapter(pyfuse3.Operations):
     # -- inside
 
     def _node(self, inode: int) -> Node:
-        node = self._filesystem.node(inode)
+        node = self._filesystem.names.node(inode)
         if node is None:
             raise pyfuse3.FUSEError(errno.ESTALE)
         return node
@@ -213,6 +293,20 @@ def _translated(what: str, inode: int, offset: int = 0) -> Iterator[None]:
     except Exception as error:
         logger.exception("%s failed, a bug in lazyfs: inode=%d offset=%d", what, inode, offset)
         raise pyfuse3.FUSEError(errno.EIO) from error
+
+
+def _xattrs(node: Node) -> dict[str, str]:
+    """Return the extended attributes of a file; folders have none."""
+    if isinstance(node, Folder):
+        return {}
+    record = node.record
+    values = {
+        "state": record.state.value,
+        "present": str(image_statistics.present_bytes(record, node.fetcher)),
+        "export": record.export,
+        "digest": record.digest,
+    }
+    return {XATTR_PREFIX + name: value for name, value in values.items() if value or name != "digest"}
 
 
 def _invalidate_entry(folder: Folder, name: str) -> None:

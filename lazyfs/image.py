@@ -14,9 +14,9 @@ Invariants (more in `doc/CONCURRENCY.md`):
 import errno
 import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
+from functools import partial
 
 import trio
 
@@ -26,19 +26,20 @@ from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.core.shown_file import ShownFile
+from lazyfs.digest_check import DigestCheck
 from lazyfs.fetcher import Fetcher
+from lazyfs.filling import Filling
 from lazyfs.interfaces import (
-    Catalog,
     Export,
     FetchCounters,
     ImageFile,
     ImageRecord,
     PlainFile,
-    Repository,
     Store,
-    Stores,
 )
 from lazyfs.pace import Pace
+from lazyfs.surroundings import Surroundings
+from lazyfs.totals import Read
 
 logger = logging.getLogger(__name__)
 
@@ -49,43 +50,17 @@ ROOM_CHECK_S = 5.0
 """Between looks for room for an image that is read without being kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every image of a mount shares."""
-
-    repository: Repository
-    stores: Stores
-    catalog: Catalog
-    nursery: trio.Nursery
-    pace: Pace
-    io_timeout_s: float
-    syncs: trio.CapacityLimiter
-    """Threads for checkpoints and hand-offs: slow disks must not take those that cache reads need."""
-    on_fillable: Callable[[], None]
-    """Population has something to look at."""
-    on_export_changed: Callable[["Image", errors.ExportChanged], None]
-    on_attributes_changed: Callable[["Image"], None]
-    """What the kernel caches about the file is out of date."""
-    on_whole: Callable[["Image"], None]
-    """The image's name leads to its second inode number from now on."""
-
-
 class Image:
     """An export as this host sees it. Trio thread only."""
 
-    def __init__(self, record: ImageRecord, around: Surroundings) -> None:
+    def __init__(self, record: ImageRecord, around: "Surroundings[Image]") -> None:
         self.record = record
         self.open_count = 0
         self.gone = False
         """The repository does not list it any more."""
         self.retired = False
         """Another inode has the name now; this one lives until it is closed."""
-        self.last_served = 0
-        """Population's turn counter when it last worked here."""
-        self.fill_after = 0.0
-        """Population leaves it alone until this time (trio's clock), after a failure."""
-        self.fill_trouble = ""
-        """Why the latest turn of population failed."""
+        self.filling = Filling(Pace(around.pace), around.populate)
         self.fetcher: Fetcher | None = None
         self._around = around
         self._shown: ShownFile | None = None
@@ -96,6 +71,7 @@ class Image:
         self._store: Store | None = None
         self._unkept = False
         """There was no room even for a map: `_store` keeps nothing."""
+        self._digest_check = DigestCheck(lambda: self.record, self.fail, self.recover, around.syncs)
         self._open_trouble = ""
         """Why the cache file cannot be opened, if the user can mend that."""
         self._changing = trio.Lock()
@@ -124,11 +100,11 @@ class Image:
         """Whether population could do something here."""
         return (
             self.record.state is State.PARTIAL
-            and not self.gone
+            and self.filling.wanted
+            and not (self.filling.paused or self.gone or self.retired or self._unkept)
             and self.fetcher is not None
             and self.fetcher.failure is None
             and not self.fetcher.completed.is_set()
-            and not self._unkept
         )
 
     @property
@@ -158,15 +134,23 @@ class Image:
                     await self._open_plain()
                 elif self._file is None:
                     await self._open_file()
+                if self._around.populate and self.open_count == 1:
+                    self.filling.want()
                 self._shown = self.record.shown
         except BaseException:
             self.open_count -= 1
             raise
+        self._touch()
         self._around.on_fillable()
+
+    def _touch(self) -> None:
+        """Note the use; the catalog hears of it with the next change, or from `Filesystem.save_uses`."""
+        self.record = replace(self.record, last_used_ns=time.time_ns())
 
     async def release(self, plain: bool = False) -> None:
         """Uncount an opener. No read of this opener may be under way."""
         self.open_count -= 1
+        self._touch()
         if plain:
             self._plain_opens -= 1
         if self.open_count and self._plain_opens:
@@ -180,27 +164,24 @@ class Image:
             elif self.fetcher is not None:
                 await self.fetcher.rest()
 
-    async def read(self, offset: int, length: int, plain: bool = False) -> bytes:
+    async def read(self, offset: int, length: int, plain: bool = False, read: Read | None = None) -> bytes:
         """Return the bytes at `offset` of the file shown, fewer at its end. The image must be open in the same way.
 
         Raises:
             RequestFailed, ExportChanged, UserError: a missing range cannot be had.
             OSError, CacheCorrupt: the cache file cannot be read.
-        Cancellation: nothing is lost.
+        Cancellation: nothing is lost. `read` learns how it was served.
         """
         shown = self._shown
         assert shown is not None
         wanted = ByteRange(min(offset, shown.size), min(offset + length, shown.size))
         if plain or self._store is None:
-            file = self._plain if plain else self._file
-            assert file is not None
-            return await reading.read_file(file, wanted) if wanted.length else b""
-        return await reading.read_partial(shown, wanted, self._cache)
+            return await reading.read_file(self._plain if plain else self._file, wanted)
+        return await reading.read_partial(shown, wanted, self._cache, read)
 
     def _cache(self) -> tuple[Fetcher, Store]:
         """Both change when room is found for an image that had none."""
-        assert self.fetcher is not None
-        assert self._store is not None
+        assert self.fetcher is not None and self._store is not None  # noqa: PT018
         return self.fetcher, self._store
 
     # -- the life of an image
@@ -240,20 +221,43 @@ class Image:
             if self.record.state is State.REMOTE and self._file is None:
                 self.record = replace(self.record, size=size, identity=identity)
 
-    async def retire(self, reason: errors.LazyfsError) -> None:
-        """Give up the name: remove what is cached; who has it open keeps what was present."""
+    async def prefetch(self) -> None:
+        """Begin the cache without a reader, and let population work on it whatever the mount's default.
+
+        The size must be known.
+
+        Raises:
+            OSError, CacheCorrupt, UserError: it cannot be begun.
+        """
+        async with self._changing:
+            if self.record.state is State.FAILED:
+                raise errors.UserError(f"{self.record.path} has failed: {self.record.error}")
+            if self.record.state is not State.WHOLE:
+                self.filling.want()
+                if self._file is None:
+                    await self._open_file()
+                self._touch()
+        self._around.on_fillable()
+
+    async def annotate(self, **changes: object) -> None:
+        """Keep what an operator says of the image: `pinned`, `digest`."""
+        async with self._changing:
+            if replace(self.record, **changes) != self.record:  # type: ignore[arg-type]
+                await self._save(**changes)
+
+    async def retire(self, reason: errors.LazyfsError | None) -> None:
+        """Give up the name and remove what is cached. Who has it open keeps what was present.
+
+        With a `reason` the rest is not fetched any more; without, readers still fetch: the export is the same.
+        """
         self.retired = True
+        self.filling.stop()
         self._scope.cancel()
         async with self._changing:
-            if self.fetcher is not None:
+            if self.fetcher is not None and reason is not None:
                 self.fetcher.failure = reason
                 await self.fetcher.aclose()
-            if self.record.state is State.WHOLE:
-                await self._remove_plain_file()
-            elif self.record.state is not State.REMOTE:
-                partial = self._store or self._around.stores.partial(self.record)
-                await trio.to_thread.run_sync(partial.unfinish)
-                await trio.to_thread.run_sync(partial.remove)
+            await trio.to_thread.run_sync(partial_cache.remove, self._around.stores, self.record)
             await trio.to_thread.run_sync(self._around.catalog.remove, [self.inode])
             if not self.open_count:
                 await self._close_file()
@@ -279,12 +283,14 @@ class Image:
         assert self.record.size is not None
         if trouble := partial_cache.too_large(self.record):
             raise errors.UserError(trouble)
+        around, fresh = self._around, self._unkept or self.record.state is State.REMOTE
         if self.record.state is State.REMOTE:
             await self._save(state=State.PARTIAL)
-            self._around.on_attributes_changed(self)
+            around.on_attributes_changed(self)
+        load = partial(partial_cache.load, around.stores, self.record, around.budget, fresh)
         self._open_trouble = ""
         try:
-            store, blocks, kept = await trio.to_thread.run_sync(partial_cache.load, self._around.stores, self.record)
+            store, blocks, kept = await trio.to_thread.run_sync(load)
         except errors.UserError as error:
             self._open_trouble = str(error)
             raise
@@ -337,16 +343,6 @@ class Image:
             )
             raise
 
-    async def _remove_plain_file(self) -> None:
-        # Not through `_file`, which is the partial store's if the image became whole while it was open.
-        # A file that is gone, or is not what we left there, is not ours to remove.
-        with suppress(errors.CacheCorrupt):
-            plain = await self._open_whole()
-            try:
-                await trio.to_thread.run_sync(plain.remove)
-            finally:
-                plain.close()
-
     def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
         record, around = self.record, self._around
         assert record.size is not None
@@ -357,9 +353,11 @@ class Image:
             store,
             blocks,
             nursery=around.nursery,
-            pace=around.pace,
+            pace=self.filling.pace,
             io_timeout_s=around.io_timeout_s,
             counters=self._counters(),
+            totals=around.totals,
+            budget=around.budget,
             on_changed=lambda error: around.on_export_changed(self, error),
         )
 
@@ -394,23 +392,23 @@ class Image:
                     raise
                 # The catalog catches up with the next change; at worst a restart asks or counts again.
                 logger.warning("the catalog could not be written: %s", error)
+        changed = record.state is not self.record.state
         self.record = record
+        if changed:
+            self._around.on_state_changed(self)
 
     # -- the task of an image that is being filled
 
     async def _look_after(self, fetcher: Fetcher) -> None:
         """Checkpoint while it fills; hand off when it is complete."""
         with self._scope:
-            while not fetcher.completed.is_set():
-                async with trio.open_nursery() as nursery:
-                    for event in (fetcher.dirtied, fetcher.completed):
-                        nursery.start_soon(_wait_then_cancel, event, nursery.cancel_scope)
-                with trio.move_on_after(CHECKPOINT_S):
-                    await fetcher.completed.wait()
-                async with self._changing:
-                    await self._checkpoint()
+            await fetcher.until_complete(CHECKPOINT_S, self._checkpoint_locked)
             while not await self._hand_off(fetcher):  # noqa: ASYNC110 - a disk or a file in the way tells nobody
                 await trio.sleep(CHECKPOINT_S)
+
+    async def _checkpoint_locked(self) -> None:
+        async with self._changing:
+            await self._checkpoint()
 
     async def _wait_for_room(self, unkept: Store) -> None:
         """Begin to cache an image that was opened with no room for its map, once there is room."""
@@ -446,6 +444,9 @@ class Image:
 
     async def _hand_off(self, fetcher: Fetcher) -> bool:
         """Turn the complete image into a plain file, and tell the kernel; False if it is worth another try later."""
+        assert self._store is not None
+        if not await self._digest_check.passes(self._store):  # may take minutes: nobody's open waits for that
+            return False
         async with self._changing:
             if not await self._become_whole(fetcher):
                 return False
@@ -453,12 +454,13 @@ class Image:
             if self.open_count == 0:
                 await self._close_file()
         self._around.on_attributes_changed(self)
-        self._around.on_whole(self)
         return True
 
     async def _become_whole(self, fetcher: Fetcher) -> bool:
         missing = fetcher.export.size - fetcher.present_bytes - fetcher.zero_bytes
         if missing or self._store is None or self._unkept or self.record.state is State.FAILED:
+            return False
+        if not self._digest_check.is_current(self.record):  # at the daemon's end, which does not wait for it
             return False
         try:
             await fetcher.checkpoint(self._around.syncs)
@@ -490,11 +492,6 @@ class Image:
             messages=[
                 self.record.error or partial_cache.too_large(self.record) or self._open_trouble,
                 "not in the repository any more" if self.gone else "",
-                image_statistics.filling_trouble(self.record, self.fetcher, unkept, self.fill_trouble),
+                image_statistics.filling_trouble(self.record, self.fetcher, unkept, self.filling.trouble),
             ],
         )
-
-
-async def _wait_then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()

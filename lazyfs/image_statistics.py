@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import Fetcher
+from lazyfs.fetcher import UNKEPT, Fetcher
 from lazyfs.interfaces import FetchCounters, ImageRecord
 
 
@@ -30,6 +30,8 @@ class ImageStatistics:
     open_count: int
     replaced: bool
     fill_rate: float
+    pinned: bool
+    last_used_ns: int
     error: str
 
 
@@ -42,11 +44,9 @@ def filling_trouble(record: ImageRecord, fetcher: Fetcher | None, unkept: bool, 
     """Return what hinders an image that is being filled; "" if nothing does."""
     if record.state is not State.PARTIAL:
         return ""
-    if fetcher is not None and fetcher.distrust is not None:
-        return f"{fetcher.distrust}: reads fail; mount anew to go on from the last checkpoint"
-    if unkept or (fetcher is not None and fetcher.unkept):
-        return "the cache's disk is full: reads are served from the repository and not kept"
-    return fill_trouble if fetcher is not None else ""
+    if unkept:
+        return UNKEPT
+    return "" if fetcher is None else fetcher.message() or fill_trouble
 
 
 def of(
@@ -82,5 +82,7 @@ def of(
         open_count=open_count,
         replaced=replaced,
         fill_rate=rate if record.state is State.PARTIAL and not (fetcher and fetcher.unkept) else 0.0,
+        pinned=record.pinned,
+        last_used_ns=record.last_used_ns,
         error="; ".join(filter(None, messages)),
     )

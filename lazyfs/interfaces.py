@@ -71,6 +71,12 @@ class ImageRecord:
     demand_bytes: int = 0
     populated_bytes: int = 0
     requests: int = 0
+    last_used_ns: int = 0
+    """Last open, close or prefetch, in ns since the epoch; 0: never."""
+    pinned: bool = False
+    """Never evicted."""
+    digest: str = ""
+    """What the export's bytes must hash to, such as "sha256:9f86..."; "" if that is not known."""
 
     @property
     def shown(self) -> shown_file.ShownFile:
@@ -180,6 +186,17 @@ class Filler(Protocol):
     async def aclose(self) -> None:
         """Drop the connection."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryStatistics:
+    """How well the repository can be reached."""
+
+    connected: bool
+    reconnects: int
+    """Times that it was back after a loss."""
+    failures: int
+    """Connections that could not be made, or were lost while an image was filled."""
 
 
 class Repository(Protocol):
@@ -306,6 +323,15 @@ class Store(ImageFile, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A file system, in bytes."""
+
+    total: int
+    free: int
+    """For this user."""
+
+
 class Stores(Protocol):
     """The cache directory, as a maker of stores."""
 
@@ -329,6 +355,10 @@ class Stores(Protocol):
         """Whether the file system has so little room left that population should pause."""
         ...
 
+    def space(self) -> Space:
+        """Return how large the file system is, and how much of it is free."""
+        ...
+
 
 class Catalog(Protocol):
     """The records of all images. Each call is one transaction, blocks for an fsync, and may come from any thread."""
@@ -343,6 +373,10 @@ class Catalog(Protocol):
 
     def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
         """Set (inode, size, identity) of images that are remote; leave those that are not any more as they are."""
+        ...
+
+    def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
+        """Set (inode, last_used_ns), and nothing else: what an `update` under way says of the rest stays."""
         ...
 
     def remove(self, inodes: Sequence[int]) -> None:

@@ -59,7 +59,7 @@ FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501
 FUSE_DEV_IOC_BACKING_CLOSE = 0x4004E502
 
 # mount.h
-MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
 MNT_DETACH = 2
 
 MAX_READ = 1 * MiB
@@ -112,7 +112,10 @@ class KernelSession:
     """A mounted, negotiated FUSE connection."""
 
     def __init__(self, mountpoint: str, source: str, passthrough: bool = True) -> None:
-        """Mount at `mountpoint`, read-only, and answer FUSE_INIT. Blocks for a few milliseconds.
+        """Mount at `mountpoint` and answer FUSE_INIT. Blocks for a few milliseconds.
+
+        Not with MS_RDONLY: the kernel would refuse utime(2) and unlink(2) before we are asked. `fuse_adapter.py`
+        refuses what it must.
 
         As root the mount is open to all users (permissions are checked by the kernel); as a user, through
         fusermount3, it is that user's alone.
@@ -209,7 +212,7 @@ class KernelSession:
         options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ}"
         libc = ctypes.CDLL(None, use_errno=True)
         paths = os.fsencode(source), os.fsencode(self.mountpoint)
-        if libc.mount(*paths, FS_TYPE.encode(), MS_RDONLY | MS_NOSUID | MS_NODEV, options.encode()):
+        if libc.mount(*paths, FS_TYPE.encode(), MS_NOSUID | MS_NODEV | MS_NOATIME, options.encode()):
             code = ctypes.get_errno()
             os.close(fd)
             raise errors.UserError(f"cannot mount on {self.mountpoint}: {os.strerror(code)}")
@@ -219,7 +222,7 @@ class KernelSession:
         """fusermount3 mounts, and sends the fd over the socket that _FUSE_COMMFD names (libfuse, lib/mount.c)."""
         subtype = FS_TYPE.partition(".")[2]
         name = source.replace("\\", "\\\\").replace(",", "\\,")
-        options = f"ro,nosuid,nodev,default_permissions,max_read={MAX_READ},subtype={subtype},fsname={name}"
+        options = f"rw,nosuid,nodev,noatime,default_permissions,max_read={MAX_READ},subtype={subtype},fsname={name}"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours, theirs:
             try:

@@ -1,11 +1,14 @@
-"""Opens what there is of an image that is being filled."""
+"""Opens and removes what there is on disk of an image."""
 
 import errno
 import logging
+from contextlib import suppress
 
 from lazyfs import errors
-from lazyfs.core import shown_file
+from lazyfs.budget import Budget
+from lazyfs.core import map_file, shown_file
 from lazyfs.core.block_map import BlockMap
+from lazyfs.core.lifecycle import State
 from lazyfs.interfaces import ImageRecord, Store, Stores
 from lazyfs.units import MiB
 
@@ -26,16 +29,27 @@ def too_large(record: ImageRecord) -> str:
     return f"too large for its blocks: mount with a larger {option} and an empty cache"
 
 
-def load(stores: Stores, record: ImageRecord) -> tuple[Store, BlockMap, bool]:
+def map_bytes(record: ImageRecord) -> int:
+    """Return what the cache of a partial image takes of the disk before any data: its map, or a qcow2's metadata."""
+    if record.format != shown_file.RAW:
+        return record.shown.metadata_size
+    blocks = -(-(record.size or 0) // record.block_size)
+    return map_file.page_offset(-(-blocks // map_file.PAGE))
+
+
+def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> tuple[Store, BlockMap, bool]:
     """Return the store, what it holds, and whether it keeps anything: without room for a map it cannot.
 
-    What is on disk and cannot be trusted is discarded. Blocks.
+    What is on disk and cannot be trusted is discarded. `fresh`: nothing is there yet. Blocks.
 
     Raises:
         OSError, CacheCorrupt, UserError: it can be neither used nor begun anew.
     """
     assert record.size is not None
-    store = stores.partial(record)
+    store, room = stores.partial(record), map_bytes(record) if fresh else 0
+    if not budget.reserve(room):
+        return stores.unkept(), BlockMap(record.size, record.block_size), False
+    budget.keep(room)  # at once: it counts from the moment that the image is partial
     try:
         try:
             return store, store.load(), True
@@ -55,3 +69,24 @@ def load(stores: Stores, record: ImageRecord) -> tuple[Store, BlockMap, bool]:
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise errors.UserError(f"the cache's file system cannot hold a file of {record.file_size} bytes") from error
         raise
+
+
+def remove(stores: Stores, record: ImageRecord) -> None:
+    """Remove what is cached of an image. Who has it open goes on reading. Blocks.
+
+    Raises:
+        OSError.
+    """
+    if record.state is State.WHOLE:
+        # A file that is gone, or is not what we left there, is not ours to remove.
+        with suppress(errors.CacheCorrupt):
+            plain = stores.whole(record)
+            try:
+                plain.remove()
+            finally:
+                plain.close()
+    if record.state is not State.REMOTE:
+        # Of a whole image, too: the hand-off may have been cancelled before it removed them.
+        partial = stores.partial(record)
+        partial.unfinish()
+        partial.remove()

@@ -43,6 +43,8 @@ class Backings:
         self._session = session
         self._open: dict[int, tuple[int, int]] = {}
         """By inode: its backing id (0: it has none) and the number of its opens."""
+        self.opens = 0
+        """Files opened so that the kernel reads them by itself, in all."""
         self.trouble = self._trouble(wanted, probe_fd)
         """Why whole images are read through the daemon; "" if they are not."""
 
@@ -69,6 +71,7 @@ class Backings:
         backing_id, opens = self._open.get(inode) or (self._register(inode, fd), 0)
         self._open[inode] = backing_id, opens + 1
         if backing_id:
+            self.opens += 1
             sys.modules["lazyfs._passthrough"].reply_with(inode, backing_id)
 
     def _register(self, inode: int, fd: int) -> int:

@@ -8,6 +8,7 @@ the repository's fillers. When nothing can be filled no task wakes up.
 import logging
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import trio
 
@@ -27,7 +28,7 @@ TURN_S = 2.0
 """Long enough that a reconnect (3 round trips, 60 ms at 20 ms each) costs little, short enough for fairness."""
 
 ROOM_CHECK_S = 1.0
-"""Between looks at a disk that was nearly full."""
+"""Between looks for room while there is none."""
 
 LEARN_S = 10.0
 """For one question about extents, before an image counts as unreachable and the worker turns to the next."""
@@ -42,6 +43,20 @@ MAX_RETRY_S = 60.0
 """Between turns of an image whose ranges fail; the repository may mend it at any time."""
 
 
+@dataclass(frozen=True, slots=True)
+class PopulationStatistics:
+    """What population has to do, and what came of it."""
+
+    waiting: int
+    """Images that wait for a turn."""
+    working: int
+    """Images that have one."""
+    failures: int
+    """Turns that failed, in all."""
+    paused: bool
+    """Nothing is filled although something could be: there is no room."""
+
+
 class Population:
     """The workers of one mount."""
 
@@ -49,16 +64,28 @@ class Population:
         """`images`: those to look at; asked anew for each turn."""
         self.paused = ""
         """Why nothing is being filled although something could be; "" if it is."""
+        self.room: Callable[[], str] = lambda: ""
+        """Why the cache may not grow, or "". Set by whoever limits it."""
+        self.on_turn: Callable[[], None] = lambda: None
+        """Called after each turn, and when filling stops for lack of room."""
         self._repository = repository
         self._stores = stores
         self._images = images
         self._wake = trio.Event()
         self._turns = 0
+        self._failures = 0
+        self._busy: list[Image] = []
+        """One for each worker that has a turn under way."""
         self._backoffs: dict[int, Backoff] = {}
 
     def wake(self) -> None:
         """Something may have become fillable."""
         self._wake.set()
+
+    def statistics(self) -> PopulationStatistics:
+        """Return what there is to do, as of now."""
+        waiting = sum(image.fillable and image not in self._busy for image in self._images())
+        return PopulationStatistics(waiting, len(set(self._busy)), self._failures, bool(self.paused))
 
     async def run(self) -> None:
         """Fill until cancelled. Everything claimed has been given back then."""
@@ -77,31 +104,38 @@ class Population:
             await self._close_unused(fillers, image)
             if image is None:
                 await self._wait(wake)
-            elif self._stores.nearly_full():
-                self.paused = "the cache's disk is nearly full"
+            elif shortage := "the cache's disk is nearly full" if self._stores.nearly_full() else self.room():
+                self.paused = shortage
+                self.on_turn()
                 await trio.sleep(ROOM_CHECK_S)
             else:
                 self.paused = ""
-                await self._turn(image, fillers)
+                self._busy.append(image)
+                try:
+                    await self._turn(image, fillers)
+                finally:
+                    self._busy.remove(image)
+                self.on_turn()
 
     def _choose(self) -> Image | None:
         now = trio.current_time()
-        ready = {image.inode: image for image in self._images() if image.fillable and image.fill_after <= now}
+        ready = {image.inode: image for image in self._images() if image.fillable and image.filling.after <= now}
         inode = fetch_plan.choose_image(
-            fetch_plan.Candidate(image.inode, image.open_count > 0, image.last_served) for image in ready.values()
+            fetch_plan.Candidate(image.inode, image.open_count > 0, image.filling.last_served)
+            for image in ready.values()
         )
         return None if inode is None else ready[inode]
 
     async def _wait(self, wake: trio.Event) -> None:
         """Until somebody calls `wake`, or an image that failed is due again."""
         self.paused = ""
-        due = min((image.fill_after for image in self._images() if image.fillable), default=math.inf)
+        due = min((image.filling.after for image in self._images() if image.fillable), default=math.inf)
         with trio.move_on_at(due):
             await wake.wait()
 
     async def _turn(self, image: Image, fillers: dict[int, Filler]) -> None:
         self._turns += 1
-        image.last_served = self._turns
+        image.filling.last_served = self._turns
         fetcher = image.fetcher
         assert fetcher is not None
         before, began = fetcher.counters().populated_bytes, trio.current_time()
@@ -122,7 +156,7 @@ class Population:
         progress = fetcher.counters().populated_bytes > before
         if trouble is None and not progress and trio.current_time() < began + TURN_S:
             # Others have claimed all that is missing. Their end, good or bad, tells us nothing.
-            image.fill_after = max(image.fill_after, trio.current_time() + LOOK_AGAIN_S)
+            image.filling.after = max(image.filling.after, trio.current_time() + LOOK_AGAIN_S)
         else:
             self._note(image, trouble, progress)
 
@@ -150,15 +184,16 @@ class Population:
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
         """Keep book of failures: an image whose turn failed waits before its next, longer each time."""
         if trouble is None:
-            image.fill_trouble = ""
+            image.filling.trouble = ""
             self._backoffs.pop(image.inode, None)
             return
-        image.fill_trouble = str(trouble)
+        self._failures += 1
+        image.filling.trouble = str(trouble)
         if progress:
             self._backoffs.pop(image.inode, None)
         backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))
         wait_s = RECONNECT_S if isinstance(trouble, errors.ConnectionLost) else backoff.next()
-        image.fill_after = trio.current_time() + wait_s
+        image.filling.after = trio.current_time() + wait_s
         logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
 
     async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:

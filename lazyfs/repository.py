@@ -14,7 +14,7 @@ from lazyfs import errors, nbd_handle
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.pacing import Backoff
 from lazyfs.fill_thread import FillConnection
-from lazyfs.interfaces import Export, Filler, FillWork, Source
+from lazyfs.interfaces import Export, Filler, FillWork, RepositoryStatistics, Source
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class NbdRepository:
         self.trouble = ""
         """Why the last attempt failed; "" if it did not."""
         self.reconnects = 0
+        self._failures = 0
         self._names_per_connection = MAX_EXPORTS
         """How many exports the server describes on one connection; lowered when it hangs up earlier."""
         self._nursery = nursery
@@ -47,6 +48,10 @@ class NbdRepository:
         # Not the default limiter: attempts that hang must not keep cache files from being read.
         self._connects = trio.CapacityLimiter(64)
         self._fills = trio.CapacityLimiter(64)
+
+    def statistics(self) -> RepositoryStatistics:
+        """Return how well the repository can be reached."""
+        return RepositoryStatistics(self.connected, self.reconnects, self._failures)
 
     async def list_exports(self) -> list[str]:
         """As `interfaces.Repository.list_exports`. A name that is not UTF-8 is left out, and logged."""
@@ -140,6 +145,7 @@ class NbdRepository:
             if self.connected or not self.trouble:
                 logger.warning("repository lost: %s", error)
             self.connected, self.trouble = False, str(error)
+            self._failures += 1
             raise
         if not self.connected and self.trouble:
             self.reconnects += 1

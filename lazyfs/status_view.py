@@ -32,7 +32,16 @@ def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
             parts.append(_table(mount, width))
         elif "error" not in mount:
             parts.append(Text("  no images", style="dim"))
+        parts += [_job(job) for job in mount.get("jobs", []) if job["type"] != "populate"]
+        parts += [Text(f"  {_printable(line)}", style="dim") for line in mount.get("events", [])]
     return Group(*parts)
+
+
+def _job(job: Mapping[str, Any]) -> Text:
+    """A populate job is seen in its image's line; others have one of their own."""
+    done = f" {_percent(job['current-progress'], job['total-progress'])} %" if job["status"] == "running" else ""
+    text = Text(f"  job {_printable(job['id'])}: {job['status']}{done}")
+    return text.append(f", {_printable(job['error'])}", style="red") if job.get("error") else text
 
 
 def _heading(mount: MountStatus) -> Text:
@@ -45,6 +54,8 @@ def _heading(mount: MountStatus) -> Text:
     text.append(
         "  connected" if mount["connected"] else "  not connected", style="green" if mount["connected"] else "red"
     )
+    if mount.get("room"):
+        text.append(f"\n  {_room(mount['room'])}", style="dim not bold")
     if mount.get("message"):
         text.append(f"\n  {_printable(mount['message'])}", style="red")
     if mount.get("passthrough_trouble"):
@@ -52,20 +63,32 @@ def _heading(mount: MountStatus) -> Text:
     return text
 
 
+def _room(room: Mapping[str, Any]) -> str:
+    cache = f"cache {format_size(room['used'])}"
+    if room.get("max_cache"):
+        cache += f" of at most {format_size(room['max_cache'])}"
+    free = f"disk {format_size(room['free'])} free of {format_size(room['total'])}"
+    if room.get("min_free"):
+        free += f", {format_size(room['min_free'])} kept free"
+    return f"{cache}  {free}"
+
+
 def _table(mount: MountStatus, width: int) -> Group:
     """One line for each image, two where the terminal is narrow; what is wrong with some of them below."""
     prefix = mount["mountpoint"].rstrip("/") + "/"
     parts: list[RenderableType] = []
+    jobs = {job["id"]: job["status"] for job in mount.get("jobs", []) if job["type"] == "populate"}
     table = _grid("  image" if width >= _WIDE else None)
     parts.append(table)
     for image in mount["images"]:
         replaced = " (replaced)" if image.get("replaced") else ""
         name = Text(f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold")
+        row = _row(image, jobs.get(image["path"].removeprefix(prefix), ""))
         if width >= _WIDE:
-            table.add_row(name, *_row(image).values())
+            table.add_row(name, *row.values())
         else:
             line = _grid(None, header=False)
-            line.add_row(*_row(image).values())
+            line.add_row(*row.values())
             parts += [name, line]
     for image in mount["images"]:
         if image["error"]:
@@ -86,12 +109,13 @@ def _grid(first: str | None, header: bool = True) -> Table:
     return table
 
 
-def _row(image: Mapping[str, Any]) -> dict[str, RenderableType]:
+def _row(image: Mapping[str, Any], job: str) -> dict[str, RenderableType]:
+    """`job`: the status of its populate job, "" if it has none."""
     size = image["size"]
     here = image["present_bytes"] + image["zero_bytes"]
     missing = 0 if size is None else size - here
     rate = image["fill_rate"]
-    filling = image["state"] == "partial" and rate >= 1 and missing
+    filling = image["state"] == "partial" and rate >= 1 and missing and job != "paused"
     touched = image["state"] != "remote"
     return {
         "size": "?" if size is None else format_size(size),
@@ -101,7 +125,7 @@ def _row(image: Mapping[str, Any]) -> dict[str, RenderableType]:
         else "",
         "state": Text(image["state"], style=_STYLES.get(image["state"], "")),
         "fetched": format_size(image["fetched_bytes"]) if image["fetched_bytes"] else "",
-        "rate": f"{format_size(round(rate))}/s" if filling else "",
+        "rate": f"{format_size(round(rate))}/s" if filling else job if job in ("paused", "standby") else "",
         "to go": format_duration(missing / rate) if filling else "",
         "open": str(image["open_count"] or ""),
     }

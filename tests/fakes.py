@@ -21,7 +21,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
-from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageRecord, PlainFile, Source, Store
+from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageRecord, PlainFile, Source, Space, Store
 from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import KiB
 
@@ -333,6 +333,8 @@ class _Disk:
         self.states = bytes(-(-record.size // record.block_size))
         self.mixed_zero_bytes = 0
         self.damaged = False
+        self.grains: set[int] = set()
+        """4 KiB blocks that the file system allocated."""
         self.disowned = False
         """Names no export any more."""
 
@@ -355,6 +357,12 @@ class MemoryStores:
         self.journal: list[str] = []
         """What became durable, in order; a catalog may write to it too."""
         self.open_files: set[object] = set()
+        self.disk_size = 1 << 40
+        self.neighbours = 0
+        """Bytes that others take of the disk."""
+        self.peak = 0
+        """The most that `allocated` ever was."""
+        self._disks: list[_Disk] = []
 
     def partial(self, record: ImageRecord) -> Store:
         return MemoryStore(self, record)
@@ -367,6 +375,21 @@ class MemoryStores:
 
     def nearly_full(self) -> bool:
         return self.room_low
+
+    def space(self) -> Space:
+        return Space(self.disk_size, max(0, self.disk_size - self.neighbours - self.allocated()))
+
+    def allocated(self) -> int:
+        """What `du` says of all images' data."""
+        linked = {id(data) for data in [*(disk.data for disk in self.partials.values()), *self.plain.values()]}
+        self._disks = [disk for disk in self._disks if id(disk.data) in linked]
+        return sum(len(disk.grains) for disk in self._disks) * GRAIN
+
+    def begin(self, record: ImageRecord) -> _Disk:
+        """Make the files of a partial image."""
+        disk = self.partials[record.inode] = _Disk(record)
+        self._disks.append(disk)
+        return disk
 
     def sweep(self, records: Iterable[ImageRecord]) -> None:
         """Remove partial files that no record speaks of, as opening a real cache directory does."""
@@ -425,7 +448,7 @@ class MemoryStore(_MemoryReader):
         if disk is None:
             if stores.full:
                 raise errors.NoSpace
-            disk = stores.partials[record.inode] = _Disk(record)
+            disk = stores.begin(record)
         elif disk.damaged or disk.header != _Disk(record).header:
             raise errors.CacheCorrupt("the map belongs to another image, size or version")
         self._disk, self._bytes = disk, disk.data
@@ -444,6 +467,8 @@ class MemoryStore(_MemoryReader):
             if offset % GRAIN or (end % GRAIN and end != self._size) or end > self._size or not data:
                 self._stores.odd_writes.append(ByteRange(offset, end))
             self._disk.data[self._data_offset + offset : self._data_offset + end] = data
+            self._disk.grains.update(range(offset // GRAIN, -(-end // GRAIN)))
+            self._stores.peak = max(self._stores.peak, self._stores.allocated())
             self._written.update(range(offset // self._record.block_size, -(-end // self._record.block_size)))
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
@@ -504,6 +529,7 @@ class _MemoryPlainFile(_MemoryReader):
     def __init__(self, stores: MemoryStores, record: ImageRecord) -> None:
         super().__init__(stores)
         self._path = record.path
+        self._fd = -1
         found = stores.plain.get(record.path)
         if found is None:
             raise errors.CacheCorrupt("the plain file cannot be opened: No such file or directory")
@@ -513,7 +539,21 @@ class _MemoryPlainFile(_MemoryReader):
         stores.open_files.add(self)
 
     def fileno(self) -> int:
-        raise AssertionError("nothing here has a descriptor")
+        if self._fd < 0:
+            assert self._bytes is not None
+            self._fd = os.memfd_create("plain")
+            os.ftruncate(self._fd, len(self._bytes))
+            for start in range(0, len(self._bytes), 4 * KiB):
+                page = self._bytes[start : start + 4 * KiB]
+                if page.count(0) != len(page):  # holes stay holes
+                    os.pwrite(self._fd, page, start)
+        return self._fd
+
+    def close(self) -> None:
+        super().close()
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def remove(self) -> None:
         self._stores.plain.pop(self._path, None)
@@ -553,6 +593,12 @@ class MemoryCatalog:
             record = self.records.get(inode)
             if record is not None and record.state is State.REMOTE:
                 self.records[inode] = replace(record, size=size, identity=identity)
+
+    def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
+        self._check()
+        for inode, used_ns in uses:
+            if inode in self.records:
+                self.records[inode] = replace(self.records[inode], last_used_ns=used_ns)
 
     def remove(self, inodes: Sequence[int]) -> None:
         self._check()

@@ -13,6 +13,9 @@ name is a safe path, and no two exports share one:
     a/b beside a        a%2Fb                 a clash: `a` is a file already
     a beside a/b        %61                   a clash: `a` is a folder already
     % beside %/b        %25%00                the same, where the first character is encoded anyway
+
+With `--names sha1` the shown name is the SHA-1 of the export's, in hex, as OpenStack Nova names its base files (by the
+id of the image): no folders, no suffix, whatever the format, as whoever computes it looks for exactly that name.
 """
 
 import hashlib
@@ -29,6 +32,10 @@ PATH_MAX = 3072
 
 RESERVED = frozenset({".lazyfs", "lost+found"})
 """Names at the top of the cache directory that are not ours to give: our state, and mkfs's folder."""
+
+EXPORT, SHA1 = "export", "sha1"
+NAMES = (EXPORT, SHA1)
+"""How images can be named: after their exports, or by the hash of that."""
 
 _HASH_HEX = 32
 _NBD_PORT = 10809  # IANA's
@@ -63,6 +70,15 @@ def _qemu_server(parts: SplitResult) -> dict[str, str] | None:
         with suppress(ValueError):  # a port that is none
             return {"type": "inet", "host": unquote(parts.hostname), "port": str(parts.port or _NBD_PORT)}
     return None
+
+
+def shown_path(export: str, names: str, is_free: Callable[[str], bool], suffix: str) -> str:
+    """Return the path under which `export` is shown. `names`: one of NAMES; the rest as for `file_name`."""
+    if names == SHA1:
+        hashed = hashlib.sha1(export.encode("utf-8", "surrogatepass"), usedforsecurity=False)
+        # In the way can only be an image that was named differently, by an earlier mount.
+        return file_name(hashed.hexdigest(), is_free)
+    return file_name(export, is_free, suffix)
 
 
 def file_name(export: str, is_free: Callable[[str], bool] = lambda path: True, suffix: str = "") -> str:

@@ -133,7 +133,7 @@ class ServerSession:
 
     package: str
     version: tuple[int, int, int]
-    _negotiated: bool = field(default=False, init=False)
+    negotiated: bool = field(default=False, init=False)
 
     def greeting(self) -> JsonObject:
         """Return the first message."""
@@ -156,14 +156,19 @@ class ServerSession:
         arguments = message.get("arguments", {})
         if not isinstance(arguments, dict):
             raise CommandError("QMP input member 'arguments' must be an object")
-        if not self._negotiated and name != "qmp_capabilities":
+        if not self.negotiated and name != "qmp_capabilities":
             raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
         if name == "qmp_capabilities":
-            if self._negotiated:
+            if self.negotiated:
                 raise CommandError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
-            if arguments.get("enable"):
-                raise CommandError("this server has no capabilities to enable")
-            self._negotiated = True
+            enable = arguments.get("enable", [])
+            if not isinstance(enable, list):
+                raise CommandError("Invalid parameter type for 'enable', expected: array")
+            if enable:
+                raise CommandError("Parameter 'enable' must be empty: this server has no capabilities")
+            if unexpected := set(arguments) - {"enable"}:
+                raise CommandError(f"Parameter '{min(unexpected)}' is unexpected")
+            self.negotiated = True
         return Command(name, arguments, message.get("id"), "id" in message)
 
 
@@ -175,6 +180,12 @@ def returned(message: JsonObject, value: object) -> JsonObject:
 def failed(message: JsonObject, error: CommandError) -> JsonObject:
     """Return the failure of the command `message`."""
     return _with_id({"error": {"class": error.kind, "desc": error.desc}}, message)
+
+
+def event(name: str, data: JsonObject, time_us: int) -> JsonObject:
+    """Return an event that happened `time_us` microseconds after the epoch."""
+    seconds, microseconds = divmod(time_us, 1_000_000)
+    return {"event": name, "data": data, "timestamp": {"seconds": seconds, "microseconds": microseconds}}
 
 
 def _with_id(answer: JsonObject, message: JsonObject) -> JsonObject:

@@ -14,9 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from lazyfs import errors
+from lazyfs.core import block_map
+from lazyfs.core.block_map import BlockMap
 from lazyfs.interfaces import FileLook, ImageRecord
+from lazyfs.units import MiB
 
 PARTIAL = ".lazyfs/partial"
+RESERVE = 1 * MiB
+"""Free bytes that data leaves to the catalog and the maps: without any, the next mount could not write its catalog."""
 OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -105,6 +110,42 @@ class PartialFile(FileReader):
                 os.close(fd)
             return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
 
+    def inspect(self) -> BlockMap:
+        """Open what there is for reading, and return what `load` would. Changes nothing.
+
+        Raises:
+            CacheCorrupt: `load` would refuse it, or there is nothing.
+            OSError.
+        """
+        raise NotImplementedError
+
+    def faults(self) -> list[str]:
+        """Return what `inspect` found that `load` puts right."""
+        return []
+
+    def data_in_holes(self, blocks: BlockMap) -> int:
+        """Return how many blocks are DATA although the file has nothing but a hole there. After `inspect` or `load`.
+
+        Zeroes that the repository gave as data can be such, once the file was copied; lost data is, too.
+        """
+        states = b"".join(bytes([state]) * (run.end - run.first) for run, state in blocks.runs())
+        size, end = blocks.block_size, self._data_offset + self._size
+        lost = position = 0
+        while position < end:
+            data = _next_data(self._fd, position, end)
+            # Blocks that lie in the hole from one to the other; also the last one, which may be shorter.
+            first = -(-max(position - self._data_offset, 0) // size)
+            last = blocks.blocks if data == end else max(data - self._data_offset, 0) // size
+            lost += states.count(block_map.DATA, first, last)
+            position = end if data == end else os.lseek(self._fd, data, os.SEEK_HOLE)
+        return lost
+
+    def _open_to_inspect(self, name: str) -> int:
+        try:
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._root_fd)
+        except FileNotFoundError:
+            raise errors.CacheCorrupt(f"{name} is missing") from None
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write data of whole blocks, holes left out."""
         with self._lock:
@@ -113,11 +154,18 @@ class PartialFile(FileReader):
             self._writers += 1
         try:
             with space_errors():
+                self._leave_room(len(data))
                 write_all(self._fd, data, self._data_offset + offset)
         finally:
             with self._lock:
                 self._writers -= 1
                 self._close_if_unused()
+
+    def _leave_room(self, size: int) -> None:
+        """Refuse data that would fill the disk to its end. Costs 1 us."""
+        found = os.fstatvfs(self._root_fd)
+        if found.f_bavail * found.f_frsize < size + RESERVE:
+            raise errors.NoSpace
 
     def _sync_data(self) -> None:
         """fdatasync of what `write` wrote."""
@@ -239,6 +287,15 @@ class WholeFile(FileReader):
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+
+def _next_data(fd: int, position: int, end: int) -> int:
+    try:
+        return min(os.lseek(fd, position, os.SEEK_DATA), end)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # holes up to the end
+            return end
+        raise
 
 
 def _parents(path: str) -> list[str]:

@@ -21,6 +21,9 @@ from lazyfs.interfaces import FileLook, ImageRecord
 from lazyfs.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
 from lazyfs.units import MiB
 
+_TABLES = ("the refcount table", "the refcounts of the metadata", "the L1 table")
+"""`qcow2_layout.initial_tables`, for messages."""
+
 _CHUNK = 1 * MiB
 """Of metadata written at once: an L2 entry is made in 50 ns, so a chunk takes 7 ms."""
 
@@ -34,6 +37,9 @@ class Qcow2Store(PartialFile):
         self._backing = backing
         self._at = qcow2_layout.layout(self._size, record.block_size)
         self._data_offset = self._at.data_offset
+        self._faults: list[str] = []
+        self._leaks = 0
+        """Of `inspect`: refcounts that are not what the L2 tables say."""
         self._own = map_file.MapHeader(record.inode, self._size, record.block_size, record.export, record.identity)
         self._finished = False
         """The header names no backing file any more, and has no place for counters."""
@@ -46,21 +52,35 @@ class Qcow2Store(PartialFile):
             except FileNotFoundError:
                 self._create()
                 return BlockMap(self._size, self._record.block_size)
-            header = read_exactly(self._fd, 0, self._at.cluster_size)
-            self._finished = qcow2_layout.is_finished_header(self._at, header)
-            mixed_zero_bytes = 0 if self._finished else qcow2_layout.check_partial_header(self._at, self._own, header)
-            if (found := os.fstat(self._fd).st_size) != self._at.file_size:
-                raise errors.CacheCorrupt(f"the cache file has {found} bytes, expected {self._at.file_size}")
-            for offset, expected in qcow2_layout.initial_tables(self._at):
-                self._mend(offset, expected)
-            states = b"".join(self._load_page(first, end) for first, end in self._pages())
-            blocks = BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
-            if blocks.complete:
-                # `finish` has begun, perhaps, and made DATA of some of what is ZERO: the file's holes tell them apart.
-                data_bytes = max(os.fstat(self._fd).st_blocks * 512 - self._data_offset, 0)
-                mixed_zero_bytes += max(blocks.present_bytes - data_bytes, 0)
-                return BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
-            return blocks
+            return self._load_map(mend=True)
+
+    def inspect(self) -> BlockMap:
+        """As `load`, but changes nothing."""
+        self._fd = self._open_to_inspect(self._data_name)
+        return self._load_map(mend=False)
+
+    def _load_map(self, mend: bool) -> BlockMap:
+        header = read_exactly(self._fd, 0, self._at.cluster_size)
+        self._finished = qcow2_layout.is_finished_header(self._at, header)
+        mixed_zero_bytes = 0 if self._finished else qcow2_layout.check_partial_header(self._at, self._own, header)
+        if (found := os.fstat(self._fd).st_size) != self._at.file_size:
+            raise errors.CacheCorrupt(f"the cache file has {found} bytes, expected {self._at.file_size}")
+        for (offset, expected), name in zip(qcow2_layout.initial_tables(self._at), _TABLES, strict=True):
+            if self._differs(offset, expected, mend):
+                self._faults.append(f"{name} is damaged")
+        states = b"".join(self._load_page(first, end, mend) for first, end in self._pages())
+        blocks = BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
+        if blocks.complete:
+            # `finish` has begun, perhaps, and made DATA of some of what is ZERO: the file's holes tell them apart.
+            data_bytes = max(os.fstat(self._fd).st_blocks * 512 - self._data_offset, 0)
+            mixed_zero_bytes += max(blocks.present_bytes - data_bytes, 0)
+            return BlockMap(self._size, self._record.block_size, states, mixed_zero_bytes)
+        return blocks
+
+    def faults(self) -> list[str]:
+        """Tables that QEMU needs and lazyfs does not, and wrong refcounts: `load` mends them."""
+        leaks = [f"{self._leaks} refcounts are not those of the L2 tables"] if self._leaks else []
+        return self._faults + leaks
 
     def _create(self) -> None:
         """Under another name until it is complete: what has the name of a partial image is always a qcow2."""
@@ -91,19 +111,24 @@ class Qcow2Store(PartialFile):
         for first in range(0, self._at.clusters, block_map.PAGE_BLOCKS):
             yield first, min(first + block_map.PAGE_BLOCKS, self._at.clusters)
 
-    def _load_page(self, first: int, end: int) -> bytes:
-        """Return the states of a page, and take back what a crash left counted that is in no table."""
+    def _load_page(self, first: int, end: int, mend: bool) -> bytes:
+        """Return the states of a page, and take back (if to `mend`) what a crash left counted that is in no table."""
         table = read_exactly(self._fd, self._at.l2_offset + 8 * first, 8 * (end - first))
         states = qcow2_layout.decode_l2(self._at, first, table)
         if self._finished and states.count(block_map.DATA) != len(states):
             raise errors.CacheCorrupt("a finished qcow2 lacks clusters")
-        self._mend(*qcow2_layout.encode_refcounts(self._at, first, states))
+        offset, expected = qcow2_layout.encode_refcounts(self._at, first, states)
+        if self._differs(offset, expected, mend):
+            counted = read_exactly(self._fd, offset, len(expected))
+            self._leaks += sum(counted[i : i + 2] != expected[i : i + 2] for i in range(0, len(expected), 2))
         return states
 
-    def _mend(self, offset: int, expected: bytes) -> None:
-        """Write again what follows from the rest, where a crash or a damaged disk left something else."""
-        if read_exactly(self._fd, offset, len(expected)) != expected:
+    def _differs(self, offset: int, expected: bytes, mend: bool) -> bool:
+        """Whether a crash or a damaged disk left something else than what follows from the rest, and it stays so."""
+        differs = read_exactly(self._fd, offset, len(expected)) != expected
+        if differs and mend:
             write_all(self._fd, expected, offset)
+        return differs and not mend
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         """Data, fdatasync, refcounts, fdatasync, L2 entries, fdatasync."""

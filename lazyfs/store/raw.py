@@ -29,15 +29,29 @@ class RawStore(PartialFile):
         with space_errors():
             self._fd = self._open_data()
             self._map_fd = os.open(self._map_name, OPEN_FLAGS, 0o600, dir_fd=self._root_fd)
-            data, saved = os.fstat(self._fd), os.fstat(self._map_fd)
-            if data.st_size == 0 or (saved.st_size == 0 and data.st_blocks == 0):
-                return self._create_map()
-            # Not emptied and used again: the file may be the plain file already, by another name.
-            if data.st_size != self._size:
-                raise errors.CacheCorrupt(f"the cache file has {data.st_size} bytes, the image {self._size}")
-            if saved.st_size == 0:
-                raise errors.CacheCorrupt("the map is missing")
-            return self._load_map()
+            return self._load_map() if self._begun() else self._create_map()
+
+    def inspect(self) -> BlockMap:
+        """As `load`, but changes nothing."""
+        self._fd = self._open_to_inspect(self._data_name)
+        self._map_fd = self._open_to_inspect(self._map_name)
+        return self._load_map() if self._begun() else BlockMap(self._size, self._record.block_size)
+
+    def _begun(self) -> bool:
+        """Whether the files hold anything.
+
+        Raises:
+            CacheCorrupt: they do, and are no pair.
+        """
+        data, saved = os.fstat(self._fd), os.fstat(self._map_fd)
+        if data.st_size == 0 or (saved.st_size == 0 and data.st_blocks == 0):
+            return False
+        # Not emptied and used again: the file may be the plain file already, by another name.
+        if data.st_size != self._size:
+            raise errors.CacheCorrupt(f"the cache file has {data.st_size} bytes, the image {self._size}")
+        if saved.st_size == 0:
+            raise errors.CacheCorrupt("the map is missing")
+        return True
 
     def _create_map(self) -> BlockMap:
         blocks = -(-self._size // self._record.block_size)

@@ -8,19 +8,22 @@ import random
 import resource
 import socket
 import stat
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from qemu.qmp import ExecuteError, QMPClient
 
 import lazyfs
 from lazyfs import errors
-from lazyfs.control_server import MAX_CLIENTS, ControlServer
+from lazyfs.control_server import MAX_CLIENTS, MAX_UNREAD, ControlServer
+from lazyfs.core import control_schema
 from lazyfs.core.qmp_wire import MAX_MESSAGE, CommandError
 
 pytestmark = pytest.mark.trio
@@ -53,19 +56,23 @@ async def _much(arguments: dict[str, Any]) -> object:
     return "x" * (4 << 20)
 
 
-async def _strict(arguments: dict[str, Any]) -> object:
-    for name in arguments:
-        raise CommandError(f"Parameter '{name}' is unexpected")
-    return []
-
-
-COMMANDS = {"echo": _echo, "fails": _fails, "lost": _lost, "bug": _bug, "not-json": _not_json, "much": _much,
-            "strict": _strict}  # fmt: skip
+COMMANDS = {"echo": _echo, "fails": _fails, "lost": _lost, "bug": _bug, "not-json": _not_json, "much": _much}
+BUILT_IN = [
+    command
+    for command in control_schema.COMMANDS
+    if command.name in ("qmp_capabilities", "query-commands", "query-qmp-schema", "query-version")
+]
+_ECHOED = (("a", "int"), ("n", "int"), ("x", "str"), ("path", "str"), ("still", "str"), ("flag", "bool"))
+SCHEMA = [
+    *BUILT_IN,
+    control_schema.Command("echo", "", tuple(control_schema.Argument(*one, "", optional=True) for one in _ECHOED)),
+    *(control_schema.Command(name, "") for name in COMMANDS if name != "echo"),
+]
 
 
 @pytest.fixture
 async def server(tmp_path: Path, nursery: trio.Nursery) -> ControlServer:
-    made = ControlServer(str(tmp_path / "run" / "control.sock"), COMMANDS)
+    made = ControlServer(str(tmp_path / "run" / "control.sock"), COMMANDS, SCHEMA)
     nursery.start_soon(made.run)
     return made
 
@@ -157,7 +164,7 @@ async def test_qmp_client_of_qemu(server: ControlServer) -> None:
     qemu = version["qemu"]
     assert (f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}", version["package"]) == (lazyfs.__version__, "lazyfs")
     names = [command["name"] for command in commands]
-    assert names == sorted([*COMMANDS, "query-version", "query-commands", "qmp_capabilities"])
+    assert names == sorted(command.name for command in SCHEMA)
 
 
 async def test_several_qmp_clients_at_once(server: ControlServer) -> None:
@@ -180,12 +187,12 @@ async def test_several_qmp_clients_at_once(server: ControlServer) -> None:
 
 async def test_a_dialogue_byte_by_byte(server: ControlServer) -> None:
     async with connected(server, negotiate=False) as client:
-        for message in (NEGOTIATE, b' \r\n\t{"execute" : "echo", "arguments": {"a": "}\\"{"}, "id": 7}'):
+        for message in (NEGOTIATE, b' \r\n\t{"execute" : "echo", "arguments": {"path": "}\\"{"}, "id": 7}'):
             for byte in message:
                 await client.send(bytes([byte]))
                 await trio.lowlevel.checkpoint()
         assert await client.receive() == {"return": {}}
-        assert await client.receive() == {"return": {"a": '}"{'}, "id": 7}
+        assert await client.receive() == {"return": {"path": '}"{'}, "id": 7}
 
 
 async def test_pipelined_commands_are_answered_in_order(server: ControlServer) -> None:
@@ -295,7 +302,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "arguments are a list": ({"execute": "echo", "arguments": []}, "must be an object"),
     "arguments are null": ({"execute": "echo", "arguments": None}, "must be an object"),
     "another member": ({"execute": "echo", "exec-oob": 1}, "'exec-oob' is unexpected"),
-    "another argument": ({"execute": "strict", "arguments": {"color": 1}}, "Parameter 'color' is unexpected"),
+    "another argument": ({"execute": "echo", "arguments": {"color": 1}}, "Parameter 'color' is unexpected"),
+    "another type": (
+        {"execute": "echo", "arguments": {"n": "1"}, "id": 2},
+        "Invalid parameter type for 'n', expected: integer",
+    ),
+    "too large": ({"execute": "echo", "arguments": {"n": 2**63}}, "Invalid parameter type for 'n', expected: integer"),
+    "a bool": ({"execute": "echo", "arguments": {"n": True}}, "Invalid parameter type for 'n', expected: integer"),
+    "null": ({"execute": "echo", "arguments": {"path": None}}, "Invalid parameter type for 'path', expected: string"),
 }
 
 
@@ -310,11 +324,20 @@ async def test_wrong_commands_are_answered_and_the_connection_goes_on(server: Co
         assert await client.execute("echo", a=1) == {"a": 1}
 
 
-async def test_capabilities_we_do_not_have(server: ControlServer) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"), [({"enable": ["oob"]}, "'enable'"), ({"enable": {}}, "'enable'"), ({"x": 1}, "'x'")]
+)
+async def test_a_negotiation_that_fails_may_be_repeated(
+    server: ControlServer, arguments: dict[str, Any], named: str
+) -> None:
     async with connected(server, negotiate=False) as client:
-        answer = await client.ask({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}})
+        answer = await client.ask({"execute": "qmp_capabilities", "arguments": arguments})
         assert answer is not None
-        assert "error" in answer
+        assert answer["error"]["class"] == "GenericError"
+        assert named in answer["error"]["desc"]
+        assert (await client.execute("echo"))["class"] == "CommandNotFound"
+        assert await client.ask(NEGOTIATE) == {"return": {}}
+        assert await client.execute("echo") == {}
 
 
 async def test_ids_of_every_type_come_back(server: ControlServer) -> None:
@@ -456,6 +479,108 @@ async def test_no_descriptors_left_is_no_reason_to_end(server: ControlServer, ca
             assert await Client(trio.SocketStream(late)).receive() is not None
 
 
+# -- events
+
+CHANGE = {"id": "ubuntu", "status": "running"}
+
+
+async def test_events_reach_everybody_who_has_negotiated(server: ControlServer) -> None:
+    async with connected(server) as one, connected(server) as two, connected(server, negotiate=False) as early:
+        server.emit("JOB_STATUS_CHANGE", CHANGE)
+        for client in (one, two):
+            event = await client.receive()
+            assert event is not None
+            assert event["event"] == "JOB_STATUS_CHANGE"
+            assert event["data"] == CHANGE
+            assert 0 <= event["timestamp"]["microseconds"] < 1_000_000
+            assert event["timestamp"]["seconds"] > 1_600_000_000
+        assert await early.ask(NEGOTIATE) == {"return": {}}
+        server.emit("JOB_STATUS_CHANGE", CHANGE)
+        assert (await early.receive() or {})["event"] == "JOB_STATUS_CHANGE"
+
+
+async def test_events_between_answers_are_whole_and_in_order(server: ControlServer) -> None:
+    async with connected(server) as client:
+        for n in range(50):
+            server.emit("JOB_STATUS_CHANGE", {**CHANGE, "id": str(n)})
+            await client.send({"execute": "echo", "id": n})
+        got = [await client.receive() for _ in range(100)]
+    assert [m["data"]["id"] for m in got if m and "event" in m] == [str(n) for n in range(50)]
+    assert [m["id"] for m in got if m and "return" in m] == list(range(50))
+
+
+async def test_an_event_that_no_schema_has_is_our_bug(server: ControlServer) -> None:
+    with pytest.raises(AssertionError):
+        server.emit("SOMETHING", {})
+
+
+async def test_who_does_not_read_events_is_dropped_and_nobody_else(
+    server: ControlServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(server) as deaf, connected(server) as other:
+        big = {**CHANGE, "id": "x" * 10_000}
+        for _ in range(MAX_UNREAD + 100):  # the socket's buffer takes a few
+            server.emit("JOB_STATUS_CHANGE", big)
+            assert (await other.receive() or {})["data"] == big
+        assert await other.execute("echo", n=1) == {"n": 1}
+        # What was under way still arrives; then the connection ends.
+        with trio.fail_after(DEADLINE_S), suppress(trio.BrokenResourceError):
+            while await deaf.stream.receive_some():
+                pass
+    assert [record.getMessage() for record in caplog.records] == ["a control client that does not read was dropped"]
+
+
+async def test_a_client_that_goes_away_does_not_cancel_its_command(tmp_path: Path, nursery: trio.Nursery) -> None:
+    begun, go_on, done = trio.Event(), trio.Event(), trio.Event()
+
+    async def slow(arguments: dict[str, Any]) -> object:
+        begun.set()
+        await go_on.wait()
+        done.set()
+        return {}
+
+    made = ControlServer(str(tmp_path / "s"), {"slow": slow}, [*BUILT_IN, control_schema.Command("slow", "")])
+    nursery.start_soon(made.run)
+    async with connected(made) as client:
+        await client.send({"execute": "slow"})
+        await begun.wait()
+    for _ in range(10):
+        made.emit("JOB_STATUS_CHANGE", CHANGE)
+        await trio.testing.wait_all_tasks_blocked()
+    go_on.set()
+    with trio.fail_after(DEADLINE_S):
+        await done.wait()
+        await made.all_answered()
+
+
+async def test_events_through_the_qmp_library(server: ControlServer) -> None:
+    heard: list[Any] = []
+
+    async def session(client: QMPClient) -> Any:
+        with client.listener(("JOB_STATUS_CHANGE",)) as listener:
+            await client.execute("echo")
+            trio.from_thread.run_sync(server.emit, "JOB_STATUS_CHANGE", CHANGE, trio_token=token)
+            trio.from_thread.run_sync(server.emit, "IMAGE_STATE_CHANGE", {"path": "x"}, trio_token=token)
+            trio.from_thread.run_sync(server.emit, "JOB_STATUS_CHANGE", CHANGE, trio_token=token)
+            heard.extend([(await listener.get())["data"] for _ in range(2)])
+
+    token = trio.lowlevel.current_trio_token()
+    await trio.to_thread.run_sync(with_qmp_client, server.path, session)
+    assert heard == [CHANGE, CHANGE]
+
+
+async def test_qmp_shell_works_on_it(server: ControlServer) -> None:
+    shell = Path(sys.executable).parent / "qmp-shell"
+    commands = 'echo path=team/ubuntu n=7\necho color=red\n{"execute": "echo", "arguments": {"flag": true}}\n'
+    done = await trio.run_process(
+        [str(shell), server.path], stdin=commands.encode(), capture_stdout=True, capture_stderr=True, check=False
+    )
+    shown = done.stdout.decode() + done.stderr.decode()
+    assert "lazyfs" in shown or "Connected" in shown
+    assert '{"return": {"path": "team/ubuntu", "n": 7}}' in shown
+    assert "Parameter 'color' is unexpected" in shown
+
+
 # -- the socket itself
 
 
@@ -463,7 +588,7 @@ async def test_the_socket_is_private_and_goes_with_the_server(tmp_path: Path) ->
     path = tmp_path / "a" / "b" / "control.sock"
     old = os.umask(0)
     try:
-        server = ControlServer(str(path), COMMANDS)
+        server = ControlServer(str(path), COMMANDS, SCHEMA)
     finally:
         os.umask(old)
     found = path.stat()
@@ -480,7 +605,7 @@ async def test_the_socket_is_private_and_goes_with_the_server(tmp_path: Path) ->
 async def test_the_umask_is_left_as_it_was(tmp_path: Path, nursery: trio.Nursery) -> None:
     old = os.umask(0o027)
     try:
-        nursery.start_soon(ControlServer(str(tmp_path / "s"), {}).run)
+        nursery.start_soon(ControlServer(str(tmp_path / "s"), {}, BUILT_IN).run)
         assert os.umask(0o027) == 0o027
     finally:
         os.umask(old)
@@ -498,7 +623,7 @@ async def test_what_a_dead_daemon_left_is_replaced(tmp_path: Path, nursery: trio
         path.write_text("stale")
     else:
         path.symlink_to(victim)
-    server = ControlServer(str(path), COMMANDS)
+    server = ControlServer(str(path), COMMANDS, SCHEMA)
     nursery.start_soon(server.run)
     async with connected(server) as client:
         assert await client.execute("echo") == {}
@@ -510,12 +635,15 @@ async def test_a_socket_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in ("folder", "file/control.sock", "x" * 200, "y" * 300):
         with pytest.raises(errors.UserError, match="cannot make the control socket") as failure:
-            ControlServer(str(tmp_path / path), {})
+            ControlServer(str(tmp_path / path), {}, BUILT_IN)
         assert not str(failure.value).endswith("None")
 
 
 async def test_two_servers_do_not_meet(tmp_path: Path, nursery: trio.Nursery) -> None:
-    made = [ControlServer(str(tmp_path / f"{n}.sock"), {"who": _who(n)}) for n in range(2)]
+    made = [
+        ControlServer(str(tmp_path / f"{n}.sock"), {"who": _who(n)}, [*BUILT_IN, control_schema.Command("who", "")])
+        for n in range(2)
+    ]
     for server in made:
         nursery.start_soon(server.run)
     for n, server in enumerate(made):

@@ -360,7 +360,7 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
             filesystem = Filesystem(repository, opened, opened.catalog, opened.records, options, nursery)
             await filesystem.refresh()
             await filesystem.resume()
-            image = filesystem.node_at("team/disk")
+            image = filesystem.names.node_at("team/disk")
             await filesystem.open(image)
             assert await image.read(0, SIZE) == CONTENT
             with trio.fail_after(10):
@@ -504,7 +504,7 @@ def test_a_damaged_catalog_is_reported_in_one_line(cache: Cache, damage: str) ->
             db.close()
         case "newer":
             with sqlite3.connect(path) as db:
-                db.execute("PRAGMA user_version = 2")
+                db.execute("PRAGMA user_version = 3")
             db.close()
     assert "catalog" in cache.refused()
 

@@ -69,9 +69,9 @@ NEWER_VALUES = {
 }
 
 MOUNT_FLAGS = {
-    "MS_RDONLY": kernel_session.MS_RDONLY,
     "MS_NOSUID": kernel_session.MS_NOSUID,
     "MS_NODEV": kernel_session.MS_NODEV,
+    "MS_NOATIME": kernel_session.MS_NOATIME,
     "MNT_DETACH": kernel_session.MNT_DETACH,
 }
 
@@ -216,7 +216,7 @@ def test_the_kernel_takes_our_answer(mountpoint: Path) -> None:
     try:
         entry = next(line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(mountpoint) in line)
         options, _, rest = entry.partition(" - ")
-        assert {"ro", "nosuid", "nodev"} <= set(options.split(" ")[5].split(","))
+        assert {"rw", "nosuid", "nodev", "noatime"} <= set(options.split(" ")[5].split(","))
         assert rest.split(" ")[:2] == ["fuse.lazyfs", "nbd://example.com,\\040with\\040a\\040comma"]
         made_up = os.read(int(session.libfuse_path.rpartition("/")[2]), 1 << 17)
         assert made_up == kernel_session.encode_init_in(INIT_IN.unpack_from(made_up, IN_HEADER.size)[3])

@@ -1,13 +1,17 @@
 """What every Catalog promises, in memory and in SQLite."""
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import MemoryCatalog
 
+from lazyfs import catalog as catalog_module
+from lazyfs import errors
 from lazyfs.catalog import SqliteCatalog
 from lazyfs.core.lifecycle import State
 from lazyfs.interfaces import ImageRecord
@@ -60,7 +64,8 @@ def test_added_records_come_back_with_inodes_and_nothing_else_changed(keeper: Ke
 def test_every_field_comes_back(keeper: Keeper) -> None:
     record = ImageRecord(
         0, "tëam/\0\n'\"%", "t%00", 2**62, "id\U0001f600", "raw", State.FAILED, "why; --", 4096, 2**62,
-        present_bytes=2**61, demand_bytes=1, populated_bytes=2, requests=3,
+        present_bytes=2**61, demand_bytes=1, populated_bytes=2, requests=3, last_used_ns=2**62, pinned=True,
+        digest="sha256:" + "9f" * 32,
     )  # fmt: skip
     (added,) = keeper.now.add([record])
     assert replace(added, inode=0) == record
@@ -73,6 +78,17 @@ def test_every_state_comes_back(keeper: Keeper, state: State) -> None:
     keeper.now.update([replace(added, state=state)])
     (found,) = keeper.reopen().load()
     assert found.state is state
+
+
+def test_what_an_operator_says_is_told_apart_from_what_nobody_said(keeper: Keeper) -> None:
+    one, two = keeper.now.add([BLANK, replace(BLANK, export="b", path="b")])
+    assert (one.last_used_ns, one.pinned, one.digest) == (0, False, "")
+    keeper.now.update([replace(one, pinned=True), replace(two, digest="sha512:00", last_used_ns=5)])
+    first, second = keeper.reopen().load()
+    assert first == replace(one, pinned=True)
+    assert first.pinned is True
+    assert second == replace(two, digest="sha512:00", last_used_ns=5)
+    assert second.pinned is False
 
 
 def test_an_update_changes_its_own_record_only(keeper: Keeper) -> None:
@@ -91,6 +107,14 @@ def test_describing_changes_size_and_identity_of_remote_images_only(keeper: Keep
     keeper.now.describe([(one.inode, 2**40, "v2"), (begun.inode, 8, "v2"), (gone, 9, "v2")])
     assert keeper.reopen().load() == [replace(one, size=2**40, identity="v2"), begun]
     keeper.now.describe([])
+
+
+def test_noting_a_use_changes_nothing_else(keeper: Keeper) -> None:
+    one, two = keeper.now.add([BLANK, replace(BLANK, export="b", path="b")])
+    whole = replace(two, state=State.WHOLE, size=7)
+    keeper.now.update([whole])
+    keeper.now.note_uses([(two.inode, 5), (one.inode + two.inode, 6)])
+    assert keeper.reopen().load() == [one, replace(whole, last_used_ns=5)]
 
 
 def test_an_update_of_a_record_that_is_gone_brings_nothing_back(keeper: Keeper) -> None:
@@ -140,3 +164,83 @@ def test_calls_from_several_threads(keeper: Keeper) -> None:
     for thread in threads:
         thread.join()
     assert [record.requests for record in keeper.reopen().load()] == [19] * 4
+
+
+# -- SQLite alone: catalogs of older versions
+
+VERSION_1 = """
+CREATE TABLE images (
+    inode           INTEGER PRIMARY KEY AUTOINCREMENT,
+    export          TEXT NOT NULL,
+    path            TEXT NOT NULL,
+    size            INTEGER,
+    identity        TEXT NOT NULL,
+    format          TEXT NOT NULL,
+    state           TEXT NOT NULL,
+    error           TEXT NOT NULL,
+    block_size      INTEGER NOT NULL,
+    created_ns      INTEGER NOT NULL,
+    present_bytes   INTEGER NOT NULL,
+    demand_bytes    INTEGER NOT NULL,
+    populated_bytes INTEGER NOT NULL,
+    requests        INTEGER NOT NULL
+);
+INSERT INTO sqlite_sequence VALUES ('images', 41);
+INSERT INTO images VALUES (7, 'debian-12', 'debian-12', 1048576, 'v1', 'raw', 'whole', '', 65536, 12, 900, 1, 2, 3);
+INSERT INTO images VALUES (9, 'ubuntu', 'ubuntu.qcow2', NULL, '', 'qcow2', 'remote', '', 65536, 13, 0, 0, 0, 0);
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> str:
+    path = str(tmp_path / "catalog.sqlite")
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    return path
+
+
+def test_a_catalog_of_version_1_is_brought_up_to_date(version_1: str) -> None:
+    for _ in range(2):  # and once is enough
+        with closing(SqliteCatalog(version_1)) as catalog:
+            one, two = catalog.load()
+            assert one == ImageRecord(7, "debian-12", "debian-12", 1 << 20, "v1", "raw", State.WHOLE, "", 65536, 12,
+                                      900, 1, 2, 3, last_used_ns=0, pinned=False, digest="")  # fmt: skip
+            assert (two.inode, two.size, two.format, two.digest) == (9, None, "qcow2", "")
+    with closing(SqliteCatalog(version_1)) as catalog:
+        catalog.update([replace(one, pinned=True, last_used_ns=8, digest="sha256:12")])
+        (added,) = catalog.add([BLANK])
+        assert added.inode == 42, "no number is given twice"
+    with closing(SqliteCatalog(version_1)) as catalog:
+        assert catalog.load()[0] == replace(one, pinned=True, last_used_ns=8, digest="sha256:12")
+
+
+def test_it_then_has_the_schema_of_a_new_one(version_1: str, tmp_path: Path) -> None:
+    new = str(tmp_path / "new.sqlite")
+    described = []
+    for path in (version_1, new):
+        SqliteCatalog(path).close()
+        with closing(sqlite3.connect(path)) as db:
+            columns = db.execute("SELECT name, type, [notnull], dflt_value, pk FROM pragma_table_info('images')")
+            described.append((columns.fetchall(), db.execute("PRAGMA user_version").fetchone()))
+    assert described[0] == described[1]
+
+
+def test_an_upgrade_that_is_cut_off_is_repeated(version_1: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {1: catalog_module._UPGRADES[1].strip() + "\nALTER TABLE nothing ADD COLUMN x INTEGER"}
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog_module, "_UPGRADES", broken)
+        with pytest.raises(OSError, match="nothing"):
+            SqliteCatalog(version_1)
+    with closing(SqliteCatalog(version_1)) as catalog:
+        assert [record.inode for record in catalog.load()] == [7, 9]
+
+
+def test_a_catalog_of_a_newer_lazyfs_is_refused_and_left_alone(version_1: str) -> None:
+    with closing(sqlite3.connect(version_1)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(errors.CacheCorrupt, match="update lazyfs"):
+        SqliteCatalog(version_1)
+    with closing(sqlite3.connect(version_1)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+        assert len(db.execute("SELECT * FROM images").fetchone()) == 14

@@ -15,10 +15,15 @@ from fakes import FakeRepository, MemoryCatalog, MemoryStores, Request
 from trio.testing import MockClock
 
 from lazyfs import errors
+from lazyfs.control_commands import Commands
+from lazyfs.core import control_schema
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.eviction import Limits
 from lazyfs.filesystem import Filesystem, Options
 from lazyfs.image import Image
+from lazyfs.jobs import Jobs
 from lazyfs.population import Population
+from lazyfs.room import Room
 from lazyfs.units import KiB
 
 BLOCK = 64 * KiB
@@ -69,7 +74,10 @@ def blocks(first: int, end: int | None = None) -> ByteRange:
 class World:
     """Repository, cache directory and catalog, which outlive the daemons that run over them."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, limits: Limits = Limits(), **options: Any) -> None:  # noqa: B008 - it is frozen
+        self.limits = limits
+        self.backing_files: Callable[[], frozenset[str]] = frozenset
+        self.room: Room
         self.repository = FakeRepository()
         self.stores = MemoryStores()
         self.catalog = MemoryCatalog(self.stores.journal)
@@ -80,6 +88,9 @@ class World:
         """A daemon that ends in the middle of a replacement leaves the old file to the operating system."""
         self.filesystem: Filesystem
         self.population: Population
+        self.jobs: Jobs
+        self.events: list[tuple[str, str]] = []
+        """(job, status) and (path, state), as clients hear them."""
 
     @asynccontextmanager
     async def daemon(self, *, populate: bool = False, crash: bool = False) -> AsyncIterator["World"]:
@@ -89,13 +100,23 @@ class World:
             self.filesystem = filesystem = Filesystem(
                 self.repository, self.stores, self.catalog, self.catalog.load(), self.options, nursery
             )
+            self.room = Room(filesystem, self.stores, self.limits, lambda: self.backing_files())
             self.population = Population(self.repository, self.stores, filesystem.active_images)
+            self.population.room = self.room.shortage
+            self.room.on_change = self.population.wake
+            population = self.population
+            self.jobs = Jobs(nursery, filesystem.active_images, lambda: population.paused)
+            self._commands = Commands("/mnt", filesystem, self.population, self.jobs).handlers
             filesystem.list_trouble = "the repository does not answer"
             with trio.move_on_after(FIRST_LIST_S), suppress(errors.ConnectionLost):
                 await filesystem.refresh()
             async with trio.open_nursery() as inner:
+                self.jobs.on_status = lambda job, status: self.events.append((job, status))
+                filesystem.on_state_changed = self._state_changed
+                inner.start_soon(self.room.run)
                 if populate:
-                    filesystem.on_fillable = self.population.wake
+                    filesystem.on_fillable = self._fillable
+                    self.population.on_turn = self.jobs.look
                     inner.start_soon(self.population.run)
                 await filesystem.resume()
                 yield self
@@ -109,11 +130,28 @@ class World:
         assert not self.stores.open_files or self.may_leave_files_open
         self.stores.open_files.clear()
 
+    def _fillable(self) -> None:
+        self.population.wake()
+        self.jobs.look()
+
+    def _state_changed(self, image: Image) -> None:
+        self.events.append((image.record.path, image.record.state.value))
+        self.jobs.look()
+
     # -- shorthands
+
+    async def command(self, name: str, **arguments: Any) -> Any:
+        """Run a command of the control socket."""
+        schema = next(one for one in control_schema.COMMANDS if one.name == name)
+        arguments = {key.replace("_", "-"): value for key, value in arguments.items()}
+        control_schema.check_arguments(schema, arguments)
+        answer = await self._commands[name](arguments)
+        check_answer(schema, answer)
+        return answer
 
     def image(self, name: str) -> Image:
         """The image that has this export's name now."""
-        return self.filesystem._by_export[name]
+        return self.filesystem.names._by_export[name]
 
     async def open(self, name: str) -> Image:
         image = self.image(name)
@@ -135,6 +173,29 @@ class World:
 
     def fills(self, name: str | None = None) -> list[Request]:
         return [r for r in self.repository.log if r.kind == "fill" and (name is None or r.export == name)]
+
+
+JSON_TYPES = {"str": str, "int": int, "bool": bool, "number": (int, float), "list": list, "object": dict}
+
+
+def check_answer(schema: control_schema.Command | control_schema.Event, answer: Any) -> None:
+    """Compare an answer, or an event's data, with what the schema declares."""
+    if isinstance(schema, control_schema.Event):
+        rows, fields = [answer], schema.data
+    else:
+        rows, fields = (answer if schema.returns_list else [answer]), schema.returns
+    assert isinstance(rows, list)
+    for row in rows:
+        assert row.keys() <= {field.name for field in fields}, (schema.name, row)
+        for field in fields:
+            if field.name not in row:
+                assert field.optional, (schema.name, field.name)
+            elif row[field.name] is None:
+                assert field.nullable, (schema.name, field.name)
+            else:
+                value = row[field.name]
+                assert isinstance(value, JSON_TYPES[field.type]), (schema.name, field.name, value)
+                assert isinstance(value, bool) == (field.type == "bool"), (schema.name, field.name, value)
 
 
 async def until(condition: Callable[[], object], limit_s: float = 300.0) -> None:

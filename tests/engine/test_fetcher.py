@@ -14,9 +14,11 @@ from lazyfs import errors
 from lazyfs.core import extent_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import KERNEL_RETRY_S, Fetcher
+from lazyfs.demand_fetch import KERNEL_RETRY_S
+from lazyfs.fetcher import Fetcher
 from lazyfs.interfaces import Claim, Export, FetchCounters, ImageRecord
-from lazyfs.pace import Pace
+from lazyfs.pace import Pace, SharedPace
+from lazyfs.totals import Totals
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio(run=run)
@@ -40,15 +42,17 @@ class Bench:
         self.blocks = self.store.load()
         self.changes: list[errors.ExportChanged] = []
         export = Export("disk", size, "")
+        self.totals = Totals(trio.current_time)
         self.fetcher = Fetcher(
             export,
             self.repository.source(export),
             self.store,
             self.blocks,
             nursery=nursery,
-            pace=Pace(None, trio.current_time),
+            pace=Pace(SharedPace(None, trio.current_time)),
             io_timeout_s=IO_TIMEOUT_S,
             counters=FetchCounters(0, 0, 0),
+            totals=self.totals,
             on_changed=self.changes.append,
         )
 

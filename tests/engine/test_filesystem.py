@@ -12,8 +12,9 @@ from lazyfs import errors
 from lazyfs.core import inode_number
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.filesystem import DESCRIBE_BATCH, NO_SIZES_S, Folder
 from lazyfs.image import Image
+from lazyfs.name_tree import Folder
+from lazyfs.sizes import DESCRIBE_BATCH, NO_SIZES_S
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)
@@ -34,9 +35,9 @@ def tree(world: World) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def walk(folder: Folder, path: str) -> None:
-        for position, name, node in world.filesystem.entries_after(folder, 0):
+        for position, name, node in world.filesystem.names.entries_after(folder, 0):
             assert position == node.inode
-            assert world.filesystem.node(node.inode) is node
+            assert world.filesystem.names.node(node.inode) is node
             assert name not in ("", ".", "..")
             assert "/" not in name
             if isinstance(node, Folder):
@@ -44,11 +45,11 @@ def tree(world: World) -> dict[str, str]:
                 assert node.entries, "an empty folder"
                 walk(node, f"{path}{name}/")
             else:
-                assert world.filesystem.node_at(f"{path}{name}") is node
+                assert world.filesystem.names.node_at(f"{path}{name}") is node
                 found[f"{path}{name}"] = node.record.export
 
-    walk(world.filesystem.root, "")
-    assert world.filesystem.node(inode_number.ROOT) is world.filesystem.root
+    walk(world.filesystem.names.root, "")
+    assert world.filesystem.names.node(inode_number.ROOT) is world.filesystem.names.root
     return found
 
 
@@ -59,9 +60,9 @@ async def test_slashes_make_folders() -> None:
     world = world_with("debian", "team/ubuntu", "team/x/y")
     async with world.daemon():
         assert tree(world) == {name: name for name in ("debian", "team/ubuntu", "team/x/y")}
-        assert world.filesystem.node_at("") is world.filesystem.root
-        assert world.filesystem.node_at("team/none") is None
-        assert world.filesystem.node_at("debian/none") is None
+        assert world.filesystem.names.node_at("") is world.filesystem.names.root
+        assert world.filesystem.names.node_at("team/none") is None
+        assert world.filesystem.names.node_at("debian/none") is None
 
 
 async def test_names_that_cannot_be_files_are_encoded() -> None:
@@ -114,15 +115,15 @@ async def test_new_exports_appear_and_unused_ones_disappear() -> None:
     world = world_with("old", "kept", "team/only")
     async with world.daemon():
         invalid: list[str] = []
-        world.filesystem.on_invalid_entry = lambda folder, name: invalid.append(f"{folder.path}/{name}")
+        world.filesystem.names.on_invalid_entry = lambda folder, name: invalid.append(f"{folder.path}/{name}")
         await world.open("kept")
-        folder = world.filesystem.node_at("team")
+        folder = world.filesystem.names.node_at("team")
         assert isinstance(folder, Folder)
         world.repository.exports = {"new": world.repository.exports["old"]}
         await world.filesystem.refresh()
         assert sorted(tree(world)) == ["kept", "new"]
         assert set(invalid) == {"/old", "team/only", "/team", "/new"}
-        assert world.filesystem.node(folder.inode) is None
+        assert world.filesystem.names.node(folder.inode) is None
         assert "not in the repository any more" in world.image("kept").statistics().error
         assert sorted(r.export for r in world.catalog.load()) == ["kept", "new"]
 
@@ -146,9 +147,9 @@ async def test_what_is_cached_outlasts_its_export() -> None:
 async def test_inodes_stay_and_are_never_given_twice() -> None:
     world = world_with("a", "b", "c/d")
     async with world.daemon():
-        before = {path: world.filesystem.node_at(path).inode for path in ("a", "b", "c/d", "c")}
+        before = {path: world.filesystem.names.node_at(path).inode for path in ("a", "b", "c/d", "c")}
     async with world.daemon():
-        assert {path: world.filesystem.node_at(path).inode for path in before} == before
+        assert {path: world.filesystem.names.node_at(path).inode for path in before} == before
         keep = world.repository.exports.pop("b")
         await world.filesystem.refresh()
         world.repository.exports["b"] = keep
@@ -164,7 +165,7 @@ async def test_a_repository_that_cannot_be_listed_changes_nothing_and_is_reporte
             await world.filesystem.refresh()
         assert "no connection" in world.filesystem.list_trouble
         assert sorted(tree(world)) == ["a", "b"]
-        assert not any(image.gone for image in world.filesystem.images())
+        assert not any(image.gone for image in world.filesystem.names.images())
         world.repository.down = False
         await world.filesystem.refresh()
         assert world.filesystem.list_trouble == ""
@@ -174,7 +175,9 @@ async def test_a_repository_that_cannot_be_listed_changes_nothing_and_is_reporte
 
 
 def listing(world: World, position: int, limit: int) -> list[tuple[int, str]]:
-    found: Iterable[tuple[int, str, object]] = world.filesystem.entries_after(world.filesystem.root, position)
+    found: Iterable[tuple[int, str, object]] = world.filesystem.names.entries_after(
+        world.filesystem.names.root, position
+    )
     return [(position, name) for position, name, _ in found][:limit]
 
 
@@ -204,14 +207,14 @@ async def test_sizes_are_asked_in_batches_and_once() -> None:
     for i in range(600):
         world.repository.add(f"disk {i}", bytes(i))
     async with world.daemon():
-        images = list(world.filesystem.images())
+        images = list(world.filesystem.names.images())
         async with trio.open_nursery() as nursery:
             for _ in range(5):
-                nursery.start_soon(world.filesystem.describe, images)
+                nursery.start_soon(world.filesystem.sizes.learn, images)
         assert world.repository.describes == -(-600 // DESCRIBE_BATCH)
         assert {image.record.export: image.record.size for image in images} == {f"disk {i}": i for i in range(600)}
     async with world.daemon():
-        world.filesystem.describe_soon(list(world.filesystem.images()))
+        world.filesystem.sizes.learn_soon(list(world.filesystem.names.images()))
         await trio.sleep(1)
         assert world.repository.describes == -(-600 // DESCRIBE_BATCH)
 
@@ -220,7 +223,7 @@ async def test_an_export_the_server_will_not_describe_spoils_no_other() -> None:
     world = world_with("good", "bad")
     world.repository.refused.add("bad")
     async with world.daemon():
-        await world.filesystem.describe(list(world.filesystem.images()))
+        await world.filesystem.sizes.learn(list(world.filesystem.names.images()))
         assert world.image("good").record.size == SIZE
         assert world.image("bad").record.size is None
         with pytest.raises(errors.RequestFailed):
@@ -233,13 +236,13 @@ async def test_asking_for_sizes_waits_for_the_repository_but_not_for_ever() -> N
     world = world_with("disk", "other")
     async with world.daemon():
         world.repository.down = True
-        world.filesystem.describe_soon([world.image("disk")])
+        world.filesystem.sizes.learn_soon([world.image("disk")])
         with pytest.raises(errors.TimedOut):
             await world.open("disk")
         assert trio.current_time() == pytest.approx(IO_TIMEOUT_S, abs=1)
         began = trio.current_time()
         with pytest.raises(errors.TimedOut):  # `ls -l` of thousands waits once
-            await world.filesystem.describe([world.image("other")])
+            await world.filesystem.sizes.learn([world.image("other")])
         assert trio.current_time() == began
         await trio.sleep(NO_SIZES_S)
         async with trio.open_nursery() as nursery:  # nobody else has noticed that it is back
@@ -255,7 +258,7 @@ async def test_asking_for_sizes_waits_for_the_repository_but_not_for_ever() -> N
 async def test_a_remote_image_is_opened_as_it_is_now() -> None:
     world = world_with("disk")
     async with world.daemon():
-        await world.filesystem.describe([world.image("disk")])
+        await world.filesystem.sizes.learn([world.image("disk")])
         world.repository.add("disk", pattern(2 * SIZE, seed=3), identity="new")
         image = await world.open("disk")
         assert image.record.size == 2 * SIZE
@@ -270,7 +273,7 @@ async def test_replacing_gives_a_new_inode_and_old_openers_keep_old_bytes(found_
         invalid: list[str] = []
         image = await world.open("disk")
         await world.check(image, blocks(0, 2))
-        world.filesystem.on_invalid_entry = lambda folder, name: invalid.append(name)
+        world.filesystem.names.on_invalid_entry = lambda folder, name: invalid.append(name)
         new = world.repository.add("disk", pattern(2 * SIZE, seed=1), identity="new").content
         if found_by == "refresh":
             await world.filesystem.refresh()
@@ -288,9 +291,9 @@ async def test_replacing_gives_a_new_inode_and_old_openers_keep_old_bytes(found_
         await world.check(image, blocks(0, 2), old)
         await failing_read(image, blocks(3))
         assert [r.inode for r in world.catalog.load()] == [now.inode]
-        assert world.filesystem.node(image.inode) is image
+        assert world.filesystem.names.node(image.inode) is image
         await world.close(image)
-        assert world.filesystem.node(image.inode) is None
+        assert world.filesystem.names.node(image.inode) is None
         assert len(world.stores.open_files) == 1
         await world.filesystem.refresh()
         assert world.image("disk") is now
@@ -456,3 +459,32 @@ async def test_an_end_while_a_reader_waits_for_a_dead_repository() -> None:
     world.repository.go_on()
     async with world.daemon():
         await world.check(await world.open("disk"), ALL)
+
+
+# -- touched without being opened
+
+
+@pytest.mark.parametrize("state", ["remote", "partial", "replaced"])
+async def test_touch_is_the_last_use_and_is_kept_at_once(state: str) -> None:
+    world = world_with("disk")
+    async with world.daemon(crash=True):
+        image = world.image("disk")
+        if state != "remote":
+            await world.open("disk")
+            await world.check(image, blocks(0))
+        if state == "replaced":
+            await world.filesystem.evict(image)
+        before = image.record
+        await world.filesystem.touch(image, 10**18)
+        assert (image.record.last_used_ns, image.record.created_ns) == (10**18, before.created_ns)
+        assert image.record.state is before.state
+        await world.filesystem.touch(image, 10**20)
+        assert 10**18 < image.record.last_used_ns < 10**20, "nobody used it in the future"
+        await world.filesystem.touch(image, -5)
+        assert image.record.last_used_ns == 0
+        await world.filesystem.touch(image, 10**18)
+        if state == "partial":
+            await world.close(image)  # a use, too, and later
+            assert image.record.last_used_ns > 10**18
+    if state != "replaced":
+        assert world.catalog.load()[0].last_used_ns == 10**18

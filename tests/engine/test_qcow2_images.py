@@ -152,7 +152,7 @@ async def test_each_image_keeps_its_format_whatever_the_mount_s_default_is() -> 
     world.options = replace(world.options, format="qcow2", block_size=BLOCK)
     contents["d"] = world.repository.add("d", pattern(SIZE, 7)).content
     async with world.daemon(populate=True):
-        assert {i.record.path: i.record.format for i in world.filesystem.images()} == {
+        assert {i.record.path: i.record.format for i in world.filesystem.names.images()} == {
             "a": "raw", "b": "raw", "c": "raw", "d.qcow2": "qcow2"
         }  # fmt: skip
         for name in "abc":
@@ -201,10 +201,10 @@ async def test_two_exports_that_want_one_name_both_have_one() -> None:
     world.options = replace(world.options, format="raw")
     world.repository.add("a.qcow2", b"3" * 512)
     async with world.daemon(populate=True):
-        paths = {image.record.export: image.record.path for image in world.filesystem.images()}
+        paths = {image.record.export: image.record.path for image in world.filesystem.names.images()}
         assert paths == {"a.qcow2/b": "a.qcow2/b", "a": "%61.qcow2", "a.qcow2": "%61.qcow2%00"}
         for name, path in paths.items():
-            assert world.filesystem.node_at(path) is world.image(name)
+            assert world.filesystem.names.node_at(path) is world.image(name)
             await world.close(await world.open(name))
         await until(lambda: len(world.stores.plain) == 3)
         assert world.stores.plain["%61.qcow2%00"] == b"3" * 512

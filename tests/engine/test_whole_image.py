@@ -36,7 +36,7 @@ async def test_the_name_leads_to_the_second_number_and_the_kernel_is_told() -> N
     world = world_with_disk()
     async with world.daemon():
         told: list[tuple[str, str]] = []
-        world.filesystem.on_invalid_entry = lambda folder, name: told.append((folder.path, name))
+        world.filesystem.names.on_invalid_entry = lambda folder, name: told.append((folder.path, name))
         image = await world.open("disk")
         assert image.shown_inode == image.inode
         await image.read(0, SIZE)
@@ -45,7 +45,7 @@ async def test_the_name_leads_to_the_second_number_and_the_kernel_is_told() -> N
         assert image.record.state is State.WHOLE
         assert image.shown_inode == inode_number.whole(image.inode)
         for number in (image.inode, image.shown_inode):
-            assert world.filesystem.node(number) is image
+            assert world.filesystem.names.node(number) is image
         assert image.statistics().inode == image.shown_inode
         await world.close(image)
     async with world.daemon():
@@ -122,9 +122,9 @@ async def test_a_replaced_whole_image_is_read_until_its_last_close() -> None:
         await until(lambda: world.image("disk") is not image)
         assert "disk" not in world.stores.plain
         assert await image.read(0, SIZE, plain=True) == old
-        assert world.filesystem.node(inode_number.whole(image.inode)) is image
+        assert world.filesystem.names.node(inode_number.whole(image.inode)) is image
         await world.filesystem.release(image, plain=True)
-        assert world.filesystem.node(inode_number.whole(image.inode)) is None
+        assert world.filesystem.names.node(inode_number.whole(image.inode)) is None
         assert not world.stores.open_files
 
 

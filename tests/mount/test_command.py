@@ -119,7 +119,7 @@ def test_output_that_cannot_be_written_is_one_line(lab: Lab) -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    for verb in ("mount", "status", "pivot", "detach", "umount"):
+    for verb in ("mount", "status", "pivot", "detach", "umount", "check"):
         assert "example: lazyfs" in run(verb, "--help").stdout
     assert re.fullmatch(r"lazyfs \d+\.\d+\.\d+\n", run("--version").stdout)
 

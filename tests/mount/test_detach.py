@@ -53,6 +53,16 @@ def test_refused_while_an_open_image_is_not_whole_naming_its_readers(lab: Lab) -
     assert lab.image_status("disk")["state"] == "partial"
 
 
+def test_wait_has_images_populated_that_nothing_else_would(lab: Lab) -> None:
+    expected = lab.image("disk", 4 * MiB).read_bytes()
+    lab.mount(lab.serve().uri, "--no-populate")
+    with (lab.mnt / "disk").open("rb") as file:
+        lab.lazyfs("detach", lab.mnt, "--wait")
+        assert not os.path.ismount(lab.mnt)
+        assert file.read() == expected
+    assert (lab.mnt / "disk").read_bytes() == expected
+
+
 def test_wait_detaches_when_all_that_is_open_is_whole(lab: Lab) -> None:
     expected = slow_image(lab)
     path = lab.mnt / "disk"

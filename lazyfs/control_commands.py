@@ -1,0 +1,169 @@
+"""The commands of the control socket, as calls of the engine. `core/control_schema.py` says what each is."""
+
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+from lazyfs import errors, image_map, verifying
+from lazyfs.core.lifecycle import State
+from lazyfs.core.qmp_wire import CommandError
+from lazyfs.filesystem import Filesystem
+from lazyfs.image import Image
+from lazyfs.jobs import Jobs, Task
+from lazyfs.population import Population
+
+Arguments = dict[str, Any]
+Handler = Callable[[Arguments], Awaitable[object]]
+
+
+class Commands:
+    """The commands that concern images and jobs. Arguments have been checked by the schema."""
+
+    def __init__(self, mountpoint: str, filesystem: Filesystem, population: Population, jobs: Jobs) -> None:
+        self._mountpoint = mountpoint
+        self._filesystem = filesystem
+        self._population = population
+        self._jobs = jobs
+        self.handlers: dict[str, Handler] = {
+            "query-images": self._query_images,
+            "query-jobs": self._query_jobs,
+            "query-map": self._query_map,
+            "job-pause": self._job_pause,
+            "job-resume": self._job_resume,
+            "job-cancel": self._job_cancel,
+            "job-dismiss": self._job_dismiss,
+            "prefetch": self._prefetch,
+            "set-rate": self._set_rate,
+            "evict": self._evict,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "forget": self._forget,
+            "verify": self._verify,
+        }
+
+    # -- which images
+
+    def _images(self, path: str, unless_named: Callable[[Image], bool] = lambda image: True) -> list[Image]:
+        """Return the image at `path`, or those in the folder there for which `unless_named` holds."""
+        node = self._filesystem.names.node_at(path)
+        if node is None:
+            raise CommandError(f"no image at {path!r}")
+        if isinstance(node, Image):
+            return [node]
+        below = [image for image in self._filesystem.names.images_below(node) if unless_named(image)]
+        return sorted(below, key=lambda image: image.record.path)
+
+    def _image(self, path: str) -> Image:
+        node = self._filesystem.names.node_at(path)
+        if not isinstance(node, Image):
+            raise CommandError(f"no image at {path!r}")
+        return node
+
+    async def _each(self, images: Iterable[Image], work: Callable[[Image], Awaitable[object]]) -> dict[str, Any]:
+        """Do something with all images, also when it fails with one; then fail with the first reason."""
+        done, failures = 0, []
+        for image in images:
+            try:
+                await work(image)
+                done += 1
+            except (errors.LazyfsError, OSError) as error:
+                failures.append(str(error))
+        if failures:
+            more = f" (and {len(failures) - 1} more; {done} done)" if len(failures) > 1 else ""
+            raise CommandError(failures[0] + more)
+        return {"images": done}
+
+    # -- queries
+
+    async def _query_images(self, arguments: Arguments) -> object:
+        path = arguments.get("path", "")
+        images = self._filesystem.statistics(self._images(path) if path else None)
+        return [{**asdict(one), "path": os.path.join(self._mountpoint, one.path)} for one in images]
+
+    async def _query_jobs(self, _arguments: Arguments) -> object:
+        return [
+            {
+                "id": job.id,
+                "type": job.type,
+                "status": job.status,
+                "current-progress": job.current_progress,
+                "total-progress": job.total_progress,
+                **({"error": job.error} if job.error else {}),
+            }
+            for job in self._jobs.statistics()
+        ]
+
+    async def _query_map(self, arguments: Arguments) -> object:
+        return [asdict(entry) for entry in await image_map.entries(self._image(arguments["path"]))]
+
+    # -- jobs
+
+    async def _job_pause(self, arguments: Arguments) -> object:
+        self._jobs.pause(arguments["id"])
+        return {}
+
+    async def _job_resume(self, arguments: Arguments) -> object:
+        self._jobs.resume(arguments["id"])
+        self._population.wake()
+        return {}
+
+    async def _job_cancel(self, arguments: Arguments) -> object:
+        self._jobs.cancel(arguments["id"])
+        return {}
+
+    async def _job_dismiss(self, arguments: Arguments) -> object:
+        self._jobs.dismiss(arguments["id"])
+        return {}
+
+    # -- images
+
+    async def _prefetch(self, arguments: Arguments) -> object:
+        paths = []
+
+        async def prefetch(image: Image) -> None:
+            paths.append((await self._filesystem.prefetch(image, arguments.get("format"))).record.path)
+
+        return {**await self._each(self._images(arguments["path"]), prefetch), "paths": paths}
+
+    async def _set_rate(self, arguments: Arguments) -> object:
+        rate, images = arguments["rate"] or None, self._images(arguments["path"])
+        if arguments["rate"] < 0:
+            raise CommandError("Parameter 'rate' expects bytes per second, 0 for no limit")
+        if arguments["path"] == "":
+            self._filesystem.set_rate(rate)
+        else:
+            for image in images:
+                image.filling.pace.set_rate(rate)
+        return {"images": len(images)}
+
+    async def _evict(self, arguments: Arguments) -> object:
+        images = self._images(
+            arguments["path"], lambda image: image.record.state is not State.REMOTE and not image.record.pinned
+        )
+        return await self._each(images, self._filesystem.evict)
+
+    async def _pin(self, arguments: Arguments) -> object:
+        return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=True))
+
+    async def _unpin(self, arguments: Arguments) -> object:
+        return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=False))
+
+    async def _forget(self, arguments: Arguments) -> object:
+        return await self._each(self._images(arguments["path"], lambda image: image.gone), self._filesystem.forget)
+
+    async def _verify(self, arguments: Arguments) -> object:
+        image = self._image(arguments["path"])
+        digest = verifying.parse_digest(arguments["digest"]) if "digest" in arguments else ""
+        if digest:
+            await image.annotate(digest=digest)
+            if image.record.state is not State.WHOLE:
+                raise CommandError(f"{image.record.path} is not whole: the digest is kept, and compared once it is")
+        job = f"verify:{image.record.path}"
+        total = image.statistics().present_bytes + image.statistics().zero_bytes
+
+        async def work(task: Task) -> None:
+            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance)
+
+        self._jobs.start(job, "verify", total, work)
+        return {"id": job}

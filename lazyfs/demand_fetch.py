@@ -1,0 +1,115 @@
+"""One demand request, and how a reader's bytes are put together from several and the cache."""
+
+import errno
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.block_map import BlockRun
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.interfaces import Source, Store
+
+ReadCache = Callable[[ByteRange], bytes]
+"""Reads present blocks from the cache file. Blocks."""
+
+KERNEL_RETRY_S = 0.05
+"""A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c): that second
+request for the same offset fails with the first, or the reader would wait for two timeouts. It comes within a
+millisecond; this leaves room for a busy host."""
+
+
+class Timeouts:
+    """Where reads have just timed out. Times are trio's."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, float] = {}
+
+    def is_again(self, offset: int, now: float) -> bool:
+        """Whether a read of `offset` is the kernel's second attempt."""
+        return now < self._at.get(offset, -math.inf) + KERNEL_RETRY_S
+
+    def note(self, offset: int, now: float) -> None:
+        """A read of `offset` timed out."""
+        self._at = {start: at for start, at in self._at.items() if now < at + KERNEL_RETRY_S}
+        self._at[offset] = now
+
+
+@dataclass(eq=False, slots=True)
+class DemandFetch:
+    """A demand request: its blocks, and its bytes once `done` is set without an error."""
+
+    run: BlockRun
+    span: ByteRange
+    parts: Sequence[ByteRange]
+    data: bytearray
+    done: trio.Event = field(default_factory=trio.Event)
+    error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
+    """None once the data is good: an end that nobody foresaw must not look like success."""
+
+
+async def receive(fetch: DemandFetch, source: Source) -> None:
+    """Fill `fetch.data`, all parts at once.
+
+    Raises:
+        RequestFailed, ExportChanged: of the first part that failed.
+    """
+    view = memoryview(fetch.data)
+    failures: list[errors.LazyfsError] = []
+
+    async def one(part: ByteRange) -> None:
+        try:
+            start = part.start - fetch.span.start
+            await source.pread(part.start, view[start : start + part.length])
+        except errors.LazyfsError as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for part in fetch.parts:
+            nursery.start_soon(one, part)
+    if failures:
+        raise failures[0]
+
+
+def write(fetch: DemandFetch, store: Store) -> None:
+    """Write what was received to the cache file; call it in a thread. Raises NoSpace, OSError."""
+    view = memoryview(fetch.data)
+    for part in fetch.parts:
+        start = part.start - fetch.span.start
+        store.write(part.start, view[start : start + part.length])
+
+
+async def assemble(
+    wanted: ByteRange,
+    fetches: Sequence[DemandFetch],
+    present: Callable[[ByteRange], bool],
+    read_cache: ReadCache,
+) -> bytes | None:
+    """Put together what was fetched and what is in the cache; None if a block is neither.
+
+    `read_cache` is called in a thread.
+    """
+    first = fetches[0] if len(fetches) == 1 else None
+    if first is not None and first.span.start <= wanted.start and first.span.end >= wanted.end:
+        start = wanted.start - first.span.start
+        return bytes(memoryview(first.data)[start : start + wanted.length])
+    out = bytearray(wanted.length)
+    gaps = []
+    position = wanted.start
+    for fetch in sorted(fetches, key=lambda f: f.span):
+        piece = fetch.span.clip(wanted)
+        start = piece.start - fetch.span.start
+        out[piece.start - wanted.start : piece.end - wanted.start] = fetch.data[start : start + piece.length]
+        if piece.start > position:
+            gaps.append(ByteRange(position, piece.start))
+        position = piece.end
+    if position < wanted.end:
+        gaps.append(ByteRange(position, wanted.end))
+    for gap in gaps:
+        if not present(gap):
+            return None
+        data = await trio.to_thread.run_sync(read_cache, gap)
+        out[gap.start - wanted.start : gap.end - wanted.start] = data
+    return bytes(out)

@@ -1,0 +1,116 @@
+"""What a mount has fetched, served and failed at since its daemon started.
+
+Sums over all images there have been: evicting or replacing one takes nothing away, so they never fall. What a daemon
+before this one did is not in them; that is in the catalog, image by image.
+"""
+
+import errno
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lazyfs.core.histogram import Histogram, HistogramStatistics
+
+PRESENT, JOINED, FETCHED, FAILED = "present", "joined", "fetched", "failed"
+SERVED = (PRESENT, JOINED, FETCHED, FAILED)
+"""How a read ended: from the cache, after others' requests alone, after a request of its own, or not at all."""
+
+READ_BOUNDS_S = (
+    25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+    30.0, 60.0, 120.0,
+)  # fmt: skip
+"""From a read that the page cache answers (60 us) to the default --io-timeout."""
+
+DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES = "demand_bytes", "populated_bytes", "zero_bytes"
+DEMAND_REQUESTS, POPULATION_REQUESTS = "demand_requests", "population_requests"
+
+OPEN, WRITE, CHECKPOINT = "open", "write", "checkpoint"
+"""What fails here besides reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class TotalsStatistics:
+    """All sums at one moment."""
+
+    sums: Mapping[str, int]
+    """Bytes and requests, by the names above."""
+    opens: int
+    errors: Mapping[str, int]
+    waiting: int
+    """Reads that wait for the repository now."""
+    reads: Mapping[str, HistogramStatistics]
+    """Seconds, by how they were served."""
+
+
+class Totals:
+    """The sums of one mount. Trio thread only, `add` and `failed` excepted."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock`: as trio's, in seconds."""
+        self.clock = clock
+        self.waiting = 0
+        """Reads that wait for the repository now."""
+        self.reads = {served: Histogram(READ_BOUNDS_S) for served in SERVED}
+        self._opens = 0
+        self._lock = threading.Lock()  # population's threads add, too
+        self._sums = dict.fromkeys((DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES, DEMAND_REQUESTS, POPULATION_REQUESTS), 0)
+        self._errors = dict.fromkeys((OPEN, WRITE, CHECKPOINT), 0)
+
+    def add(self, what: str, amount: int) -> None:
+        """Add to one of the sums. From any thread."""
+        with self._lock:
+            self._sums[what] += amount
+
+    def failed(self, what: str) -> None:
+        """Count a failure. From any thread."""
+        with self._lock:
+            self._errors[what] += 1
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Count an open, as one that failed if it raises. ESTALE is none of both: the kernel asks again by name."""
+        try:
+            yield
+        except Exception as error:
+            if getattr(error, "errno", None) != errno.ESTALE:
+                self.failed(OPEN)
+            raise
+        self._opens += 1
+
+    def statistics(self) -> TotalsStatistics:
+        """Return all sums, as of now."""
+        reads = {served: histogram.statistics() for served, histogram in self.reads.items()}
+        with self._lock:
+            return TotalsStatistics(dict(self._sums), self._opens, dict(self._errors), self.waiting, reads)
+
+
+class Read:
+    """One read, timed as a context manager; one that is cancelled counts for nothing.
+
+    Costs 0.7 us, of the 60 to 100 us that the shortest read takes.
+    """
+
+    __slots__ = ("_began", "_totals", "served")
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self.served = PRESENT
+        self._began = totals.clock()
+
+    def waits(self, asks: bool) -> None:
+        """It waits for the repository, which is asked on its account (`asks`) or on that of others."""
+        if asks:
+            self.served = FETCHED
+        elif self.served == PRESENT:
+            self.served = JOINED
+
+    def __enter__(self) -> "Read":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        totals = self._totals
+        if kind is None:
+            totals.reads[self.served].observe(totals.clock() - self._began)
+        elif issubclass(kind, Exception):
+            totals.reads[FAILED].observe(totals.clock() - self._began)
