@@ -102,6 +102,8 @@ class _Check:
         self._repair = repair
         self._stack = stack
         self._findings: list[Finding] = []
+        self._sweeping = True
+        """What no image needs is removed; not on the word of a catalog that had to be made anew."""
         self._records: dict[int, ImageRecord] = {}
         self._catalog: SqliteCatalog | None = None
         """The real one, when repairing."""
@@ -222,6 +224,7 @@ class _Check:
         self._records = {record.inode: record for record in records}
 
     def _begin_anew(self, records: list[ImageRecord]) -> None:
+        self._sweeping = False
         aside = f"{CATALOG}.damaged"
         number = 1
         while self._stat(aside) is not None:
@@ -366,6 +369,10 @@ class _Check:
             path = f"{PARTIAL}/{name}"
             found = self._stat(path)
             if path in wanted or found is None:
+                continue
+            if not self._sweeping:
+                what = "no image of the new catalog has it"
+                self._found(path, what, "left for the next mount to remove", warning=True)
                 continue
             if stat.S_ISDIR(found.st_mode):
                 self._found(path, "lazyfs did not put it there", LEFT_ALONE)

@@ -52,6 +52,8 @@ ALTER TABLE images ADD COLUMN digest TEXT NOT NULL DEFAULT '';
 """
 }
 """From each older version to the next."""
+_ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''"}
+"""What rows of older versions lack, and what stands for it."""
 _FIRST_INODE = 2  # 1 is the root of the mount
 
 _COLUMNS = [field.name for field in fields(ImageRecord)]
@@ -220,9 +222,13 @@ def salvage(path: str) -> list[ImageRecord]:
 def _read_each(db: sqlite3.Connection) -> tuple[list[ImageRecord], dict[int, str]]:
     """Row by row: one that is damaged leaves the others readable."""
     records, damaged = [], {}
+    there = set(_COLUMNS)
+    with suppress(sqlite3.Error):
+        there = {row[1] for row in db.execute("PRAGMA table_info(images)")}
+    columns = [name if name in there or name not in _ADDED else _ADDED[name] for name in _COLUMNS]
     for inode in _inodes(db):
         try:
-            row = db.execute(f"SELECT {', '.join(_COLUMNS)} FROM images WHERE inode = ?", (inode,)).fetchone()
+            row = db.execute(f"SELECT {', '.join(columns)} FROM images WHERE inode = ?", (inode,)).fetchone()
             if row is None:
                 raise ValueError("it is not where the index has it")
             records.append(_record(row))

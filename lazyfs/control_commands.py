@@ -155,15 +155,14 @@ class Commands:
     async def _verify(self, arguments: Arguments) -> object:
         image = self._image(arguments["path"])
         digest = verifying.parse_digest(arguments["digest"]) if "digest" in arguments else ""
-        if digest:
+        if digest and image.record.state is not State.WHOLE:
             await image.annotate(digest=digest)
-            if image.record.state is not State.WHOLE:
-                raise CommandError(f"{image.record.path} is not whole: the digest is kept, and compared once it is")
+            raise CommandError(f"{image.record.path} is not whole: the digest is kept, and compared once it is")
         job = f"verify:{image.record.path}"
         total = image.statistics().present_bytes + image.statistics().zero_bytes
 
         async def work(task: Task) -> None:
-            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance)
+            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance, digest)
 
         self._jobs.start(job, "verify", total, work)
         return {"id": job}

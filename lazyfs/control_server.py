@@ -250,7 +250,8 @@ class _Client:
                 await self._filled.wait()
                 while self._unread:
                     await self.stream.send_all(self._unread[0])
-                    self._unread.popleft()
+                    if self._unread:  # else it was dropped meanwhile
+                        self._unread.popleft()
                 self._filled = trio.Event()
                 self._emptied.set()
                 self._emptied = trio.Event()

@@ -273,7 +273,7 @@ class Filesystem:
         """Populate an image without a reader; return it, or the one that shows it in another format.
 
         Raises:
-            UserError: something is cached in another format, or the image has failed.
+            UserError: something is cached in another format, the image has failed, or is gone from the repository.
             LazyfsError, OSError: it cannot be begun now.
         """
         if image_format is not None and image_format != image.record.format:
@@ -292,6 +292,8 @@ class Filesystem:
             await self.sizes.learn_again(image, PREFETCH_ANSWER_S)
             if image.record.size is None:
                 raise errors.UserError(f"the repository does not describe {image.record.export}")
+        if image.gone and image.record.state is not State.WHOLE:
+            raise errors.UserError(f"{image.record.path} is not in the repository any more")
         self._check_current(image)
         await image.prefetch()
         self._active[image.inode] = image
@@ -310,7 +312,7 @@ class Filesystem:
         if image.record.state is State.REMOTE and not image.gone:
             return
         with trio.CancelScope(shield=True):
-            new = await self._renew(image)
+            new = await self._renew(image, digest=image.record.digest)
             if new.gone and not new.open_count:
                 await self._drop([new])
 
@@ -330,25 +332,36 @@ class Filesystem:
             raise errors.UserError(f"{image.record.path} is open")
         await self.evict(image)
 
-    async def verify(self, image: Image, against_repository: bool, progress: Callable[[int], None]) -> None:
+    async def verify(
+        self, image: Image, against_repository: bool, progress: Callable[[int], None], digest: str = ""
+    ) -> None:
         """Read back what is cached; drop it if it is damaged, so that it is fetched again when next needed.
 
+        What cannot be fetched again, or is pinned, is kept. `digest`: of a whole image, instead of the one that is
+        known, and known from then on if it is right; if it is not, the image may be good, and is kept.
+
         Raises:
-            Differs, CacheCorrupt: it was damaged, and has been dropped.
+            Differs, CacheCorrupt: it is damaged.
             UserError, OSError, LazyfsError: it cannot be verified; says why.
         """
         record = image.record
-        digest = record.digest if record.state is State.WHOLE else ""
+        known = record.digest if record.state is State.WHOLE else ""
         source = None
         if against_repository:
             if record.size is None:
                 raise errors.UserError(f"nothing of {record.path} is cached")
             source = self._repository.source(Export(record.export, record.size, record.identity))
         try:
-            await verifying.verify(image, digest, source, progress)
+            await verifying.verify(image, digest or known, source, self._options.io_timeout_s, progress)
+            if digest:
+                await image.annotate(digest=digest)
         except (verifying.Differs, errors.CacheCorrupt) as damage:
-            logger.critical("%s: image=%s; dropped, to be fetched again", damage, record.export)
-            if not image.retired:
+            doubtful = digest not in ("", known)
+            lasting = image.gone or record.pinned or record.state is State.FAILED
+            if doubtful or lasting or image.retired:
+                logger.critical("%s: image=%s; kept", damage, record.export)
+            else:
+                logger.critical("%s: image=%s; dropped, to be fetched again", damage, record.export)
                 await self._renew(image, digest=record.digest)
             raise
         finally:

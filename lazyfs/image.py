@@ -7,8 +7,7 @@ Invariants (more in `doc/CONCURRENCY.md`):
 - The bytes behind one Image never change version: when the export changes, a new Image with a new inode
   takes the name (`filesystem.py`), and this one serves what it has to those who have it open.
 - `_file` stays open while anybody reads: it is closed only with no open count and no population.
-- Opens of the whole image (by its second inode number) use `_plain`; those from before go on with `_file`, which
-  may be the partial store's descriptor of the same file.
+- Opens of the whole image (by its second inode number) use `_plain`; those from before go on with `_file`.
 """
 
 import errno
@@ -119,8 +118,7 @@ class Image:
         The size must be known (`Filesystem.describe`).
 
         Raises:
-            CacheCorrupt, OSError: the cache file cannot be used (ESTALE: retired, or not whole any more); the open
-                does not count.
+            CacheCorrupt, OSError: it cannot be used (ESTALE: retired, or not whole any more), and does not count.
         """
         self.open_count += 1
         try:
@@ -254,18 +252,21 @@ class Image:
         self.filling.stop()
         self._scope.cancel()
         async with self._changing:
+            self._scope.cancel()  # again: an open that was under way has begun another
             if self.fetcher is not None and reason is not None:
                 self.fetcher.failure = reason
                 await self.fetcher.aclose()
             await trio.to_thread.run_sync(partial_cache.remove, self._around.stores, self.record)
             await trio.to_thread.run_sync(self._around.catalog.remove, [self.inode])
             if not self.open_count:
+                await self._close_plain_if_unused()
                 await self._close_file()
 
     async def aclose(self) -> None:
         """Save everything, hand off what is complete, and close; for the daemon's end, when nobody reads any more."""
         self._scope.cancel()
         async with self._changing:
+            self._scope.cancel()  # again: an open that was under way has begun another
             if self.fetcher is not None and self.record.state in (State.PARTIAL, State.FAILED) and not self.retired:
                 await self.fetcher.written()
                 if not await self._become_whole(self.fetcher):  # its task may not have begun, or was cancelled
@@ -380,7 +381,7 @@ class Image:
             lifecycle.check(self.record.state, state)
         counters: dict[str, object] = {}
         if self.fetcher is not None:
-            now = self.fetcher.counters()
+            now = self._counters()
             counters = {n: getattr(now, n) for n in ("demand_bytes", "populated_bytes", "requests")}
             counters["present_bytes"] = self.fetcher.present_bytes
         record = replace(self.record, **(counters | changes))  # type: ignore[arg-type]
@@ -390,11 +391,12 @@ class Image:
             except (errors.NoSpace, errors.CacheCorrupt, OSError) as error:
                 if record.state is State.WHOLE and self.record.state is not State.WHOLE:
                     raise
-                # The catalog catches up with the next change; at worst a restart asks or counts again.
+                # It catches up with the next change; at worst a restart asks or counts again.
                 logger.warning("the catalog could not be written: %s", error)
-        changed = record.state is not self.record.state
-        self.record = record
-        if changed:
+        before, self.record = self.record, record
+        if "last_used_ns" not in changes:  # the image may have been closed meanwhile
+            self.record = replace(record, last_used_ns=max(record.last_used_ns, before.last_used_ns))
+        if record.state is not before.state:
             self._around.on_state_changed(self)
 
     # -- the task of an image that is being filled
@@ -444,8 +446,9 @@ class Image:
 
     async def _hand_off(self, fetcher: Fetcher) -> bool:
         """Turn the complete image into a plain file, and tell the kernel; False if it is worth another try later."""
-        assert self._store is not None
-        if not await self._digest_check.passes(self._store):  # may take minutes: nobody's open waits for that
+        if self._store is None or not await self._digest_check.passes(
+            self._store
+        ):  # in minutes; no open waits for that
             return False
         async with self._changing:
             if not await self._become_whole(fetcher):

@@ -155,15 +155,15 @@ class Jobs:
         self.look()
 
     async def _run(self, task: Task, work: Callable[[Task], Awaitable[None]]) -> None:
-        task.error = "cancelled"
         with task.scope:
             try:
                 await work(task)
-                task.error = ""
             except (errors.LazyfsError, OSError) as error:
                 task.error = str(error)
             except Exception:
                 logger.exception("a job failed, a bug in lazyfs: job=%s", task.id)
                 task.error = "it failed, a bug in lazyfs; the log has the details"
+        if task.scope.cancelled_caught:
+            task.error = "cancelled"
         task.status = CONCLUDED
         self.look()

@@ -200,6 +200,9 @@ class Room:
             backing = await trio.to_thread.run_sync(self._backing_files)
         except errors.UserError as error:
             self._overlay_trouble = f"nothing is evicted, as {error}"
+        except Exception as error:
+            logger.exception("cannot tell what overlays need, a bug in lazyfs")
+            self._overlay_trouble = f"nothing is evicted: cannot tell what overlays need: {error!r}"
         else:
             if eviction.choose(self._candidates(backing, spare), 1):
                 return backing
@@ -209,7 +212,12 @@ class Room:
         return None
 
     def _candidates(self, backing: frozenset[str], spare: bool) -> list[Candidate]:
-        images = [i for i in self._filesystem.names.images() if i.record.state is not State.REMOTE and not i.retired]
+        """What a later fetch can bring back: not the only copy of an image that is gone or has changed."""
+        images = [
+            image
+            for image in self._filesystem.names.images()
+            if image.record.state in (State.PARTIAL, State.WHOLE) and not image.retired and not image.gone
+        ]
         filling = [image for image in images if image.fillable and not image.open_count]
         spared = max(filling, key=lambda image: image.record.last_used_ns, default=None) if spare else None
         return [

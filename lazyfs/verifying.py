@@ -44,12 +44,15 @@ def parse_digest(text: str) -> str:
     return match[0]
 
 
-async def verify(image: Image, digest: str, source: Source | None, progress: Callable[[int], None]) -> None:
+async def verify(
+    image: Image, digest: str, source: Source | None, io_timeout_s: float, progress: Callable[[int], None]
+) -> None:
     """Read all that is present of an image, from the disk where that can be forced.
 
     Args:
         digest: of the whole export, or "" for none.
         source: of the same version of the export, to compare with; None for not.
+        io_timeout_s: how long a range of that is waited for.
         progress: called with the number of bytes of each chunk.
 
     Raises:
@@ -66,12 +69,15 @@ async def verify(image: Image, digest: str, source: Source | None, progress: Cal
     try:
         if whole:
             os.posix_fadvise(image.plain_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        await _read_back(image, digest, source, progress)
+        await _read_back(image, digest, source, io_timeout_s, progress)
     finally:
-        await image.release(plain=whole)
+        with trio.CancelScope(shield=True):  # else it would stay open for ever
+            await image.release(plain=whole)
 
 
-async def _read_back(image: Image, digest: str, source: Source | None, progress: Callable[[int], None]) -> None:
+async def _read_back(
+    image: Image, digest: str, source: Source | None, io_timeout_s: float, progress: Callable[[int], None]
+) -> None:
     hasher = hashlib.new(digest.partition(":")[0]) if digest else None
     begin, plain = image.record.shown.metadata_size, image.record.state is State.WHOLE
     for entry in await image_map.entries(image):
@@ -82,7 +88,7 @@ async def _read_back(image: Image, digest: str, source: Source | None, progress:
             data = await _read(image, begin, span, plain)
             if hasher is not None:
                 await trio.to_thread.run_sync(hasher.update, data)
-            if source is not None and not await _same(source, span, data):
+            if source is not None and not await _same(source, span, data, io_timeout_s):
                 raise Differs(f"bytes {span.start} to {span.end} are not those of the repository")
             progress(span.length)
     if hasher is not None and hasher.hexdigest() != digest.partition(":")[2]:
@@ -98,7 +104,12 @@ async def _read(image: Image, begin: int, span: ByteRange, plain: bool) -> bytes
         raise Differs(f"the disk cannot read bytes {span.start} to {span.end}") from error
 
 
-async def _same(source: Source, span: ByteRange, data: bytes) -> bool:
+async def _same(source: Source, span: ByteRange, data: bytes, limit_s: float) -> bool:
     theirs = bytearray(span.length)
-    await source.pread(span.start, memoryview(theirs))
+    try:
+        with trio.fail_after(limit_s):
+            await source.pread(span.start, memoryview(theirs))
+    except trio.TooSlowError:
+        what = f"comparing bytes {span.start} to {span.end}"
+        raise errors.TimedOut(what, limit_s, "the repository does not answer, or does not have it") from None
     return theirs == data

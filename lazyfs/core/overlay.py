@@ -49,6 +49,8 @@ def find_name(header: bytes) -> NameAt | None:
     if magic != _MAGIC or version not in (1, 2, 3) or offset == 0 or not 0 < length <= MAX_BACKING_NAME:
         return None
     if version == 1:
+        if offset + length >= 1 << 63:  # a guest's disk may begin like that, and no file reaches so far
+            return None
         return NameAt(offset, length, "")
     # QEMU: the name lies in the first cluster, of 512 bytes to 2 MiB.
     if not 9 <= cluster_bits <= 21 or offset + length > 1 << cluster_bits:

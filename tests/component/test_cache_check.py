@@ -235,7 +235,11 @@ def test_damage_is_found_and_repaired(cache: Cache, name: str) -> None:
     repaired = cache.check(repair=True)
     assert repaired.problems == 0, lines(repaired)
     assert [f for f in repaired.findings if f.path == finding.path and f.repaired]
-    assert cache.check().findings == []
+    left = [f for f in repaired.findings if f.path.startswith(".lazyfs/partial/") and not f.repaired]
+    assert bool(left) == (name in ("no catalog", "no database")), (
+        "on the word of a new catalog nothing is swept at once"
+    )
+    assert [f.path for f in cache.check().findings] == [f.path for f in left]
 
     states = cache.states()  # a daemon would start
     assert states == ({} if damage.state is None else {"disk": damage.state})

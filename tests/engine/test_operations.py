@@ -517,7 +517,68 @@ async def test_a_digest_is_compared_and_kept() -> None:
         await whole(world)
         assert await verified(world, "disk") == ""
         await world.command("evict", path="disk")
-        assert world.image("disk").record.digest == ""
+        assert world.image("disk").record.digest == digest, "evicted to fetch it again, perhaps"
+
+
+async def test_a_wrong_digest_given_by_hand_drops_no_image_and_is_not_kept() -> None:
+    world = world_with("disk", populate=False)
+    async with world.daemon():
+        image = await whole(world)
+        assert "its digest is sha256:" in await verified(world, "disk", digest=f"sha256:{'0' * 64}")
+        assert world.image("disk") is image
+        assert (image.record.state, image.record.digest) == (State.WHOLE, "")
+
+
+async def test_a_comparison_with_a_repository_that_hangs_ends() -> None:
+    world = world_with("disk", populate=False)
+    async with world.daemon():
+        image = await whole(world)
+        world.repository.hang()
+        assert "the repository does not answer" in await verified(world, "disk", **{"against-repository": True})
+        assert (image.record.state, image.open_count) == (State.WHOLE, 0)
+
+
+async def test_what_is_gone_is_not_waited_for() -> None:
+    world = world_with("disk", populate=False)
+    async with world.daemon():
+        image = world.image("disk")
+        await world.command("prefetch", path="disk")
+        image.gone = True
+        with pytest.raises(CommandError, match="not in the repository any more"):
+            await world.command("prefetch", path="disk")
+
+
+async def test_an_image_evicted_while_it_is_opened_is_looked_after_by_nobody() -> None:
+    """Its task would find no file to save, and end the daemon."""
+    world = world_with("disk", populate=False)
+    async with world.daemon():
+        image = world.image("disk")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.filesystem.open, image)
+            while image.record.state is State.REMOTE:
+                await trio.lowlevel.checkpoint()
+            assert image.fetcher is None, "it is being opened"
+            nursery.start_soon(world.filesystem.evict, image)
+        await image.read(0, 4096)
+        await world.filesystem.release(image)
+        await trio.sleep(60)
+        assert image.retired
+
+
+@pytest.mark.parametrize("why", ["pinned", "gone"])
+async def test_a_damaged_image_that_must_stay_is_kept(why: str) -> None:
+    world = world_with("disk", populate=False)
+    digest = f"sha256:{hashlib.sha256(world.repository.exports['disk'].content).hexdigest()}"
+    async with world.daemon():
+        image = await whole(world)
+        assert await verified(world, "disk", digest=digest) == ""
+        if why == "pinned":
+            await world.command("pin", path="disk")
+        else:
+            image.gone = True
+        damage(world.stores, image, 7)
+        assert "its digest is sha256:" in await verified(world, "disk")
+        assert world.image("disk") is image
 
 
 @pytest.mark.parametrize(

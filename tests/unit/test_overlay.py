@@ -64,6 +64,11 @@ def test_no_backing_file(content: bytes) -> None:
     assert find_name(content) is None
 
 
+def test_a_name_where_no_file_reaches() -> None:
+    """Sector 0 of a guest's raw disk is the guest's to write, and is looked at, too."""
+    assert find_name(struct.pack(">4sIQII", b"QFI\xfb", 1, 2**63, 1, 16)) is None
+
+
 def test_a_name_behind_what_was_read() -> None:
     assert find_name(header(offset=60000)) == NameAt(60000, 5, "")
 
