@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qs, urlsplit
 
 from lazyfs import __version__, errors
-from lazyfs.core import config_key, export_name, shown_file
+from lazyfs.core import config_key, digest, export_name, shown_file
 from lazyfs.core.eviction import Limits
 from lazyfs.core.qcow2_layout import MIN_CLUSTER_SIZE
 from lazyfs.units import KiB, MiB, parse_size
@@ -214,8 +214,9 @@ def _add_resume(verbs: Any, run: Verb) -> None:
 
 def _add_cancel(verbs: Any, run: Verb) -> None:
     _add_images(
-        verbs, run, "cancel", "end population",
-        "End the population of images and keep what they have. The next first open, or prefetch, begins it again.",
+        verbs, run, "cancel", "end population and verification",
+        "End the population, or verification, of images and keep what they have. The next first open, or prefetch, "
+        "begins population again.",
         "cancel /var/lib/imagecache/debian-12",
     )  # fmt: skip
 
@@ -238,7 +239,8 @@ def _add_set_rate(verbs: Any, run: Verb) -> None:
 def _add_evict(verbs: Any, run: Verb) -> None:
     _add_images(
         verbs, run, "evict", "drop what is cached",
-        "Drop what is cached of images. Open files keep theirs until closed. Given a folder, pinned images stay.",
+        "Drop what is cached of images. Open files keep theirs until closed. Pinned images, backing files of "
+        "overlays and what is gone from the repository stay.",
         "evict /var/lib/imagecache/debian-11",
     )  # fmt: skip
 
@@ -273,8 +275,9 @@ def _add_verify(verbs: Any, run: Verb) -> None:
         "verify /var/lib/imagecache/debian-12 --digest sha256:...",
     )  # fmt: skip
     verify.add_argument(
-        "--digest", metavar="DIGEST", help="what the export hashes to; kept, and compared at the hand-off too"
-    )
+        "--digest", metavar="DIGEST", type=_digest,
+        help="what the export hashes to; kept if it is right, and compared at the hand-off too",
+    )  # fmt: skip
     verify.add_argument("--against-repository", action="store_true", help="compare with the repository as well")
 
 
@@ -361,7 +364,17 @@ def _uri(text: str) -> str:
 
 def _size(text: str) -> int:
     try:
-        return parse_size(text)
+        size = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text:.40} is more than 8 EiB")
+    return size
+
+
+def _digest(text: str) -> str:
+    try:
+        return digest.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

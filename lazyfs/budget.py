@@ -11,6 +11,10 @@ So what is kept and what is being written never exceed the limit together, whate
 import threading
 from collections.abc import Callable
 
+UNKEPT = "the cache's disk is full: reads are served from the repository and not kept"
+LIMITED = "the cache has reached its limit: reads are served from the repository and not kept"
+"""What `status` says of an image while that is so."""
+
 
 class Budget:
     """Of one mount. Safe from any thread; without a limit every call costs next to nothing."""

@@ -21,7 +21,7 @@ from lazyfs import cache_dir, catalog, errors, mounts, partial_cache
 from lazyfs.cache_dir import CATALOG, LOCK, PARTIAL, STATE
 from lazyfs.catalog import SqliteCatalog
 from lazyfs.core import shown_file
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
 from lazyfs.interfaces import FileLook, ImageRecord
 from lazyfs.name_tree import NameTree, TakenNames
 from lazyfs.store.qcow2 import Qcow2Store
@@ -89,6 +89,8 @@ def run(path: str, repair: bool) -> Report:
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
             raise errors.UserError(f"cannot check {path}: {what}") from error
+        except errors.NoSpace as error:
+            raise errors.UserError(f"cannot check {path}: {error}, or for a copy of its catalog") from error
 
 
 def _refuse_mounted(path: str) -> None:
@@ -118,7 +120,7 @@ class _Check:
         for record in list(self._records.values()):
             self._check_whole(record)
         for record in list(self._records.values()):
-            if record.state in (State.PARTIAL, State.FAILED) and record.error != cache_dir.CHANGED_BY_HAND:
+            if record.state in (State.PARTIAL, State.FAILED) and record.error != CHANGED_BY_HAND:
                 self._check_partial(record)
         self._check_strays()
         for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):
@@ -194,7 +196,7 @@ class _Check:
             opened = SqliteCatalog(copy)
         except catalog.TooNew as error:
             raise errors.UserError(f"cannot check {self._path}: {error}") from error
-        except (errors.CacheCorrupt, OSError) as error:
+        except errors.CacheCorrupt as error:
             self._take(saved := catalog.salvage(copy))
             remedy = f"kept aside and made anew, with the {len(saved)} images that could be read"
             self._found(CATALOG, str(error).replace(copy, "catalog.sqlite"), remedy, lambda: self._begin_anew(saved))
@@ -267,7 +269,7 @@ class _Check:
 
     def _check_whole(self, record: ImageRecord) -> None:
         now = cache_dir.whole_now(self._root_fd, record)
-        if now.state is State.FAILED and now.error == cache_dir.CHANGED_BY_HAND:
+        if now.state is State.FAILED and now.error == CHANGED_BY_HAND:
             found = self._stat(record.path)
             assert found is not None
             size = f"{found.st_size} bytes, the image {record.file_size}"
@@ -286,11 +288,11 @@ class _Check:
         data = f"{PARTIAL}/{record.inode}.{record.format}"
         if record.size is None or partial_cache.too_large(record):
             what = f"the catalog says {record.state.value}, and its size is {record.size}"
-            self._found(record.path, what, "made remote", lambda: self._save(cache_dir.remote_again(record)))
+            self._found(record.path, what, "made remote", lambda: self._save(record.remote_again()))
             return
         if not any(self._stat(name) for name in self._names(record)):
             self._found(record.path, f"the catalog says {record.state.value}, and nothing of it is here", "made remote",
-                        lambda: self._save(cache_dir.remote_again(record)))  # fmt: skip
+                        lambda: self._save(record.remote_again()))  # fmt: skip
             return
         linked = cache_dir.is_finished(self._root_fd, record)
         store = self._store(record)
@@ -329,7 +331,7 @@ class _Check:
     def _discard(self, record: ImageRecord) -> None:
         store = self._store(record)
         store.unfinish()
-        self._save(cache_dir.remote_again(record))
+        self._save(record.remote_again())
         store.remove()
 
     def _mend(self, record: ImageRecord) -> None:

@@ -24,7 +24,7 @@ from lazyfs import errors, mounts
 from lazyfs.catalog import SqliteCatalog
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
 from lazyfs.interfaces import FileLook, ImageRecord, PlainFile, Space, Store
 from lazyfs.store.cache_file import WholeFile
 from lazyfs.store.qcow2 import Qcow2Store
@@ -39,7 +39,6 @@ STATE = ".lazyfs"
 ENDING_S = 20.0
 """How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow disk."""
 
-CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
 _DETACHED = "the lazyfs detached from"
 PARTIAL = f"{STATE}/partial"
 CATALOG = f"{STATE}/catalog.sqlite"
@@ -253,15 +252,10 @@ def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
     try:
         found = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
-        return remote_again(record)
+        return record.remote_again()
     if not stat.S_ISREG(found.st_mode) or found.st_size != record.file_size:
         return replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
     return replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
-
-
-def remote_again(record: ImageRecord) -> ImageRecord:
-    """Return the record of an image of which nothing is cached any more."""
-    return replace(record, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0)
 
 
 def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]:

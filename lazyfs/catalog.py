@@ -9,11 +9,12 @@ Losing the last commits in a power cut would be safe (a whole image is finished 
 are swept), but `synchronous=FULL` costs one fsync for what happens a few times in an image's life.
 """
 
+import dataclasses
 import sqlite3
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, fields
 
 from lazyfs import errors
 from lazyfs.core import shown_file
@@ -139,7 +140,7 @@ class SqliteCatalog:
             for record in records:
                 cursor = self._db.execute(_INSERT, (None, *_row(record)[1:]))
                 assert cursor.lastrowid is not None
-                added.append(replace(record, inode=cursor.lastrowid))
+                added.append(dataclasses.replace(record, inode=cursor.lastrowid))
         return added
 
     def update(self, records: Sequence[ImageRecord]) -> None:
@@ -166,6 +167,14 @@ class SqliteCatalog:
         """Delete; one transaction for all."""
         with self._transaction():
             self._db.executemany("DELETE FROM images WHERE inode = ?", [(inode,) for inode in inodes])
+
+    def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
+        """Delete one and insert another; one transaction, so that the image always has a row."""
+        with self._transaction():
+            self._db.execute("DELETE FROM images WHERE inode = ?", (inode,))
+            cursor = self._db.execute(_INSERT, (None, *_row(record)[1:]))
+            assert cursor.lastrowid is not None
+            return dataclasses.replace(record, inode=cursor.lastrowid)
 
     def close(self) -> None:
         """Close the database. Touches its path: only before mounting over it, or after unmounting."""
@@ -270,6 +279,7 @@ def _record(row: tuple[object, ...]) -> ImageRecord:
 def _translate(error: sqlite3.Error, path: str) -> Exception:
     if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL,):
         return errors.NoSpace()
-    if isinstance(error, sqlite3.OperationalError):
+    # "no such table", "no such column": it is a database, and not what lazyfs wrote.
+    if isinstance(error, sqlite3.OperationalError) and not str(error).startswith("no such"):
         return OSError(f"{path}: {error}")
     return errors.CacheCorrupt(f"{path}: {error}")

@@ -154,6 +154,8 @@ def _overlays(options: argparse.Namespace, mountpoint: str) -> list[str]:
     for folder in folders:
         if os.path.commonpath([folder, mountpoint]) == mountpoint:
             raise errors.UsageError(f"--overlays {folder} would be hidden by the mount")
+        if not os.path.isdir(folder):
+            raise errors.UserError(f"--overlays {folder} is not a folder, so nobody could tell what may be evicted")
     return folders
 
 
@@ -235,14 +237,16 @@ def _status(options: argparse.Namespace) -> int:
     from lazyfs import status_view
 
     if options.json:
-        json.dump({"mounts": _query_all(options.paths)}, sys.stdout, indent=2)
+        found = _query_all(options.paths)
+        json.dump({"mounts": found}, sys.stdout, indent=2)
         print()
-        return 0
+        return _exit_code(found)
     # A pipe has no width: let lines be as long as they are.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     if not options.watch:
-        console.print(status_view.render(_query_all(options.paths), console.width))
-        return 0
+        found = _query_all(options.paths)
+        console.print(status_view.render(found, console.width))
+        return _exit_code(found)
     from rich.live import Live
 
     from lazyfs import watching
@@ -259,6 +263,11 @@ def _status(options: argparse.Namespace) -> int:
 
         watching.watch(lambda: _query_all(options.paths), draw, keep=console.is_terminal)
     return 0
+
+
+def _exit_code(found: Sequence[dict[str, Any]]) -> int:
+    """One daemon that does not answer is a failure, whatever the others say."""
+    return 1 if any("error" in one for one in found) else 0
 
 
 def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:

@@ -95,7 +95,12 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
     except TimeoutError:
         raise Hangs(f"the daemon of {mount.mountpoint} does not answer in {TIMEOUT_S:g} s") from None
     except OSError as error:
-        reason = "it was killed; mount again" if not alive(mount) else "its control socket cannot be reached"
+        if not alive(mount):
+            reason = "it was killed; mount again"
+        elif isinstance(error, ConnectionError):
+            reason = "its control socket has as many clients as it takes (64), or refuses them"
+        else:
+            reason = "its control socket cannot be reached"
         raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {reason}") from error
 
 

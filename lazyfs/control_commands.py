@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from lazyfs import errors, image_map, verifying
+from lazyfs import errors, image_map
+from lazyfs.core import digest
 from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.filesystem import Filesystem
@@ -20,11 +21,20 @@ Handler = Callable[[Arguments], Awaitable[object]]
 class Commands:
     """The commands that concern images and jobs. Arguments have been checked by the schema."""
 
-    def __init__(self, mountpoint: str, filesystem: Filesystem, population: Population, jobs: Jobs) -> None:
+    def __init__(
+        self,
+        mountpoint: str,
+        filesystem: Filesystem,
+        population: Population,
+        jobs: Jobs,
+        backing_files: Callable[[], Awaitable[frozenset[str]]],
+    ) -> None:
+        """`backing_files`: what is not evicted, as overlays need it; as for `Room`."""
         self._mountpoint = mountpoint
         self._filesystem = filesystem
         self._population = population
         self._jobs = jobs
+        self._backing_files = backing_files
         self.handlers: dict[str, Handler] = {
             "query-images": self._query_images,
             "query-jobs": self._query_jobs,
@@ -138,10 +148,20 @@ class Commands:
         return {"images": len(images)}
 
     async def _evict(self, arguments: Arguments) -> object:
-        images = self._images(
-            arguments["path"], lambda image: image.record.state is not State.REMOTE and not image.record.pinned
-        )
-        return await self._each(images, self._filesystem.evict)
+        backing = await self._backing_files()
+
+        def may_go(image: Image) -> bool:
+            record = image.record
+            return not (record.state is State.REMOTE or record.pinned or image.gone or record.path in backing)
+
+        async def evict(image: Image) -> None:
+            if image.gone:
+                raise errors.UserError(f"{image.record.path} is gone from the repository; lazyfs forget drops it")
+            if image.record.path in backing and image.record.state is not State.REMOTE:
+                raise errors.UserError(f"{image.record.path} is the backing file of an overlay")
+            await self._filesystem.evict(image)
+
+        return await self._each(self._images(arguments["path"], may_go), evict)
 
     async def _pin(self, arguments: Arguments) -> object:
         return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=True))
@@ -154,15 +174,18 @@ class Commands:
 
     async def _verify(self, arguments: Arguments) -> object:
         image = self._image(arguments["path"])
-        digest = verifying.parse_digest(arguments["digest"]) if "digest" in arguments else ""
-        if digest and image.record.state is not State.WHOLE:
-            await image.annotate(digest=digest)
-            raise CommandError(f"{image.record.path} is not whole: the digest is kept, and compared once it is")
+        try:
+            known = digest.parse(arguments["digest"]) if "digest" in arguments else ""
+        except ValueError as error:
+            raise CommandError(f"Parameter 'digest': {error}") from error
+        if known and image.record.state is not State.WHOLE:
+            await image.annotate(digest=known)
+            return {}
         job = f"verify:{image.record.path}"
         total = image.statistics().present_bytes + image.statistics().zero_bytes
 
         async def work(task: Task) -> None:
-            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance, digest)
+            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance, known)
 
         self._jobs.start(job, "verify", total, work)
         return {"id": job}

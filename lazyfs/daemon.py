@@ -122,6 +122,8 @@ class _Daemon:
         self._on_ready = on_ready
         self._used = trio.Event()
         self._detaching = trio.Lock()
+        self._scanning = trio.CapacityLimiter(1)
+        """The thread that looks at overlays: a network file system that hangs must not take those of others."""
         self._metrics: MetricsServer | None = None
 
     async def run(self) -> None:
@@ -134,7 +136,7 @@ class _Daemon:
                 self._repository, cache, cache.catalog, cache.records, config.options, nursery
             )
             self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
-            self._room = Room(self._filesystem, cache, config.limits, self._overlays.backing_files)
+            self._room = Room(self._filesystem, cache, config.limits, self._backing_files)
             self._population = Population(self._repository, cache, self._filesystem.active_images)
             self._jobs = Jobs(nursery, self._filesystem.active_images, lambda: self._population.paused)
             try:
@@ -162,7 +164,7 @@ class _Daemon:
 
     async def _serve(self) -> None:
         config = self._config
-        commands = Commands(config.mountpoint, self._filesystem, self._population, self._jobs)
+        commands = Commands(config.mountpoint, self._filesystem, self._population, self._jobs, self._backing_files)
         self._control = ControlServer(
             mounts.socket_path(config.mountpoint),
             {**commands.handlers, "query-mount": self._query_mount, "detach": self._detach},
@@ -181,7 +183,7 @@ class _Daemon:
             self._backings,
             session.connect_libfuse,
             config.allow_evict,
-            self._overlays.backing_files,
+            self._backing_files,
         )
         try:
             pyfuse3.init(adapter, session.libfuse_path, set())
@@ -207,6 +209,11 @@ class _Daemon:
         finally:
             pyfuse3.close(unmount=False)
         logger.info("unmounted: %s", config.mountpoint)
+
+    async def _backing_files(self) -> frozenset[str]:
+        """Return what overlays need. Raises UserError if that cannot be told."""
+        scan = self._overlays.backing_files
+        return await trio.to_thread.run_sync(scan, limiter=self._scanning, abandon_on_cancel=True)
 
     async def _serve_metrics(self, server: "MetricsServer") -> None:
         from lazyfs.metrics import Mount

@@ -87,6 +87,10 @@ class CacheCorrupt(LazyfsError):
     """A cache file is not what lazyfs wrote."""
 
 
+class PlainFileGone(CacheCorrupt):
+    """The plain file of a whole image is not there any more."""
+
+
 class NoSpace(LazyfsError):
     """The file system that holds the cache is full."""
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 import trio
 
 from lazyfs import demand_fetch, errors, events, totals
-from lazyfs.budget import Budget
+from lazyfs.budget import LIMITED, UNKEPT, Budget
 from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
@@ -30,10 +30,6 @@ from lazyfs.pace import Pace
 from lazyfs.totals import Read, Totals
 
 logger = logging.getLogger(__name__)
-
-UNKEPT = "the cache's disk is full: reads are served from the repository and not kept"
-
-LIMITED = "the cache has reached its limit: reads are served from the repository and not kept"
 
 
 class Fetcher:
@@ -447,10 +443,12 @@ class Fetcher:
                 self._waiters.append((arrived[0], settled := trio.Event()))
             await settled.wait()
 
-    async def rest(self) -> None:
-        """Drop the connection if nothing is under way on it: the last reader has gone."""
-        if not self._fetches and not self._learning:
-            await self._source.aclose()
+    async def rest(self) -> bool:
+        """Drop the connection if nothing is under way on it; return whether nothing was."""
+        if self._fetches or self._learning:
+            return False
+        await self._source.aclose()
+        return True
 
     async def aclose(self) -> None:
         """Drop the connection to the repository."""

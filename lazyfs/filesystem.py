@@ -235,14 +235,11 @@ class Filesystem:
             return
         try:
             if self._options.replace_changed:
-                # Disk only, so never long; half done, the name would lead nowhere.
-                with trio.CancelScope(shield=True):
-                    await self._replace(image, error)
+                await self._replace(image, error)
             else:
                 await image.fail(error)
         except (errors.LazyfsError, OSError) as failed:
             logger.warning("a change is not taken in yet: image=%s reason=%s", image.record.export, failed)
-            image.retired = False
 
     async def _replace(self, image: Image, error: errors.ExportChanged | None, **changes: object) -> Image:
         """Let a new inode take the name; the old one lives until its last close."""
@@ -251,10 +248,16 @@ class Filesystem:
             "size": None, "identity": "", "state": State.REMOTE, "error": "", "created_ns": time.time_ns(),
             "present_bytes": 0, "demand_bytes": 0, "populated_bytes": 0, "requests": 0, "digest": "",
         }  # fmt: skip
-        with self._replacing.mark(image.inode):
-            await image.retire(error)
-            added = replace(image.record, **(fresh | changes))  # type: ignore[arg-type]
-            (record,) = await trio.to_thread.run_sync(self._catalog.add, [added])
+        # Disk only, so never long; half done, the name would lead nowhere.
+        with trio.CancelScope(shield=True), self._replacing.mark(image.inode):
+            try:
+                # Files first: a full disk has room for the catalog then. Without them the old row does no harm.
+                await image.retire(error)
+                added = replace(image.record, **(fresh | changes))  # type: ignore[arg-type]
+                record = await trio.to_thread.run_sync(self._catalog.replace, image.inode, added)
+            except BaseException:
+                await image.reinstate()
+                raise
             self._take_name(image)
             new = Image(record, self._around)
             new.gone = image.gone
@@ -342,6 +345,7 @@ class Filesystem:
 
         Raises:
             Differs, CacheCorrupt: it is damaged.
+            UserError: it does not have the `digest`.
             UserError, OSError, LazyfsError: it cannot be verified; says why.
         """
         record = image.record
@@ -356,13 +360,15 @@ class Filesystem:
             if digest:
                 await image.annotate(digest=digest)
         except (verifying.Differs, errors.CacheCorrupt) as damage:
-            doubtful = digest not in ("", known)
+            doubtful = isinstance(damage, verifying.OtherDigest) and digest not in ("", known)
             lasting = image.gone or record.pinned or record.state is State.FAILED
             if doubtful or lasting or image.retired:
                 logger.critical("%s: image=%s; kept", damage, record.export)
             else:
                 logger.critical("%s: image=%s; dropped, to be fetched again", damage, record.export)
                 await self._renew(image, digest=record.digest)
+            if isinstance(damage, verifying.OtherDigest) and doubtful:
+                raise errors.UserError(damage.what) from damage
             raise
         finally:
             self._drop_if_unused(image)
@@ -371,15 +377,9 @@ class Filesystem:
                     await source.aclose()
 
     async def _renew(self, image: Image, **changes: object) -> Image:
-        """Replace an image on an operator's behalf, from the same export. Disk only, so never long."""
+        """Replace an image on an operator's behalf, from the same export."""
         self._check_current(image)
-        try:
-            with trio.CancelScope(shield=True):
-                new = await self._replace(image, None, **changes)
-        except BaseException:
-            image.retired = False
-            raise
-        return new
+        return await self._replace(image, None, **changes)
 
     def _check_current(self, image: Image) -> None:
         if image.retired:

@@ -10,13 +10,12 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from lazyfs import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
-import trio
 
 from lazyfs import errors, image_statistics
 from lazyfs.core import inode_number
@@ -57,7 +56,7 @@ class FuseAdapter(pyfuse3.Operations):
         backings: passthrough.Backings,
         on_connected: Callable[[], None],
         allow_evict: bool,
-        backing_files: Callable[[], frozenset[str]],
+        backing_files: Callable[[], Awaitable[frozenset[str]]],
     ) -> None:
         """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated.
 
@@ -216,7 +215,7 @@ class FuseAdapter(pyfuse3.Operations):
             if isinstance(image, Folder):
                 raise pyfuse3.FUSEError(errno.EISDIR)
             try:
-                if image.record.path in await trio.to_thread.run_sync(self._backing_files):
+                if image.record.path in await self._backing_files():
                     raise errors.UserError("an overlay needs it")
                 await self._filesystem.evict(image)
             except errors.UserError as refusal:

@@ -28,14 +28,7 @@ from lazyfs.core.shown_file import ShownFile
 from lazyfs.digest_check import DigestCheck
 from lazyfs.fetcher import Fetcher
 from lazyfs.filling import Filling
-from lazyfs.interfaces import (
-    Export,
-    FetchCounters,
-    ImageFile,
-    ImageRecord,
-    PlainFile,
-    Store,
-)
+from lazyfs.interfaces import Export, FetchCounters, ImageFile, ImageRecord, PlainFile, Store
 from lazyfs.pace import Pace
 from lazyfs.surroundings import Surroundings
 from lazyfs.totals import Read
@@ -244,9 +237,13 @@ class Image:
                 await self._save(**changes)
 
     async def retire(self, reason: errors.LazyfsError | None) -> None:
-        """Give up the name and remove what is cached. Who has it open keeps what was present.
+        """Give up the name and remove what is cached; the caller sees to the catalog, or calls `reinstate`.
 
-        With a `reason` the rest is not fetched any more; without, readers still fetch: the export is the same.
+        Who has it open keeps what was present. With a `reason` the rest is not fetched any more; without, readers still
+        fetch: the export is the same.
+
+        Raises:
+            UserError, OSError: it cannot be removed.
         """
         self.retired = True
         self.filling.stop()
@@ -257,10 +254,15 @@ class Image:
                 self.fetcher.failure = reason
                 await self.fetcher.aclose()
             await trio.to_thread.run_sync(partial_cache.remove, self._around.stores, self.record)
-            await trio.to_thread.run_sync(self._around.catalog.remove, [self.inode])
             if not self.open_count:
                 await self._close_plain_if_unused()
                 await self._close_file()
+
+    async def reinstate(self) -> None:
+        """Undo a `retire` that could not be ended: the name stays, with what is left of the files."""
+        async with self._changing:
+            self.retired = False
+            self.record = await trio.to_thread.run_sync(partial_cache.as_found, self._around.stores, self.record)
 
     async def aclose(self) -> None:
         """Save everything, hand off what is complete, and close; for the daemon's end, when nobody reads any more."""
@@ -284,38 +286,38 @@ class Image:
         assert self.record.size is not None
         if trouble := partial_cache.too_large(self.record):
             raise errors.UserError(trouble)
-        around, fresh = self._around, self._unkept or self.record.state is State.REMOTE
-        if self.record.state is State.REMOTE:
+        fresh = self.record.state is State.REMOTE
+        if fresh:
             await self._save(state=State.PARTIAL)
-            around.on_attributes_changed(self)
-        load = partial(partial_cache.load, around.stores, self.record, around.budget, fresh)
+            self._around.on_attributes_changed(self)
+        self._use(*await self._load(fresh or self._unkept))
+        await self._disown()  # a crash may have come before it; last, as this may be cancelled
+
+    async def _load(self, fresh: bool) -> tuple[Store, BlockMap, bool]:
+        load = partial(partial_cache.load, self._around.stores, self.record, self._around.budget, fresh)
         self._open_trouble = ""
         try:
-            store, blocks, kept = await trio.to_thread.run_sync(load)
+            return await trio.to_thread.run_sync(load)
         except errors.UserError as error:
             self._open_trouble = str(error)
             raise
-        self._unkept = not kept
-        self._store = self._file = store
+
+    def _use(self, store: Store, blocks: BlockMap, kept: bool) -> None:
+        """Serve from this store from now on, and look after it."""
+        self._store, self._file, self._unkept = store, store, not kept
         self.fetcher = self._make_fetcher(store, blocks)
         if self.record.state is State.FAILED:
             self.fetcher.failure = errors.UserError(self.record.error)
         self._scope = trio.CancelScope()
-        if self._unkept:
-            self._around.nursery.start_soon(self._wait_for_room, store)
-        else:
-            self._around.nursery.start_soon(self._look_after, self.fetcher)
-        await self._disown()  # a crash may have come before it; last, as this may be cancelled
+        task = self._look_after if kept else self._wait_for_room
+        self._around.nursery.start_soon(task, self.fetcher)
 
     async def _disown(self) -> None:
-        """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two versions."""
         if self._store is not None and self.record.state is State.FAILED:
-            try:
-                await trio.to_thread.run_sync(self._store.disown, limiter=self._around.syncs)
-            except (errors.LazyfsError, OSError) as error:
-                logger.warning("the file still names its export: image=%s reason=%s", self.record.export, error)
-                if self.fetcher is not None and isinstance(error, errors.CacheCorrupt):
-                    self.fetcher.distrust = error  # the sync may have reported that data was lost
+            disown = partial(partial_cache.disown, self._store, self.record)
+            trouble = await trio.to_thread.run_sync(disown, limiter=self._around.syncs)
+            if self.fetcher is not None and trouble is not None:
+                self.fetcher.distrust = trouble
 
     async def _open_plain(self) -> None:
         if self._plain is None:
@@ -339,9 +341,8 @@ class Image:
         try:
             return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
         except errors.CacheCorrupt as error:
-            self.record = replace(
-                self.record, error=f"{error}; remove it, if it is there, and mount anew to fetch it again"
-            )
+            trouble = f"{error}; remove it, if it is there, and mount anew to fetch it again"
+            self.record = replace(self.record, error=trouble)
             raise
 
     def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
@@ -412,26 +413,26 @@ class Image:
         async with self._changing:
             await self._checkpoint()
 
-    async def _wait_for_room(self, unkept: Store) -> None:
+    async def _wait_for_room(self, unkept: Fetcher) -> None:
         """Begin to cache an image that was opened with no room for its map, once there is room."""
         with self._scope:
-            while self._store is unkept:
+            while self.fetcher is unkept:
                 await trio.sleep(ROOM_CHECK_S)
                 async with self._changing:
-                    if self._store is not unkept or self._around.stores.nearly_full():
-                        continue
-                    old = self.fetcher
-                    try:
-                        # Readers keep the old fetcher until the new one is there: without one, all counts as present.
-                        await self._save()
-                        await self._open_file()
-                    except (errors.LazyfsError, OSError) as error:
-                        logger.warning("still no room: image=%s reason=%s", self.record.export, error)
-                        self._store, self._file, self.fetcher = unkept, unkept, old
-                    else:
-                        if old is not None:
-                            await old.rest()
-                    self._around.on_fillable()
+                    if self.fetcher is unkept and not self._around.stores.nearly_full():
+                        await self._try_to_keep()
+            while not await unkept.rest():  # noqa: ASYNC110 - readers that had begun with it end with it
+                await trio.sleep(ROOM_CHECK_S)
+
+    async def _try_to_keep(self) -> None:
+        try:
+            store, blocks, kept = await self._load(fresh=True)
+        except (errors.LazyfsError, OSError) as error:
+            logger.warning("still no room: image=%s reason=%s", self.record.export, error)
+            return
+        if kept:
+            self._use(store, blocks, kept)
+            self._around.on_fillable()
 
     async def _checkpoint(self) -> None:
         assert self.fetcher is not None
@@ -446,9 +447,8 @@ class Image:
 
     async def _hand_off(self, fetcher: Fetcher) -> bool:
         """Turn the complete image into a plain file, and tell the kernel; False if it is worth another try later."""
-        if self._store is None or not await self._digest_check.passes(
-            self._store
-        ):  # in minutes; no open waits for that
+        # The digest takes minutes; no open waits for that.
+        if self._store is None or not await self._digest_check.passes(self._store):
             return False
         async with self._changing:
             if not await self._become_whole(fetcher):

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lazyfs.budget import UNKEPT
 from lazyfs.core.lifecycle import State
-from lazyfs.fetcher import UNKEPT, Fetcher
+from lazyfs.fetcher import Fetcher
 from lazyfs.interfaces import FetchCounters, ImageRecord
 
 

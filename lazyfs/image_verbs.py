@@ -97,31 +97,44 @@ def _not_whole(target: Target) -> list[dict[str, Any]]:
 
 def pause(options: argparse.Namespace) -> int:
     """Pause population."""
-    return _each(options, lambda target: _jobs("job-pause", target, lambda job: job["status"] != "paused"))
+    return _each(
+        options,
+        lambda target: _jobs("job-pause", target, lambda job: _populates(job) and job["status"] != "paused"),
+    )
 
 
 def resume(options: argparse.Namespace) -> int:
     """Resume population."""
-    return _each(options, lambda target: _jobs("job-resume", target, lambda job: job["status"] == "paused"))
+    return _each(
+        options,
+        lambda target: _jobs("job-resume", target, lambda job: _populates(job) and job["status"] == "paused"),
+    )
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """End population."""
-    return _each(options, lambda target: _jobs("job-cancel", target, lambda job: True))
+    """End population, and verify jobs."""
+    return _each(
+        options, lambda target: _jobs("job-cancel", target, lambda job: job["status"] not in ("concluded", "null"))
+    )
+
+
+def _populates(job: dict[str, Any]) -> bool:
+    return bool(job["type"] == "populate")
+
+
+def _image_of(job: dict[str, Any]) -> str:
+    """Return the path of the image that a job works on, relative to the mountpoint."""
+    name: str = job["id"]
+    return name if _populates(job) else name.removeprefix(f"{job['type']}:")
 
 
 def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Apply a command to the populate jobs of an image, or of all below a folder."""
+    """Apply a command to the jobs of an image, or of all below a folder."""
     mount, inside = target
     (jobs,) = control_client.execute(mount, [("query-jobs", {})])
-    ids = [
-        job["id"]
-        for job in jobs
-        if job["type"] == "populate"
-        and (inside in ("", job["id"]) or job["id"].startswith(f"{inside}/"))
-        and wanted(job)
-    ]
-    if not ids and inside and inside not in [job["id"] for job in jobs]:
+    concerned = [job for job in jobs if not inside or f"{_image_of(job)}/".startswith(f"{inside}/")]
+    ids = [job["id"] for job in concerned if wanted(job)]
+    if not ids and inside and not any(map(_populates, concerned)):
         control_client.query(mount, inside)  # raises if there is no such image
         raise errors.UserError(f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that")
     return {"jobs": [job for job in ids if _applied(command, mount, job, must=job == inside)]}
@@ -144,6 +157,8 @@ def _applied(command: str, mount: mounts.Mount, job: str, must: bool) -> bool:
 def map_image(options: argparse.Namespace) -> int:
     """Show which ranges are here."""
     mount, inside = control_client.locate(options.image)
+    if not inside:
+        raise errors.UserError(f"{options.image} is a mountpoint; name an image on it")
     (entries,) = control_client.execute(mount, [("query-map", {"path": inside})])
     if options.json:
         json.dump(entries, sys.stdout, indent=2)
@@ -178,19 +193,22 @@ def _verified(target: Target, arguments: dict[str, Any], quiet: bool) -> dict[st
     damaged = []
     for name in names:
         try:
-            _verify_one(mount, name, arguments)
+            outcome = _verify_one(mount, name, arguments)
         except errors.UserError as error:
             damaged.append(str(error))
         else:
             if not quiet:
-                print(f"{mount.mountpoint}/{name}: as it should be")
+                print(f"{mount.mountpoint}/{name}: {outcome}")
     if damaged:
         raise errors.UserError("; ".join(damaged))
     return {"images": len(names)}
 
 
-def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> None:
+def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> str:
+    """Return how it is, if that is good."""
     (begun,) = control_client.execute(mount, [("verify", {"path": name, **arguments})])
+    if "id" not in begun:
+        return "not whole yet; the digest is kept, and compared once it is"
     job = begun["id"]
     try:
         with waiting.bar(f"{mount.mountpoint}/{name}") as advance:
@@ -204,6 +222,7 @@ def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> No
     control_client.execute(mount, [("job-dismiss", {"id": job})])
     if error := now.get("error"):
         raise errors.UserError(f"{mount.mountpoint}/{name}: {error}")
+    return "as it should be"
 
 
 def _job(mount: mounts.Mount, job: str) -> dict[str, Any]:

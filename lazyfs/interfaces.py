@@ -5,7 +5,7 @@ Unless it says otherwise, everything here is called from the trio thread only.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lazyfs import errors
@@ -88,6 +88,12 @@ class ImageRecord:
     def file_size(self) -> int | None:
         """Bytes of the file on the mount, None until the repository was asked."""
         return None if self.size is None else self.shown.size
+
+    def remote_again(self) -> "ImageRecord":
+        """Return the record of the image once nothing of it is cached any more."""
+        return replace(
+            self, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +383,10 @@ class Catalog(Protocol):
 
     def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
         """Set (inode, last_used_ns), and nothing else: what an `update` under way says of the rest stays."""
+        ...
+
+    def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
+        """Forget an image and insert another in its place; return it with its inode."""
         ...
 
     def remove(self, inodes: Sequence[int]) -> None:

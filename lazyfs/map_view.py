@@ -16,9 +16,12 @@ _PIPE_WIDTH = 80
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print the map, as `query-map` has it."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    size = sum(entry["length"] for entry in entries)
+    if not size:
+        console.print("0 B: an empty image")
+        return
     cells = strip(entries, console.width)
     console.print(Text.assemble(*(_CELLS[cell] for cell in cells)))
-    size = sum(entry["length"] for entry in entries)
     kinds = {
         "data": sum(entry["length"] for entry in entries if entry["data"]),
         "zero": sum(entry["length"] for entry in entries if entry["zero"]),

@@ -2,13 +2,12 @@
 
 import errno
 import logging
-from contextlib import suppress
 
 from lazyfs import errors
 from lazyfs.budget import Budget
 from lazyfs.core import map_file, shown_file
 from lazyfs.core.block_map import BlockMap
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
 from lazyfs.interfaces import ImageRecord, Store, Stores
 from lazyfs.units import MiB
 
@@ -75,18 +74,49 @@ def remove(stores: Stores, record: ImageRecord) -> None:
     """Remove what is cached of an image. Who has it open goes on reading. Blocks.
 
     Raises:
+        UserError: its plain file is not what lazyfs left there, so not ours to remove.
         OSError.
     """
+    if record.error == CHANGED_BY_HAND:
+        raise errors.UserError(f"{record.path}: {CHANGED_BY_HAND}")
     if record.state is State.WHOLE:
-        # A file that is gone, or is not what we left there, is not ours to remove.
-        with suppress(errors.CacheCorrupt):
+        try:
             plain = stores.whole(record)
-            try:
-                plain.remove()
-            finally:
-                plain.close()
+        except errors.PlainFileGone:
+            pass
+        except errors.CacheCorrupt as error:
+            raise errors.UserError(f"{record.path}: {error}; {CHANGED_BY_HAND}") from error
+        else:
+            plain.remove()
+            plain.close()
     if record.state is not State.REMOTE:
         # Of a whole image, too: the hand-off may have been cancelled before it removed them.
         partial = stores.partial(record)
         partial.unfinish()
         partial.remove()
+
+
+def as_found(stores: Stores, record: ImageRecord) -> ImageRecord:
+    """Return the record as it has to be after a removal that failed half-way. Blocks."""
+    if record.state is not State.WHOLE:
+        return record  # what is not there any more is begun anew
+    try:
+        stores.whole(record).close()
+    except errors.PlainFileGone:
+        return record.remote_again()
+    except errors.CacheCorrupt:
+        pass  # as it was before
+    return record
+
+
+def disown(store: Store, record: ImageRecord) -> errors.CacheCorrupt | None:
+    """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two versions. Blocks.
+
+    Returns what the sync reported, if data may have been lost.
+    """
+    try:
+        store.disown()
+    except (errors.LazyfsError, OSError) as error:
+        logger.warning("the file still names its export: image=%s reason=%s", record.export, error)
+        return error if isinstance(error, errors.CacheCorrupt) else None
+    return None

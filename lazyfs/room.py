@@ -11,7 +11,7 @@ without being kept. With limits but nothing to do no task wakes up, except for -
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,6 +27,12 @@ from lazyfs.interfaces import Space, Stores
 from lazyfs.units import format_size
 
 logger = logging.getLogger(__name__)
+
+
+async def none_needed() -> frozenset[str]:
+    """Return what overlays need where there are none."""
+    return frozenset()
+
 
 RETRY_S = 1.0
 """Between looks while there is no room: how late a close or an unpin makes some. A look at 10,000 images takes 2 ms."""
@@ -62,13 +68,12 @@ class Room:
         filesystem: Filesystem,
         stores: Stores,
         limits: Limits,
-        backing_files: Callable[[], frozenset[str]] = frozenset,
+        backing_files: Callable[[], Awaitable[frozenset[str]]] = none_needed,
     ) -> None:
         """Set the budget by what the catalog says.
 
         Args:
-            backing_files: returns the paths of the images that overlays need; blocks, and is called in a thread. Raises
-                UserError if it cannot tell.
+            backing_files: returns the paths of the images that overlays need. Raises UserError if it cannot tell.
         """
         self.message = ""
         """Why the cache may not grow now, and population pauses; "" if it may."""
@@ -126,7 +131,10 @@ class Room:
         wanted, reader = self._wanted(space)
         message = ""
         if wanted > 0:
-            freed, message = await self._evict(wanted, spare=not reader)
+            if self._in_vain(space, wanted):
+                freed, message = 0, self._explain("what is wanted at once is more than all that could be evicted")
+            else:
+                freed, message = await self._evict(wanted, spare=not reader)
             after = self._measure()
             # Some file systems free the blocks of a removed file a little later.
             space = Space(after.total, max(after.free, min(space.free + freed, after.total)))
@@ -152,6 +160,12 @@ class Room:
         mark = max(headroom, unmet)
         reading = any(image.record.state is State.PARTIAL for image in self._filesystem.open_images())
         return (mark + headroom - left if left < mark else 0), (reader and reading) or room < 0
+
+    def _in_vain(self, space: Space, wanted: int) -> bool:
+        """Whether one write is refused that evicting all would not make room for, and nothing else wants any."""
+        headroom, candidates = self._limits.headroom(space.total), self._free_to_go(spare=False)
+        left = self._filesystem.budget.after(self._left(space))[0]
+        return left >= headroom and bool(candidates) and sum(one.size for one in candidates) < wanted - headroom
 
     def _settle(self, space: Space) -> None:
         headroom, room = self._limits.headroom(space.total), self._left(space)
@@ -189,7 +203,7 @@ class Room:
 
     async def _scan(self, spare: bool) -> frozenset[str] | None:
         """Return the backing files of overlays; None if nothing may be evicted now."""
-        free_to_go = frozenset(one.key for one in eviction.choose(self._candidates(frozenset(), spare), _ALL))
+        free_to_go = frozenset(one.key for one in self._free_to_go(spare))
         self._trouble = "" if self.may_evict else "nothing is evicted after detach"
         if not free_to_go or not self.may_evict:
             return None
@@ -197,7 +211,7 @@ class Room:
             self._trouble = self._overlay_trouble
             return None
         try:
-            backing = await trio.to_thread.run_sync(self._backing_files)
+            backing = await self._backing_files()
         except errors.UserError as error:
             self._overlay_trouble = f"nothing is evicted, as {error}"
         except Exception as error:
@@ -210,6 +224,10 @@ class Room:
         self._trouble = self._overlay_trouble
         self._fruitless, self._scan_after = free_to_go, trio.current_time() + OVERLAYS_S
         return None
+
+    def _free_to_go(self, spare: bool) -> list[Candidate]:
+        """Return whom nothing but an overlay would keep."""
+        return eviction.choose(self._candidates(frozenset(), spare), _ALL)
 
     def _candidates(self, backing: frozenset[str], spare: bool) -> list[Candidate]:
         """What a later fetch can bring back: not the only copy of an image that is gone or has changed."""
@@ -233,14 +251,14 @@ class Room:
             for image in images
         ]
 
-    def _explain(self) -> str:
+    def _explain(self, why: str = "") -> str:
         space = self._stores.space()
         keep_free = self._limits.free_bytes(space.total)
         if self._limits.max_cache is not None and (keep_free is None or space.free > keep_free):
             what = f"the cache takes {format_size(self._used())}, --max-cache is {format_size(self._limits.max_cache)}"
         else:
             what = f"{format_size(space.free)} of the cache's disk is free, --min-free is {format_size(keep_free or 0)}"
-        why = self._trouble or "nothing can be evicted: images are open, pinned or being filled"
+        why = why or self._trouble or "nothing can be evicted: images are open, pinned or being filled"
         return f"no room: {what}, and {why}"
 
 

@@ -532,7 +532,7 @@ class _MemoryPlainFile(_MemoryReader):
         self._fd = -1
         found = stores.plain.get(record.path)
         if found is None:
-            raise errors.CacheCorrupt("the plain file cannot be opened: No such file or directory")
+            raise errors.PlainFileGone("the plain file cannot be opened: No such file or directory")
         if len(found) != record.file_size:
             raise errors.CacheCorrupt(f"the plain file has {len(found)} bytes, the image {record.file_size}")
         self._bytes = found
@@ -599,6 +599,11 @@ class MemoryCatalog:
         for inode, used_ns in uses:
             if inode in self.records:
                 self.records[inode] = replace(self.records[inode], last_used_ns=used_ns)
+
+    def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
+        (added,) = self.add([record])
+        self.records.pop(inode, None)
+        return added
 
     def remove(self, inodes: Sequence[int]) -> None:
         self._check()

@@ -211,7 +211,11 @@ COMMANDS = (
         "Drops what is cached of images. Open files keep theirs until they are closed; the next open begins anew.",
         (_PATHS,),
         returns=(_COUNT,),
-        errors=(_NO_IMAGE, "an image is pinned"),
+        errors=(
+            _NO_IMAGE,
+            "an image is pinned, or the backing file of an overlay",
+            "an image is gone from the repository: `forget` drops the last copy",
+        ),
     ),
     Command(
         "pin", "Never evicts these images, nor lets them be evicted.", (_PATHS,), returns=(_COUNT,), errors=(_NO_IMAGE,)
@@ -246,17 +250,16 @@ COMMANDS = (
             Argument(
                 "digest",
                 "str",
-                "what the whole export hashes to, such as sha256:9f86...; kept, and compared before an image "
-                "is handed off, too",
+                "what the whole export hashes to, such as sha256:9f86...; kept if it is right, or if the image is not "
+                "whole: then there is no job, as it is compared before the image is handed off",
                 optional=True,
             ),
             Argument("against-repository", "bool", "compare with the repository as well", optional=True),
         ),
-        returns=(Field("id", "str", "of the job, which has an error when the cache is damaged"),),
+        returns=(Field("id", "str", "of the job, which has an error when the cache is damaged", optional=True),),
         errors=(
             _NO_IMAGE,
             "the digest is none",
-            "a digest is given, and the image is not whole",
             "the image is being verified already",
         ),
     ),

@@ -23,6 +23,9 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
+CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
+"""The error of an image that has failed for that reason; the catalog keeps it."""
+
 _NEXT = {
     State.REMOTE: {State.PARTIAL, State.FAILED},
     State.PARTIAL: {State.WHOLE, State.FAILED, State.REMOTE},

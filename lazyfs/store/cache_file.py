@@ -257,7 +257,8 @@ class WholeFile(FileReader):
         """Open the file.
 
         Raises:
-            CacheCorrupt: nothing is there, or not a file of the image's size.
+            PlainFileGone: nothing is there.
+            CacheCorrupt: it is not a file of the image's size, or cannot be opened.
         """
         self._root_fd = root_fd
         self._path = record.path
@@ -267,7 +268,9 @@ class WholeFile(FileReader):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = os.open(record.path, flags, dir_fd=root_fd)
         except OSError as error:
-            raise errors.CacheCorrupt(f"the plain file cannot be opened: {error.strerror}") from error
+            gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
+            kind = errors.PlainFileGone if gone else errors.CacheCorrupt
+            raise kind(f"the plain file cannot be opened: {error.strerror}") from error
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             os.close(self._fd)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import sqlite3
 import stat
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,10 @@ import servers
 from fakes import pattern
 
 from lazyfs import cache_check, errors
-from lazyfs.cache_dir import CHANGED_BY_HAND, CacheDir
+from lazyfs.cache_dir import CacheDir
 from lazyfs.core import map_file, qcow2_layout
 from lazyfs.core.block_map import DATA, BlockRun
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
 from lazyfs.interfaces import FileLook, ImageRecord
 from lazyfs.units import KiB
 
@@ -408,6 +410,19 @@ def test_what_is_no_cache_or_a_newer_one_is_refused_and_not_touched(cache: Cache
         with pytest.raises(errors.UserError, match="update lazyfs"):
             cache.check(repair)
         assert cache.catalog.read_bytes() == before
+
+
+def test_no_room_for_the_copy_of_the_catalog_is_no_damage_of_the_catalog(cache: Cache) -> None:
+    cache.image("disk", "raw", 9)
+    before = cache.catalog.read_bytes()
+    command = [sys.executable, "-m", "lazyfs", "check", str(cache.folder), "--repair"]
+    size = len(before) // 2
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=limit)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"lazyfs: cannot check {cache.folder}: ")
+    assert cache.catalog.read_bytes() == before
+    assert not list(cache.folder.glob(".lazyfs/*damaged*"))
 
 
 def test_a_repair_that_fails_is_said(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

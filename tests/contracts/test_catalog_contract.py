@@ -117,6 +117,14 @@ def test_noting_a_use_changes_nothing_else(keeper: Keeper) -> None:
     assert keeper.reopen().load() == [one, replace(whole, last_used_ns=5)]
 
 
+def test_another_record_takes_the_place_of_one(keeper: Keeper) -> None:
+    one, two = keeper.now.add([BLANK, replace(BLANK, export="b", path="b")])
+    new = keeper.now.replace(one.inode, replace(one, size=5, digest="sha256:00"))
+    assert new == replace(one, size=5, digest="sha256:00", inode=new.inode)
+    assert new.inode > two.inode
+    assert keeper.reopen().load() == [two, new]
+
+
 def test_an_update_of_a_record_that_is_gone_brings_nothing_back(keeper: Keeper) -> None:
     one, two = keeper.now.add([BLANK, replace(BLANK, export="b", path="b")])
     keeper.now.remove([one.inode])

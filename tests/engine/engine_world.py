@@ -92,6 +92,9 @@ class World:
         self.events: list[tuple[str, str]] = []
         """(job, status) and (path, state), as clients hear them."""
 
+    async def _backing_files(self) -> frozenset[str]:
+        return self.backing_files()
+
     @asynccontextmanager
     async def daemon(self, *, populate: bool = False, crash: bool = False) -> AsyncIterator["World"]:
         """Run a daemon as `daemon.py` does; it ends with the block, cleanly or (`crash`) not."""
@@ -100,13 +103,13 @@ class World:
             self.filesystem = filesystem = Filesystem(
                 self.repository, self.stores, self.catalog, self.catalog.load(), self.options, nursery
             )
-            self.room = Room(filesystem, self.stores, self.limits, lambda: self.backing_files())
+            self.room = Room(filesystem, self.stores, self.limits, self._backing_files)
             self.population = Population(self.repository, self.stores, filesystem.active_images)
             self.population.room = self.room.shortage
             self.room.on_change = self.population.wake
             population = self.population
             self.jobs = Jobs(nursery, filesystem.active_images, lambda: population.paused)
-            self._commands = Commands("/mnt", filesystem, self.population, self.jobs).handlers
+            self._commands = Commands("/mnt", filesystem, self.population, self.jobs, self._backing_files).handlers
             filesystem.list_trouble = "the repository does not answer"
             with trio.move_on_after(FIRST_LIST_S), suppress(errors.ConnectionLost):
                 await filesystem.refresh()

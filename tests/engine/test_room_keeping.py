@@ -262,6 +262,43 @@ async def test_after_detach_nothing_is_evicted() -> None:
         assert set(world.stores.plain) == {"a", "b"}
 
 
+async def test_what_can_never_be_met_evicts_nobody() -> None:
+    """As the map of a huge image, which alone is larger than the cache may be."""
+    world = world_with("a", "b")
+    async with world.daemon(populate=True):
+        await fill(world, "a", "b")
+        for _ in range(20):
+            assert not world.filesystem.budget.reserve(2 * LIMIT)
+            await until(lambda: world.room.message != "")
+            assert "more than all that could be evicted" in world.room.message
+            await trio.sleep(5)
+        assert set(world.stores.plain) == {"a", "b"}
+        await until(lambda: world.room.shortage() == "")
+
+
+async def test_waiting_for_room_makes_no_connections() -> None:
+    world = world_with("a", "b", "c")
+    async with world.daemon(populate=True):
+        await fill(world, "a", "b")
+        held = [await world.open(name) for name in "ab"]
+        others = 0
+        for _ in range(3):
+            while world.filesystem.budget.reserve(KiB):
+                others += KiB
+            await trio.sleep(2)  # it is counted again
+        image = await world.open("c")
+        await world.check(image, blocks(0, 2))
+        fetcher = image.fetcher
+        await trio.sleep(100)
+        assert image.fetcher is fetcher
+        assert "not kept" in image.statistics().error
+        world.filesystem.budget.give_back(others)
+        for one in held:
+            await world.close(one)
+        await is_whole(world, "c")
+        assert image.fetcher is not fetcher
+
+
 async def test_overlays_alone_are_not_scanned_all_the_time() -> None:
     world = world_with("a", "b", "c")
     scans: list[float] = []

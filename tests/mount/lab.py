@@ -25,8 +25,12 @@ _libc = ctypes.CDLL(None)
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """preexec_fn: the process gets a signal when the test's process ends, however that ends."""
+    """preexec_fn: the process gets a signal when the test's process ends, however that ends.
+
+    It also heeds SIGINT, which a shell has its background jobs ignore, as the test's process may be one.
+    """
     _libc.prctl(PR_SET_PDEATHSIG, number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:

@@ -92,6 +92,7 @@ ROWS = [
     "core.config_key",
     "core.eviction",
     "core.overlay",
+    "core.digest",
     "core.shown_file",
     "core.qcow2_layout",
     "core.map_file",
