@@ -180,7 +180,9 @@ class Commands:
             raise CommandError(f"Parameter 'digest': {error}") from error
         if known and image.record.state is not State.WHOLE:
             await image.annotate(digest=known)
-            return {}
+            if not arguments.get("against-repository"):
+                return {}
+            known = ""
         job = f"verify:{image.record.path}"
         total = image.statistics().present_bytes + image.statistics().zero_bytes
 

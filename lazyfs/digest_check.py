@@ -31,7 +31,7 @@ class WrongDigest(errors.LazyfsError):
         self.digest = digest
 
     def __str__(self) -> str:
-        return f"{_WRONG}{self.digest}: evict it to fetch it again, or verify --digest the right one"
+        return f"{_WRONG}{self.digest}: evict it to fetch it again without one, or verify --digest the right one"
 
 
 class DigestCheck:

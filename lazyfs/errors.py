@@ -8,6 +8,7 @@
     ├── Unsupported         never ask this server again
     ├── ExportChanged       the export is not the one we have cached: fetch nothing more
     ├── CacheCorrupt        what is on disk cannot be trusted: discard and fetch again
+    │   └── PlainFileGone   a whole image's file is not there: somebody removed it
     ├── NoSpace             the cache's file system is full: serve without keeping
     │   └── OverLimit       the same, by --max-cache or --min-free
     ├── StateError          our own bug: an operation that the state does not permit

@@ -34,6 +34,9 @@ class UnderWay:
             del self._events[key]
             event.set()
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._events
+
     async def over(self, key: int) -> None:
         """Wait until nothing is under way for `key`."""
         if (event := self._events.get(key)) is not None:

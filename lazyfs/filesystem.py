@@ -227,7 +227,7 @@ class Filesystem:
         else:
             # Without an identity an equal size proves nothing, once another version has been seen.
             sure = record.state is State.WHOLE or record.identity != ""
-            if sure and record.state is not State.REMOTE and record.error.startswith("changed in the repository"):
+            if sure and record.state is not State.REMOTE and _has_changed(record):
                 await image.recover()
 
     async def _export_changed(self, image: Image, error: errors.ExportChanged) -> None:
@@ -242,22 +242,22 @@ class Filesystem:
             logger.warning("a change is not taken in yet: image=%s reason=%s", image.record.export, failed)
 
     async def _replace(self, image: Image, error: errors.ExportChanged | None, **changes: object) -> Image:
-        """Let a new inode take the name; the old one lives until its last close."""
-        logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
+        """Let a new inode take the name; the old one lives until its last close. All or nothing."""
         fresh: dict[str, object] = {
             "size": None, "identity": "", "state": State.REMOTE, "error": "", "created_ns": time.time_ns(),
             "present_bytes": 0, "demand_bytes": 0, "populated_bytes": 0, "requests": 0, "digest": "",
         }  # fmt: skip
+
+        self._check_current(image)
+
+        def take_over() -> ImageRecord:
+            added = replace(image.record, **(fresh | changes))  # type: ignore[arg-type]
+            return self._catalog.replace(image.inode, added)
+
         # Disk only, so never long; half done, the name would lead nowhere.
         with trio.CancelScope(shield=True), self._replacing.mark(image.inode):
-            try:
-                # Files first: a full disk has room for the catalog then. Without them the old row does no harm.
-                await image.retire(error)
-                added = replace(image.record, **(fresh | changes))  # type: ignore[arg-type]
-                record = await trio.to_thread.run_sync(self._catalog.replace, image.inode, added)
-            except BaseException:
-                await image.reinstate()
-                raise
+            record = await image.retire(error, take_over)
+            logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
             self._take_name(image)
             new = Image(record, self._around)
             new.gone = image.gone
@@ -290,7 +290,8 @@ class Filesystem:
                 shown_file.SUFFIX[image_format],
             )
             size = self._options.block_size if image_format == self._options.format else DEFAULT_BLOCK_SIZE
-            image = await self._renew(image, path=path, format=image_format, block_size=size)
+            digest = image.record.digest
+            image = await self._replace(image, None, path=path, format=image_format, block_size=size, digest=digest)
         if image.record.state is State.REMOTE:
             await self.sizes.learn_again(image, PREFETCH_ANSWER_S)
             if image.record.size is None:
@@ -315,7 +316,7 @@ class Filesystem:
         if image.record.state is State.REMOTE and not image.gone:
             return
         with trio.CancelScope(shield=True):
-            new = await self._renew(image, digest=image.record.digest)
+            new = await self._replace(image, None, digest=_lasting_digest(image))
             if new.gone and not new.open_count:
                 await self._drop([new])
 
@@ -361,14 +362,13 @@ class Filesystem:
                 await image.annotate(digest=digest)
         except (verifying.Differs, errors.CacheCorrupt) as damage:
             doubtful = isinstance(damage, verifying.OtherDigest) and digest not in ("", known)
-            lasting = image.gone or record.pinned or record.state is State.FAILED
-            if doubtful or lasting or image.retired:
+            if isinstance(damage, verifying.OtherDigest) and doubtful:
+                raise errors.UserError(damage.what) from damage
+            if is_last_copy(image) or image.record.pinned or image.retired:
                 logger.critical("%s: image=%s; kept", damage, record.export)
             else:
                 logger.critical("%s: image=%s; dropped, to be fetched again", damage, record.export)
-                await self._renew(image, digest=record.digest)
-            if isinstance(damage, verifying.OtherDigest) and doubtful:
-                raise errors.UserError(damage.what) from damage
+                await self._replace(image, None, digest=_lasting_digest(image))
             raise
         finally:
             self._drop_if_unused(image)
@@ -376,13 +376,8 @@ class Filesystem:
                 with trio.CancelScope(shield=True):
                     await source.aclose()
 
-    async def _renew(self, image: Image, **changes: object) -> Image:
-        """Replace an image on an operator's behalf, from the same export."""
-        self._check_current(image)
-        return await self._replace(image, None, **changes)
-
     def _check_current(self, image: Image) -> None:
-        if image.retired:
+        if image.retired or image.inode in self._replacing:
             raise errors.UserError(f"{image.record.path} is being replaced by a new version; try again")
 
     def set_rate(self, rate: int | None) -> None:
@@ -438,6 +433,21 @@ class Filesystem:
             if image.record.state is State.WHOLE:
                 self.names.invalidate(image)
             self.on_state_changed(image)
+
+
+def is_last_copy(image: Image) -> bool:
+    """Whether no fetch would bring back what is cached: the export is gone, or has changed."""
+    record = image.record
+    return image.gone or record.state is State.FAILED or (record.state is State.WHOLE and _has_changed(record))
+
+
+def _has_changed(record: ImageRecord) -> bool:
+    return record.error.startswith("changed in the repository")
+
+
+def _lasting_digest(image: Image) -> str:
+    """Return the digest that holds for what will be fetched: none if anything was wrong with it, or with the export."""
+    return "" if image.record.error else image.record.digest
 
 
 def _has_nothing(image: Image) -> bool:

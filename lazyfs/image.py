@@ -14,8 +14,10 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -34,6 +36,7 @@ from lazyfs.surroundings import Surroundings
 from lazyfs.totals import Read
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHECKPOINT_S = 5.0
 """Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
@@ -236,33 +239,30 @@ class Image:
             if replace(self.record, **changes) != self.record:  # type: ignore[arg-type]
                 await self._save(**changes)
 
-    async def retire(self, reason: errors.LazyfsError | None) -> None:
-        """Give up the name and remove what is cached; the caller sees to the catalog, or calls `reinstate`.
+    async def retire(self, reason: errors.LazyfsError | None, take_over: Callable[[], T]) -> T:
+        """Give up the name, and remove what is cached; return what `take_over` returns.
 
         Who has it open keeps what was present. With a `reason` the rest is not fetched any more; without, readers still
         fetch: the export is the same.
 
+        `take_over` puts another image in this one's place in the catalog; it is called in a thread.
+
         Raises:
-            UserError, OSError: it cannot be removed.
+            UserError, OSError, and what `take_over` raises: all is as it was.
         """
-        self.retired = True
-        self.filling.stop()
-        self._scope.cancel()
         async with self._changing:
-            self._scope.cancel()  # again: an open that was under way has begun another
+            remove = partial(partial_cache.remove, self._around.stores, self.record, take_over)
+            taken_over = await trio.to_thread.run_sync(remove)
+            self.retired = True
+            self.filling.stop()
+            self._scope.cancel()
             if self.fetcher is not None and reason is not None:
                 self.fetcher.failure = reason
                 await self.fetcher.aclose()
-            await trio.to_thread.run_sync(partial_cache.remove, self._around.stores, self.record)
             if not self.open_count:
                 await self._close_plain_if_unused()
                 await self._close_file()
-
-    async def reinstate(self) -> None:
-        """Undo a `retire` that could not be ended: the name stays, with what is left of the files."""
-        async with self._changing:
-            self.retired = False
-            self.record = await trio.to_thread.run_sync(partial_cache.as_found, self._around.stores, self.record)
+        return taken_over
 
     async def aclose(self) -> None:
         """Save everything, hand off what is complete, and close; for the daemon's end, when nobody reads any more."""

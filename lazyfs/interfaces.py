@@ -267,6 +267,14 @@ class PlainFile(ImageFile, Protocol):
         """Return the open file's descriptor, for the kernel to read from."""
         ...
 
+    def set_aside(self) -> None:
+        """Free its path, so that the catalog may say that nothing is there; `restore` or `remove` comes next."""
+        ...
+
+    def restore(self) -> None:
+        """Undo `set_aside`."""
+        ...
+
 
 class Store(ImageFile, Protocol):
     """The cache file of an image that is being filled, and its map. Sees whole blocks only.

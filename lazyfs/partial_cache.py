@@ -2,16 +2,20 @@
 
 import errno
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 from lazyfs import errors
 from lazyfs.budget import Budget
 from lazyfs.core import map_file, shown_file
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
-from lazyfs.interfaces import ImageRecord, Store, Stores
+from lazyfs.interfaces import ImageRecord, PlainFile, Store, Stores
 from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_BLOCKS = 256 * MiB
 """Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
@@ -70,43 +74,53 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> tu
         raise
 
 
-def remove(stores: Stores, record: ImageRecord) -> None:
-    """Remove what is cached of an image. Who has it open goes on reading. Blocks.
+def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
+    """Remove what is cached of an image; return what `tell` returns. Who has it open goes on reading. Blocks.
+
+    Nothing lies at the image's path any more when `tell`, which tells the catalog, is called; if that fails, all is as
+    it was. A crash before it has the image fetched again, one after it leaves files that the next mount sweeps.
 
     Raises:
         UserError: its plain file is not what lazyfs left there, so not ours to remove.
-        OSError.
+        OSError, or what `tell` raises: nothing was removed.
     """
+    plain = _plain_file(stores, record)
+    partial = stores.partial(record) if record.state is not State.REMOTE else None
+    try:
+        if plain is not None:
+            plain.set_aside()
+        elif partial is not None:
+            partial.unfinish()
+        try:
+            told = tell()
+        except BaseException:
+            if plain is not None:
+                plain.restore()
+            raise
+        try:
+            if plain is not None:
+                plain.remove()
+            if partial is not None:
+                partial.remove()
+        except OSError as error:
+            logger.warning("its room is free after the next mount: image=%s reason=%s", record.export, error)
+        return told
+    finally:
+        if plain is not None:
+            plain.close()
+
+
+def _plain_file(stores: Stores, record: ImageRecord) -> PlainFile | None:
     if record.error == CHANGED_BY_HAND:
         raise errors.UserError(f"{record.path}: {CHANGED_BY_HAND}")
-    if record.state is State.WHOLE:
-        try:
-            plain = stores.whole(record)
-        except errors.PlainFileGone:
-            pass
-        except errors.CacheCorrupt as error:
-            raise errors.UserError(f"{record.path}: {error}; {CHANGED_BY_HAND}") from error
-        else:
-            plain.remove()
-            plain.close()
-    if record.state is not State.REMOTE:
-        # Of a whole image, too: the hand-off may have been cancelled before it removed them.
-        partial = stores.partial(record)
-        partial.unfinish()
-        partial.remove()
-
-
-def as_found(stores: Stores, record: ImageRecord) -> ImageRecord:
-    """Return the record as it has to be after a removal that failed half-way. Blocks."""
     if record.state is not State.WHOLE:
-        return record  # what is not there any more is begun anew
+        return None
     try:
-        stores.whole(record).close()
+        return stores.whole(record)
     except errors.PlainFileGone:
-        return record.remote_again()
-    except errors.CacheCorrupt:
-        pass  # as it was before
-    return record
+        return None
+    except errors.CacheCorrupt as error:
+        raise errors.UserError(f"{record.path}: {error}; {CHANGED_BY_HAND}") from error
 
 
 def disown(store: Store, record: ImageRecord) -> errors.CacheCorrupt | None:

@@ -21,7 +21,7 @@ from lazyfs import errors, partial_cache
 from lazyfs.core import eviction, shown_file
 from lazyfs.core.eviction import Candidate, Limits
 from lazyfs.core.lifecycle import State
-from lazyfs.filesystem import Filesystem
+from lazyfs.filesystem import Filesystem, is_last_copy
 from lazyfs.image import Image
 from lazyfs.interfaces import Space, Stores
 from lazyfs.units import format_size
@@ -91,6 +91,8 @@ class Room:
         self._scan_after = -math.inf
         self._overlay_trouble = ""
         """What came of that scan."""
+        self._stuck: dict[int, str] = {}
+        """Why images could not be evicted, as far as the log knows."""
         self._trouble = ""
         """Why nobody was evicted, if not for being open or pinned."""
         if limits:
@@ -131,10 +133,7 @@ class Room:
         wanted, reader = self._wanted(space)
         message = ""
         if wanted > 0:
-            if self._in_vain(space, wanted):
-                freed, message = 0, self._explain("what is wanted at once is more than all that could be evicted")
-            else:
-                freed, message = await self._evict(wanted, spare=not reader)
+            freed, message = await self._evict(wanted, spare=not reader)
             after = self._measure()
             # Some file systems free the blocks of a removed file a little later.
             space = Space(after.total, max(after.free, min(space.free + freed, after.total)))
@@ -161,11 +160,11 @@ class Room:
         reading = any(image.record.state is State.PARTIAL for image in self._filesystem.open_images())
         return (mark + headroom - left if left < mark else 0), (reader and reading) or room < 0
 
-    def _in_vain(self, space: Space, wanted: int) -> bool:
-        """Whether one write is refused that evicting all would not make room for, and nothing else wants any."""
-        headroom, candidates = self._limits.headroom(space.total), self._free_to_go(spare=False)
-        left = self._filesystem.budget.after(self._left(space))[0]
-        return left >= headroom and bool(candidates) and sum(one.size for one in candidates) < wanted - headroom
+    def _in_vain(self, candidates: list[Candidate], wanted: int) -> bool:
+        """Whether there is room but for one write, for which evicting all would not be enough."""
+        space = self._stores.space()
+        headroom, left = self._limits.headroom(space.total), self._filesystem.budget.after(self._left(space))[0]
+        return left >= headroom and 0 < sum(one.size for one in candidates) < wanted - headroom
 
     def _settle(self, space: Space) -> None:
         headroom, room = self._limits.headroom(space.total), self._left(space)
@@ -184,22 +183,38 @@ class Room:
 
     async def _evict(self, wanted: int, spare: bool) -> tuple[int, str]:
         """Evict for `wanted` bytes; return how many were freed, and why not enough, should they not be."""
+        if self._in_vain(self._free_to_go(spare=False), wanted):
+            return 0, ""  # the image that wants it says so itself
         backing = await self._scan(spare)
+        if backing is None:
+            return 0, self._explain()
         images = {image.inode: image for image in self._filesystem.names.images()}
         # From here to each eviction's first step nothing is awaited but evictions: who opens an image is seen.
         freed = 0
-        for chosen in eviction.choose(self._candidates(backing, spare), wanted) if backing is not None else []:
-            image = images[chosen.key]
+        chosen = eviction.choose(self._candidates(backing, spare), _ALL)
+        if self._in_vain(chosen, wanted):
+            return 0, ""
+        for candidate in chosen:
+            image = images[candidate.key]
+            if freed >= wanted:
+                break
             if image.open_count or image.retired:
                 continue
             try:
                 await self._filesystem.evict(image)
             except (errors.LazyfsError, OSError) as error:
-                logger.warning("cannot be evicted: image=%s reason=%s", image.record.export, error)
+                self._complain(image, error)
             else:
-                logger.info("evicted for room: image=%s bytes=%d", image.record.export, chosen.size)
-                freed += chosen.size
+                logger.info("evicted for room: image=%s bytes=%d", image.record.export, candidate.size)
+                freed += candidate.size
         return freed, self._explain()
+
+    def _complain(self, image: Image, error: Exception) -> None:
+        """One that cannot go leaves it to the others; said once, as it is tried again each second."""
+        self._trouble = f"{image.record.path} cannot be evicted: {error}"
+        if self._stuck.get(image.inode) != str(error):
+            self._stuck[image.inode] = str(error)
+            logger.warning("cannot be evicted: image=%s reason=%s", image.record.export, error)
 
     async def _scan(self, spare: bool) -> frozenset[str] | None:
         """Return the backing files of overlays; None if nothing may be evicted now."""
@@ -234,7 +249,7 @@ class Room:
         images = [
             image
             for image in self._filesystem.names.images()
-            if image.record.state in (State.PARTIAL, State.WHOLE) and not image.retired and not image.gone
+            if image.record.state is not State.REMOTE and not image.retired and not is_last_copy(image)
         ]
         filling = [image for image in images if image.fillable and not image.open_count]
         spared = max(filling, key=lambda image: image.record.last_used_ns, default=None) if spare else None
@@ -251,14 +266,14 @@ class Room:
             for image in images
         ]
 
-    def _explain(self, why: str = "") -> str:
+    def _explain(self) -> str:
         space = self._stores.space()
         keep_free = self._limits.free_bytes(space.total)
         if self._limits.max_cache is not None and (keep_free is None or space.free > keep_free):
             what = f"the cache takes {format_size(self._used())}, --max-cache is {format_size(self._limits.max_cache)}"
         else:
             what = f"{format_size(space.free)} of the cache's disk is free, --min-free is {format_size(keep_free or 0)}"
-        why = why or self._trouble or "nothing can be evicted: images are open, pinned or being filled"
+        why = self._trouble or "nothing can be evicted: images are open, pinned or being filled"
         return f"no room: {what}, and {why}"
 
 

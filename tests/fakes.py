@@ -345,6 +345,8 @@ class MemoryStores:
     def __init__(self) -> None:
         self.partials: dict[int, _Disk] = {}
         self.plain: dict[str, bytearray | bytes] = {}
+        self.aside: dict[str, bytearray | bytes] = {}
+        """Plain files whose image is being replaced in the catalog."""
         """Plain files by path, whole images and what else a test puts there."""
         self.full = False
         """Every write fails with NoSpace, and nothing new can be begun."""
@@ -381,7 +383,10 @@ class MemoryStores:
 
     def allocated(self) -> int:
         """What `du` says of all images' data."""
-        linked = {id(data) for data in [*(disk.data for disk in self.partials.values()), *self.plain.values()]}
+        linked = {
+            id(data)
+            for data in [*(disk.data for disk in self.partials.values()), *self.plain.values(), *self.aside.values()]
+        }
         self._disks = [disk for disk in self._disks if id(disk.data) in linked]
         return sum(len(disk.grains) for disk in self._disks) * GRAIN
 
@@ -555,7 +560,14 @@ class _MemoryPlainFile(_MemoryReader):
             os.close(self._fd)
         self._fd = -1
 
+    def set_aside(self) -> None:
+        self._stores.aside[self._path] = self._stores.plain.pop(self._path)
+
+    def restore(self) -> None:
+        self._stores.plain[self._path] = self._stores.aside.pop(self._path)
+
     def remove(self) -> None:
+        self._stores.aside.pop(self._path, None)
         self._stores.plain.pop(self._path, None)
 
 

@@ -262,6 +262,9 @@ class WholeFile(FileReader):
         """
         self._root_fd = root_fd
         self._path = record.path
+        self._name = record.path
+        """Where it is now."""
+        self._aside = f"{PARTIAL}/{record.inode}.{record.format}"
         size = record.file_size
         try:
             # O_NONBLOCK: should somebody have put a fifo there.
@@ -280,10 +283,24 @@ class WholeFile(FileReader):
         """Return the open file's descriptor."""
         return self._fd
 
+    def set_aside(self) -> None:
+        """Move the plain file to where partial files are, from which a mount sweeps it if nobody removes it before."""
+        with suppress(FileNotFoundError):  # else, as another name of the same file, it would stay where it is
+            os.unlink(self._aside, dir_fd=self._root_fd)
+        os.rename(self._path, self._aside, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+        self._name = self._aside
+
+    def restore(self) -> None:
+        """Undo `set_aside`. Replaces nothing that was put in its place meanwhile."""
+        with suppress(FileExistsError):
+            os.link(self._aside, self._path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+        os.unlink(self._aside, dir_fd=self._root_fd)
+        self._name = self._path
+
     def remove(self) -> None:
         """Unlink the plain file; what has it open keeps it."""
         with suppress(FileNotFoundError):
-            os.unlink(self._path, dir_fd=self._root_fd)
+            os.unlink(self._name, dir_fd=self._root_fd)
 
     def close(self) -> None:
         """Close the file."""

@@ -409,6 +409,13 @@ def test_the_plain_file_of_a_whole_image(disk: Disk) -> None:
         assert plain.read_nowait(start, 100) in (None, shown[start : start + 100])
     with pytest.raises(errors.CacheCorrupt):
         plain.read(len(shown) - 1, 2)
+    path = disk.record.path
+    plain.set_aside()
+    assert disk.get(path) is None
+    assert plain.read(0, len(shown)) == shown
+    plain.restore()
+    assert disk.get(path) == shown
+    plain.set_aside()
     plain.remove()
     assert disk.get("team/disk") is None
     assert plain.read(0, len(shown)) == shown

@@ -51,7 +51,7 @@ async def test_a_wrong_digest_is_never_handed_off() -> None:
             await trio.sleep(100)
             assert image.record.state is State.FAILED
             assert image.record.error == (
-                f"its bytes do not have the digest {WRONG}: evict it to fetch it again, or verify --digest the right one"
+                f"its bytes do not have the digest {WRONG}: evict it to fetch it again without one, or verify --digest the right one"
             )
             assert world.stores.plain == {}
             await world.check(image, blocks(0, 30))  # who has it open is not cut off

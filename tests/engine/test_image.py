@@ -463,7 +463,7 @@ async def test_a_retired_image_serves_what_it_had_until_its_last_close() -> None
     async with world.daemon():
         image = await world.open("disk")
         await world.check(image, blocks(0, 2))
-        await image.retire(errors.ExportChanged("disk", "a", "b"))
+        await image.retire(errors.ExportChanged("disk", "a", "b"), lambda: world.catalog.remove([image.inode]))
         assert not world.stores.partials
         await world.check(image, blocks(0, 2))
         with pytest.raises(errors.ExportChanged):
@@ -480,8 +480,9 @@ async def test_retiring_a_whole_image_whose_file_is_gone() -> None:
         await until(lambda: image.record.state is State.WHOLE)
         await world.close(image)
         world.stores.plain.clear()
-        await image.retire(errors.ExportChanged("disk", "a", "b"))
-        assert not world.stores.partials
+        await image.retire(errors.ExportChanged("disk", "a", "b"), lambda: world.catalog.remove([image.inode]))
+        assert image.retired
+        assert world.catalog.load() == []
 
 
 async def test_an_open_that_fails_does_not_count() -> None:

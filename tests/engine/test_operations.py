@@ -324,7 +324,7 @@ async def test_an_image_whose_eviction_fails_half_way_goes_on_and_can_be_evicted
     make: Callable[[World], Awaitable[Image]], opened: bool
 ) -> None:
     world = world_with("disk", populate=False)
-    async with world.daemon():
+    async with world.daemon(populate=True):
         image = await make(world)
         if opened:
             await world.filesystem.open(image)
@@ -334,11 +334,17 @@ async def test_an_image_whose_eviction_fails_half_way_goes_on_and_can_be_evicted
         world.catalog.error = None
         assert not image.retired
         assert world.image("disk") is image
+        assert states(world)["disk"] == image.record.state.value != "remote"
+        read = world.repository.bytes_read()
         if not opened:
             await world.filesystem.open(image)
-        await world.check(image, blocks(0, 9))
+        await world.check(image, blocks(0, 4))
+        assert world.repository.bytes_read() == read, "all is as it was"
         assert len(world.catalog.load()) == 1
+        await world.command("prefetch", path="disk")
+        await until(lambda: states(world)["disk"] == "whole")
         await world.command("evict", path="disk")
+        assert world.image("disk") is not image
         assert states(world)["disk"] == "remote"
         assert not world.stores.plain
         assert not world.stores.partials
@@ -361,6 +367,28 @@ async def test_a_plain_file_changed_by_hand_is_not_evicted() -> None:
         world.stores.plain.clear()
         await world.command("evict", path="disk")
         assert states(world) == {"disk": "remote"}
+
+
+async def test_evicting_takes_a_new_version_without_the_digest_of_the_old() -> None:
+    world = world_with("disk", populate=False)
+    content = world.repository.exports["disk"].content
+    async with world.daemon():
+        await whole(world)
+        assert await verified(world, "disk", digest=f"sha256:{hashlib.sha256(content).hexdigest()}") == ""
+        world.repository.add("disk", pattern(len(content), 9), identity="new")
+        await world.filesystem.refresh()
+        await world.command("evict", path="disk")
+        assert world.image("disk").record.digest == ""
+        await whole(world)
+
+
+async def test_prefetch_in_another_format_keeps_the_digest() -> None:
+    world = world_with("disk", populate=False)
+    digest = f"sha256:{hashlib.sha256(world.repository.exports['disk'].content).hexdigest()}"
+    async with world.daemon():
+        assert await world.command("verify", path="disk", digest=digest) == {}
+        await world.command("prefetch", path="disk", format="qcow2")
+        assert world.image("disk").record.digest == digest
 
 
 async def test_evict_heeds_overlays_and_leaves_last_copies() -> None:

@@ -269,11 +269,44 @@ async def test_what_can_never_be_met_evicts_nobody() -> None:
         await fill(world, "a", "b")
         for _ in range(20):
             assert not world.filesystem.budget.reserve(2 * LIMIT)
-            await until(lambda: world.room.message != "")
-            assert "more than all that could be evicted" in world.room.message
             await trio.sleep(5)
+            assert world.room.message == "", "others may go on"
         assert set(world.stores.plain) == {"a", "b"}
-        await until(lambda: world.room.shortage() == "")
+        world.backing_files = lambda: frozenset({"a"})
+        assert not world.filesystem.budget.reserve(LIMIT - SIZE + MiB)  # b alone would not do
+        await trio.sleep(5)
+        assert set(world.stores.plain) == {"a", "b"}
+
+
+async def test_one_that_cannot_go_leaves_it_to_others(caplog: pytest.LogCaptureFixture) -> None:
+    world = world_with("a", "b", "c")
+    async with world.daemon(populate=True):
+        await fill(world, "a", "b")
+        world.stores.plain["a"] = b"mine"
+        await fill(world, "c")
+        assert [state(world, name) for name in "abc"] == [State.WHOLE, State.REMOTE, State.WHOLE]
+        await world.filesystem.evict(world.image("c"))
+        await world.image("c").annotate(pinned=True)
+        image = await world.open("c")
+        await is_whole(world, "c")
+        await world.open("b")
+        await until(lambda: world.room.message != "")
+        assert "a cannot be evicted: a: the plain file has 4 bytes" in world.room.message
+        await trio.sleep(30)
+        assert caplog.text.count("cannot be evicted: image=a") == 1
+        await world.close(image)
+
+
+async def test_the_last_copy_of_a_whole_image_stays() -> None:
+    """Its export has changed: the next fetch would bring another version."""
+    world = world_with("a", "b", "c")
+    async with world.daemon(populate=True):
+        await fill(world, "a", "b")
+        world.repository.add("a", pattern(SIZE, 9), identity="new")
+        await world.filesystem.refresh()
+        assert "changed in the repository" in world.image("a").record.error
+        await fill(world, "c")
+        assert [state(world, name) for name in "abc"] == [State.WHOLE, State.REMOTE, State.WHOLE]
 
 
 async def test_waiting_for_room_makes_no_connections() -> None:
