@@ -4,6 +4,7 @@ Exit 0: done; 1: it failed, with one line on stderr that says why and what to do
 """
 
 import argparse
+import errno
 import io
 import json
 import logging
@@ -93,6 +94,8 @@ def _mountpoint(path: str) -> str:
     mountpoint = os.path.realpath(path)
     mounted = [mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == mountpoint]
     try:
+        if mounted and not control_client.alive(mounted[-1]):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         os.statvfs(mountpoint)  # unlike stat, never answered from the kernel's cache
     except FileNotFoundError:
         raise errors.UserError(f"the mountpoint {mountpoint} does not exist; make it with mkdir") from None
@@ -101,7 +104,7 @@ def _mountpoint(path: str) -> str:
             raise errors.UserError(f"cannot use {mountpoint}: {error.strerror}") from error
         from lazyfs import kernel_session
 
-        kernel_session.unmount(mountpoint, lazy=True)  # its daemon was killed
+        kernel_session.clear_away(mountpoint)  # its daemon was killed
         return _mountpoint(path)
     if mounted:
         raise errors.UserError(f"{mounted[-1].repository} is mounted on {mountpoint} already; lazyfs umount it first")

@@ -4,11 +4,12 @@ import asyncio
 import errno
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from lazyfs import errors, mounts
+from lazyfs import errors, mounts, process_files
 from lazyfs.units import GiB
 
 MAX_ANSWER = 1 * GiB
@@ -17,6 +18,8 @@ MAX_ANSWER = 1 * GiB
 TIMEOUT_S = 10.0
 """A daemon greets and answers a question in milliseconds; one that does not in this time hangs. Other commands may
 take longer: a hundred large files are not removed in a moment."""
+
+_KILLED = "it was killed; mount again"
 
 Command = tuple[str, dict[str, Any]]
 
@@ -93,10 +96,12 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
     except Refused as error:
         raise Refused(f"{mount.mountpoint}: {error}") from error
     except TimeoutError:
+        if _has_ended(mount):
+            raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {_KILLED}") from None
         raise Hangs(f"the daemon of {mount.mountpoint} does not answer in {TIMEOUT_S:g} s") from None
     except OSError as error:
         if not alive(mount):
-            reason = "it was killed; mount again"
+            reason = _KILLED
         elif isinstance(error, ConnectionError):
             reason = "its control socket has as many clients as it takes (64), or refuses them"
         else:
@@ -106,11 +111,23 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
 
 def alive(mount: mounts.Mount) -> bool:
     """Whether a daemon holds the connection, be it one that hangs (then this hangs, too)."""
+    if _has_ended(mount):
+        return False
     try:
         os.statvfs(mount.mountpoint)
     except OSError as error:
         return error.errno != errno.ENOTCONN
     return True
+
+
+def _has_ended(mount: mounts.Mount) -> bool:
+    """Whether the daemon has died for sure, although a thread of it that hangs in the kernel may keep all open."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(mounts.socket_path(mount.mountpoint))
+            return process_files.is_zombie(process_files.peer_of(client))
+        except (OSError, ValueError):
+            return False
 
 
 async def ask(path: str, commands: Sequence[Command]) -> list[Any]:

@@ -9,6 +9,7 @@ from lazyfs import errors, image_map
 from lazyfs.core import digest
 from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
+from lazyfs.digest_check import is_mismatch
 from lazyfs.filesystem import Filesystem
 from lazyfs.image import Image
 from lazyfs.jobs import Jobs, Task
@@ -129,12 +130,14 @@ class Commands:
     # -- images
 
     async def _prefetch(self, arguments: Arguments) -> object:
-        paths = []
+        paths, images, image_format = [], self._images(arguments["path"]), arguments.get("format")
+        for image in images:  # before any name is changed
+            self._filesystem.check_format(image, image_format)
 
         async def prefetch(image: Image) -> None:
-            paths.append((await self._filesystem.prefetch(image, arguments.get("format"))).record.path)
+            paths.append((await self._filesystem.prefetch(image, image_format)).record.path)
 
-        return {**await self._each(self._images(arguments["path"]), prefetch), "paths": paths}
+        return {**await self._each(images, prefetch), "paths": paths}
 
     async def _set_rate(self, arguments: Arguments) -> object:
         rate, images = arguments["rate"] or None, self._images(arguments["path"])
@@ -180,6 +183,8 @@ class Commands:
             raise CommandError(f"Parameter 'digest': {error}") from error
         if known and image.record.state is not State.WHOLE:
             await image.annotate(digest=known)
+            if is_mismatch(image.record):
+                await image.recover()  # it will be compared with this one
             if not arguments.get("against-repository"):
                 return {}
             known = ""

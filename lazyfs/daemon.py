@@ -182,6 +182,7 @@ class _Daemon:
             self._cache.root_fd,
             self._backings,
             session.connect_libfuse,
+            session.forget_names,
             config.allow_evict,
             self._backing_files,
         )

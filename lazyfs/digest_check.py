@@ -34,6 +34,11 @@ class WrongDigest(errors.LazyfsError):
         return f"{_WRONG}{self.digest}: evict it to fetch it again without one, or verify --digest the right one"
 
 
+def is_mismatch(record: ImageRecord) -> bool:
+    """Whether an image has failed because its bytes have another digest."""
+    return record.state is State.FAILED and record.error.startswith(_WRONG)
+
+
 class DigestCheck:
     """Of one image. Remembers the outcome, so that each digest is compared once. Trio thread only."""
 
@@ -64,7 +69,7 @@ class DigestCheck:
         Cancellation: takes effect between two pieces.
         """
         record = self._record()
-        if record.state is State.FAILED and not record.error.startswith(_WRONG):
+        if record.state is State.FAILED and not is_mismatch(record):
             return False
         if record.digest != self._wanted:
             try:

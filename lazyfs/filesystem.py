@@ -279,9 +279,8 @@ class Filesystem:
             UserError: something is cached in another format, the image has failed, or is gone from the repository.
             LazyfsError, OSError: it cannot be begun now.
         """
+        self.check_format(image, image_format)
         if image_format is not None and image_format != image.record.format:
-            if not _has_nothing(image):
-                raise errors.UserError(f"{image.record.path} is cached as {image.record.format}; evict it first")
             taken, own = TakenNames(self.names.root), image.record.path
             path = shown_path(
                 image.record.export,
@@ -303,6 +302,11 @@ class Filesystem:
         self._active[image.inode] = image
         self.on_fillable()
         return image
+
+    def check_format(self, image: Image, image_format: str | None) -> None:
+        """Raise UserError if `prefetch` would refuse that format: something is cached in another."""
+        if image_format not in (None, image.record.format) and not _has_nothing(image):
+            raise errors.UserError(f"{image.record.path} is cached as {image.record.format}; evict it first")
 
     async def evict(self, image: Image) -> None:
         """Drop what is cached; who has the image open keeps it until closed.

@@ -55,10 +55,13 @@ class FuseAdapter(pyfuse3.Operations):
         root_fd: int,
         backings: passthrough.Backings,
         on_connected: Callable[[], None],
+        forget_names: Callable[[], bool],
         allow_evict: bool,
         backing_files: Callable[[], Awaitable[frozenset[str]]],
     ) -> None:
         """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated.
+
+        `forget_names`: as `KernelSession.forget_names`.
 
         `allow_evict`: whether unlink(2) evicts. `backing_files`: what it does not, as overlays need it; as for `Room`.
         """
@@ -69,6 +72,7 @@ class FuseAdapter(pyfuse3.Operations):
         self._root_fd = root_fd
         self._backings = backings
         self._on_connected = on_connected
+        self._forget_names = forget_names
         self._allow_evict = allow_evict
         self._backing_files = backing_files
         self._mounted_ns = time.time_ns()
@@ -76,7 +80,7 @@ class FuseAdapter(pyfuse3.Operations):
     def init(self) -> None:
         """libfuse is ready: from here on the kernel listens to notifications."""
         self._on_connected()
-        self._filesystem.names.on_invalid_entry = _invalidate_entry
+        self._filesystem.names.on_invalid_entry = self._invalidate_entry
         self._filesystem.on_invalid_attributes = _invalidate_attributes
 
     # -- names and attributes
@@ -257,6 +261,13 @@ class FuseAdapter(pyfuse3.Operations):
 
     # -- inside
 
+    def _invalidate_entry(self, folder: Folder, name: str) -> None:
+        if not self._forget_names():
+            # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve may hold.
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(folder.inode), pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True
+            )
+
     def _node(self, inode: int) -> Node:
         node = self._filesystem.names.node(inode)
         if node is None:
@@ -306,13 +317,6 @@ def _xattrs(node: Node) -> dict[str, str]:
         "digest": record.digest,
     }
     return {XATTR_PREFIX + name: value for name, value in values.items() if value or name != "digest"}
-
-
-def _invalidate_entry(folder: Folder, name: str) -> None:
-    # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve may hold.
-    pyfuse3.invalidate_entry_async(
-        pyfuse3.InodeT(folder.inode), pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True
-    )
 
 
 def _invalidate_attributes(inode: int) -> None:

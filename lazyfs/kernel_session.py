@@ -58,9 +58,11 @@ WANTED = BASIC | INIT_EXT | PASSTHROUGH | HAS_RESEND
 FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501
 FUSE_DEV_IOC_BACKING_CLOSE = 0x4004E502
 
+NOTIFY_INC_EPOCH = 8  # fuse.h: enum fuse_notify_code; Linux 6.16
+
 # mount.h
 MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
-MNT_DETACH = 2
+MNT_FORCE, MNT_DETACH = 1, 2
 
 MAX_READ = 1 * MiB
 """Longest read request: 256 pages, the most the kernel takes."""
@@ -156,6 +158,19 @@ class KernelSession:
         os.close(self._fd)
         self._fd = -1
         self._made_up.close()
+
+    def forget_names(self) -> bool:
+        """Have the kernel ask again for every name when it is next used; False if it cannot (before Linux 6.16).
+
+        Takes no lock, and cannot block. A notification that one name is invalid waits for the folder's lock, which a
+        lookup holds that we have not answered; a daemon killed in that moment does not let go of its connection, and
+        whoever uses the mount hangs until somebody aborts it (`clear_away`).
+        """
+        try:
+            os.write(self._connection, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0))
+        except OSError as error:
+            return error.errno != errno.EINVAL  # others: the mount is gone, and with it all names
+        return True
 
     def open_backing(self, fd: int) -> int:
         """Register a plain file with the connection; return its backing id, for OPEN replies.
@@ -261,3 +276,20 @@ def unmount(mountpoint: str, lazy: bool) -> None:
     if libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def clear_away(mountpoint: str) -> None:
+    """Unmount what a killed daemon left, whoever still waits for it.
+
+    Forced first: a thread of the daemon that hangs in the kernel may keep the connection, and that ends it.
+
+    Raises:
+        OSError: as `unmount`.
+    """
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).umount2(os.fsencode(mountpoint), MNT_FORCE)
+    try:
+        unmount(mountpoint, lazy=True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # else that was enough, or somebody was faster
+            raise

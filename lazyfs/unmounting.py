@@ -51,7 +51,10 @@ def umount(path: str) -> None:
     dead = not control_client.alive(mount)  # and has nothing to save
     pidfd = _daemon(mount)
     try:
-        kernel_session.unmount(mount.mountpoint, lazy=dead)
+        if dead:
+            kernel_session.clear_away(mount.mountpoint)
+        else:
+            kernel_session.unmount(mount.mountpoint, lazy=False)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise errors.UserError(

@@ -109,7 +109,7 @@ async def test_prefetch_refuses_another_format_where_something_is_cached() -> No
         await partial(world)
         opened = await world.open("open")
         for name in ("disk", "open"):
-            with pytest.raises(CommandError, match="is cached as raw; evict it first"):
+            with pytest.raises(errors.UserError, match="is cached as raw; evict it first"):
                 await world.command("prefetch", path=name, format="qcow2")
         assert await world.command("prefetch", path="disk", format="raw") == {"images": 1, "paths": ["disk"]}
         await world.close(opened)
@@ -367,6 +367,18 @@ async def test_a_plain_file_changed_by_hand_is_not_evicted() -> None:
         world.stores.plain.clear()
         await world.command("evict", path="disk")
         assert states(world) == {"disk": "remote"}
+
+
+async def test_the_right_digest_mends_what_the_wrong_one_broke() -> None:
+    world = world_with("disk", populate=False)
+    digest = f"sha256:{hashlib.sha256(world.repository.exports['disk'].content).hexdigest()}"
+    async with world.daemon(populate=True):
+        await world.command("verify", path="disk", digest="sha256:" + "0" * 64)
+        await world.command("prefetch", path="disk")
+        await until(lambda: states(world)["disk"] == "failed")
+        assert await world.command("verify", path="disk", digest=digest) == {}
+        await world.command("prefetch", path="disk")
+        await until(lambda: states(world)["disk"] == "whole")
 
 
 async def test_evicting_takes_a_new_version_without_the_digest_of_the_old() -> None:

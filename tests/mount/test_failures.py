@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -11,7 +12,51 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from lab import KiB, Lab, MiB, pread, wait_until
+from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
+
+OLD_KERNEL = (
+    "-c",
+    "from lazyfs.kernel_session import KernelSession\n"
+    "KernelSession.forget_names = lambda self: False\n"
+    "from lazyfs.__main__ import main\n"
+    "raise SystemExit(main())",
+)
+"""As before Linux 6.16: a notification that a name is invalid waits for the lookups under way in its folder."""
+
+
+@pytest.mark.parametrize("program", [("-m", "lazyfs"), OLD_KERNEL])
+def test_a_daemon_killed_while_a_lookup_waits_and_names_change(lab: Lab, program: tuple[str, ...]) -> None:
+    """Nobody hangs; at the latest, the next mount ends that."""
+    for name in ("one", "two"):
+        lab.image(name, 1 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--cache-dir", lab.folder / "cache", program=program)
+    lab.lazyfs("prefetch", lab.mnt / "one", "--wait")
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        stat = ["stat", "--format=%s", str(lab.mnt / "two")]
+        with subprocess.Popen(stat, stderr=subprocess.PIPE, preexec_fn=die_with_parent) as waiting:
+            time.sleep(0.5)  # it waits for the size
+            lab.lazyfs("evict", lab.mnt / "one")
+            time.sleep(0.5)
+            assert waiting.poll() is None
+            assert lab.daemon is not None
+            lab.daemon.kill()
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGCONT)
+            if program is OLD_KERNEL:
+                done = lab.lazyfs("status", lab.mnt, check=False)
+                assert (done.returncode, "it was killed; mount again" in done.stdout) == (1, True)
+                lab.lazyfs("umount", lab.mnt)
+            waiting.wait(20)
+        assert waiting.returncode == 1
+        lab.kill_daemon()
+        if program is OLD_KERNEL:
+            lab.mount(server.uri, "--no-populate", "--cache-dir", lab.folder / "cache")
+            assert (lab.mnt / "two").stat().st_size == 1 * MiB
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 def test_repository_dies_and_returns_while_readers_wait(lab: Lab) -> None:
