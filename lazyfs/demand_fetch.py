@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs import errors
+from lazyfs.budget import Budget
 from lazyfs.core.block_map import BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.interfaces import Source, Store
@@ -66,19 +67,30 @@ async def receive(fetch: DemandFetch, source: Source) -> None:
         except errors.LazyfsError as error:
             failures.append(error)
 
-    async with trio.open_nursery() as nursery:
-        for part in fetch.parts:
-            nursery.start_soon(one, part)
+    if len(fetch.parts) == 1:  # a nursery costs as much as half the rest
+        await one(fetch.parts[0])
+    else:
+        async with trio.open_nursery() as nursery:
+            for part in fetch.parts:
+                nursery.start_soon(one, part)
     if failures:
         raise failures[0]
 
 
-def write(fetch: DemandFetch, store: Store) -> None:
-    """Write what was received to the cache file; call it in a thread. Raises NoSpace, OSError."""
+def keep(fetch: DemandFetch, store: Store, budget: Budget) -> Exception | None:
+    """Write what was received to the cache file; return why not, if that could not be done. Blocks."""
+    size = sum(part.length for part in fetch.parts)
+    if not budget.reserve(size):
+        return errors.OverLimit()
     view = memoryview(fetch.data)
-    for part in fetch.parts:
-        start = part.start - fetch.span.start
-        store.write(part.start, view[start : start + part.length])
+    try:
+        for part in fetch.parts:
+            start = part.start - fetch.span.start
+            store.write(part.start, view[start : start + part.length])
+    except (errors.NoSpace, OSError) as error:
+        budget.give_back(size)
+        return error
+    return None
 
 
 async def assemble(

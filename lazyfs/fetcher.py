@@ -48,6 +48,7 @@ class Fetcher:
         counters: FetchCounters,
         totals: Totals,
         on_changed: Callable[[errors.ExportChanged], None],
+        is_open: Callable[[], bool] = lambda: True,
         budget: Budget | None = None,
     ) -> None:
         """Must be made in the trio thread.
@@ -83,6 +84,7 @@ class Fetcher:
         self._totals = totals
         self._zero_counted = blocks.zero_bytes
         self._on_changed = on_changed
+        self._is_open = is_open
         self._budget = budget or Budget()
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
@@ -133,6 +135,11 @@ class Fetcher:
             return self._meter.rate(self._pace.clock())
 
     # -- readers
+
+    @property
+    def can_be_filled(self) -> bool:
+        """Whether something is missing, and may be fetched."""
+        return self.failure is None and not self.completed.is_set()
 
     def present(self, wanted: ByteRange) -> bool:
         """Whether `wanted` can be read from the cache file."""
@@ -258,15 +265,8 @@ class Fetcher:
 
     def _write_fetch(self, fetch: DemandFetch) -> bool:
         """Write to the cache file (in a thread); False if that could not be done and nothing is kept."""
-        size = sum(part.length for part in fetch.parts)
-        if not self._budget.reserve(size):
-            self._cannot_keep(errors.OverLimit())
-            return False
-        try:
-            demand_fetch.write(fetch, self._store)
-        except (errors.NoSpace, OSError) as error:
-            self._budget.give_back(size)
-            self._cannot_keep(error)
+        if (trouble := demand_fetch.keep(fetch, self._store, self._budget)) is not None:
+            self._cannot_keep(trouble)
             return False
         self.unkept = False
         return True
@@ -367,8 +367,8 @@ class Fetcher:
         return Claim(run, parts)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write data of a claim to the cache file."""
-        self._store.write(offset, data)
+        """Write data of a claim to the cache file; whoever has the image open may read it soon."""
+        self._store.write(offset, data, keep=self._is_open())
 
     def keep(self, claim: Claim) -> None:
         """Count a claim as present."""

@@ -21,6 +21,11 @@ class Filling:
     trouble: str = ""
     """Why the latest turn of population failed; "" if it did not."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether population may work on it now."""
+        return self.wanted and not self.paused
+
     def want(self) -> None:
         """Let population work on it, unless it is paused."""
         self.wanted = True

@@ -93,14 +93,8 @@ class Image:
     @property
     def fillable(self) -> bool:
         """Whether population could do something here."""
-        return (
-            self.record.state is State.PARTIAL
-            and self.filling.wanted
-            and not (self.filling.paused or self.gone or self.retired or self._unkept)
-            and self.fetcher is not None
-            and self.fetcher.failure is None
-            and not self.fetcher.completed.is_set()
-        )
+        kept = self.record.state is State.PARTIAL and not (self.gone or self.retired or self._unkept)
+        return kept and self.filling.goes_on and self.fetcher is not None and self.fetcher.can_be_filled
 
     @property
     def plain_fd(self) -> int:
@@ -157,6 +151,11 @@ class Image:
                 await self._close_file()
             elif self.fetcher is not None:
                 await self.fetcher.rest()
+
+    def read_now(self, offset: int, length: int, plain: bool) -> bytes | None:
+        """Return what `read` would, if the host's page cache has all of it; None if not, or if anything is wrong."""
+        fetcher = None if plain or self._store is None else self.fetcher
+        return reading.read_now(self._shown, self._plain if plain else self._file, fetcher, offset, length)
 
     async def read(self, offset: int, length: int, plain: bool = False, read: Read | None = None) -> bytes:
         """Return the bytes at `offset` of the file shown, fewer at its end. The image must be open in the same way.
@@ -341,8 +340,7 @@ class Image:
         try:
             return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
         except errors.CacheCorrupt as error:
-            trouble = f"{error}; remove it, if it is there, and mount anew to fetch it again"
-            self.record = replace(self.record, error=trouble)
+            self.record = replace(self.record, error=f"{error}; remove what is there, and mount anew to fetch it again")
             raise
 
     def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
@@ -361,6 +359,7 @@ class Image:
             totals=around.totals,
             budget=around.budget,
             on_changed=lambda error: around.on_export_changed(self, error),
+            is_open=lambda: self.open_count > 0,
         )
 
     def _counters(self) -> FetchCounters:

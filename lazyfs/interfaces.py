@@ -291,8 +291,10 @@ class Store(ImageFile, Protocol):
         """
         ...
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
         """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError (also after `close`).
+
+        `keep`: in memory, too, as somebody is about to read it.
 
         `close` may come at any moment, as population's threads cannot be cancelled in the middle of a write.
         """

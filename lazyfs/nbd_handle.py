@@ -22,7 +22,7 @@ from typing import Any
 import nbd
 import trio
 
-from lazyfs import errors
+from lazyfs import errors, nbd_buffers
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import parse_block_status
 from lazyfs.interfaces import Export
@@ -192,11 +192,13 @@ def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threa
 class _Command:
     """A command in flight."""
 
-    __slots__ = ("code", "done")
+    __slots__ = ("code", "done", "retired")
 
     def __init__(self) -> None:
         self.done = trio.Event()
         self.code = 0
+        self.retired = False
+        """libnbd has done with it, and with its buffer."""
 
 
 class NbdHandle:
@@ -209,7 +211,7 @@ class NbdHandle:
             stall_s: when requests are in flight and the server has completed none for so long, the
                 connection counts as lost.
         """
-        self._handle = handle
+        self._handle: Any = handle
         self._uri = uri
         self._export = export
         self._stall_s = stall_s
@@ -217,6 +219,8 @@ class NbdHandle:
         self._max_payload = max_payload(handle)
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self._in_flight: set[_Command] = set()
+        self._orphans: list[nbd_buffers.NbdBuffer] = []
+        """Of requests that nobody waits for any more, and that may still be answered."""
         self._last_progress = trio.current_time()
         self._want_write = trio.Event()
         self._scope = trio.CancelScope()
@@ -237,7 +241,9 @@ class NbdHandle:
             for command in self._in_flight:
                 command.done.set()
             # The last reference: libnbd closes the socket with the handle.
-            del self._handle
+            self._handle = None
+            for buffer in self._orphans:
+                nbd_buffers.give(buffer)
 
     def close(self, why: str = "closed") -> None:
         """Break the connection; every waiting request raises ConnectionLost."""
@@ -251,9 +257,17 @@ class NbdHandle:
             ConnectionLost, RequestFailed.
         """
         for piece in ByteRange(0, len(buffer)).split(self._max_payload):
-            target = nbd.Buffer.from_buffer(buffer[piece.start : piece.end])
-            command = self._start(partial(self._handle.aio_pread, target, offset + piece.start))
-            await self._finished(command, f"reading {self._export} at {offset}")
+            bounce, command = nbd_buffers.take(piece.length), None
+            try:
+                target = bounce.target(0, piece.length)
+                command = self._start(partial(self._handle.aio_pread, target, offset + piece.start))
+                await self._finished(command, f"reading {self._export} at {offset}")
+                buffer[piece.start : piece.end] = bounce.memory[: piece.length]
+            finally:
+                if command is None or command.retired or self._handle is None:
+                    nbd_buffers.give(bounce)
+                else:
+                    self._orphans.append(bounce)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt only.
@@ -288,6 +302,7 @@ class NbdHandle:
 
         def completed(err: Any) -> int:
             command.code = err.value
+            command.retired = True
             self._last_progress = trio.current_time()
             command.done.set()
             return 1

@@ -11,6 +11,34 @@ from lazyfs.interfaces import ImageFile, Store
 from lazyfs.totals import Read
 
 
+def read_now(
+    shown: ShownFile | None, file: ImageFile | None, fetcher: Fetcher | None, offset: int, length: int
+) -> bytes | None:
+    """Return bytes of the file shown, if they are present and in the page cache; else None.
+
+    The path of most reads, and so without a task's turn: 35 us less for 4 KiB than `read_partial`.
+
+    Args:
+        fetcher: of an image that is being filled; None if `file` is all of it.
+    """
+    if shown is None or file is None:
+        return None
+    wanted = ByteRange(min(offset, shown.size), min(offset + length, shown.size))
+    if fetcher is not None:
+        parts = shown.split(wanted)
+        if len(parts) != 1 or not isinstance(part := parts[0], ByteRange):
+            return None  # a qcow2's metadata
+        if fetcher.distrust is not None or not fetcher.present(part):
+            return None
+        wanted = part
+    if not wanted.length:
+        return None
+    try:
+        return file.read_nowait(wanted.start, wanted.length)
+    except OSError:
+        return None  # whoever reads it in a thread says what it was
+
+
 async def read_partial(
     shown: ShownFile, wanted: ByteRange, cache: Callable[[], tuple[Fetcher, Store]], read: Read | None
 ) -> bytes:

@@ -462,7 +462,7 @@ class MemoryStore(_MemoryReader):
         self._written = {block for block in range(blocks.blocks) if blocks.state(block) == DATA}
         return blocks
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
         with self._lock:
             if self._disk is None or self._bytes is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))

@@ -21,7 +21,7 @@ class UnkeptStore:
         """Only zeroes can be present."""
         return bytes(length)
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
         """Nothing is kept."""
         raise errors.NoSpace
 

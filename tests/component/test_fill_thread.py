@@ -351,8 +351,9 @@ async def test_cancelled_while_waiting_as_told(peers: Peers, filler_of: Any) -> 
     assert time.monotonic() - began < 0.5
 
 
-async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
+async def test_cancelled_and_run_again(peers: Peers, filler_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that answers 13 requests of each connection, the rest never."""
+    monkeypatch.setattr(fill_thread, "REQUEST", 256 * KiB)
 
     def script(conversation: Conversation) -> None:
         answered = 0

@@ -395,6 +395,16 @@ def test_a_write_after_the_close_fails_and_touches_nothing(disk: Disk) -> None:
     assert other.read(0, BLOCK) == bytes(BLOCK)
 
 
+def test_what_nobody_is_about_to_read_is_written_all_the_same(disk: Disk) -> None:
+    store, _ = disk.load()
+    assert RECORD.size is not None
+    for start in range(0, RECORD.size, BLOCK):
+        store.write(start, memoryview(CONTENT)[start : min(start + BLOCK, RECORD.size)], keep=False)
+    for start in range(0, RECORD.size, BLOCK):
+        length = min(BLOCK, RECORD.size - start)
+        assert store.read(start, length) == CONTENT[start : start + length]
+
+
 # -- whole images
 
 

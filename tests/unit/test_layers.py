@@ -71,9 +71,11 @@ ROWS = [
     "repository",
     "fill_thread",
     "nbd_handle",
+    "nbd_buffers",
     "store.raw",
     "store.qcow2",
     "store.cache_file",
+    "store.write_behind",
     "store.unkept",
     "mounts",
     # what the engine asks of the I/O, which implements it
