@@ -1,0 +1,262 @@
+"""What the rows are made of: a repository on a tmpfs, servers, lazyfs and its peers, each in a folder of its own.
+
+The repository lies in memory, so that its disk is in nobody's figures; caches lie on the disk of `folder`.
+"""
+
+import asyncio
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import QMPClient
+
+from benchmarks.processes import end, fuse, run, running, start, wait_until
+
+MiB = 1 << 20
+CHUNK = 4 * MiB
+
+
+@dataclass
+class Mount:
+    """A mounted lazyfs."""
+
+    mnt: Path
+    cache: Path
+    process: "subprocess.Popen[bytes]"
+    socket: str
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def execute(self, name: str, **arguments: Any) -> Any:
+        return asyncio.run(self._execute(name, arguments))
+
+    async def _execute(self, name: str, arguments: dict[str, Any]) -> Any:
+        client = QMPClient("bench", readbuflen=1 << 30)
+        await client.connect(self.socket)
+        try:
+            return await client.execute(name, arguments)
+        finally:
+            await client.disconnect()
+
+    def populate(self, names: Sequence[str]) -> float:
+        """Prefetch; return the seconds from the first command until the last image is whole."""
+        return asyncio.run(self._populate(names))
+
+    async def _populate(self, names: Sequence[str]) -> float:
+        client = QMPClient("bench")
+        missing = set(names)
+        with client.listener("IMAGE_STATE_CHANGE") as events:
+            began = time.perf_counter()
+            await client.connect(self.socket)
+            for name in names:
+                await client.execute("prefetch", {"path": name})
+            while missing:
+                data: Any = (await asyncio.wait_for(events.get(), 600))["data"]
+                if data["state"] == "whole":
+                    missing.discard(data["path"])
+                elif data["error"]:
+                    raise RuntimeError(f"{data['path']}: {data['error']}")
+            took = time.perf_counter() - began
+        await client.disconnect()
+        return took
+
+    def image(self, name: str) -> dict[str, Any]:
+        (found,) = self.execute("query-images", path=name)
+        assert isinstance(found, dict)
+        return found
+
+    def wait_whole(self, name: str) -> None:
+        wait_until(lambda: self.image(name)["state"] == "whole", f"{name} is whole")
+
+
+@dataclass
+class Lab:
+    """One row's world. Everything in it is gone when `close` returns."""
+
+    folder: Path
+    """On the disk that is measured."""
+    memory: Path
+    """On a tmpfs."""
+    quick: bool
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def repository(self) -> Path:
+        return self.memory / "repository"
+
+    def size(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+    def fresh(self, name: str) -> Path:
+        """Return a new folder on the disk."""
+        path = self.folder / f"{name}{next(self._numbers)}"
+        path.mkdir()
+        return path
+
+    # -- the repository
+
+    def image(self, name: str, size: int, data_of_four: int = 4) -> Path:
+        """Make an image of random bytes; of each 64 MiB so many quarters, and holes for the rest."""
+        path = self.repository / name
+        if path.exists() and path.stat().st_size == size:
+            return path
+        self.repository.mkdir(exist_ok=True)
+        noise = os.urandom(CHUNK)
+        with path.open("wb") as file:
+            file.truncate(size)
+            for start in range(0, size, 64 * MiB):
+                for at in range(start, min(start + 16 * MiB * data_of_four, size), CHUNK):
+                    # No two chunks alike, without minutes of urandom.
+                    content = at.to_bytes(8, "little") + noise[8:]
+                    os.pwrite(file.fileno(), content[: min(CHUNK, size - at)], at)
+        return path
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            (self.repository / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def served(self, *filters: str, parameters: Sequence[str] = (), folder: Path | None = None) -> Iterator[str]:
+        """Serve the repository with nbdkit on a unix socket; yields the URI without an export's name."""
+        socket = self.memory / f"nbd{next(self._numbers)}.sock"
+        command = ["nbdkit", "--foreground", "--readonly", "--unix", socket, "--threads", "16"]
+        command += [f"--filter={name}" for name in filters]
+        command += ["file", f"dir={folder or self.repository}", *parameters]
+        with running(*command, ready=socket.exists):
+            yield f"nbd+unix:///?socket={socket}"
+
+    @staticmethod
+    def export(uri: str, name: str) -> str:
+        return uri.replace(":///", f":///{name}")
+
+    # -- lazyfs
+
+    @contextmanager
+    def lazyfs(self, uri: str, *options: object, cache: Path | None = None) -> Iterator[Mount]:
+        """Mount, with a cache on the disk."""
+        mnt = self.fresh("mnt")
+        own = cache is None
+        cache = cache or self.fresh("cache")
+        read_fd, write_fd = os.pipe()
+        command: list[object] = [sys.executable, "-m", "lazyfs", "mount", uri, mnt, "--cache-dir", cache]
+        command += ["--foreground", "--ready-fd", write_fd, "--log-file", self.folder / "lazyfs.log", *options]
+        process = start(*command, pass_fds=[write_fd])
+        os.close(write_fd)
+        try:
+            with os.fdopen(read_fd) as answer:
+                said = answer.readline().strip()
+            if said != "ready":
+                raise RuntimeError(f"lazyfs mount: {said}")
+            yield Mount(mnt, cache, process, self._socket(mnt))
+        finally:
+            subprocess.run([sys.executable, "-m", "lazyfs", "umount", mnt], capture_output=True, check=False)
+            end(process)
+            subprocess.run(["umount", "-l", str(mnt)], capture_output=True, check=False)
+            if own:
+                shutil.rmtree(cache)
+
+    @staticmethod
+    def _socket(mnt: Path) -> str:
+        from lazyfs import mounts
+
+        return mounts.socket_path(str(mnt))
+
+    # -- its peers, each as a file that is read
+
+    @contextmanager
+    def nbdfuse(self, uri: str, name: str) -> Iterator[Path]:
+        """Libnbd's own FUSE file system: no cache but the kernel's."""
+        mnt = self.fresh("nbdfuse")
+        file = mnt / "nbd"
+        with fuse(["nbdfuse", "--readonly", file, self.export(uri, name)], mnt, file):
+            yield file
+
+    @contextmanager
+    def qsd(self, uri: str, name: str, cache: Path | None = None) -> Iterator[Path]:
+        """qemu-storage-daemon: nbd -> qcow2 -> copy-on-read -> FUSE export."""
+        folder = cache or self.fresh("qsd")
+        overlay, shown, socket = folder / "cache.qcow2", folder / "shown", uri.partition("socket=")[2]
+        shown.touch()
+        if not overlay.exists():
+            run("qemu-img", "create", "-q", "-f", "qcow2", overlay, (self.repository / name).stat().st_size)
+        command = ["qemu-storage-daemon"]
+        remote = f"server.type=unix,server.path={socket},export={name},read-only=on"
+        command += ["--blockdev", f"nbd,node-name=remote,{remote}"]
+        command += ["--blockdev", f"file,node-name=file,filename={overlay},discard=unmap"]
+        command += ["--blockdev", "qcow2,node-name=cache,file=file,backing=remote"]
+        command += ["--blockdev", "copy-on-read,node-name=top,file=cache"]
+        command += ["--export", f"fuse,id=shown,node-name=top,mountpoint={shown},writable=off"]
+        try:
+            with fuse(command, shown, shown):
+                yield shown
+        finally:
+            if cache is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def nbdkit_cow(self, uri: str, name: str) -> Iterator[Path]:
+        """nbdkit's cow filter, copying on read, under nbdfuse."""
+        socket, source = self.memory / f"cow{next(self._numbers)}.sock", uri.partition("socket=")[2]
+        command = ["nbdkit", "--foreground", "--unix", socket, "--filter=cow"]
+        command += ["nbd", f"socket={source}", f"export={name}", "cow-on-read=true"]
+        with (
+            running(*command, ready=socket.exists, env={**os.environ, "TMPDIR": str(self.folder)}),
+            self.nbdfuse(f"nbd+unix:///?socket={socket}", "") as file,
+        ):
+            yield file
+
+
+@contextmanager
+def made(folder: Path, quick: bool) -> Iterator[Lab]:
+    """Make a lab in temporary folders."""
+    with (
+        tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir=folder) as disk,
+        tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir="/dev/shm") as memory,
+    ):
+        yield Lab(Path(disk), Path(memory), quick)
+
+
+def cold_read(path: Path, start: int, length: int, piece: int = MiB) -> float:
+    """Read a range in order; return the seconds it took."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        began = time.perf_counter()
+        for offset in range(start, start + length, piece):
+            if not os.pread(fd, min(piece, start + length - offset), offset):
+                raise RuntimeError(f"{path} ends at {offset}")
+        return time.perf_counter() - began
+    finally:
+        os.close(fd)
+
+
+def latencies(path: Path, offsets: Sequence[int], length: int = 4096) -> list[float]:
+    """Read at each offset; return the seconds each took."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    try:
+        found = []
+        for offset in offsets:
+            began = time.perf_counter()
+            data = os.pread(fd, length, offset)
+            found.append(time.perf_counter() - began)
+            if len(data) != length:
+                raise RuntimeError(f"{path}: {len(data)} bytes at {offset}")
+        return found
+    finally:
+        os.close(fd)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

@@ -1,0 +1,114 @@
+"""Programs that a benchmark starts: they end with it, however it ends."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 60.0
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run(*command: object, **options: Any) -> str:
+    """Run to the end; return what it printed. Raises RuntimeError, with what it complained of."""
+    words = [str(word) for word in command]
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        words, capture_output=True, text=True, check=False, preexec_fn=_die_with_parent, **options
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def start(*command: object, **options: Any) -> "subprocess.Popen[bytes]":
+    """Start in the background; `end` it."""
+    options.setdefault("stdout", subprocess.DEVNULL)
+    options.setdefault("stderr", subprocess.DEVNULL)
+    return subprocess.Popen([str(word) for word in command], preexec_fn=_die_with_parent, **options)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask it to end, and insist."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+@contextmanager
+def running(*command: object, ready: Callable[[], object], **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run in the background while the block lasts; it begins when `ready` returns something true."""
+    process = start(*command, **options)
+    try:
+        wait_until(ready, f"{command[0]} is ready", process)
+        yield process
+    finally:
+        end(process)
+
+
+def wait_until(condition: Callable[[], object], what: str, process: "subprocess.Popen[bytes] | None" = None) -> None:
+    """Poll every few milliseconds: for set-up, never inside what is measured."""
+    limit = time.monotonic() + DEADLINE_S
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ended with exit code {process.returncode}")
+        if time.monotonic() > limit:
+            raise RuntimeError(f"not in {DEADLINE_S:g} s: {what}")
+        time.sleep(0.005)
+
+
+@contextmanager
+def fuse(command: Sequence[object], mountpoint: Path, shown: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a program that mounts, until the block ends; `shown` is a file that is not empty once it serves."""
+    process = start(*command)
+    try:
+        wait_until(lambda: shown.exists() and shown.stat().st_size > 0, f"{command[0]} serves", process)
+        yield process
+    finally:
+        subprocess.run(["umount", str(mountpoint)], stderr=subprocess.DEVNULL, check=False)
+        end(process)
+        subprocess.run(["umount", "-l", str(mountpoint)], stderr=subprocess.DEVNULL, check=False)
+
+
+def drop_caches() -> None:
+    """Forget what the page cache holds of files on disks; what is on a tmpfs stays."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def rss_mib(pid: int) -> float:
+    """Return what a process has in memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"process {pid} has no VmRSS")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wakeups(pid: int) -> dict[str, int]:
+    """Return how often each thread of a process has given up the CPU of its own accord, so far."""
+    found = {}
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        for line in status.read_text().splitlines():
+            if line.startswith("voluntary_ctxt_switches:"):
+                found[status.parent.name] = int(line.split()[1])
+    return found
