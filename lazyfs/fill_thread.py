@@ -12,10 +12,15 @@ from typing import Any
 import nbd
 
 from lazyfs import errors, nbd_buffers, nbd_handle
+from lazyfs.core.pacing import RequestSize
 from lazyfs.interfaces import Claim, Export, FillWork
-from lazyfs.units import MiB
+from lazyfs.units import KiB, MiB
 
 REQUEST = 1 * MiB
+"""The largest; less if it would keep readers waiting (`RequestSize`)."""
+FIRST, LEAST = 256 * KiB, 64 * KiB
+QUEUE_S = 0.01
+"""What a request may wait for others: 50 MB/s then has half a megabyte in flight, and a reader waits 10 ms for it."""
 IN_FLIGHT = 2
 """Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 in 2.2 s, 512 KiB x 4 in
 1.75 s, 1 MiB x 2 in 1.45 s, 1 MiB x 4 in 1.5 s, 2 MiB x 2 in 1.7 s (nbdcopy 1.6 s)."""
@@ -30,6 +35,7 @@ class _Slot:
 
     buffer: nbd_buffers.NbdBuffer | None
     claim: Claim | None = None
+    started: float = 0.0
     waiting: int = 0
     code: int = 0
 
@@ -45,6 +51,7 @@ class FillConnection:
         self._max_payload = 0
         self._slots: list[_Slot] = []
         self._last_progress = 0.0
+        self._request = RequestSize(LEAST, FIRST, REQUEST, QUEUE_S)
 
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
         """Do what `interfaces.Filler.run` promises, until `stop` is set.
@@ -93,7 +100,7 @@ class FillConnection:
         while not stop.is_set():
             wait_s, exhausted = 0.0, time.monotonic() > until
             while busy < IN_FLIGHT and not exhausted and not wait_s:
-                claim = work.claim(REQUEST)
+                claim = work.claim(self._request.size)
                 if claim is None:
                     exhausted = True
                 elif isinstance(claim, float):
@@ -120,6 +127,7 @@ class FillConnection:
         if slot is None:
             slot = _Slot(None)
             self._slots.append(slot)
+        slot.started = time.monotonic()
         slot.claim, slot.waiting = claim, 1  # it must come back even if there is no memory for it
         if slot.buffer is None or len(slot.buffer.memory) < length:
             # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
@@ -153,6 +161,7 @@ class FillConnection:
             claim, slot.claim = slot.claim, None
             freed += 1
             self._last_progress = time.monotonic()
+            self._request.took(self._last_progress - slot.started)
             if slot.code:
                 work.drop(claim, errors.RequestFailed(f"reading at {claim.parts[0].start}", slot.code))
                 continue

@@ -30,6 +30,13 @@ EXPORT = Export("", SIZE, "")
 BLOCK = 64 * KiB
 
 
+@pytest.fixture(autouse=True)
+def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are of one size, however long they take; tests/unit/test_pacing.py has the rest."""
+    for name in ("LEAST", "FIRST", "REQUEST"):
+        monkeypatch.setattr(fill_thread, name, 256 * KiB)
+
+
 @functools.cache
 def pattern(size: int) -> bytes:
     """What nbdkit's pattern plugin serves: each 8 bytes are their offset."""
@@ -351,9 +358,8 @@ async def test_cancelled_while_waiting_as_told(peers: Peers, filler_of: Any) -> 
     assert time.monotonic() - began < 0.5
 
 
-async def test_cancelled_and_run_again(peers: Peers, filler_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
     """A server that answers 13 requests of each connection, the rest never."""
-    monkeypatch.setattr(fill_thread, "REQUEST", 256 * KiB)
 
     def script(conversation: Conversation) -> None:
         answered = 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from qemu.qmp import QMPClient
 
-from benchmarks.processes import end, fuse, run, running, start, wait_until
+from benchmarks.processes import end, fuse, kept_running, run, running, start, wait_until
 
 MiB = 1 << 20
 CHUNK = 4 * MiB
@@ -133,7 +133,7 @@ class Lab:
         command = ["nbdkit", "--foreground", "--readonly", "--unix", socket, "--threads", "16"]
         command += [f"--filter={name}" for name in filters]
         command += ["file", f"dir={folder or self.repository}", *parameters]
-        with running(*command, ready=socket.exists):
+        with kept_running(*command, socket=socket):
             yield f"nbd+unix:///?socket={socket}"
 
     @staticmethod

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,32 @@ def running(*command: object, ready: Callable[[], object], **options: Any) -> It
         yield process
     finally:
         end(process)
+
+
+@contextmanager
+def kept_running(*command: object, socket: Path) -> Iterator[None]:
+    """Run a server until the block ends, and again if it crashes: nbdkit 1.32 aborts at times when a client goes."""
+    ending = threading.Event()
+    current: list[subprocess.Popen[bytes]] = []
+
+    def keep() -> None:
+        while not ending.is_set():
+            socket.unlink(missing_ok=True)
+            current[:] = [start(*command)]
+            started.set()
+            current[0].wait()
+
+    started = threading.Event()
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        started.wait(DEADLINE_S)
+        wait_until(socket.exists, f"{command[0]} is ready")
+        yield
+    finally:
+        ending.set()
+        end(current[0])
+        keeper.join()
 
 
 def wait_until(condition: Callable[[], object], what: str, process: "subprocess.Popen[bytes] | None" = None) -> None:
