@@ -104,7 +104,10 @@ def _mountpoint(path: str) -> str:
             raise errors.UserError(f"cannot use {mountpoint}: {error.strerror}") from error
         from lazyfs import kernel_session
 
-        kernel_session.clear_away(mountpoint)  # its daemon was killed
+        try:
+            kernel_session.clear_away(mounted[-1])  # its daemon was killed
+        except OSError as trouble:
+            raise errors.UserError(f"cannot clear away the dead mount on {mountpoint}: {trouble.strerror}") from trouble
         return _mountpoint(path)
     if mounted:
         raise errors.UserError(f"{mounted[-1].repository} is mounted on {mountpoint} already; lazyfs umount it first")

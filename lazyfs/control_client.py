@@ -123,11 +123,13 @@ def alive(mount: mounts.Mount) -> bool:
 def _has_ended(mount: mounts.Mount) -> bool:
     """Whether the daemon has died for sure, although a thread of it that hangs in the kernel may keep all open."""
     with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(TIMEOUT_S)  # of a daemon that hangs, with all the clients it takes
         try:
             client.connect(mounts.socket_path(mount.mountpoint))
-            return process_files.is_zombie(process_files.peer_of(client))
-        except (OSError, ValueError):
+        except OSError:
             return False
+        pid = process_files.peer_of(client)
+        return pid != 0 and process_files.has_ended(pid)  # 0: in a pid namespace that we do not see
 
 
 async def ask(path: str, commands: Sequence[Command]) -> list[Any]:

@@ -6,24 +6,20 @@ faults), one event loop for everything thirds it.
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import nbd
 
 from lazyfs import errors, nbd_buffers, nbd_handle
-from lazyfs.core.pacing import RequestSize
 from lazyfs.interfaces import Claim, Export, FillWork
-from lazyfs.units import KiB, MiB
+from lazyfs.units import KiB
 
-REQUEST = 1 * MiB
-"""The largest; less if it would keep readers waiting (`RequestSize`)."""
-FIRST, LEAST = 256 * KiB, 64 * KiB
-QUEUE_S = 0.01
-"""What a request may wait for others: 50 MB/s then has half a megabyte in flight, and a reader waits 10 ms for it."""
+REQUEST = 512 * KiB
 IN_FLIGHT = 2
-"""Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 in 2.2 s, 512 KiB x 4 in
-1.75 s, 1 MiB x 2 in 1.45 s, 1 MiB x 4 in 1.5 s, 2 MiB x 2 in 1.7 s (nbdcopy 1.6 s)."""
+"""Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 in 2.2 s, 512 KiB x 2 and
+1 MiB x 2 in 1.6 s, 2 MiB x 2 in 1.7 s (nbdcopy 1.7 s). The smaller of the two best: a reader's request comes behind it
+on the link."""
 
 _POLL_MS = 100
 """How late a stop is noticed."""
@@ -35,7 +31,7 @@ class _Slot:
 
     buffer: nbd_buffers.NbdBuffer | None
     claim: Claim | None = None
-    started: float = 0.0
+    cookies: list[int] = field(default_factory=list)
     waiting: int = 0
     code: int = 0
 
@@ -51,7 +47,6 @@ class FillConnection:
         self._max_payload = 0
         self._slots: list[_Slot] = []
         self._last_progress = 0.0
-        self._request = RequestSize(LEAST, FIRST, REQUEST, QUEUE_S)
 
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
         """Do what `interfaces.Filler.run` promises, until `stop` is set.
@@ -100,7 +95,7 @@ class FillConnection:
         while not stop.is_set():
             wait_s, exhausted = 0.0, time.monotonic() > until
             while busy < IN_FLIGHT and not exhausted and not wait_s:
-                claim = work.claim(self._request.size)
+                claim = work.claim(REQUEST)
                 if claim is None:
                     exhausted = True
                 elif isinstance(claim, float):
@@ -127,7 +122,6 @@ class FillConnection:
         if slot is None:
             slot = _Slot(None)
             self._slots.append(slot)
-        slot.started = time.monotonic()
         slot.claim, slot.waiting = claim, 1  # it must come back even if there is no memory for it
         if slot.buffer is None or len(slot.buffer.memory) < length:
             # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
@@ -137,17 +131,17 @@ class FillConnection:
             slot.buffer = nbd_buffers.take(max(REQUEST, length))
         buffer = slot.buffer
         pieces = [piece for part in claim.parts for piece in part.split(self._max_payload)]
-        slot.claim, slot.waiting, slot.code = claim, len(pieces), 0
+        slot.claim, slot.waiting, slot.code, slot.cookies = claim, len(pieces), 0, []
 
         def completed(err: Any) -> int:
             slot.waiting -= 1
             slot.code = slot.code or err.value
-            return 1
+            return 0
 
         base = claim.parts[0].start
         for piece in pieces:
             target = buffer.target(piece.start - base, piece.end - base)
-            self._handle.aio_pread(target, piece.start, completed)
+            slot.cookies.append(self._handle.aio_pread(target, piece.start, completed))
 
     def _collect(self, work: FillWork) -> int:
         """Store what has arrived; return how many slots became free. Raises ConnectionLost."""
@@ -155,13 +149,14 @@ class FillConnection:
         for slot in self._slots:
             if slot.claim is None or slot.waiting:
                 continue
+            for cookie in slot.cookies:
+                slot.code = nbd_handle.retire(self._handle, cookie) or slot.code
             if slot.code in nbd_handle.LOST:
                 lost = True
                 continue
             claim, slot.claim = slot.claim, None
             freed += 1
             self._last_progress = time.monotonic()
-            self._request.took(self._last_progress - slot.started)
             if slot.code:
                 work.drop(claim, errors.RequestFailed(f"reading at {claim.parts[0].start}", slot.code))
                 continue

@@ -244,7 +244,7 @@ class ImageFile(Protocol):
     """The cache file of one image, partial or whole, open for reading. Any thread may call any method."""
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Return bytes if the page cache has all of them, else None. Does not block."""
+        """Return bytes if the page cache has all of them, else None. Does not block. Trio thread only."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:

@@ -278,18 +278,22 @@ def unmount(mountpoint: str, lazy: bool) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def clear_away(mountpoint: str) -> None:
-    """Unmount what a killed daemon left, whoever still waits for it.
+def clear_away(mount: mounts.Mount) -> None:
+    """Unmount what a killed daemon left, whoever still waits for it; nothing that is mounted below or over it.
 
     Forced first: a thread of the daemon that hangs in the kernel may keep the connection, and that ends it.
 
     Raises:
-        OSError: as `unmount`.
+        OSError: EBUSY if another file system is mounted over it, or what fusermount3 reports.
     """
-    if os.geteuid() == 0:
-        ctypes.CDLL(None).umount2(os.fsencode(mountpoint), MNT_FORCE)
+    place = mount.mountpoint
+    if mounts.devices_at(place)[-1:] != [mount.device]:
+        raise OSError(errno.EBUSY, f"another file system is mounted over {place}")
+    if os.geteuid() == 0 and not ctypes.CDLL(None).umount2(os.fsencode(place), MNT_FORCE):
+        return
     try:
-        unmount(mountpoint, lazy=True)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # else that was enough, or somebody was faster
+        if mounts.devices_at(place)[-1:] == [mount.device]:
+            unmount(place, lazy=True)
+    except OSError:
+        if mount.device in mounts.devices_at(place):  # else somebody was faster
             raise

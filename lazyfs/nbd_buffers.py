@@ -16,6 +16,9 @@ from lazyfs.units import KiB
 
 SMALLEST = 64 * KiB
 
+MAX_FREE = 16
+"""Of one size that keep their memory; what a storm of readers needed beyond goes back to the system."""
+
 MAX_VIEWS = 64
 """Of one buffer: the lengths that its requests have had. More come from exports with many small holes; then views are
 made anew, and each leaves 200 bytes behind."""
@@ -25,8 +28,13 @@ class NbdBuffer:
     """Memory that libnbd reads into."""
 
     def __init__(self, size: int) -> None:
-        self.memory = memoryview(mmap.mmap(-1, size))
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = memoryview(self._map)
         self._views: dict[tuple[int, int], memoryview] = {}
+
+    def let_go(self) -> None:
+        """Give the memory back to the system; the buffer stays, with zeroes in it."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def target(self, start: int, end: int) -> Any:
         """Return what `aio_pread` takes for the bytes from `start` to `end`."""
@@ -55,4 +63,11 @@ def take(size: int) -> NbdBuffer:
 def give(buffer: NbdBuffer) -> None:
     """Give back a buffer that no request under way writes to. From any thread."""
     with _lock:
-        _free[len(buffer.memory)].append(buffer)
+        free = _free[len(buffer.memory)]
+        many = len(free) >= MAX_FREE
+        if not many:
+            free.append(buffer)
+    if many:
+        buffer.let_go()
+        with _lock:
+            free.insert(0, buffer)  # taken again last

@@ -189,16 +189,31 @@ def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threa
         handle.poll(_POLL_MS)
 
 
+def retire(handle: Any, cookie: int) -> int:
+    """Let libnbd forget a command that has completed; return its error, 0 for none.
+
+    Only here does it say that a read was answered without any data: the buffer holds what it held before.
+    """
+    try:
+        handle.aio_command_completed(cookie)
+    except nbd.Error as error:
+        return int(error.errnum or errno.EIO)
+    return 0
+
+
 class _Command:
     """A command in flight."""
 
-    __slots__ = ("code", "done", "retired")
+    __slots__ = ("buffer", "code", "cookie", "done", "retired")
 
     def __init__(self) -> None:
         self.done = trio.Event()
         self.code = 0
+        self.cookie = 0
         self.retired = False
         """libnbd has done with it, and with its buffer."""
+        self.buffer: nbd_buffers.NbdBuffer | None = None
+        """To be given back when it is: nobody waits for it any more."""
 
 
 class NbdHandle:
@@ -219,8 +234,8 @@ class NbdHandle:
         self._max_payload = max_payload(handle)
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self._in_flight: set[_Command] = set()
-        self._orphans: list[nbd_buffers.NbdBuffer] = []
-        """Of requests that nobody waits for any more, and that may still be answered."""
+        self._orphans: set[_Command] = set()
+        """Reads that nobody waits for any more, and that may still be answered."""
         self._last_progress = trio.current_time()
         self._want_write = trio.Event()
         self._scope = trio.CancelScope()
@@ -242,8 +257,9 @@ class NbdHandle:
                 command.done.set()
             # The last reference: libnbd closes the socket with the handle.
             self._handle = None
-            for buffer in self._orphans:
-                nbd_buffers.give(buffer)
+            for command in self._orphans:
+                assert command.buffer is not None
+                nbd_buffers.give(command.buffer)
 
     def close(self, why: str = "closed") -> None:
         """Break the connection; every waiting request raises ConnectionLost."""
@@ -267,7 +283,8 @@ class NbdHandle:
                 if command is None or command.retired or self._handle is None:
                     nbd_buffers.give(bounce)
                 else:
-                    self._orphans.append(bounce)
+                    command.buffer = bounce
+                    self._orphans.add(command)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt only.
@@ -295,7 +312,7 @@ class NbdHandle:
             position = reach.start
         return data
 
-    def _start(self, submit: Callable[[Callable[[Any], int]], object]) -> _Command:
+    def _start(self, submit: Callable[[Callable[[Any], int]], int]) -> _Command:
         if self.broken:
             raise errors.ConnectionLost(self._uri, self.broken)
         command = _Command()
@@ -305,13 +322,18 @@ class NbdHandle:
             command.retired = True
             self._last_progress = trio.current_time()
             command.done.set()
-            return 1
+            if command in self._orphans:
+                self._orphans.discard(command)
+                assert command.buffer is not None
+                nbd_buffers.give(command.buffer)
+                return 1
+            return 0
 
         if not self._in_flight:
             self._last_progress = trio.current_time()
         self._in_flight.add(command)
         try:
-            submit(completed)
+            command.cookie = submit(completed)
             if self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
                 self._want_write.set()
         except nbd.Error as error:
@@ -336,8 +358,8 @@ class NbdHandle:
             self.close("the server shuts down")
         if self.broken:
             raise errors.ConnectionLost(self._uri, self.broken)
-        if command.code:
-            raise errors.RequestFailed(what, command.code)
+        if code := command.code or retire(self._handle, command.cookie):
+            raise errors.RequestFailed(what, code)
 
     async def _read_loop(self) -> None:
         while True:

@@ -41,15 +41,6 @@ _UCRED = struct.Struct("=iII")  # unix(7): pid, uid, gid
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def is_zombie(pid: int) -> bool:
-    """Whether a process has ended, but for threads that hang in the kernel, or for its parent's taking notice."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except FileNotFoundError:
-        return True
-
-
 def peer_of(connected: socket.socket) -> int:
     """Return the process that made the listening socket; 0 if it cannot be seen from here."""
     pid, _, _ = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))

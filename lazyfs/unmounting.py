@@ -52,7 +52,7 @@ def umount(path: str) -> None:
     pidfd = _daemon(mount)
     try:
         if dead:
-            kernel_session.clear_away(mount.mountpoint)
+            kernel_session.clear_away(mount)
         else:
             kernel_session.unmount(mount.mountpoint, lazy=False)
     except OSError as error:

@@ -112,29 +112,3 @@ class RateMeter:
     def _decay(self, now: float) -> None:
         self._weight *= math.exp(-(now - self._at) / self._horizon_s)
         self._at = now
-
-
-class RequestSize:
-    """How much one background request asks for, so that whoever comes after it need not wait long.
-
-    A reader's request queues behind those that are under way, on the link or in the server. What a request waited for
-    others is what it took longer than the quickest one: if that is little, the next may be larger, if it is much,
-    smaller. So a local server gets large requests, which cost less, and a slow link small ones.
-    """
-
-    def __init__(self, least: int, first: int, most: int, queue_s: float) -> None:
-        """Sizes in bytes; `queue_s`: how long a request may have waited for others."""
-        self.size = first
-        self._least = least
-        self._most = most
-        self._queue_s = queue_s
-        self._quickest_s = math.inf
-
-    def took(self, seconds: float) -> None:
-        """A request has been answered after so long."""
-        self._quickest_s = min(self._quickest_s, seconds)
-        waited_s = seconds - self._quickest_s
-        if waited_s > self._queue_s:
-            self.size = max(self._least, self.size // 2)
-        elif waited_s < self._queue_s / 4:  # twice the size may wait twice as long; between the two it is right
-            self.size = min(self._most, self.size * 2)

@@ -31,10 +31,9 @@ BLOCK = 64 * KiB
 
 
 @pytest.fixture(autouse=True)
-def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests are of one size, however long they take; tests/unit/test_pacing.py has the rest."""
-    for name in ("LEAST", "FIRST", "REQUEST"):
-        monkeypatch.setattr(fill_thread, name, 256 * KiB)
+def small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of them in a small image."""
+    monkeypatch.setattr(fill_thread, "REQUEST", 256 * KiB)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from peers import Peers
 
 from lazyfs import nbd_buffers, nbd_handle
@@ -45,7 +46,8 @@ def test_a_gigabyte_of_reads_leaves_nothing_behind(peers: Peers) -> None:
     assert resident() < before + 64 * MiB
 
 
-def test_a_buffer_is_used_again_and_large_enough() -> None:
+def test_a_buffer_is_used_again_and_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd_buffers, "_free", {})
     with taken(100_000) as first:
         assert len(first.memory) >= 100_000
         with taken(100_000) as second:
@@ -59,3 +61,17 @@ def test_views_are_kept_but_not_without_end() -> None:
         for length in range(1, 10 * nbd_buffers.MAX_VIEWS):
             assert len(buffer.target(0, length)) == length
         assert len(buffer._views) <= nbd_buffers.MAX_VIEWS
+
+
+def test_what_a_storm_of_readers_needed_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd_buffers, "_free", {})
+    before = resident()
+    buffers = [nbd_buffers.take(MiB) for _ in range(200)]
+    for buffer in buffers:
+        buffer.memory[:] = b"x" * MiB
+    assert resident() > before + 150 * MiB
+    for buffer in buffers:
+        nbd_buffers.give(buffer)
+    assert resident() < before + 64 * MiB
+    again = [nbd_buffers.take(MiB) for _ in range(200)]
+    assert set(again) == set(buffers)

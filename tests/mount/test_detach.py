@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -253,6 +253,31 @@ def test_a_daemon_unmounted_by_hand_leaves_what_is_below_alone(lab: Lab, number:
             assert daemon_ends(lab) == 0
 
 
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("verb", ["umount", "mount"])
+def test_clearing_away_a_killed_daemon_leaves_what_is_below_alone(lab: Lab, verb: str, opened: bool) -> None:
+    with disk_below(lab):
+        lab.image("disk", 1 * MiB)
+        server = lab.serve()
+        lab.mount(server.uri, "--no-populate")
+        fd = os.open(lab.mnt / "disk", os.O_RDONLY) if opened else -1
+        try:
+            assert lab.daemon is not None
+            lab.daemon.kill()
+            lab.daemon.wait()
+            lab.daemon = None
+            if verb == "umount":
+                lab.lazyfs("umount", lab.mnt)
+            else:
+                lab.mount(server.uri, "--no-populate")
+                assert (lab.mnt / "disk").stat().st_size == 1 * MiB
+                lab.umount()
+        finally:
+            if opened:
+                with suppress(OSError):  # the kernel tells of the dead connection here
+                    os.close(fd)
+
+
 def test_what_is_mounted_over_it_is_not_unmounted(lab: Lab) -> None:
     lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri)
@@ -409,7 +434,7 @@ def test_a_plain_file_that_is_changed_underneath_has_to_be_removed_as_status_say
     with pytest.raises(OSError, match="Input/output"):
         (lab.mnt / "disk").read_bytes()
     assert "has 4 bytes" in lab.image_status("disk")["error"]
-    assert "remove it, if it is there, and mount anew" in lab.image_status("disk")["error"]
+    assert "remove what is there, and mount anew" in lab.image_status("disk")["error"]
     (cache / "disk").unlink()
     lab.umount()
     lab.mount(server.uri, "--cache-dir", cache)

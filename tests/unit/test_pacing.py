@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.pacing import Backoff, DemandGate, RateMeter, RequestSize, TokenBucket
+from lazyfs.core.pacing import Backoff, DemandGate, RateMeter, TokenBucket
 from lazyfs.units import KiB, MiB
 
 BURST_S = 0.1
@@ -172,36 +172,3 @@ def test_a_meter_that_saw_nothing_reads_zero() -> None:
     assert meter.rate(123.0) == 0
     meter.add(123.0, 1 << 40)
     assert meter.rate(123.0) == 0  # no time has passed: no rate yet
-
-
-def test_requests_grow_while_they_wait_for_nobody() -> None:
-    request = RequestSize(64 * KiB, 256 * KiB, MiB, 0.01)
-    for _ in range(5):
-        request.took(0.0005)
-    assert request.size == MiB
-
-
-def test_requests_shrink_when_they_queue_and_not_below_the_least() -> None:
-    request = RequestSize(64 * KiB, 256 * KiB, MiB, 0.01)
-    request.took(0.001)
-    sizes = []
-    for _ in range(5):
-        request.took(0.02)
-        sizes.append(request.size)
-    assert sizes == [256 * KiB, 128 * KiB, 64 * KiB, 64 * KiB, 64 * KiB]
-
-
-def test_a_far_server_is_not_a_slow_one() -> None:
-    """20 ms there and back, whatever the size."""
-    request = RequestSize(64 * KiB, 256 * KiB, MiB, 0.01)
-    for _ in range(5):
-        request.took(0.0205)
-    assert request.size == MiB
-
-
-@given(st.lists(st.floats(0, 100), max_size=50))
-def test_requests_keep_to_their_limits(times: list[float]) -> None:
-    request = RequestSize(64 * KiB, 256 * KiB, MiB, 0.01)
-    for seconds in times:
-        request.took(seconds)
-        assert 64 * KiB <= request.size <= MiB

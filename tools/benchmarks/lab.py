@@ -89,6 +89,8 @@ class Lab:
     memory: Path
     """On a tmpfs."""
     quick: bool
+    troubles: list[str] = field(default_factory=list)
+    """What a reader of the figures should know."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -133,8 +135,10 @@ class Lab:
         command = ["nbdkit", "--foreground", "--readonly", "--unix", socket, "--threads", "16"]
         command += [f"--filter={name}" for name in filters]
         command += ["file", f"dir={folder or self.repository}", *parameters]
-        with kept_running(*command, socket=socket):
+        with kept_running(*command, socket=socket) as crashes:
             yield f"nbd+unix:///?socket={socket}"
+            if crashes():
+                self.troubles.append(f"nbdkit crashed {crashes()} times, and was started again")
 
     @staticmethod
     def export(uri: str, name: str) -> str:

@@ -110,4 +110,5 @@ def measure(row: Row, lab: Lab, rounds: int, progress: Callable[[str], None]) ->
     except Exception as error:  # one row that fails must not take the others along
         traceback.print_exc(file=sys.stderr)
         outcome.error = f"{type(error).__name__}: {error}"
+    notes.lines += lab.troubles
     return outcome

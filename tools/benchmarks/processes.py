@@ -62,13 +62,19 @@ def running(*command: object, ready: Callable[[], object], **options: Any) -> It
 
 
 @contextmanager
-def kept_running(*command: object, socket: Path) -> Iterator[None]:
-    """Run a server until the block ends, and again if it crashes: nbdkit 1.32 aborts at times when a client goes."""
+def kept_running(*command: object, socket: Path) -> Iterator[Callable[[], int]]:
+    """Run a server until the block ends, and again if it crashes: nbdkit 1.32 aborts at times when a client goes.
+
+    Yields what returns how often it has crashed.
+    """
+    starts = 0
     ending = threading.Event()
     current: list[subprocess.Popen[bytes]] = []
 
     def keep() -> None:
+        nonlocal starts
         while not ending.is_set():
+            starts += 1
             socket.unlink(missing_ok=True)
             current[:] = [start(*command)]
             started.set()
@@ -80,11 +86,12 @@ def kept_running(*command: object, socket: Path) -> Iterator[None]:
     try:
         started.wait(DEADLINE_S)
         wait_until(socket.exists, f"{command[0]} is ready")
-        yield
+        yield lambda: starts - 1
     finally:
         ending.set()
-        end(current[0])
-        keeper.join()
+        while keeper.is_alive():  # it may just be starting the next
+            end(current[0])
+            keeper.join(0.1)
 
 
 def wait_until(condition: Callable[[], object], what: str, process: "subprocess.Popen[bytes] | None" = None) -> None:
