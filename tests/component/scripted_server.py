@@ -79,7 +79,7 @@ class Conversation:
 Request = Callable[["Conversation", bytes, int, int], None]
 
 
-def transmission(size: int, answer: Request) -> Callable[["Conversation"], None]:
+def transmission(size: int, answer: Request, structured: bool = False) -> Callable[["Conversation"], None]:
     """A script that serves one export: `answer` gets each read request's handle, offset and length."""
 
     def script(conversation: Conversation) -> None:
@@ -89,7 +89,10 @@ def transmission(size: int, answer: Request) -> Callable[["Conversation"], None]
             if option == OPT_GO:
                 conversation.info(option, size)
                 break
-            conversation.refuse(option)
+            if option == OPT_STRUCTURED_REPLY and structured:
+                conversation.reply(option, REP_ACK)
+            else:
+                conversation.refuse(option)
         while True:
             header = conversation.receive(28)
             if header[6:8] != b"\0\0":  # NBD_CMD_DISC
@@ -102,6 +105,11 @@ def transmission(size: int, answer: Request) -> Callable[["Conversation"], None]
 def simple_reply(handle: bytes, error: int = 0) -> bytes:
     """The header of a simple reply."""
     return b"\x67\x44\x66\x98" + error.to_bytes(4, "big") + handle
+
+
+def no_data(handle: bytes) -> bytes:
+    """A structured reply that ends without a word on the data: a chunk NBD_REPLY_TYPE_NONE, done."""
+    return struct.pack(">IHH8sI", 0x668E33EF, 1, 0, handle, 0)
 
 
 class ScriptedServer:

@@ -14,7 +14,7 @@ import servers
 import trio
 from filling import Work, until
 from peers import Peers
-from scripted_server import Conversation, ScriptedServer, simple_reply, transmission
+from scripted_server import Conversation, ScriptedServer, no_data, simple_reply, transmission
 
 from lazyfs import errors, fill_thread
 from lazyfs.core.byte_range import ByteRange
@@ -387,6 +387,20 @@ async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
     work.check_all_kept()
     assert server.clients == 5
     assert bytes(work.file) == pattern(SIZE)
+
+
+async def test_requests_answered_without_data_are_dropped(peers: Peers, filler_of: Any) -> None:
+    """What their buffers had before is not the image's."""
+
+    def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+        conversation.send(no_data(handle))
+
+    work = Work(EXPORT, ALL)
+    await run(filler_of(peers.scripted(transmission(SIZE, answer, structured=True))), work)
+    assert not work.kept
+    assert not any(work.file)
+    assert all(isinstance(error, errors.RequestFailed) for _, error in work.dropped)
+    assert work.dropped
 
 
 @pytest.mark.parametrize("expected", [Export("", SIZE + 512, ""), Export("", SIZE, "v1")])

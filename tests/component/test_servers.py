@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import servers
 import trio
 from filling import Work, until
 from peers import Peers
-from scripted_server import Conversation, simple_reply, transmission
+from scripted_server import Conversation, no_data, simple_reply, transmission
 
 from lazyfs import errors, nbd_handle
 from lazyfs.core.byte_range import ByteRange
@@ -498,6 +499,28 @@ async def test_nobody_there(tmp_path: Path, repository_of: Any, what: str) -> No
         await repository.list_exports()
     assert failure.value.uri == uri
     assert "nbd_" not in failure.value.reason
+
+
+async def test_a_read_answered_without_data_fails(peers: Peers, repository_of: Any) -> None:
+    """Else the bytes that its buffer had before, perhaps of another image, would be taken for the answer."""
+    answers: list[int] = []
+
+    def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+        answers.append(offset)
+        if len(answers) % 2:
+            chunk = struct.pack(">IHH8sIQ", 0x668E33EF, 1, 1, handle, 8 + length, offset)  # NBD_REPLY_TYPE_OFFSET_DATA
+            conversation.send(chunk + b"a" * length)
+        else:
+            conversation.send(no_data(handle))
+
+    repository = repository_of(peers.scripted(transmission(SIZE, answer, structured=True)))
+    source = repository.source(Export("", SIZE, ""))
+    data = bytearray(64 * KiB)
+    await source.pread(0, memoryview(data))
+    assert data == b"a" * len(data)
+    with pytest.raises(errors.RequestFailed):
+        await source.pread(0, memoryview(data))
+    await source.aclose()
 
 
 # -- servers that break every promise
