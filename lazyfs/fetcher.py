@@ -56,6 +56,7 @@ class Fetcher:
         Args:
             store: loaded; `blocks` is what it holds.
             nursery: runs the fetches, so that a cancelled reader does not take those who joined it along.
+            is_open: whether somebody may read soon what population writes; called from its threads.
             on_changed: called in the trio thread when a connection finds another version of the export.
         """
         self.export = export

@@ -165,6 +165,9 @@ class KernelSession:
         Takes no lock, and cannot block. A notification that one name is invalid waits for the folder's lock, which a
         lookup holds that we have not answered; a daemon killed in that moment does not let go of its connection, and
         whoever uses the mount hangs until somebody aborts it (`clear_away`).
+
+        Every name is outdated, not one: /proc/PID/fd may show any open file as "(deleted)", and what is mounted on a
+        path of this mount is detached when that path is next looked up. Names change a few times in an image's life.
         """
         try:
             os.write(self._connection, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0))

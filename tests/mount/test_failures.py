@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
+
+from lazyfs import process_files
 
 OLD_KERNEL = (
     "-c",
@@ -22,6 +25,13 @@ OLD_KERNEL = (
     "raise SystemExit(main())",
 )
 """As before Linux 6.16: a notification that a name is invalid waits for the lookups under way in its folder."""
+
+
+def _waits_in(thread: int) -> str:
+    """The function of the kernel that a thread sleeps in."""
+    with suppress(FileNotFoundError):  # it has ended
+        return Path(f"/proc/{thread}/wchan").read_text()
+    return ""
 
 
 @pytest.mark.parametrize("program", [("-m", "lazyfs"), OLD_KERNEL])
@@ -37,13 +47,17 @@ def test_a_daemon_killed_while_a_lookup_waits_and_names_change(lab: Lab, program
     try:
         stat = ["stat", "--format=%s", str(lab.mnt / "two")]
         with subprocess.Popen(stat, stderr=subprocess.PIPE, preexec_fn=die_with_parent) as waiting:
-            time.sleep(0.5)  # it waits for the size
+            wait_until(lambda: _waits_in(waiting.pid) == "request_wait_answer", "it waits for the size")
             lab.lazyfs("evict", lab.mnt / "one")
-            time.sleep(0.5)
+            daemon = lab.daemon
+            assert daemon is not None
+            if program is OLD_KERNEL:
+                threads = Path(f"/proc/{daemon.pid}/task")
+                told = "fuse_reverse_inval_entry"
+                wait_until(lambda: told in [_waits_in(int(task.name)) for task in threads.iterdir()], "it waits, too")
             assert waiting.poll() is None
-            assert lab.daemon is not None
-            lab.daemon.kill()
-            time.sleep(0.5)
+            daemon.kill()
+            wait_until(lambda: process_files.has_ended(daemon.pid), "it is dead")
             server.process.send_signal(signal.SIGCONT)
             if program is OLD_KERNEL:
                 done = lab.lazyfs("status", lab.mnt, check=False)
