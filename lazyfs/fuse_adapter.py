@@ -37,6 +37,7 @@ LARGEST_FILE = 2**63 - 1
 """Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be opened."""
 
 XATTR_PREFIX = "user.lazyfs."
+_XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
 
 
 class FuseAdapter(pyfuse3.Operations):
@@ -242,7 +243,9 @@ class FuseAdapter(pyfuse3.Operations):
     # -- extended attributes
 
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return one of ours. Asks nobody: the kernel and `ls` look for attributes of theirs all the time."""
+        """Return one of ours. Asks nobody: `ls -l` looks for two of others on each file."""
+        if not name.startswith(_XATTR_PREFIX_BYTES):
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         with _translated("getxattr", inode):
             value = _xattrs(self._node(inode)).get(os.fsdecode(name))
             if value is None:
