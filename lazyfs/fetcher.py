@@ -137,11 +137,6 @@ class Fetcher:
 
     # -- readers
 
-    @property
-    def can_be_filled(self) -> bool:
-        """Whether something is missing, and may be fetched."""
-        return self.failure is None and not self.completed.is_set()
-
     def present(self, wanted: ByteRange) -> bool:
         """Whether `wanted` can be read from the cache file."""
         return self._blocks.is_present(wanted)
@@ -331,6 +326,11 @@ class Fetcher:
                     await self.learn(window)
                 position = self._blocks.blocks_of(window).end
                 await trio.lowlevel.checkpoint()
+
+    @property
+    def can_be_filled(self) -> bool:
+        """Whether something is missing, and may be fetched."""
+        return self.failure is None and not self.completed.is_set()
 
     # -- interfaces.FillWork: from population's threads
 

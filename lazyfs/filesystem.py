@@ -365,8 +365,7 @@ class Filesystem:
             if digest:
                 await image.annotate(digest=digest)
         except (verifying.Differs, errors.CacheCorrupt) as damage:
-            doubtful = isinstance(damage, verifying.OtherDigest) and digest not in ("", known)
-            if isinstance(damage, verifying.OtherDigest) and doubtful:
+            if isinstance(damage, verifying.OtherDigest) and digest not in ("", known):
                 raise errors.UserError(damage.what) from damage
             if is_last_copy(image) or image.record.pinned or image.retired:
                 logger.critical("%s: image=%s; kept", damage, record.export)

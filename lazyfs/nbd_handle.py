@@ -204,7 +204,7 @@ def retire(handle: Any, cookie: int) -> int:
 class _Command:
     """A command in flight."""
 
-    __slots__ = ("buffer", "code", "cookie", "done", "retired")
+    __slots__ = ("code", "cookie", "done", "retired")
 
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -212,8 +212,6 @@ class _Command:
         self.cookie = 0
         self.retired = False
         """libnbd has done with it, and with its buffer."""
-        self.buffer: nbd_buffers.NbdBuffer | None = None
-        """To be given back when it is: nobody waits for it any more."""
 
 
 class NbdHandle:
@@ -234,8 +232,8 @@ class NbdHandle:
         self._max_payload = max_payload(handle)
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self._in_flight: set[_Command] = set()
-        self._orphans: set[_Command] = set()
-        """Reads that nobody waits for any more, and that may still be answered."""
+        self._orphans: dict[_Command, nbd_buffers.NbdBuffer] = {}
+        """Reads that nobody waits for any more, and that may still be answered, with what they are read into."""
         self._last_progress = trio.current_time()
         self._want_write = trio.Event()
         self._scope = trio.CancelScope()
@@ -257,9 +255,8 @@ class NbdHandle:
                 command.done.set()
             # The last reference: libnbd closes the socket with the handle.
             self._handle = None
-            for command in self._orphans:
-                assert command.buffer is not None
-                nbd_buffers.give(command.buffer)
+            for buffer in self._orphans.values():
+                nbd_buffers.give(buffer)
 
     def close(self, why: str = "closed") -> None:
         """Break the connection; every waiting request raises ConnectionLost."""
@@ -283,8 +280,7 @@ class NbdHandle:
                 if command is None or command.retired or self._handle is None:
                     nbd_buffers.give(bounce)
                 else:
-                    command.buffer = bounce
-                    self._orphans.add(command)
+                    self._orphans[command] = bounce
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt only.
@@ -322,10 +318,8 @@ class NbdHandle:
             command.retired = True
             self._last_progress = trio.current_time()
             command.done.set()
-            if command in self._orphans:
-                self._orphans.discard(command)
-                assert command.buffer is not None
-                nbd_buffers.give(command.buffer)
+            if (orphaned := self._orphans.pop(command, None)) is not None:
+                nbd_buffers.give(orphaned)
                 return 1
             return 0
 
