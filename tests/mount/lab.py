@@ -41,6 +41,17 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
         time.sleep(0.02)
 
 
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """Make `folder` a file system of its own, of `size` as mount(8) takes it; unmounted at the end, whoever uses it."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 class Nbdkit:
     """nbdkit on a unix socket; restartable."""
 

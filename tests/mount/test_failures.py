@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
+from lab import KiB, Lab, MiB, die_with_parent, pread, small_disk, wait_until
 
 from lazyfs import process_files
 
@@ -262,13 +262,8 @@ def test_first_mount_of_an_absent_repository_says_why(lab: Lab) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "tiny"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
-    try:
+    with small_disk(tmp_path / "tiny", "8m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_full_cache_disk_fails_no_read_and_recovers(tiny_disk: Path, lab: Lab) -> None:

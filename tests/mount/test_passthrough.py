@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from lab import KiB, Lab, MiB, pread, wait_until
+from lab import KiB, Lab, MiB, pread, small_disk, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="passthrough needs CAP_SYS_ADMIN")
 
@@ -146,16 +146,13 @@ def test_an_image_that_becomes_whole_is_a_new_inode_and_old_files_go_on(lab: Lab
 
 
 @contextmanager
-def small_disk(lab: Lab) -> Iterator[Path]:
+def lab_disk(lab: Lab) -> Iterator[Path]:
     """A file system that nobody else uses: a file that anything keeps open takes room there."""
-    disk = lab.folder / "small"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        lab.close()
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    with small_disk(lab.folder / "small", "64m") as disk:
+        try:
+            yield disk
+        finally:
+            lab.close()
 
 
 def _used(path: Path) -> int:
@@ -171,7 +168,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
     """A backing file that the kernel kept would be in no process; but it would keep its room when it is replaced."""
-    with small_disk(lab) as disk:
+    with lab_disk(lab) as disk:
         source = lab.image("disk", 8 * MiB)
         content = source.read_bytes()[4096:8192]
         empty = _used(disk)
@@ -196,7 +193,7 @@ def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
 
 @pytest.mark.parametrize("option", [(), ("--no-passthrough",)])
 def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: tuple[str, ...]) -> None:
-    with small_disk(lab) as disk:
+    with lab_disk(lab) as disk:
         source = lab.image("disk", 8 * MiB)
         old = source.read_bytes()
         empty = _used(disk)

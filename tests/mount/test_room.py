@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import KiB, Lab, MiB, pread, wait_until
+from lab import KiB, Lab, MiB, pread, small_disk, wait_until
 
 SIZE = 8 * MiB
 OTHER = 512 * KiB
@@ -21,13 +21,8 @@ OTHER = 512 * KiB
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 48 MiB."""
-    made = tmp_path / "disk"
-    made.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(made)], check=True)
-    try:
+    with small_disk(tmp_path / "disk", "48m") as made:
         yield made
-    finally:
-        subprocess.run(["umount", "-l", str(made)], check=True)
 
 
 def du(path: Path) -> int:

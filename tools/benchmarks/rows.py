@@ -290,13 +290,19 @@ _UNITS = {"bytes": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB}
 # -- many exports, nothing to do
 
 
-@contextmanager
-def _many(what: str, lab: Lab, notes: Notes) -> Iterator[Contenders]:
+def _ten_thousand(lab: Lab) -> Path:
+    """Make a repository of 10,000 empty images; return its folder."""
     folder = lab.memory / "many"
     folder.mkdir()
     for number in range(10_000):
         with (folder / f"image-{number:05}").open("wb") as file:
             file.truncate(GiB)
+    return folder
+
+
+@contextmanager
+def _many(what: str, lab: Lab, notes: Notes) -> Iterator[Contenders]:
+    folder = _ten_thousand(lab)
 
     def second_list() -> float:
         with lab.served(folder=folder) as uri, lab.lazyfs(uri) as mount:
@@ -323,11 +329,7 @@ def _many(what: str, lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
 @contextmanager
 def _start_up(lab: Lab, notes: Notes) -> Iterator[Contenders]:
-    folder = lab.memory / "many"
-    folder.mkdir()
-    for number in range(10_000):
-        with (folder / f"image-{number:05}").open("wb") as file:
-            file.truncate(GiB)
+    folder = _ten_thousand(lab)
     caches = lab.fresh("kept")
 
     def mounted(first: bool) -> float:
