@@ -1,6 +1,8 @@
 """Fixtures of the component tests: single modules of lazyfs with real servers, sockets and files around them."""
 
-from collections.abc import Iterator
+import gc
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,3 +14,13 @@ from peers import Peers
 def peers(tmp_path: Path) -> Iterator[Peers]:
     with ExitStack() as stack:
         yield Peers(tmp_path, stack)
+
+
+@pytest.fixture
+def count_open_files() -> Callable[[], int]:
+    """How many files this process has open.
+
+    What earlier tests left to the garbage collector is closed before the first count, not between two.
+    """
+    gc.collect()
+    return lambda: len(os.listdir("/proc/self/fd"))

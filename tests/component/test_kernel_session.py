@@ -3,7 +3,7 @@
 import os
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -210,8 +210,8 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
-def test_the_kernel_takes_our_answer(mountpoint: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+def test_the_kernel_takes_our_answer(mountpoint: Path, count_open_files: Callable[[], int]) -> None:
+    before = count_open_files()
     session = kernel_session.KernelSession(str(mountpoint), "nbd://example.com, with a comma")
     try:
         entry = next(line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(mountpoint) in line)
@@ -225,7 +225,7 @@ def test_the_kernel_takes_our_answer(mountpoint: Path) -> None:
         assert not session.unmount(lazy=False), "once only"
     finally:
         os.close(int(session.libfuse_path.rpartition("/")[2]))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert count_open_files() == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
@@ -240,11 +240,11 @@ def test_a_refused_init_leaves_no_mount_behind(mountpoint: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
-def test_a_mountpoint_that_cannot_be_one(tmp_path: Path) -> None:
+def test_a_mountpoint_that_cannot_be_one(tmp_path: Path, count_open_files: Callable[[], int]) -> None:
     (tmp_path / "file").touch()
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_open_files()
     for path in ("file", "missing"):
         with pytest.raises(errors.UserError, match="cannot mount on") as failure:
             kernel_session.KernelSession(str(tmp_path / path), "nbd://example.com")
         assert str(tmp_path / path) in str(failure.value)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert count_open_files() == before
