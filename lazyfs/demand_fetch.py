@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs import errors
-from lazyfs.budget import Budget
 from lazyfs.core.block_map import BlockRun
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.interfaces import Source, Store
+from lazyfs.interfaces import Source
 
 ReadCache = Callable[[ByteRange], bytes]
 """Reads present blocks from the cache file. Blocks."""
@@ -46,9 +45,46 @@ class DemandFetch:
     span: ByteRange
     parts: Sequence[ByteRange]
     data: bytearray
+    began: float
+    """When it was asked for; trio's clock."""
     done: trio.Event = field(default_factory=trio.Event)
     error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
     """None once the data is good: an end that nobody foresaw must not look like success."""
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes it asks for."""
+        return sum(part.length for part in self.parts)
+
+
+def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch], None]) -> bool:
+    """Ask for all parts of `fetch` at once; return whether that could be done (`interfaces.Source.submit`).
+
+    `answered` is called when nothing is under way any more; `fetch.error` says how it ended.
+    """
+    view = memoryview(fetch.data)
+    waiting = 0
+    failures: list[errors.LazyfsError] = []
+
+    def one(error: errors.LazyfsError | None) -> None:
+        nonlocal waiting
+        waiting -= 1
+        if error is not None:
+            failures.append(error)
+        if not waiting:
+            fetch.error = failures[0] if failures else None
+            answered(fetch)
+
+    for part in fetch.parts:
+        start = part.start - fetch.span.start
+        if source.submit(part.start, view[start : start + part.length], one):
+            waiting += 1
+        elif not waiting:
+            return False
+        else:
+            failures.append(errors.ConnectionLost("the repository", "it ended between two requests"))
+            break
+    return waiting > 0
 
 
 async def receive(fetch: DemandFetch, source: Source) -> None:
@@ -75,22 +111,6 @@ async def receive(fetch: DemandFetch, source: Source) -> None:
                 nursery.start_soon(one, part)
     if failures:
         raise failures[0]
-
-
-def keep(fetch: DemandFetch, store: Store, budget: Budget) -> Exception | None:
-    """Write what was received to the cache file; return why not, if that could not be done. Blocks."""
-    size = sum(part.length for part in fetch.parts)
-    if not budget.reserve(size):
-        return errors.OverLimit()
-    view = memoryview(fetch.data)
-    try:
-        for part in fetch.parts:
-            start = part.start - fetch.span.start
-            store.write(part.start, view[start : start + part.length])
-    except (errors.NoSpace, OSError) as error:
-        budget.give_back(size)
-        return error
-    return None
 
 
 async def assemble(

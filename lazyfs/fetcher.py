@@ -9,27 +9,26 @@ wants it joins. `doc/CONCURRENCY.md` has the whole story; in short:
 - Nothing is kept of a reply that failed.
 """
 
-import errno
-import logging
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 import trio
 
 from lazyfs import demand_fetch, errors, events, totals
-from lazyfs.budget import LIMITED, UNKEPT, Budget
+from lazyfs.budget import Budget
 from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.extent_map import ExtentMap
 from lazyfs.core.fetch_plan import FillCursor, Readahead, plan_read
 from lazyfs.core.pacing import RateMeter
 from lazyfs.demand_fetch import DemandFetch, ReadCache, assemble
+from lazyfs.extents import Extents
 from lazyfs.interfaces import Claim, Export, FetchCounters, Source, Store
+from lazyfs.keeping import Keeping
 from lazyfs.pace import Pace
 from lazyfs.totals import Read, Totals
-
-logger = logging.getLogger(__name__)
+from lazyfs.write_queue import WriteQueue
 
 
 class Fetcher:
@@ -47,6 +46,7 @@ class Fetcher:
         io_timeout_s: float,
         counters: FetchCounters,
         totals: Totals,
+        writes: WriteQueue,
         on_changed: Callable[[errors.ExportChanged], None],
         is_open: Callable[[], bool] = lambda: True,
         budget: Budget | None = None,
@@ -66,8 +66,6 @@ class Fetcher:
         """Set: not even present ranges may be read; only a restart, from the last checkpoint, mends that."""
         self.trouble: Exception | None = None
         """The latest failure of a population request; None once one succeeds."""
-        self.unkept = self._limited = False
-        """The latest write found the cache's file system full, or the cache at its limit."""
         self.completed = trio.Event()
         """Every block is in the cache."""
         self.dirtied = trio.Event()
@@ -75,7 +73,6 @@ class Fetcher:
         self._source = source
         self._store = store
         self._blocks = blocks
-        self._extents = ExtentMap(export.size)
         self._nursery = nursery
         self._pace = pace
         self._io_timeout_s = io_timeout_s
@@ -83,15 +80,17 @@ class Fetcher:
         self._populated_bytes = counters.populated_bytes
         self._requests = counters.requests
         self._totals = totals
+        self._writes = writes
         self._zero_counted = blocks.zero_bytes
         self._on_changed = on_changed
         self._is_open = is_open
         self._budget = budget or Budget()
+        self._keeping = Keeping(export.name, store, self._budget, totals)
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
+        self._extents = Extents(source, blocks, self._lock)
         self._fetches: dict[int, DemandFetch] = {}
         self._waiters: list[tuple[int, trio.Event]] = []
-        self._learning: dict[int, trio.Event] = {}
         self._timeouts = demand_fetch.Timeouts()
         self._readahead = Readahead()
         self._cursor = FillCursor()
@@ -101,6 +100,11 @@ class Fetcher:
             self.completed.set()
 
     # -- what is here
+
+    @property
+    def unkept(self) -> bool:
+        """The latest write found the cache's file system full, or the cache at its limit."""
+        return self._keeping.refused
 
     @property
     def present_bytes(self) -> int:
@@ -126,9 +130,7 @@ class Fetcher:
         """Return what an operator should know, or ""."""
         if self.distrust is not None:
             return f"{self.distrust}: reads fail; mount anew to go on from the last checkpoint"
-        if not self.unkept or (self._limited and not self._budget.tight):
-            return ""
-        return LIMITED if self._limited else UNKEPT
+        return self._keeping.message()
 
     def rate(self) -> float:
         """Return bytes fetched per second, lately."""
@@ -174,15 +176,17 @@ class Fetcher:
     async def _try_missing(self, wanted: ByteRange, read_cache: ReadCache, read: Read) -> bytes | None:
         """Make one attempt; None if the state has changed meanwhile and the caller should look again."""
         while (window := self._extents.first_unknown(self._whole_blocks(wanted))) is not None:
-            read.waits(asks=window.start not in self._learning)
+            read.waits(asks=not self._extents.is_asked(window))
             await self.learn(window)
         fetches, joined, claimed = self._plan(wanted)
         read.waits(asks=bool(fetches))
         self._totals.add(totals.DEMAND_REQUESTS, sum(len(fetch.parts) for fetch in fetches))
         for fetch in fetches:
-            self._nursery.start_soon(self._carry_out, fetch)
-            # Most urgent first: trio would run what starts together in random order.
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._pace.demand(1)
+            if not demand_fetch.submit(fetch, self._source, self._answered):
+                self._nursery.start_soon(self._carry_out, fetch)
+                # Most urgent first: trio would run what starts together in random order.
+                await trio.lowlevel.cancel_shielded_checkpoint()
         if claimed is not None:
             await claimed.wait()
             return None
@@ -199,7 +203,7 @@ class Fetcher:
 
     def _plan(self, wanted: ByteRange) -> tuple[list[DemandFetch], list[DemandFetch], trio.Event | None]:
         """Claim what is missing; return new fetches, those the reader needs, and what else to wait for."""
-        blocks = self._blocks
+        blocks, now = self._blocks, trio.current_time()
         with self._lock:
             ahead = 0 if self.unkept else self._readahead.window(wanted)
             ahead = self._extents.known_until(wanted.end, min(wanted.end + ahead, blocks.size)) - wanted.end
@@ -208,7 +212,7 @@ class Fetcher:
             for run in plan_read(blocks, wanted, ahead):
                 blocks.claim(run)
                 span = blocks.bytes_of(run)
-                fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length))
+                fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length), now)
                 new.append(fetch)
                 for block in range(run.first, run.end):
                     self._fetches[block] = fetch
@@ -224,48 +228,52 @@ class Fetcher:
             self._waiters.append((claimed, event))
             return new, joined, event
 
-    async def _carry_out(self, fetch: DemandFetch) -> None:
-        """Fetch, let the readers go, keep."""
-        settled = False
-        try:
-            self._pace.demand(1)
-            try:
-                with trio.fail_after(self._io_timeout_s):
-                    await demand_fetch.receive(fetch, self._source)
-                fetch.error = None
-            except trio.TooSlowError:
-                fetch.error = self._timed_out(fetch.span)
-            except errors.ExportChanged as error:
-                fetch.error = error
-                self.changed(error)
-            except errors.LazyfsError as error:
-                fetch.error = error
-            finally:
-                self._pace.demand(-1)
-            if fetch.error is not None:
-                return
-            fetch.done.set()
-            fetched = sum(part.length for part in fetch.parts)
-            with self._lock:
-                self._demand_bytes += fetched
-                self._meter.add(self._pace.clock(), fetched)
-            self._totals.add(totals.DEMAND_BYTES, fetched)
-            if await trio.to_thread.run_sync(self._write_fetch, fetch):
-                settled = True
-                self._settle(fetch.run, fetched)
-                self._budget.keep(fetched)
-        finally:
-            if not settled:
-                self._settle(fetch.run, None)
-            fetch.done.set()
+    def _answered(self, fetch: DemandFetch) -> None:
+        """The connection has done what it could for `fetch`."""
+        if isinstance(fetch.error, errors.ConnectionLost):
+            self._nursery.start_soon(self._carry_out, fetch)
+        else:
+            self._end(fetch)
 
-    def _write_fetch(self, fetch: DemandFetch) -> bool:
-        """Write to the cache file (in a thread); False if that could not be done and nothing is kept."""
-        if (trouble := demand_fetch.keep(fetch, self._store, self._budget)) is not None:
-            self._cannot_keep(trouble)
-            return False
-        self.unkept = False
-        return True
+    async def _carry_out(self, fetch: DemandFetch) -> None:
+        """Fetch with as many attempts as the time allows."""
+        try:
+            with trio.fail_at(fetch.began + self._io_timeout_s):
+                await demand_fetch.receive(fetch, self._source)
+            fetch.error = None
+        except trio.TooSlowError:
+            fetch.error = self._timed_out(fetch.span)
+        except errors.ExportChanged as error:
+            fetch.error = error
+            self.changed(error)
+        except errors.LazyfsError as error:
+            fetch.error = error
+        finally:
+            self._end(fetch)
+
+    def _end(self, fetch: DemandFetch) -> None:
+        """Let the readers go, and keep what they were given."""
+        self._pace.demand(-1)
+        if fetch.error is not None:
+            self._settle(fetch.run, None)
+            fetch.done.set()
+            return
+        with self._lock:
+            self._demand_bytes += fetch.data_bytes
+            self._meter.add(self._pace.clock(), fetch.data_bytes)
+        self._totals.add(totals.DEMAND_BYTES, fetch.data_bytes)
+        if not self._writes.full:
+            fetch.done.set()
+        self._writes.put(fetch.span.length, partial(self._write_fetch, fetch))
+
+    def _write_fetch(self, fetch: DemandFetch) -> None:
+        """Write to the cache file, if that can be done; in a thread."""
+        kept = self._keeping.write(fetch)
+        self._settle(fetch.run, fetch.data_bytes if kept else None)
+        if kept:
+            self._budget.keep(fetch.data_bytes)
+        if not fetch.done.is_set():
+            self._in_trio(fetch.done.set)
 
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
         what = f"reading {self.export.name} at {wanted.start}"
@@ -277,31 +285,13 @@ class Fetcher:
     # -- extents
 
     async def learn(self, window: ByteRange) -> None:
-        """Ask the repository what `window` holds, once, however many callers want to know.
-
-        Raises:
-            RequestFailed, ExportChanged: the caller who asked; the others find it unknown and ask again.
-        """
-        if (asked := self._learning.get(window.start)) is not None:
-            await asked.wait()
-            return
-        self._learning[window.start] = trio.Event()
+        """As `Extents.ask`."""
         try:
-            data = await self._source.block_status(window)
-            with self._lock:
-                self._extents.learn(window, data)
-                for zeroes in self._extents.zero_ranges(window):
-                    size = self._blocks.block_size
-                    whole = -(-zeroes.end // size) if zeroes.end == self._blocks.size else zeroes.end // size
-                    first = -(-zeroes.start // size)
-                    if first < whole:
-                        self._blocks.mark_zero(BlockRun(first, whole))
-            self._note_progress()
+            await self._extents.ask(window)
         except errors.ExportChanged as error:
             self.changed(error)
             raise
-        finally:
-            self._learning.pop(window.start).set()
+        self._note_progress()
 
     async def learn_next(self) -> None:
         """Learn windows from where population goes on, until one has something to fetch. Raises as `learn`."""
@@ -378,7 +368,7 @@ class Fetcher:
             self._populated_bytes += fetched
             self._meter.add(self._pace.clock(), fetched)
         self._totals.add(totals.POPULATED_BYTES, fetched)
-        self.unkept = False
+        self._keeping.refused = False
         self._settle(claim.run, fetched)
         self._budget.keep(fetched)
 
@@ -389,7 +379,7 @@ class Fetcher:
             self.trouble = error
         elif isinstance(error, errors.NoSpace | OSError):
             self.trouble = error
-            self._cannot_keep(error)
+            self._keeping.failed(error)
         self._settle(claim.run, None)
         self._budget.give_back(sum(part.length for part in claim.parts))
 
@@ -439,14 +429,17 @@ class Fetcher:
 
     async def written(self) -> None:
         """Wait until what has arrived is written: its readers were let go before."""
-        while arrived := [block for block, fetch in self._fetches.items() if fetch.done.is_set()]:
+        while True:
             with self._lock:
-                self._waiters.append((arrived[0], settled := trio.Event()))
+                arrived = next((block for block, fetch in self._fetches.items() if fetch.error is None), None)
+                if arrived is None:
+                    return
+                self._waiters.append((arrived, settled := trio.Event()))
             await settled.wait()
 
     async def rest(self) -> bool:
         """Drop the connection if nothing is under way on it; return whether nothing was."""
-        if self._fetches or self._learning:
+        if self._fetches or self._extents.asking:
             return False
         await self._source.aclose()
         return True
@@ -487,13 +480,3 @@ class Fetcher:
         # A thread may finish its last request after the daemon's loop has ended.
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(call)
-
-    def _cannot_keep(self, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno == errno.EBADF:
-            return  # closed meanwhile, as an evicted image is
-        if not isinstance(error, errors.OverLimit):
-            self._totals.failed(totals.WRITE)
-        if not self.unkept:
-            logger.warning("cannot keep what is fetched: image=%s reason=%s", self.export.name, error)
-        self._limited = isinstance(error, errors.OverLimit)
-        self.unkept = True

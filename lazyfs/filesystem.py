@@ -24,6 +24,7 @@ from lazyfs.sizes import DESCRIBE_BATCH, Sizes
 from lazyfs.surroundings import Surroundings
 from lazyfs.totals import Totals
 from lazyfs.units import KiB
+from lazyfs.write_queue import WriteQueue
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Filesystem:
             pace=SharedPace(options.fill_rate, trio.lowlevel.current_clock().current_time),
             totals=self.totals,
             budget=self.budget,
+            writes=WriteQueue(nursery),
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,
             syncs=trio.CapacityLimiter(MAX_SYNCS),

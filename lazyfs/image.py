@@ -357,6 +357,7 @@ class Image:
             io_timeout_s=around.io_timeout_s,
             counters=self._counters(),
             totals=around.totals,
+            writes=around.writes,
             budget=around.budget,
             on_changed=lambda error: around.on_export_changed(self, error),
             is_open=lambda: self.open_count > 0,

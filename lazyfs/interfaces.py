@@ -4,7 +4,7 @@
 Unless it says otherwise, everything here is called from the trio thread only.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -114,11 +114,26 @@ class Claim:
     """The data in those blocks, in order; the rest reads as zeroes. May be empty."""
 
 
+Answered = Callable[[errors.LazyfsError | None], None]
+"""What is called when a request has ended: None if all went well."""
+
+
 class Source(Protocol):
     """One export of the repository, for demand fetches. Safe for many tasks at once.
 
     Both calls reconnect for as long as it takes: the caller sets a time limit, and may cancel at any moment.
     """
+
+    def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
+        """Ask for the bytes at `offset` at once, without a task's turn; return whether that could be done.
+
+        It cannot when there is no connection: `pread` makes one. In the trio thread; cannot be cancelled.
+
+        Args:
+            answered: called later, once, in the trio thread. The buffer is filled if it is given None. RequestFailed:
+                as of `pread`. ConnectionLost: it was one attempt, `pread` makes more. It may not raise.
+        """
+        ...
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`.

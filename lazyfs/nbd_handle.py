@@ -25,7 +25,7 @@ import trio
 from lazyfs import errors, nbd_buffers
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import parse_block_status
-from lazyfs.interfaces import Export
+from lazyfs.interfaces import Answered, Export
 from lazyfs.units import MiB
 
 CONNECT_TIMEOUT_S = 15.0
@@ -204,10 +204,12 @@ def retire(handle: Any, cookie: int) -> int:
 class _Command:
     """A command in flight."""
 
-    __slots__ = ("code", "cookie", "done", "retired")
+    __slots__ = ("code", "cookie", "ended", "retired", "sent")
 
-    def __init__(self) -> None:
-        self.done = trio.Event()
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self.ended = ended
+        """Called once, in the trio thread, when there is an answer or the connection is broken."""
+        self.sent = trio.current_time()
         self.code = 0
         self.cookie = 0
         self.retired = False
@@ -217,21 +219,27 @@ class _Command:
 class NbdHandle:
     """A connected handle, many requests in flight at once, driven by the task that runs `run`."""
 
-    def __init__(self, handle: Any, uri: str, export: str, stall_s: float) -> None:
+    def __init__(self, handle: Any, uri: str, export: str, stall_s: float, answer_s: float) -> None:
         """Take over `handle`, from `connect_export`.
 
         Args:
             stall_s: when requests are in flight and the server has completed none for so long, the
                 connection counts as lost.
+            answer_s: so it does when one request has had no answer for so long.
         """
         self._handle: Any = handle
         self._uri = uri
         self._export = export
         self._stall_s = stall_s
+        self._answer_s = answer_s
         self._fd = handle.aio_get_fd()
         self._max_payload = max_payload(handle)
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
-        self._in_flight: set[_Command] = set()
+        self._in_flight: dict[_Command, None] = {}
+        """Oldest first."""
+        self._answered: list[_Command] = []
+        """By libnbd's callbacks, which may not call its methods."""
+        self._some_in_flight = trio.Event()
         self._orphans: dict[_Command, nbd_buffers.NbdBuffer] = {}
         """Reads that nobody waits for any more, and that may still be answered, with what they are read into."""
         self._last_progress = trio.current_time()
@@ -247,12 +255,13 @@ class NbdHandle:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._read_loop)
                     nursery.start_soon(self._write_loop)
+                    nursery.start_soon(self._watch)
         except* (nbd.Error, OSError) as group:
             self.broken = self.broken or _first_reason(group)
         finally:
             self.broken = self.broken or "closed"
-            for command in self._in_flight:
-                command.done.set()
+            for command in list(self._in_flight):
+                self._end(command)
             # The last reference: libnbd closes the socket with the handle.
             self._handle = None
             for buffer in self._orphans.values():
@@ -263,6 +272,25 @@ class NbdHandle:
         self.broken = self.broken or why
         self._scope.cancel()
 
+    def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
+        """As `interfaces.Source.submit`."""
+        if self.broken or len(buffer) > self._max_payload:
+            return False
+        bounce = nbd_buffers.take(len(buffer))
+
+        def ended() -> None:
+            if (error := self._outcome(command, f"reading {self._export} at {offset}")) is None:
+                buffer[:] = bounce.memory[: len(buffer)]
+            self._give_back(bounce, command)
+            answered(error)
+
+        try:
+            command = self._start(partial(self._handle.aio_pread, bounce.target(0, len(buffer)), offset), ended)
+        except errors.LazyfsError:
+            nbd_buffers.give(bounce)
+            return False
+        return True
+
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; as `interfaces.Source.pread`, but one attempt only.
 
@@ -270,17 +298,19 @@ class NbdHandle:
             ConnectionLost, RequestFailed.
         """
         for piece in ByteRange(0, len(buffer)).split(self._max_payload):
-            bounce, command = nbd_buffers.take(piece.length), None
+            bounce, command, done = nbd_buffers.take(piece.length), None, trio.Event()
             try:
                 target = bounce.target(0, piece.length)
-                command = self._start(partial(self._handle.aio_pread, target, offset + piece.start))
-                await self._finished(command, f"reading {self._export} at {offset}")
+                command = self._start(partial(self._handle.aio_pread, target, offset + piece.start), done.set)
+                await done.wait()
+                if (error := self._outcome(command, f"reading {self._export} at {offset}")) is not None:
+                    raise error
                 buffer[piece.start : piece.end] = bounce.memory[: piece.length]
             finally:
-                if command is None or command.retired or self._handle is None:
+                if command is None:
                     nbd_buffers.give(bounce)
                 else:
-                    self._orphans[command] = bounce
+                    self._give_back(bounce, command)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt only.
@@ -301,59 +331,85 @@ class NbdHandle:
                     into.extend(found)
                 return 0
 
-            command = self._start(partial(self._handle.aio_block_status, asked.length, asked.start, extent))
-            await self._finished(command, f"block status of {self._export}")
+            done = trio.Event()
+            command = self._start(partial(self._handle.aio_block_status, asked.length, asked.start, extent), done.set)
+            await done.wait()
+            if (error := self._outcome(command, f"block status of {self._export}")) is not None:
+                raise error
             *ranges, reach = parse_block_status(asked, entries, self._export)
             data.extend(ranges)
             position = reach.start
         return data
 
-    def _start(self, submit: Callable[[Callable[[Any], int]], int]) -> _Command:
+    def _start(self, submit: Callable[[Callable[[Any], int]], int], ended: Callable[[], None]) -> _Command:
+        """Send a command. Raises ConnectionLost, RequestFailed: it was not sent, and `ended` is not called."""
         if self.broken:
             raise errors.ConnectionLost(self._uri, self.broken)
-        command = _Command()
+        command = _Command(ended)
 
         def completed(err: Any) -> int:
             command.code = err.value
             command.retired = True
             self._last_progress = trio.current_time()
-            command.done.set()
+            self._answered.append(command)
             if (orphaned := self._orphans.pop(command, None)) is not None:
                 nbd_buffers.give(orphaned)
                 return 1
             return 0
 
         if not self._in_flight:
-            self._last_progress = trio.current_time()
-        self._in_flight.add(command)
+            self._last_progress = command.sent
+            self._some_in_flight.set()
         try:
             command.cookie = submit(completed)
-            if self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+            if self._answered:  # libnbd has met the end of the connection
+                self.close("the server hung up")
+            elif self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
                 self._want_write.set()
         except nbd.Error as error:
-            self._in_flight.discard(command)
             if self._handle.aio_is_dead() or self._handle.aio_is_closed():
                 self.close(reason(error))
                 raise errors.ConnectionLost(self._uri, self.broken) from error
             raise errors.RequestFailed(f"asking {self._uri} for {self._export}", error.errnum or errno.EIO) from error
+        self._in_flight[command] = None
         return command
 
-    async def _finished(self, command: _Command, what: str) -> None:
-        try:
-            while not command.done.is_set():
-                with trio.move_on_at(self._last_progress + self._stall_s):
-                    await command.done.wait()
-                if not command.done.is_set() and trio.current_time() >= self._last_progress + self._stall_s:
-                    self.close(f"no reply in {self._stall_s:g} s")
-                    raise errors.ConnectionLost(self._uri, self.broken)
-        finally:
-            self._in_flight.discard(command)
-        if not self.broken and command.code in LOST:
-            self.close("the server shuts down")
+    def _end(self, command: _Command) -> None:
+        if command in self._in_flight:  # else nobody waits any more
+            del self._in_flight[command]
+            if command.code in LOST and not self.broken:
+                self.close("the server shuts down")
+            command.ended()
+
+    def _outcome(self, command: _Command, what: str) -> errors.LazyfsError | None:
+        """Return what has become of a command that has ended; None if it did what it should."""
         if self.broken:
-            raise errors.ConnectionLost(self._uri, self.broken)
-        if code := command.code or retire(self._handle, command.cookie):
-            raise errors.RequestFailed(what, code)
+            return errors.ConnectionLost(self._uri, self.broken)
+        code = command.code or retire(self._handle, command.cookie)
+        return errors.RequestFailed(what, code) if code else None
+
+    def _give_back(self, bounce: nbd_buffers.NbdBuffer, command: _Command) -> None:
+        self._in_flight.pop(command, None)
+        if command.retired or self._handle is None:
+            nbd_buffers.give(bounce)
+        else:
+            self._orphans[command] = bounce
+
+    async def _watch(self) -> None:
+        """Break the connection when the server stops answering."""
+        while not self.broken:
+            oldest = next(iter(self._in_flight), None)
+            if oldest is None:
+                self._some_in_flight = trio.Event()
+                await self._some_in_flight.wait()
+                continue
+            stalls_at, late_at = self._last_progress + self._stall_s, oldest.sent + self._answer_s
+            if trio.current_time() >= stalls_at:
+                self.close(f"no reply in {self._stall_s:g} s")
+            elif trio.current_time() >= late_at:
+                self.close(f"one request had no reply in {self._answer_s:g} s")
+            else:
+                await trio.sleep_until(min(stalls_at, late_at))
 
     async def _read_loop(self) -> None:
         while True:
@@ -363,11 +419,16 @@ class NbdHandle:
                 self._handle.aio_notify_read()
             else:  # it must write before it will read
                 await trio.lowlevel.wait_writable(self._fd)
-            if self._handle.aio_is_dead() or self._handle.aio_is_closed():
-                self.broken = self.broken or "the server hung up"
-                self._scope.cancel()
+            self._end_answered()
             if direction & nbd.AIO_DIRECTION_WRITE:
                 self._want_write.set()
+
+    def _end_answered(self) -> None:
+        answered, self._answered = self._answered, []
+        for command in answered:
+            self._end(command)
+        if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+            self.close("the server hung up")
 
     async def _write_loop(self) -> None:
         while True:
@@ -377,6 +438,7 @@ class NbdHandle:
                 await trio.lowlevel.wait_writable(self._fd)
                 if self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
                     self._handle.aio_notify_write()
+                    self._end_answered()
 
 
 def _first_reason(group: BaseExceptionGroup[Any]) -> str:

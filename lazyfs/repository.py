@@ -14,7 +14,7 @@ from lazyfs import errors, nbd_handle
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.pacing import Backoff
 from lazyfs.fill_thread import FillConnection
-from lazyfs.interfaces import Export, Filler, FillWork, RepositoryStatistics, Source
+from lazyfs.interfaces import Answered, Export, Filler, FillWork, RepositoryStatistics, Source
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class NbdRepository:
         """How many exports the server describes on one connection; lowered when it hangs up earlier."""
         self._nursery = nursery
         self._stall_s = io_timeout_s / 3
+        self._io_timeout_s = io_timeout_s
         # Not the default limiter: attempts that hang must not keep cache files from being read.
         self._connects = trio.CapacityLimiter(64)
         self._fills = trio.CapacityLimiter(64)
@@ -126,7 +127,7 @@ class NbdRepository:
         attempt = partial(nbd_handle.connect_export, self.uri, export.name)
         handle, found = await self._in_thread(self._connects, attempt)
         export.check_same(found)
-        running = nbd_handle.NbdHandle(handle, self.uri, export.name, self._stall_s)
+        running = nbd_handle.NbdHandle(handle, self.uri, export.name, self._stall_s, self._io_timeout_s)
         self._nursery.start_soon(running.run)
         return running
 
@@ -199,6 +200,10 @@ class _NbdSource:
         self._connecting = trio.Lock()
         self._backoff = Backoff()
         self._next_attempt = -math.inf
+
+    def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
+        """As `interfaces.Source.submit`."""
+        return self._handle is not None and self._handle.submit(offset, buffer, answered)
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """As `interfaces.Source.pread`."""

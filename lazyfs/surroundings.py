@@ -11,6 +11,7 @@ from lazyfs.budget import Budget
 from lazyfs.interfaces import Catalog, Repository, Stores
 from lazyfs.pace import SharedPace
 from lazyfs.totals import Totals
+from lazyfs.write_queue import WriteQueue
 
 ImageT = TypeVar("ImageT")
 
@@ -26,6 +27,7 @@ class Surroundings(Generic[ImageT]):
     pace: SharedPace
     totals: Totals
     budget: Budget
+    writes: WriteQueue
     populate: bool
     """Whether images are populated because they were opened."""
     io_timeout_s: float

@@ -21,7 +21,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
-from lazyfs.interfaces import Claim, Export, Filler, FillWork, ImageRecord, PlainFile, Source, Space, Store
+from lazyfs.interfaces import Answered, Claim, Export, Filler, FillWork, ImageRecord, PlainFile, Source, Space, Store
 from lazyfs.store.unkept import UnkeptStore
 from lazyfs.units import KiB
 
@@ -76,6 +76,8 @@ class FakeRepository:
     def __init__(self) -> None:
         self.uri = "fake://repository"
         self.connected = False
+        self.nursery: trio.Nursery | None = None
+        """Runs what is submitted; without it nothing can be."""
         self.exports: dict[str, FakeExport] = {}
         self.log: list[Request] = []
         self.status_log: list[tuple[str, ByteRange]] = []
@@ -192,12 +194,21 @@ class FakeRepository:
 
     async def read(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
         """One attempt to read."""
+        self.ask(export, offset, buffer, kind)
+        await self.answer(export, offset, buffer, kind)
+
+    def ask(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
+        """Send a read request."""
         buffer[:] = bytes([POISON]) * len(buffer)
         self._check_up()
         self._check_version(export)
         asked = ByteRange(offset, offset + len(buffer))
         assert 0 <= asked.start < asked.end <= export.size
         self.log.append(Request(export.name, offset, len(buffer), kind, trio.current_time()))
+
+    async def answer(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
+        """Wait for the answer to one."""
+        asked = ByteRange(offset, offset + len(buffer))
         if kind == "demand":
             await trio.sleep(self.demand_delay_s)
         await self._answer()
@@ -225,6 +236,29 @@ class _FakeSource:
         self._export = export
         self._backoff = Backoff()
         self._next_attempt = -math.inf
+        self._connected = False
+
+    def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
+        if self._repository.nursery is None or not self._connected:
+            return False
+        try:
+            self._repository.ask(self._export, offset, buffer, "demand")
+        except errors.LazyfsError:
+            return False
+        self._repository.nursery.start_soon(self._answer, offset, buffer, answered)
+        return True
+
+    async def _answer(self, offset: int, buffer: memoryview, answered: Answered) -> None:
+        outcome: errors.LazyfsError | None = errors.ConnectionLost(self._repository.uri, "closed")
+        try:
+            await self._repository.answer(self._export, offset, buffer, "demand")
+            outcome = None
+        except errors.RequestFailed as error:
+            outcome = error
+        except errors.LazyfsError:  # also of another version: who connects anew learns of it
+            self._connected = False
+        finally:
+            answered(outcome)
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         await self._retry(lambda: self._repository.read(self._export, offset, buffer, "demand"))
@@ -233,6 +267,7 @@ class _FakeSource:
         return await self._retry(lambda: self._repository.status(self._export, window))
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        await trio.lowlevel.checkpoint()  # as the real one, which must have a connection
         while True:
             try:
                 result = await attempt()
@@ -242,9 +277,11 @@ class _FakeSource:
                 await trio.sleep_until(self._next_attempt)
             else:
                 self._backoff.reset()
+                self._connected = True
                 return result
 
     async def aclose(self) -> None:
+        self._connected = False
         await trio.lowlevel.checkpoint()
 
 

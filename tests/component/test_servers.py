@@ -53,6 +53,21 @@ def make_image(path: Path) -> Path:
     return path
 
 
+async def submitted(source: Source, buffer: memoryview) -> errors.LazyfsError | None:
+    """Submit a request for the first bytes, and wait for its end."""
+    outcomes: list[errors.LazyfsError | None] = []
+    ended = trio.Event()
+
+    def answered(error: errors.LazyfsError | None) -> None:
+        outcomes.append(error)
+        ended.set()
+
+    assert source.submit(0, buffer, answered)
+    with trio.fail_after(servers.DEADLINE_S):
+        await ended.wait()
+    return outcomes[0]
+
+
 async def read(source: Source, offset: int, length: int) -> bytes:
     buffer = bytearray(length)
     with trio.fail_after(servers.DEADLINE_S):
@@ -520,6 +535,8 @@ async def test_a_read_answered_without_data_fails(peers: Peers, repository_of: A
     assert data == b"a" * len(data)
     with pytest.raises(errors.RequestFailed):
         await source.pread(0, memoryview(data))
+    await source.pread(0, memoryview(data))
+    assert isinstance(await submitted(source, memoryview(data)), errors.RequestFailed)
     await source.aclose()
 
 
@@ -778,6 +795,41 @@ async def test_a_lost_connection_in_a_read_is_made_again(peers: Peers, repositor
     assert len(began) == 3
     assert await read(source, 0, 4096) == content()[:4096]
     assert len(began) == 3
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+async def test_a_request_that_was_submitted_hears_of_a_lost_connection(
+    peers: Peers, repository_of: Any, misdeed: Any
+) -> None:
+    asked: list[int] = []
+
+    def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+        asked.append(offset)
+        (_answers_right if len(asked) == 1 else misdeed)(conversation, handle, offset, length)
+
+    source = repository_of(peers.scripted(transmission(SIZE, answer)), io_timeout_s=1.5).source(Export("", SIZE, ""))
+    assert await read(source, 0, 4096) == content()[:4096]
+    assert isinstance(await submitted(source, memoryview(bytearray(100_000))), errors.ConnectionLost)
+    assert len(asked) == 2
+    await source.aclose()
+
+
+async def test_one_request_without_an_answer_among_others(peers: Peers, repository_of: Any) -> None:
+    """The connection makes progress all the time: what ends is the time that a request may take."""
+
+    def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+        if offset != 4096:
+            _answers_right(conversation, handle, offset, length)
+
+    source = repository_of(peers.scripted(transmission(SIZE, answer)), io_timeout_s=1.5).source(Export("", SIZE, ""))
+    assert await read(source, 0, 4096) == content()[:4096]
+    outcomes: list[errors.LazyfsError | None] = []
+    assert source.submit(4096, memoryview(bytearray(512)), outcomes.append)
+    while not outcomes:
+        assert await read(source, 0, 4096) == content()[:4096]
+        await trio.sleep(0.01)
+    assert isinstance(outcomes[0], errors.ConnectionLost)
+    await source.aclose()
 
 
 @pytest.mark.parametrize("misdeed", MISDEEDS)

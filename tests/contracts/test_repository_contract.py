@@ -18,7 +18,7 @@ from fakes import POISON, FakeRepository, pattern
 from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.interfaces import Claim, Export, Repository
+from lazyfs.interfaces import Claim, Export, Repository, Source
 from lazyfs.repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
@@ -63,6 +63,7 @@ class FakeLab:
         self._fake.add("team/other", b"other" * 1000)
 
     def repository(self, nursery: trio.Nursery) -> Repository:
+        self._fake.nursery = nursery
         return self._fake
 
     def reads(self) -> list[ByteRange]:
@@ -225,6 +226,77 @@ async def test_many_reads_at_once(lab: Lab) -> None:
                 nursery.start_soon(source.pread, piece.start, memoryview(found)[piece.start : piece.end])
         assert found == lab.content
         assert sorted(lab.reads()) == list(ByteRange(0, SIZE).split(100_000))
+        await source.aclose()
+
+
+class Submitted:
+    """A request without a task of its own, and how it ended."""
+
+    def __init__(self, source: Source, asked: ByteRange) -> None:
+        self.buffer = bytearray([POISON]) * asked.length
+        self.ended = trio.Event()
+        self.sent = source.submit(asked.start, memoryview(self.buffer), self._answered)
+        assert not self.ended.is_set(), "later, not from within"
+
+    def _answered(self, error: errors.LazyfsError | None) -> None:
+        assert not self.ended.is_set(), "once"
+        self.error = error
+        self.ended.set()
+
+    async def outcome(self) -> errors.LazyfsError | None:
+        assert self.sent
+        await self.ended.wait()
+        return self.error
+
+
+async def test_what_is_submitted_is_answered_once_there_is_a_connection(lab: Lab) -> None:
+    async with connected(lab) as (repository, export):
+        source = repository.source(export)
+        assert not Submitted(source, ByteRange(0, 512)).sent
+        await source.pread(0, memoryview(bytearray(512)))
+        pieces = list(ByteRange(0, SIZE).split(100_000))
+        requests = [Submitted(source, piece) for piece in pieces]
+        assert [await request.outcome() for request in requests] == [None] * len(pieces)
+        assert b"".join(request.buffer for request in requests) == lab.content
+        assert sorted(lab.reads())[1:] == pieces
+        await source.aclose()
+        assert not Submitted(source, ByteRange(0, 512)).sent
+
+
+async def test_a_refused_submission_fails_alone(lab: Lab) -> None:
+    async with connected(lab) as (repository, export):
+        source = repository.source(export)
+        await source.pread(0, memoryview(bytearray(512)))
+        lab.fail(True)
+        for _ in range(2):
+            error = await Submitted(source, ByteRange(0, 512)).outcome()
+            assert isinstance(error, errors.RequestFailed)
+            assert error.code == errno.EIO
+        lab.fail(False)
+        request = Submitted(source, ByteRange(0, 512))
+        assert await request.outcome() is None
+        assert request.buffer == lab.content[:512]
+        await source.aclose()
+
+
+@pytest.mark.parametrize("loss", ["the server ends", "it has another version", "closed by us"])
+async def test_what_is_submitted_before_a_loss_hears_of_it(lab: Lab, loss: str) -> None:
+    async with connected(lab) as (repository, export):
+        source = repository.source(export)
+        await source.pread(0, memoryview(bytearray(512)))
+        before = [Submitted(source, ByteRange(i * 4096, (i + 1) * 4096)) for i in range(8)]
+        if loss == "closed by us":
+            await source.aclose()
+        elif loss == "the server ends":
+            lab.stop()
+        else:
+            lab.change()
+        for i, request in enumerate(before):  # the server may have been faster
+            error = await request.outcome()
+            assert isinstance(error, errors.ConnectionLost | None)
+            assert error is not None or request.buffer == lab.content[i * 4096 : (i + 1) * 4096]
+        after = Submitted(source, ByteRange(0, 512))
+        assert not after.sent or isinstance(await after.outcome(), errors.ConnectionLost)
         await source.aclose()
 
 

@@ -100,6 +100,7 @@ class World:
         """Run a daemon as `daemon.py` does; it ends with the block, cleanly or (`crash`) not."""
         self.stores.sweep(self.catalog.load())
         async with trio.open_nursery() as nursery:
+            self.repository.nursery = nursery
             self.filesystem = filesystem = Filesystem(
                 self.repository, self.stores, self.catalog, self.catalog.load(), self.options, nursery
             )

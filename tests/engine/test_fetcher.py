@@ -10,7 +10,7 @@ from engine_world import BLOCK, IO_TIMEOUT_S, blocks, run, threads, until
 from fakes import FakeRepository, MemoryStores, pattern
 from trio.testing import wait_all_tasks_blocked
 
-from lazyfs import errors
+from lazyfs import errors, write_queue
 from lazyfs.core import extent_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
@@ -20,6 +20,7 @@ from lazyfs.interfaces import Claim, Export, FetchCounters, ImageRecord
 from lazyfs.pace import Pace, SharedPace
 from lazyfs.totals import Totals
 from lazyfs.units import KiB, MiB
+from lazyfs.write_queue import WriteQueue
 
 pytestmark = pytest.mark.trio(run=run)
 
@@ -35,6 +36,7 @@ class Bench:
         self.nursery = nursery
         self.syncs = trio.CapacityLimiter(1)
         self.repository = FakeRepository()
+        self.repository.nursery = nursery
         self.content = self.repository.add("disk", pattern(size), holes or []).content
         self.stores = MemoryStores()
         record = ImageRecord(2, "disk", "disk", size, "", "raw", State.PARTIAL, "", block_size, 0)
@@ -53,6 +55,7 @@ class Bench:
             io_timeout_s=IO_TIMEOUT_S,
             counters=FetchCounters(0, 0, 0),
             totals=self.totals,
+            writes=WriteQueue(nursery),
             on_changed=self.changes.append,
         )
 
@@ -194,6 +197,26 @@ async def test_the_reader_does_not_wait_for_the_disk_and_later_readers_join_mean
         assert b.demand() == [blocks(0)]
         await b.settled()
         assert b.fetcher.present(blocks(0))
+
+
+async def test_readers_wait_for_a_disk_that_falls_behind_and_get_what_they_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(write_queue, "MAX_WAITING", 2 * BLOCK)
+    async with bench() as b:
+        await b.check(blocks(60))
+        await b.settled()
+        threads.delay_s = 5
+        began = trio.current_time()
+        for block in (0, 10):
+            await b.check(blocks(block))
+        assert trio.current_time() < began + 1
+        await b.check(blocks(20))
+        assert trio.current_time() >= began + 5
+        assert b.fetcher.present(blocks(20))
+        await b.settled()
+        await b.check(blocks(30))
+        assert not b.fetcher.present(blocks(30)), "there is room again"
 
 
 # -- population's claims
@@ -515,7 +538,7 @@ async def test_an_end_in_the_middle_leaves_no_claim_behind() -> None:
     async with bench() as b:
         b.repository.hang()
         async with trio.open_nursery() as fetches:
-            b.fetcher._nursery = fetches
+            b.fetcher._nursery = b.repository.nursery = fetches
             with trio.move_on_after(1):
                 await b.read(blocks(3))
             fetches.cancel_scope.cancel()

@@ -45,6 +45,8 @@ async def partial(world: World, name: str = "disk") -> Image:
     image = await world.open(name)
     begin = image.record.shown.metadata_size
     await image.read(begin, 4 * BLOCK)
+    assert image.fetcher is not None
+    await image.fetcher.written()
     await world.close(image)
     return image
 

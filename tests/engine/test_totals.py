@@ -38,6 +38,7 @@ async def test_one_of_eight_readers_fetches_and_the_others_join() -> None:
             assert world.filesystem.totals.waiting == 8
         assert world.filesystem.totals.waiting == 0
         assert served(world) == {FETCHED: 1, JOINED: 7}
+        await image.fetcher.written()
         await read(world, image, blocks(3))
         assert served(world) == {PRESENT: 1, FETCHED: 1, JOINED: 7}
         found = world.filesystem.totals.statistics().reads
