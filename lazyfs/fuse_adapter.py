@@ -243,9 +243,11 @@ class FuseAdapter(pyfuse3.Operations):
     # -- extended attributes
 
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return one of ours. Asks nobody: `ls -l` looks for two of others on each file."""
+        """Return one of ours. Other namespaces (security, system) there are none here: `ls -l` then asks once a file
+        system, and not for two attributes of each file.
+        """
         if not name.startswith(_XATTR_PREFIX_BYTES):
-            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR if name.startswith(b"user.") else errno.ENOTSUP)
         with _translated("getxattr", inode):
             value = _xattrs(self._node(inode)).get(os.fsdecode(name))
             if value is None:
