@@ -47,6 +47,10 @@ class DemandFetch:
     data: bytearray
     began: float
     """When it was asked for; trio's clock."""
+    leader: "DemandFetch | None" = None
+    """The first of the same read, if this is another."""
+    ended: float = math.inf
+    """When it was answered."""
     done: trio.Event = field(default_factory=trio.Event)
     error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
     """None once the data is good: an end that nobody foresaw must not look like success."""

@@ -20,7 +20,7 @@ from lazyfs import demand_fetch, errors, events, totals
 from lazyfs.budget import Budget
 from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.fetch_plan import FillCursor, Readahead, plan_read
+from lazyfs.core.fetch_plan import FillCursor, Readahead, ReadAround, plan_read, plan_rest
 from lazyfs.core.pacing import RateMeter
 from lazyfs.demand_fetch import DemandFetch, ReadCache, assemble
 from lazyfs.extents import Extents
@@ -93,6 +93,7 @@ class Fetcher:
         self._waiters: list[tuple[int, trio.Event]] = []
         self._timeouts = demand_fetch.Timeouts()
         self._readahead = Readahead()
+        self._around = ReadAround(blocks.block_size)
         self._cursor = FillCursor()
         self._meter = RateMeter()
         self._checkpointing = trio.Lock()
@@ -208,15 +209,12 @@ class Fetcher:
             ahead = 0 if self.unkept else self._readahead.window(wanted)
             ahead = self._extents.known_until(wanted.end, min(wanted.end + ahead, blocks.size)) - wanted.end
             own = blocks.blocks_of(wanted)
-            new = []
+            new: list[DemandFetch] = []
             for run in plan_read(blocks, wanted, ahead):
-                blocks.claim(run)
-                span = blocks.bytes_of(run)
-                fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length), now)
-                new.append(fetch)
-                for block in range(run.first, run.end):
-                    self._fetches[block] = fetch
-                self._requests += len(fetch.parts)
+                new.append(self._new_fetch(run, now, new))
+            if new and not self.unkept:
+                for run in plan_rest(blocks, wanted, self._around.unit):
+                    new.append(self._new_fetch(run, now, new))
             self._cursor.jump(own.end)
             joined = list(dict.fromkeys(self._fetches[b] for b in range(own.first, own.end) if b in self._fetches))
             claimed = next(
@@ -227,6 +225,16 @@ class Fetcher:
             event = trio.Event()
             self._waiters.append((claimed, event))
             return new, joined, event
+
+    def _new_fetch(self, run: BlockRun, now: float, before: list[DemandFetch]) -> DemandFetch:
+        """Claim `run`; `before`: what the same read fetches first."""
+        self._blocks.claim(run)
+        span, leader = self._blocks.bytes_of(run), before[0] if before else None
+        fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length), now, leader)
+        for block in range(run.first, run.end):
+            self._fetches[block] = fetch
+        self._requests += len(fetch.parts)
+        return fetch
 
     def _answered(self, fetch: DemandFetch) -> None:
         """The connection has done what it could for `fetch`."""
@@ -258,6 +266,9 @@ class Fetcher:
             self._settle(fetch.run, None)
             fetch.done.set()
             return
+        fetch.ended, first = trio.current_time(), fetch.leader or fetch
+        rest_s = None if first is fetch else max(0.0, fetch.ended - first.ended)
+        self._around.answered(first.ended - first.began, rest_s)
         with self._lock:
             self._demand_bytes += fetch.data_bytes
             self._meter.add(self._pace.clock(), fetch.data_bytes)

@@ -11,7 +11,7 @@ from fakes import FakeRepository, MemoryStores, pattern
 from trio.testing import wait_all_tasks_blocked
 
 from lazyfs import errors, write_queue
-from lazyfs.core import extent_map
+from lazyfs.core import extent_map, fetch_plan
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.demand_fetch import KERNEL_RETRY_S
@@ -217,6 +217,27 @@ async def test_readers_wait_for_a_disk_that_falls_behind_and_get_what_they_asked
         await b.settled()
         await b.check(blocks(30))
         assert not b.fetcher.present(blocks(30)), "there is room again"
+
+
+async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_plan, "WAITS", 1)
+    async with bench() as b:
+        b.repository.demand_delay_s = 0.02
+        for block in (1, 17, 33):  # the unit doubles with each rest: two blocks, four, and then sixteen
+            await b.check(blocks(block))
+            await b.settled()
+        assert b.demand() == [blocks(1), blocks(17), blocks(16), blocks(33), blocks(34, 36), blocks(32)]
+        await b.check(ByteRange(60 * BLOCK + 100, 60 * BLOCK + 200))
+        assert b.demand()[6:] == [blocks(60), blocks(61, 64).clip(ByteRange(0, SIZE)), blocks(48, 60)]
+        await b.check(blocks(58))
+        await b.settled()
+        assert len(b.demand()) == 9, "it joined"
+        assert b.repository.bytes_read() == b.fetcher.present_bytes
+        b.repository.demand_delay_s = 0.0  # it is near now
+        for block in (8, 27):
+            await b.check(blocks(block))
+            await b.settled()
+        assert b.demand()[-1] == blocks(27)
 
 
 # -- population's claims

@@ -10,13 +10,17 @@ from lazyfs.core import fetch_plan
 from lazyfs.core.block_map import CLAIMED, DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.fetch_plan import (
+    FAR_S,
     MAX_FETCH,
     READAHEAD_MAX,
     READAHEAD_START,
     STREAMS,
+    UNIT_MAX,
+    WAITS,
     Candidate,
     FillCursor,
     Readahead,
+    ReadAround,
 )
 from lazyfs.units import GiB, KiB, MiB
 
@@ -85,6 +89,80 @@ def test_readahead_ends_at_the_end_of_the_image() -> None:
     blocks = block_map([MISSING] * 3, tail=100)
     assert fetch_plan.plan_read(blocks, ByteRange(0, 1), READAHEAD_MAX) == [(0, 1), (1, 3)]
     assert fetch_plan.plan_read(blocks, ByteRange(2 * BLOCK, blocks.size), READAHEAD_MAX) == [(2, 3)]
+
+
+# -- plan_rest
+
+
+@given(
+    images, st.sampled_from([4 * KiB, BLOCK, 2 * MAX_FETCH]), st.sampled_from([BLOCK, 4 * BLOCK, UNIT_MAX]), st.data()
+)
+def test_the_rest_of_a_unit_is_what_is_missing_around_the_wanted_blocks(
+    states: list[int], block_size: int, unit: int, data: st.DataObject
+) -> None:
+    blocks = block_map(states, block_size, tail=data.draw(st.integers(0, block_size - 1)))
+    start = data.draw(st.integers(0, blocks.size - 1))
+    wanted = ByteRange(start, data.draw(st.integers(start + 1, blocks.size)))
+    unit = max(unit, block_size)
+    rest = fetch_plan.plan_rest(blocks, wanted, unit)
+
+    own = range(wanted.start // block_size, (wanted.end - 1) // block_size + 1)
+    units = {b * block_size // unit for b in own}
+    around = [b for b in range(blocks.blocks) if b not in own and b * block_size // unit in units]
+    planned = [b for run in rest for b in range(*run)]
+    assert sorted(planned) == [b for b in around if states[b] == MISSING]
+    assert planned == [b for b in planned if b > own.start] + [b for b in planned if b < own.start], "behind it first"
+    assert all((run.end - run.first) * block_size <= max(MAX_FETCH, block_size) for run in rest)
+
+
+# -- ReadAround
+
+
+def test_a_near_repository_is_asked_for_what_is_wanted() -> None:
+    around = ReadAround(BLOCK)
+    for i in range(10 * WAITS):
+        around.answered(FAR_S / 2 if i % WAITS == 0 else 1.0, None)
+        around.answered(0.0, 0.0)
+        assert around.unit == BLOCK
+
+
+def far(block_size: int = BLOCK) -> ReadAround:
+    around = ReadAround(block_size)
+    for _ in range(WAITS):
+        assert around.unit == block_size
+        around.answered(0.02, None)
+    return around
+
+
+def test_the_unit_of_a_far_one_grows_while_the_rest_comes_soon_enough() -> None:
+    around = far()
+    units = [around.unit]
+    for _ in range(5):
+        around.answered(0.02, 0.02)
+        units.append(around.unit)
+    assert units == [2 * BLOCK, 4 * BLOCK, 8 * BLOCK, UNIT_MAX, UNIT_MAX, UNIT_MAX]
+    around.answered(0.02, None)
+    assert around.unit == UNIT_MAX, "the rest decides"
+    around.answered(0.02, 0.021)
+    assert around.unit == UNIT_MAX // 2
+    for _ in range(9):
+        around.answered(0.02, 0.021)
+    assert around.unit == BLOCK
+
+
+def test_a_repository_that_comes_nearer_is_near_at_once() -> None:
+    around = far()
+    for _ in range(3):
+        around.answered(0.02, 0.0)
+    around.answered(0.001, None)
+    assert around.unit == BLOCK
+
+
+def test_blocks_larger_than_the_largest_unit_stay_alone() -> None:
+    around = far(4 * UNIT_MAX)
+    for rest_s in (None, 0.0, 0.0, 1.0):
+        around.answered(0.02, rest_s)
+        assert around.unit == 4 * UNIT_MAX
 
 
 # -- Readahead
