@@ -21,17 +21,14 @@ from guest_image import GuestImage  # noqa: E402
 from virtual_machine import VirtualMachine  # noqa: E402
 
 PLAIN, BARE, COPY = "plain file", "bare NBD", "copy, then boot"
-LINK = ("rate=400M", "burstiness=0.1")
-"""50 MB/s."""
 
 
 class _NbdMachine(VirtualMachine):
-    """One whose image QEMU reads from the server by itself; `backing` is an NBD URI."""
+    """One whose image QEMU reads from the server by itself; `backing` is the URI of "guest"."""
 
     def _nodes(self, backing: Path, backing_format: str, direct: bool) -> list[dict[str, object]]:
         first, *others = super()._nodes(backing, backing_format, direct)
-        export, _, socket = str(backing).removeprefix("nbd+unix:///").partition("?socket=")
-        remote = {"driver": "nbd", "server": {"type": "unix", "path": socket}, "export": export}
+        remote = {"driver": "nbd", "server": Lab.server(str(backing)), "export": "guest"}
         return [{"node-name": first["node-name"], "read-only": True, **remote}, *others]
 
 
@@ -66,7 +63,7 @@ def _timed(work: Callable[[], object]) -> float:
 @contextmanager
 def _first(lab: Lab, notes: Notes) -> Iterator[Contenders]:
     """The first VM on a host, 50 MB/s from its repository."""
-    with _guest(lab) as (guest, plain), lab.served("rate", parameters=LINK) as uri:
+    with _guest(lab) as (guest, plain), lab.far(limited=True) as uri:
 
         def on_lazyfs() -> float:
             with lab.lazyfs(uri) as mount:
@@ -96,7 +93,7 @@ def _first(lab: Lab, notes: Notes) -> Iterator[Contenders]:
 def _later(lab: Lab, notes: Notes) -> Iterator[Contenders]:
     """The VMs after the first, four at a time; a page cache is not dropped between them."""
     count = lab.size(20, 4)
-    with _guest(lab) as (guest, plain), lab.served("rate", parameters=LINK) as uri, lab.lazyfs(uri) as mount:
+    with _guest(lab) as (guest, plain), lab.far(limited=True) as uri, lab.lazyfs(uri) as mount:
         _boot(lab, guest, mount.mnt / "guest")
         mount.wait_whole("guest")
 
@@ -114,9 +111,8 @@ def _units(delay_ms: int, lab: Lab, notes: Notes) -> Iterator[Contenders]:
     seen: dict[str, str] = {}
 
     def boot(block: str) -> float:
-        parameters = (f"rdelay={delay_ms}ms", *LINK)
         with (
-            lab.served("delay", "rate", parameters=parameters) as uri,
+            lab.far(delay_ms, limited=True) as uri,
             lab.lazyfs(uri, "--no-populate", "--block-size", block) as mount,
         ):
             drop_caches()

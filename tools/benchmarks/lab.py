@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 from qemu.qmp import QMPClient
 
+from benchmarks import link
 from benchmarks.processes import end, fuse, kept_running, run, running, start, wait_until
 
 MiB = 1 << 20
@@ -131,18 +133,47 @@ class Lab:
     @contextmanager
     def served(self, *filters: str, parameters: Sequence[str] = (), folder: Path | None = None) -> Iterator[str]:
         """Serve the repository with nbdkit on a unix socket; yields the URI without an export's name."""
-        socket = self.memory / f"nbd{next(self._numbers)}.sock"
-        command = ["nbdkit", "--foreground", "--readonly", "--unix", socket, "--threads", "16"]
+        path = self.memory / f"nbd{next(self._numbers)}.sock"
+        command = ["nbdkit", "--foreground", "--readonly", "--unix", path, "--threads", "16"]
         command += [f"--filter={name}" for name in filters]
         command += ["file", f"dir={folder or self.repository}", *parameters]
-        with kept_running(*command, socket=socket) as crashes:
-            yield f"nbd+unix:///?socket={socket}"
+        with self._kept(command, ready=path.exists, clear=lambda: path.unlink(missing_ok=True)):
+            yield f"nbd+unix:///?socket={path}"
+
+    @contextmanager
+    def far(self, delay_ms: int = 0, limited: bool = False) -> Iterator[str]:
+        """Serve the repository over a link (`link.made`)."""
+        with link.made(delay_ms, limited) as way:
+            if not way.prefix:
+                with self.served(*way.filters, parameters=way.parameters) as uri:
+                    yield uri
+                return
+            port = 10809
+            command = [*way.prefix, "nbdkit", "--foreground", "--readonly", "--ipaddr", way.address, "--port", port]
+            command += ["--threads", "16", *(f"--filter={name}" for name in way.filters)]
+            command += ["file", f"dir={self.repository}", *way.parameters]
+            with self._kept(command, ready=lambda: _answers(way.address, port)):
+                yield f"nbd://{way.address}:{port}"
+
+    @contextmanager
+    def _kept(self, command: Sequence[object], **how: Any) -> Iterator[None]:
+        with kept_running(*command, **how) as crashes:
+            yield
             if crashes():
                 self.troubles.append(f"nbdkit crashed {crashes()} times, and was started again")
 
     @staticmethod
     def export(uri: str, name: str) -> str:
-        return uri.replace(":///", f":///{name}")
+        """Return the URI of one export of a repository."""
+        return uri.replace(":///", f":///{name}") if ":///" in uri else f"{uri}/{name}"
+
+    @staticmethod
+    def server(uri: str) -> dict[str, str]:
+        """Return where a repository, or one of its exports, is served, as QEMU's SocketAddress."""
+        if ":///" in uri:
+            return {"type": "unix", "path": uri.partition("socket=")[2]}
+        host, _, port = uri.removeprefix("nbd://").partition("/")[0].partition(":")
+        return {"type": "inet", "host": host, "port": port}
 
     # -- lazyfs
 
@@ -190,12 +221,13 @@ class Lab:
     def qsd(self, uri: str, name: str, cache: Path | None = None) -> Iterator[Path]:
         """qemu-storage-daemon: nbd -> qcow2 -> copy-on-read -> FUSE export."""
         folder = cache or self.fresh("qsd")
-        overlay, shown, socket = folder / "cache.qcow2", folder / "shown", uri.partition("socket=")[2]
+        overlay, shown = folder / "cache.qcow2", folder / "shown"
         shown.touch()
         if not overlay.exists():
             run("qemu-img", "create", "-q", "-f", "qcow2", overlay, (self.repository / name).stat().st_size)
         command = ["qemu-storage-daemon"]
-        remote = f"server.type=unix,server.path={socket},export={name},read-only=on"
+        remote = ",".join(f"server.{key}={value}" for key, value in self.server(uri).items())
+        remote += f",export={name},read-only=on"
         command += ["--blockdev", f"nbd,node-name=remote,{remote}"]
         command += ["--blockdev", f"file,node-name=file,filename={overlay},discard=unmap"]
         command += ["--blockdev", "qcow2,node-name=cache,file=file,backing=remote"]
@@ -211,12 +243,12 @@ class Lab:
     @contextmanager
     def nbdkit_cow(self, uri: str, name: str) -> Iterator[Path]:
         """nbdkit's cow filter, copying on read, under nbdfuse."""
-        socket, source = self.memory / f"cow{next(self._numbers)}.sock", uri.partition("socket=")[2]
-        command = ["nbdkit", "--foreground", "--unix", socket, "--filter=cow"]
+        path, source = self.memory / f"cow{next(self._numbers)}.sock", uri.partition("socket=")[2]
+        command = ["nbdkit", "--foreground", "--unix", path, "--filter=cow"]
         command += ["nbd", f"socket={source}", f"export={name}", "cow-on-read=true"]
         with (
-            running(*command, ready=socket.exists, env={**os.environ, "TMPDIR": str(self.folder)}),
-            self.nbdfuse(f"nbd+unix:///?socket={socket}", "") as file,
+            running(*command, ready=path.exists, env={**os.environ, "TMPDIR": str(self.folder)}),
+            self.nbdfuse(f"nbd+unix:///?socket={path}", "") as file,
         ):
             yield file
 
@@ -229,6 +261,14 @@ def made(folder: Path, quick: bool) -> Iterator[Lab]:
         tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir="/dev/shm") as memory,
     ):
         yield Lab(Path(disk), Path(memory), quick)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def cold_read(path: Path, start: int, length: int, piece: int = MiB) -> float:

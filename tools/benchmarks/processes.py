@@ -62,10 +62,12 @@ def running(*command: object, ready: Callable[[], object], **options: Any) -> It
 
 
 @contextmanager
-def kept_running(*command: object, socket: Path) -> Iterator[Callable[[], int]]:
+def kept_running(
+    *command: object, ready: Callable[[], object], clear: Callable[[], object] = lambda: None
+) -> Iterator[Callable[[], int]]:
     """Run a server until the block ends, and again if it crashes: nbdkit 1.32 aborts at times when a client goes.
 
-    Yields what returns how often it has crashed.
+    `clear` comes before each start. Yields what returns how often it has crashed.
     """
     starts = 0
     ending = threading.Event()
@@ -75,7 +77,7 @@ def kept_running(*command: object, socket: Path) -> Iterator[Callable[[], int]]:
         nonlocal starts
         while not ending.is_set():
             starts += 1
-            socket.unlink(missing_ok=True)
+            clear()
             current[:] = [start(*command)]
             started.set()
             current[0].wait()
@@ -85,7 +87,7 @@ def kept_running(*command: object, socket: Path) -> Iterator[Callable[[], int]]:
     keeper.start()
     try:
         started.wait(DEADLINE_S)
-        wait_until(socket.exists, f"{command[0]} is ready")
+        wait_until(ready, f"{command[0]} is ready")
         yield lambda: starts - 1
     finally:
         ending.set()

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import link
 from benchmarks.measure import LAZYFS, Outcome
 from benchmarks.processes import run
 
@@ -37,6 +38,7 @@ def environment(folder: Path) -> dict[str, str]:
         "file system": run("stat", "-f", "-c", "%T", folder).strip(),
         "python": platform.python_version(),
         "libnbd": run("nbdcopy", "--version").split("\n")[0].removeprefix("nbdcopy "),
+        "links": link.described(),
         "nbdkit": run("nbdkit", "--version").strip().removeprefix("nbdkit "),
         "qemu": run("qemu-img", "--version").split("\n")[0].removeprefix("qemu-img version "),
         "fio": run("fio", "--version").strip().removeprefix("fio-"),

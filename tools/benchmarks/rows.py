@@ -18,7 +18,6 @@ from benchmarks.processes import cpu_seconds, drop_caches, rss_mib, run, wait_un
 
 GiB = 1 << 30
 KiB = 1 << 10
-LINK_RATE = "400M"
 """Bits per second, as nbdkit's rate filter wants it: 50 MB/s."""
 
 NBDCOPY, NBDFUSE, QSD, COW = "nbdcopy --flush", "nbdfuse", "qemu-storage-daemon", "nbdkit cow + nbdfuse"
@@ -176,7 +175,6 @@ def _missing_latency(delay_ms: int, lab: Lab, notes: Notes) -> Iterator[Contende
     size = GiB
     lab.image("disk", size)
     count = lab.size(200, 100) if delay_ms < 10 else lab.size(50, 25)
-    filters = {"filters": ("delay",), "parameters": (f"rdelay={delay_ms}ms",)} if delay_ms else {}
 
     def median(path: Path) -> float:
         offsets = random.Random(7).sample(range(1, size // MiB), count)
@@ -187,7 +185,7 @@ def _missing_latency(delay_ms: int, lab: Lab, notes: Notes) -> Iterator[Contende
         finally:
             os.close(fd)
 
-    with lab.served(*filters.get("filters", ()), parameters=filters.get("parameters", ())) as uri:
+    with lab.far(delay_ms) as uri:
         yield {
             LAZYFS: lambda: _on_lazyfs(lab, uri, median, "--no-populate"),
             NBDFUSE: lambda: _on(lab.nbdfuse(uri, "disk"), median),
@@ -212,8 +210,7 @@ def _during_population(lab: Lab, notes: Notes) -> Iterator[Contenders]:
             finally:
                 os.close(fd)
 
-    parameters = ("rdelay=1ms", f"rate={LINK_RATE}", "burstiness=0.1")
-    with lab.served("delay", "rate", parameters=parameters) as uri:
+    with lab.far(1, limited=True) as uri:
         yield {LAZYFS: lambda: tail(True), "lazyfs, nothing populated": lambda: tail(False)}
     lab.forget("disk")
 

@@ -1,0 +1,99 @@
+"""A slow link to the repository: a network namespace for its server, a veth pair, and tc where the kernel has it.
+
+What the kernel cannot do (it has no netem, or no veth) nbdkit's `rate` and `delay` filters do.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.processes import run, running
+
+RATE = "400mbit"
+"""50 MB/s."""
+
+_HERE, _THERE = "198.18.0.1", "198.18.0.2"  # RFC 2544: for benchmarks
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a server is reached."""
+
+    prefix: tuple[str, ...]
+    """What its command begins with: it runs at the other end. Empty: there is no link, but a unix socket."""
+    filters: tuple[str, ...]
+    """nbdkit's, for what the link itself does not do."""
+    parameters: tuple[str, ...]
+    address: str = _THERE
+
+
+@contextmanager
+def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
+    """Make a link on which an answer takes `delay_ms` longer, and of 50 MB/s if `limited`."""
+    filters, parameters = [], []
+    if delay_ms and not _kernel_can("netem", f"delay {delay_ms}ms"):
+        filters.append("delay")
+        parameters.append(f"rdelay={delay_ms}ms")
+    if limited and not _kernel_can("tbf", "rate 1mbit burst 64kb latency 50ms"):
+        filters.append("rate")
+        parameters += ["rate=400M", "burstiness=0.1"]
+    wanted = bool(delay_ms) + limited
+    if not wanted or len(filters) == wanted:
+        yield Link((), tuple(filters), tuple(parameters))
+        return
+    with _namespace() as prefix:
+        # One at the root, the other below it: what the server sends is shaped, as that is what takes time.
+        parent = "root"
+        if limited and "rate" not in filters:
+            run(*prefix, "tc", "qdisc", "add", "dev", "there", parent, "handle", "1:",
+                *f"tbf rate {RATE} burst 256kb latency 400ms".split())  # fmt: skip
+            parent = "parent 1:1"
+        if delay_ms and "delay" not in filters:
+            run(*prefix, "tc", "qdisc", "add", "dev", "there", *parent.split(),
+                *f"netem delay {delay_ms}ms limit 100000".split())  # fmt: skip
+        yield Link(prefix, tuple(filters), tuple(parameters))
+
+
+def described() -> str:
+    """Say what makes the links of this machine."""
+    ways = {"rate": ("tbf", "rate 1mbit burst 64kb latency 50ms"), "delay": ("netem", "delay 1ms")}
+    return ", ".join(
+        f"{what}: {'veth and ' + qdisc if _kernel_can(qdisc, options) else 'nbdkit filter'}"
+        for what, (qdisc, options) in ways.items()
+    )
+
+
+@contextmanager
+def _namespace() -> Iterator[tuple[str, ...]]:
+    """Yield what runs a command at the other end; all of it is gone when its holder ends."""
+    here = f"lazyfs{os.getpid()}"
+    with running("unshare", "--net", "sleep", "infinity", ready=lambda: True) as holder:
+        own = os.readlink("/proc/self/ns/net")
+        while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
+            if holder.poll() is not None:
+                raise RuntimeError("unshare --net fails")
+        prefix = ("nsenter", f"--net=/proc/{holder.pid}/ns/net")
+        run("ip", "link", "add", here, "type", "veth", "peer", "name", "there", "netns", holder.pid)
+        try:
+            run("ip", "address", "add", f"{_HERE}/30", "dev", here)
+            run("ip", "link", "set", here, "up")
+            run(*prefix, "ip", "address", "add", f"{_THERE}/30", "dev", "there")
+            run(*prefix, "ip", "link", "set", "there", "up")
+            yield prefix
+        finally:  # at once, and not when the kernel comes to it: the next has the same name
+            run("ip", "link", "delete", here)
+
+
+@functools.cache
+def _kernel_can(qdisc: str, options: str) -> bool:
+    if not Path("/proc/self/ns/net").exists():
+        return False
+    try:
+        with _namespace() as prefix:
+            run(*prefix, "tc", "qdisc", "add", "dev", "there", "root", qdisc, *options.split())
+    except (RuntimeError, OSError):
+        return False
+    return True
