@@ -183,7 +183,7 @@ class Fetcher:
         read.waits(asks=bool(fetches))
         self._totals.add(totals.DEMAND_REQUESTS, sum(len(fetch.parts) for fetch in fetches))
         for fetch in fetches:
-            self._pace.demand(1)
+            self._pace.reader_waits()
             if not demand_fetch.submit(fetch, self._source, self._answered):
                 self._nursery.start_soon(self._carry_out, fetch)
                 # Most urgent first: trio would run what starts together in random order.
@@ -261,7 +261,7 @@ class Fetcher:
 
     def _end(self, fetch: DemandFetch) -> None:
         """Let the readers go, and keep what they were given."""
-        self._pace.demand(-1)
+        self._pace.reader_leaves(fetch.data_bytes if fetch.error is None else 0)
         if fetch.error is not None:
             self._settle(fetch.run, None)
             fetch.done.set()
@@ -342,6 +342,7 @@ class Fetcher:
         wait_s = self._pace.wait()
         if wait_s > 0:
             return wait_s
+        limit = int(min(limit, self._pace.most()))
         most = max(limit, self._blocks.block_size)
         if not self._budget.reserve(most, background=True):
             return None
@@ -375,6 +376,7 @@ class Fetcher:
     def keep(self, claim: Claim) -> None:
         """Count a claim as present."""
         fetched = sum(part.length for part in claim.parts)
+        self._pace.done(fetched)
         with self._lock:
             self._populated_bytes += fetched
             self._meter.add(self._pace.clock(), fetched)
@@ -391,8 +393,10 @@ class Fetcher:
         elif isinstance(error, errors.NoSpace | OSError):
             self.trouble = error
             self._keeping.failed(error)
+        size = sum(part.length for part in claim.parts)
+        self._pace.done(size)
         self._settle(claim.run, None)
-        self._budget.give_back(sum(part.length for part in claim.parts))
+        self._budget.give_back(size)
 
     # -- saving
 

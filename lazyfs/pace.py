@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from lazyfs.core.pacing import DemandGate, TokenBucket
+from lazyfs.core.pacing import BESIDE_READERS, DemandGate, TokenBucket
 
 MAX_WAIT_S = 0.5
 """What population waits at most before it asks again: how late a new limit may count."""
@@ -30,17 +30,32 @@ class SharedPace:
         with self._lock:
             now = self.clock()
             self._bucket.take(now, amount)
-            self._gate.take(now)
+            self._gate.take(now, amount)
+
+    def done(self, amount: int) -> None:
+        """One of population's requests, for `amount` bytes, has ended."""
+        with self._lock:
+            self._gate.done(self.clock(), amount)
+
+    def most(self) -> float:
+        """Return how many bytes population's next request may ask for, if it need not `wait`."""
+        with self._lock:
+            return max(BESIDE_READERS, self._gate.most(self.clock()))
 
     def set_rate(self, fill_rate: int | None) -> None:
         """Change the limit, from the next request on."""
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
 
-    def demand(self, change: int) -> None:
-        """A demand fetch begins (1) or ends (-1)."""
+    def reader_waits(self) -> None:
+        """A demand fetch begins."""
         with self._lock:
-            self._gate.waiting += change
+            self._gate.reader_waits()
+
+    def reader_leaves(self, amount: int) -> None:
+        """A demand fetch ends, with `amount` bytes."""
+        with self._lock:
+            self._gate.reader_leaves(self.clock(), amount)
 
 
 class Pace:
@@ -66,11 +81,23 @@ class Pace:
             self._bucket.take(self.clock(), amount)
         self._shared.take(amount)
 
+    def done(self, amount: int) -> None:
+        """As `SharedPace.done`."""
+        self._shared.done(amount)
+
+    def most(self) -> float:
+        """As `SharedPace.most`."""
+        return self._shared.most()
+
     def set_rate(self, fill_rate: int | None) -> None:
         """Change the image's own limit, from the next request on."""
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
 
-    def demand(self, change: int) -> None:
-        """A demand fetch begins (1) or ends (-1)."""
-        self._shared.demand(change)
+    def reader_waits(self) -> None:
+        """As `SharedPace.reader_waits`."""
+        self._shared.reader_waits()
+
+    def reader_leaves(self, amount: int) -> None:
+        """As `SharedPace.reader_leaves`."""
+        self._shared.reader_leaves(amount)

@@ -293,15 +293,28 @@ async def test_a_reader_of_a_stuck_claim_times_out_alone() -> None:
 async def test_population_goes_on_where_a_reader_is_then_comes_round() -> None:
     async with bench() as b:
         await b.check(blocks(40))
-        await b.settled()
+        await trio.sleep(1)  # population is modest beside readers
         assert [take(b, 16 * BLOCK).run for _ in range(3)] == [(41, 57), (57, 64), (0, 16)]
+
+
+async def test_beside_readers_population_has_little_under_way() -> None:
+    async with bench() as b:
+        await b.check(blocks(40))
+        first = take(b, 16 * BLOCK)
+        assert first.run == (41, 43)
+        assert isinstance(b.fetcher.claim(16 * BLOCK), float)
+        b.fetcher.drop(first, None)
+        assert take(b, 16 * BLOCK).run == (43, 45)
+        assert isinstance(b.fetcher.claim(16 * BLOCK), float)
+        await trio.sleep(1)
+        assert take(b, 16 * BLOCK).run == (45, 61)
 
 
 async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extent_map, "WINDOW", MiB)
     async with bench() as b:
         await b.check(blocks(13))  # claims of 4 blocks now meet the window's end in their middle
-        await b.settled()
+        await trio.sleep(1)
         claimed = []
         while len(claimed) < 63:
             await b.fetcher.learn_next()

@@ -1,10 +1,12 @@
 """Rates and waits on a clock that only the test moves."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.pacing import Backoff, DemandGate, RateMeter, TokenBucket
+from lazyfs.core.pacing import BESIDE_READERS, QUEUE_S, RETRY_S, Backoff, DemandGate, RateMeter, TokenBucket
 from lazyfs.units import KiB, MiB
 
 BURST_S = 0.1
@@ -72,35 +74,62 @@ def test_no_limit_never_waits() -> None:
 
 # -- DemandGate
 
+BIG = 512 * KiB
 
-def test_population_goes_freely_while_no_reader_waits() -> None:
-    gate = DemandGate(trickle_s=1.0)
+
+def test_population_goes_freely_while_no_reader_is_about() -> None:
+    gate = DemandGate()
     for _ in range(3):
         assert gate.wait(5.0) == 0
-        gate.take(5.0)
+        assert gate.most(5.0) == math.inf
+        gate.take(5.0, BIG)
 
 
 @given(clocks, st.integers(1, 20))
 def test_population_trickles_while_a_reader_waits(now: float, requests: int) -> None:
     gate = DemandGate(trickle_s=1.0)
-    gate.waiting = 1
+    gate.reader_waits()
     start = now
     for _ in range(requests):
         while wait := gate.wait(now):
             assert now + wait > now, "a clock that stands still would never be let through"
             now += wait
-        gate.take(now)
+        gate.take(now, BIG)
     assert now - start == pytest.approx(requests - 1)
 
 
-def test_the_gate_opens_when_the_last_reader_has_left() -> None:
-    gate = DemandGate(trickle_s=1.0)
-    gate.waiting = 2
-    gate.take(0.0)
-    gate.waiting -= 1
+def test_the_gate_opens_a_little_when_the_last_reader_has_left_and_then_all_the_way() -> None:
+    gate = DemandGate(trickle_s=1.0, linger_s=0.1)
+    gate.reader_waits()
+    gate.reader_waits()
+    gate.take(0.0, BESIDE_READERS)
+    gate.reader_leaves(0.2, 0)
     assert gate.wait(0.25) == 0.75
-    gate.waiting -= 1
-    assert gate.wait(0.25) == 0
+    gate.reader_leaves(0.25, 0)
+    assert gate.wait(0.25) == RETRY_S, "one is under way"
+    gate.done(0.26, BESIDE_READERS)
+    assert gate.wait(0.26) == 0
+    assert gate.most(0.26) == BESIDE_READERS
+    gate.take(0.26, BESIDE_READERS)
+    assert gate.wait(0.27) == RETRY_S
+    assert gate.wait(0.35) == 0
+    assert gate.most(0.35) == math.inf
+
+
+@pytest.mark.parametrize(("rate", "most"), [(1 * MiB, BESIDE_READERS), (1024 * MiB, 1024 * MiB * QUEUE_S)])
+def test_beside_readers_a_fast_link_takes_more(rate: float, most: float) -> None:
+    gate = DemandGate()
+    now = 0.0
+    for i in range(500):
+        now += 0.01
+        gate.reader_waits()
+        gate.take(now, int(rate * 0.01) if i % 2 else 0)
+        gate.done(now, int(rate * 0.01) if i % 2 else 0)
+        gate.reader_leaves(now, 0 if i % 2 else int(rate * 0.01))
+    assert gate.wait(now) == 0
+    assert gate.most(now) == pytest.approx(most, rel=0.05)
+    gate.take(now, int(gate.most(now)))
+    assert gate.wait(now) == RETRY_S
 
 
 # -- Backoff
