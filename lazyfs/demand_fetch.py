@@ -10,6 +10,7 @@ import trio
 from lazyfs import errors
 from lazyfs.core.block_map import BlockRun
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.fetch_plan import ReadAround
 from lazyfs.interfaces import Source
 
 ReadCache = Callable[[ByteRange], bytes]
@@ -38,6 +39,14 @@ class Timeouts:
 
 
 @dataclass(eq=False, slots=True)
+class Miss:
+    """When wanted blocks were asked for, and when they came."""
+
+    began: float
+    came: float = math.inf
+
+
+@dataclass(eq=False, slots=True)
 class DemandFetch:
     """A demand request: its blocks, and its bytes once `done` is set without an error."""
 
@@ -47,10 +56,9 @@ class DemandFetch:
     data: bytearray
     began: float
     """When it was asked for; trio's clock."""
-    leader: "DemandFetch | None" = None
-    """The first of the same read, if this is another."""
-    ended: float = math.inf
-    """When it was answered."""
+    miss: "Miss | None" = None
+    """If the time is taken: of the wanted blocks themselves, or (`is_rest`) of those that this is the rest around."""
+    is_rest: bool = False
     done: trio.Event = field(default_factory=trio.Event)
     error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
     """None once the data is good: an end that nobody foresaw must not look like success."""
@@ -59,6 +67,16 @@ class DemandFetch:
     def data_bytes(self) -> int:
         """How many bytes it asks for."""
         return sum(part.length for part in self.parts)
+
+
+def tell(around: ReadAround, fetch: DemandFetch) -> None:
+    """Tell `around` how long it took until `fetch` came, which is now."""
+    miss, now = fetch.miss, trio.current_time()
+    if miss is not None and not fetch.is_rest:
+        miss.came = now
+        around.wanted_came(now - miss.began, fetch.data_bytes)
+    elif miss is not None and miss.came <= now:
+        around.rest_came(miss.came - miss.began, now - miss.came)
 
 
 def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch], None]) -> bool:

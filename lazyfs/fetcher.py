@@ -22,7 +22,7 @@ from lazyfs.core.block_map import CLAIMED, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.fetch_plan import FillCursor, Readahead, ReadAround, plan_read, plan_rest
 from lazyfs.core.pacing import RateMeter
-from lazyfs.demand_fetch import DemandFetch, ReadCache, assemble
+from lazyfs.demand_fetch import DemandFetch, Miss, ReadCache, assemble
 from lazyfs.extents import Extents
 from lazyfs.interfaces import Claim, Export, FetchCounters, Source, Store
 from lazyfs.keeping import Keeping
@@ -209,12 +209,14 @@ class Fetcher:
             ahead = 0 if self.unkept else self._readahead.window(wanted)
             ahead = self._extents.known_until(wanted.end, min(wanted.end + ahead, blocks.size)) - wanted.end
             own = blocks.blocks_of(wanted)
-            new: list[DemandFetch] = []
-            for run in plan_read(blocks, wanted, ahead):
-                new.append(self._new_fetch(run, now, new))
+            miss = None if self._fetches else Miss(now)  # beside others the time would say nothing of the distance
+            new = [self._new_fetch(run, now) for run in plan_read(blocks, wanted, ahead)]
             if new and not self.unkept:
+                new[0].miss = miss
                 for run in plan_rest(blocks, wanted, self._around.unit):
-                    new.append(self._new_fetch(run, now, new))
+                    rest = self._new_fetch(run, now)
+                    rest.miss, rest.is_rest = miss, True
+                    new.append(rest)
             self._cursor.jump(own.end)
             joined = list(dict.fromkeys(self._fetches[b] for b in range(own.first, own.end) if b in self._fetches))
             claimed = next(
@@ -226,11 +228,10 @@ class Fetcher:
             self._waiters.append((claimed, event))
             return new, joined, event
 
-    def _new_fetch(self, run: BlockRun, now: float, before: list[DemandFetch]) -> DemandFetch:
-        """Claim `run`; `before`: what the same read fetches first."""
+    def _new_fetch(self, run: BlockRun, now: float) -> DemandFetch:
         self._blocks.claim(run)
-        span, leader = self._blocks.bytes_of(run), before[0] if before else None
-        fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length), now, leader)
+        span = self._blocks.bytes_of(run)
+        fetch = DemandFetch(run, span, self._extents.data_ranges(span), bytearray(span.length), now)
         for block in range(run.first, run.end):
             self._fetches[block] = fetch
         self._requests += len(fetch.parts)
@@ -266,9 +267,7 @@ class Fetcher:
             self._settle(fetch.run, None)
             fetch.done.set()
             return
-        fetch.ended, first = trio.current_time(), fetch.leader or fetch
-        rest_s = None if first is fetch else max(0.0, fetch.ended - first.ended)
-        self._around.answered(first.ended - first.began, rest_s)
+        demand_fetch.tell(self._around, fetch)
         with self._lock:
             self._demand_bytes += fetch.data_bytes
             self._meter.add(self._pace.clock(), fetch.data_bytes)
@@ -288,7 +287,8 @@ class Fetcher:
 
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
         what = f"reading {self.export.name} at {wanted.start}"
-        return errors.TimedOut(what, self._io_timeout_s, "the repository does not answer")
+        why = "the cache's disk does not take what came" if self._writes.full else "the repository does not answer"
+        return errors.TimedOut(what, self._io_timeout_s, why)
 
     def _whole_blocks(self, wanted: ByteRange) -> ByteRange:
         return wanted.align_out(self._blocks.block_size, self._blocks.size)
@@ -339,15 +339,19 @@ class Fetcher:
         """Take the next missing blocks."""
         if self.failure is not None or self.trouble is not None or self._pace.stopped:
             return None
-        wait_s = self._pace.wait()
+        wait_s, most = self._pace.ask(limit)
         if wait_s > 0:
             return wait_s
-        limit = int(min(limit, self._pace.most()))
+        claim = self._claim_in_budget(most)
+        self._pace.asked(most, claim.data_bytes if claim is not None else 0)
+        return claim
+
+    def _claim_in_budget(self, limit: int) -> Claim | None:
         most = max(limit, self._blocks.block_size)
         if not self._budget.reserve(most, background=True):
             return None
         claim = self._claim(limit)
-        self._budget.give_back(most - (sum(part.length for part in claim.parts) if claim is not None else 0))
+        self._budget.give_back(most - (claim.data_bytes if claim is not None else 0))
         return claim
 
     def _claim(self, limit: int) -> Claim | None:
@@ -366,7 +370,6 @@ class Fetcher:
             parts = tuple(self._extents.data_ranges(self._blocks.bytes_of(run)))
             self._requests += len(parts)
         self._totals.add(totals.POPULATION_REQUESTS, len(parts))
-        self._pace.take(sum(part.length for part in parts))
         return Claim(run, parts)
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -375,8 +378,8 @@ class Fetcher:
 
     def keep(self, claim: Claim) -> None:
         """Count a claim as present."""
-        fetched = sum(part.length for part in claim.parts)
-        self._pace.done(fetched)
+        fetched = claim.data_bytes
+        self._pace.done(fetched, fetched)
         with self._lock:
             self._populated_bytes += fetched
             self._meter.add(self._pace.clock(), fetched)
@@ -393,10 +396,9 @@ class Fetcher:
         elif isinstance(error, errors.NoSpace | OSError):
             self.trouble = error
             self._keeping.failed(error)
-        size = sum(part.length for part in claim.parts)
-        self._pace.done(size)
+        self._pace.done(claim.data_bytes, 0)
         self._settle(claim.run, None)
-        self._budget.give_back(size)
+        self._budget.give_back(claim.data_bytes)
 
     # -- saving
 
@@ -454,6 +456,7 @@ class Fetcher:
 
     async def rest(self) -> bool:
         """Drop the connection if nothing is under way on it; return whether nothing was."""
+        await self.written()
         if self._fetches or self._extents.asking:
             return False
         await self._source.aclose()

@@ -113,6 +113,11 @@ class Claim:
     parts: tuple[ByteRange, ...]
     """The data in those blocks, in order; the rest reads as zeroes. May be empty."""
 
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes it asks for."""
+        return sum(part.length for part in self.parts)
+
 
 Answered = Callable[[errors.LazyfsError | None], None]
 """What is called when a request has ended: None if all went well."""
@@ -121,7 +126,8 @@ Answered = Callable[[errors.LazyfsError | None], None]
 class Source(Protocol):
     """One export of the repository, for demand fetches. Safe for many tasks at once.
 
-    Both calls reconnect for as long as it takes: the caller sets a time limit, and may cancel at any moment.
+    `pread` and `block_status` reconnect for as long as it takes: the caller sets a time limit, and may cancel at any
+    moment.
     """
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:

@@ -216,6 +216,10 @@ class _Command:
         """libnbd has done with it, and with its buffer."""
 
 
+def _nothing() -> None:
+    """Has been called."""
+
+
 class NbdHandle:
     """A connected handle, many requests in flight at once, driven by the task that runs `run`."""
 
@@ -276,7 +280,10 @@ class NbdHandle:
         """As `interfaces.Source.submit`."""
         if self.broken or len(buffer) > self._max_payload:
             return False
-        bounce = nbd_buffers.take(len(buffer))
+        try:
+            bounce = nbd_buffers.take(len(buffer))
+        except OSError:  # no memory; `pread` says so
+            return False
 
         def ended() -> None:
             if (error := self._outcome(command, f"reading {self._export} at {offset}")) is None:
@@ -298,7 +305,11 @@ class NbdHandle:
             ConnectionLost, RequestFailed.
         """
         for piece in ByteRange(0, len(buffer)).split(self._max_payload):
-            bounce, command, done = nbd_buffers.take(piece.length), None, trio.Event()
+            try:
+                bounce = nbd_buffers.take(piece.length)
+            except OSError as full:
+                raise errors.RequestFailed(f"reading {self._export} at {offset}", errno.ENOMEM) from full
+            command, done = None, trio.Event()
             try:
                 target = bounce.target(0, piece.length)
                 command = self._start(partial(self._handle.aio_pread, target, offset + piece.start), done.set)
@@ -379,7 +390,8 @@ class NbdHandle:
             del self._in_flight[command]
             if command.code in LOST and not self.broken:
                 self.close("the server shuts down")
-            command.ended()
+            ended, command.ended = command.ended, _nothing  # or the two would keep each other, and the data, in memory
+            ended()
 
     def _outcome(self, command: _Command, what: str) -> errors.LazyfsError | None:
         """Return what has become of a command that has ended; None if it did what it should."""

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from lazyfs.core.pacing import BESIDE_READERS, DemandGate, TokenBucket
+from lazyfs.core.pacing import DemandGate, TokenBucket
 
 MAX_WAIT_S = 0.5
 """What population waits at most before it asks again: how late a new limit may count."""
@@ -19,28 +19,31 @@ class SharedPace:
         self._bucket = TokenBucket(fill_rate)
         self._gate = DemandGate()
 
-    def wait(self) -> float:
-        """Return the seconds to wait, 0 if the request may go."""
+    def ask(self, limit: int) -> tuple[float, int]:
+        """Return the seconds to wait; if that is 0, and how many bytes population may ask for, these are under way.
+
+        All in one step: two threads must not see the same room. What is asked for then is told to `asked`.
+        """
         with self._lock:
             now = self.clock()
-            return max(self._bucket.wait(now), self._gate.wait(now))
+            wait_s = max(self._bucket.wait(now), self._gate.wait(now))
+            if wait_s > 0:
+                return wait_s, 0
+            most = int(min(limit, self._gate.most(now)))
+            self._gate.take(now, most)
+            return 0.0, most
 
-    def take(self, amount: int) -> None:
-        """Population sends a request for `amount` bytes."""
+    def asked(self, most: int, amount: int) -> None:
+        """Population sends a request for `amount` bytes where it might have asked for `most`."""
         with self._lock:
             now = self.clock()
             self._bucket.take(now, amount)
-            self._gate.take(now, amount)
+            self._gate.done(now, most - amount, 0)
 
-    def done(self, amount: int) -> None:
-        """One of population's requests, for `amount` bytes, has ended."""
+    def done(self, amount: int, received: int) -> None:
+        """One of population's requests, for `amount` bytes, has ended, and brought `received`."""
         with self._lock:
-            self._gate.done(self.clock(), amount)
-
-    def most(self) -> float:
-        """Return how many bytes population's next request may ask for, if it need not `wait`."""
-        with self._lock:
-            return max(BESIDE_READERS, self._gate.most(self.clock()))
+            self._gate.done(self.clock(), amount, received)
 
     def set_rate(self, fill_rate: int | None) -> None:
         """Change the limit, from the next request on."""
@@ -69,25 +72,22 @@ class Pace:
         self._lock = threading.Lock()
         self._bucket = TokenBucket(None)
 
-    def wait(self) -> float:
-        """Return the seconds to wait before asking again, 0 if the request may go."""
+    def ask(self, limit: int) -> tuple[float, int]:
+        """As `SharedPace.ask`; waits are at most MAX_WAIT_S, before it must be asked again."""
         with self._lock:
-            own = self._bucket.wait(self.clock())
-        return min(max(own, self._shared.wait()), MAX_WAIT_S)
+            own_s = self._bucket.wait(self.clock())
+        wait_s, most = (own_s, 0) if own_s > 0 else self._shared.ask(limit)
+        return min(wait_s, MAX_WAIT_S), most
 
-    def take(self, amount: int) -> None:
-        """Population sends a request for `amount` bytes."""
+    def asked(self, most: int, amount: int) -> None:
+        """As `SharedPace.asked`."""
         with self._lock:
             self._bucket.take(self.clock(), amount)
-        self._shared.take(amount)
+        self._shared.asked(most, amount)
 
-    def done(self, amount: int) -> None:
+    def done(self, amount: int, received: int) -> None:
         """As `SharedPace.done`."""
-        self._shared.done(amount)
-
-    def most(self) -> float:
-        """As `SharedPace.most`."""
-        return self._shared.most()
+        self._shared.done(amount, received)
 
     def set_rate(self, fill_rate: int | None) -> None:
         """Change the image's own limit, from the next request on."""

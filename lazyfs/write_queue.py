@@ -4,11 +4,14 @@ A reader does not wait for the disk, nor for its bytes to be handed to a thread,
 lie here until the replies are sent, and go to a thread with what else has come.
 """
 
+import logging
 from collections.abc import Callable
 
 import trio
 
 from lazyfs.units import MiB
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING = 16 * MiB
 """What may wait for a disk that is slower than the repository; the readers of what comes on top wait with it.
@@ -19,7 +22,8 @@ class WriteQueue:
     """The writes of one mount, one after the other: a file takes one at a time anyway. Trio thread only."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
-        """Work until `nursery` is cancelled; what waits then is not written."""
+        """Work until `nursery` is cancelled; what waits then, or comes later, is written at once."""
+        self._ended = False
         self._writes: list[tuple[int, Callable[[], None]]] = []
         self._some = trio.Event()
         self._waiting = 0
@@ -31,21 +35,36 @@ class WriteQueue:
         return self._waiting >= MAX_WAITING
 
     def put(self, size: int, write: Callable[[], None]) -> None:
-        """Have `write` called in a thread, soon; it raises nothing. `size`: the bytes it keeps in memory."""
+        """Have `write` called in a thread, soon. `size`: the bytes it keeps in memory."""
+        if self._ended:
+            _call([write])
+            return
         self._waiting += size
         self._writes.append((size, write))
         self._some.set()
 
     async def _run(self) -> None:
-        while True:
-            await self._some.wait()
-            await trio.lowlevel.checkpoint()  # the readers' turn
-            self._some = trio.Event()
-            writes, self._writes = self._writes, []
-            await trio.to_thread.run_sync(_call, writes)
-            self._waiting -= sum(size for size, _ in writes)
+        try:
+            while True:
+                await self._some.wait()
+                await trio.lowlevel.checkpoint()  # the readers' turn
+                self._some = trio.Event()
+                batch, self._writes = self._writes, []
+                size = sum(size for size, _ in batch)
+                writes = [write for _, write in batch]
+                del batch
+                await trio.to_thread.run_sync(_call, writes)
+                self._waiting -= size
+        finally:
+            # Whoever ends the daemon waits for them (`Fetcher.written`), also when a bug has ended the nursery.
+            self._ended = True
+            _call([write for _, write in self._writes])
 
 
-def _call(writes: list[tuple[int, Callable[[], None]]]) -> None:
-    for _, write in writes:
-        write()
+def _call(writes: list[Callable[[], None]]) -> None:
+    """Call them, and let go of each: what it wrote is in memory until then."""
+    while writes:
+        try:
+            writes.pop(0)()
+        except Exception:
+            logger.exception("a write to the cache failed, a bug in lazyfs")

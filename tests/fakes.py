@@ -90,6 +90,7 @@ class FakeRepository:
         """Of every answer."""
         self.demand_delay_s = 0.0
         """More, of answers to demand reads."""
+        self._answered_at = -math.inf
         self.fill_in_flight = 1
         """Requests that one filler has under way at once."""
         self.fill_connects = 0
@@ -194,23 +195,28 @@ class FakeRepository:
 
     async def read(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
         """One attempt to read."""
-        self.ask(export, offset, buffer, kind)
-        await self.answer(export, offset, buffer, kind)
+        at = self.ask(export, offset, buffer, kind)
+        await self.answer(export, offset, buffer, at)
 
-    def ask(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
-        """Send a read request."""
+    def ask(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> float:
+        """Send a read request; return when it is answered, `delay_s` not counted."""
         buffer[:] = bytes([POISON]) * len(buffer)
         self._check_up()
         self._check_version(export)
         asked = ByteRange(offset, offset + len(buffer))
         assert 0 <= asked.start < asked.end <= export.size
-        self.log.append(Request(export.name, offset, len(buffer), kind, trio.current_time()))
+        now = trio.current_time()
+        self.log.append(Request(export.name, offset, len(buffer), kind, now))
+        if kind == "demand" and self.demand_delay_s:
+            self._answered_at = max(self._answered_at + 1e-6, now + self.demand_delay_s)  # one after the other
+            return self._answered_at
+        return now
 
-    async def answer(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
+    async def answer(self, export: Export, offset: int, buffer: memoryview, at: float) -> None:
         """Wait for the answer to one."""
         asked = ByteRange(offset, offset + len(buffer))
-        if kind == "demand":
-            await trio.sleep(self.demand_delay_s)
+        if at > trio.current_time():
+            await trio.sleep_until(at)
         await self._answer()
         content = self._check_version(export).content
         for name, where, code in self._bad:
@@ -242,16 +248,16 @@ class _FakeSource:
         if self._repository.nursery is None or not self._connected:
             return False
         try:
-            self._repository.ask(self._export, offset, buffer, "demand")
+            at = self._repository.ask(self._export, offset, buffer, "demand")
         except errors.LazyfsError:
             return False
-        self._repository.nursery.start_soon(self._answer, offset, buffer, answered)
+        self._repository.nursery.start_soon(self._answer, offset, buffer, at, answered)
         return True
 
-    async def _answer(self, offset: int, buffer: memoryview, answered: Answered) -> None:
+    async def _answer(self, offset: int, buffer: memoryview, at: float, answered: Answered) -> None:
         outcome: errors.LazyfsError | None = errors.ConnectionLost(self._repository.uri, "closed")
         try:
-            await self._repository.answer(self._export, offset, buffer, "demand")
+            await self._repository.answer(self._export, offset, buffer, at)
             outcome = None
         except errors.RequestFailed as error:
             outcome = error

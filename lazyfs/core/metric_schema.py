@@ -44,7 +44,7 @@ METRICS = (
         "Bytes of images that came to be known, by how.",
         ("kind",),
         {
-            "demand": "fetched because a reader waited, readahead included",
+            "demand": "fetched because a reader waited, with what is read ahead and around",
             "population": "fetched in the background",
             "zero": "known to be zeroes, and never fetched",
         },

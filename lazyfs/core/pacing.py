@@ -107,9 +107,9 @@ RETRY_S = 0.002
 class DemandGate:
     """Holds population back for readers, whose answers come behind what it has under way: a link has one queue.
 
-    While a reader waits for the repository, population gets one request through in each `trickle_s`, so that readers
-    who never pause do not keep an image from ever becoming whole. Until `linger_s` after that it has no more under way
-    than the link moves in QUEUE_S: a reader seldom comes alone.
+    From a reader's request until `linger_s` after its end population has no more under way than the link moves in
+    QUEUE_S, or BESIDE_READERS: a reader seldom comes alone. While one waits it gets one such request through in each
+    `trickle_s`: readers who never pause do not keep an image from ever becoming whole.
     """
 
     def __init__(self, trickle_s: float = 0.05, linger_s: float = 0.1) -> None:
@@ -139,16 +139,15 @@ class DemandGate:
 
     def wait(self, now: float) -> float:
         """Return the seconds until population may look again; 0 if it may send its next request now."""
-        if self._waiting:
-            return max(0.0, self._sent + self._trickle_s - now)
-        return RETRY_S if self.most(now) < BESIDE_READERS else 0.0
+        trickle_s = self._sent + self._trickle_s - now if self._waiting else 0.0
+        return max(trickle_s, RETRY_S if self.most(now) < BESIDE_READERS else 0.0)
 
     def take(self, now: float, amount: int) -> None:
         """Population sends a request for `amount` bytes."""
         self._sent = now
         self._under_way += amount
 
-    def done(self, now: float, amount: int) -> None:
-        """A request for `amount` bytes has ended."""
+    def done(self, now: float, amount: int, received: int) -> None:
+        """A request for `amount` bytes has ended, and brought `received`."""
         self._under_way -= amount
-        self._speed.add(now, amount)
+        self._speed.add(now, received)

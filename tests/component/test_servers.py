@@ -1,6 +1,7 @@
 """The NBD repository with real servers of every kind, and with ones that break every promise."""
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import scripted_server as nbd
 import servers
 import trio
+import trio.lowlevel
 from filling import Work, until
 from peers import Peers
 from scripted_server import Conversation, no_data, simple_reply, transmission
@@ -814,6 +817,33 @@ async def test_a_request_that_was_submitted_hears_of_a_lost_connection(
     await source.aclose()
 
 
+async def test_what_was_answered_is_not_kept_in_memory(peers: Peers, repository_of: Any) -> None:
+    """Nor left to the garbage collector, which knows nothing of the size of buffers."""
+
+    class Reader:
+        def __init__(self) -> None:
+            self.ended = trio.Event()
+
+        def answered(self, error: errors.LazyfsError | None) -> None:
+            self.ended.set()
+
+    source = repository_of(peers.scripted(transmission(SIZE, _answers_right))).source(Export("", SIZE, ""))
+    assert await read(source, 0, 4096) == content()[:4096]
+    reader = Reader()
+    there = weakref.ref(reader)
+    gc.disable()
+    try:
+        assert source.submit(0, memoryview(bytearray(512)), reader.answered)
+        with trio.fail_after(servers.DEADLINE_S):
+            await reader.ended.wait()
+        await trio.lowlevel.checkpoint()
+        del reader
+        assert there() is None
+    finally:
+        gc.enable()
+    await source.aclose()
+
+
 async def test_one_request_without_an_answer_among_others(peers: Peers, repository_of: Any) -> None:
     """The connection makes progress all the time: what ends is the time that a request may take."""
 
@@ -825,9 +855,10 @@ async def test_one_request_without_an_answer_among_others(peers: Peers, reposito
     assert await read(source, 0, 4096) == content()[:4096]
     outcomes: list[errors.LazyfsError | None] = []
     assert source.submit(4096, memoryview(bytearray(512)), outcomes.append)
-    while not outcomes:
-        assert await read(source, 0, 4096) == content()[:4096]
-        await trio.sleep(0.01)
+    with trio.fail_after(servers.DEADLINE_S):
+        while not outcomes:
+            assert await read(source, 0, 4096) == content()[:4096]
+            await trio.sleep(0.01)
     assert isinstance(outcomes[0], errors.ConnectionLost)
     await source.aclose()
 

@@ -16,7 +16,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.demand_fetch import KERNEL_RETRY_S
 from lazyfs.fetcher import Fetcher
-from lazyfs.interfaces import Claim, Export, FetchCounters, ImageRecord
+from lazyfs.interfaces import Answered, Claim, Export, FetchCounters, ImageRecord
 from lazyfs.pace import Pace, SharedPace
 from lazyfs.totals import Totals
 from lazyfs.units import KiB, MiB
@@ -568,16 +568,57 @@ async def test_a_failed_image_serves_what_it_has_and_says_why_it_serves_no_more(
         assert b.demand() == [blocks(0)]
 
 
-async def test_an_end_in_the_middle_leaves_no_claim_behind() -> None:
+@pytest.mark.parametrize("connected", [True, False])
+async def test_an_end_in_the_middle_leaves_no_claim_behind(connected: bool) -> None:
     async with bench() as b:
+        await b.fetcher.learn_next()
         b.repository.hang()
         async with trio.open_nursery() as fetches:
-            b.fetcher._nursery = b.repository.nursery = fetches
+            b.fetcher._nursery = fetches
+            b.repository.nursery = fetches if connected else None
             with trio.move_on_after(1):
                 await b.read(blocks(3))
+            assert b.fetcher._fetches
             fetches.cancel_scope.cancel()
         assert b.fetcher._fetches == {}
         assert [state for _, state in b.blocks.runs()] == [0]
+
+
+async def test_what_readers_were_given_is_written_although_the_daemon_s_tasks_have_ended() -> None:
+    async with bench() as b:
+        async with trio.open_nursery() as daemon:
+            b.fetcher._writes = WriteQueue(daemon)
+            threads.delay_s = 5
+            for block in (0, 10, 20):  # the second and third wait for the first to be written
+                await b.check(blocks(block))
+                await trio.sleep(0.1)
+            daemon.cancel_scope.cancel()
+        await b.fetcher.written()
+        await b.check(blocks(30))
+        await b.fetcher.written()
+        assert all(b.fetcher.present(blocks(block)) for block in (0, 10, 20, 30))
+
+
+async def test_parts_of_which_one_cannot_be_asked_for_are_fetched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(holes=[ByteRange(32 * KiB, 40 * KiB)]) as b:
+        await b.check(blocks(9))
+        await b.settled()
+        source = b.fetcher._source
+        submit, refused = source.submit, []
+
+        def second_refused(offset: int, buffer: memoryview, answered: Answered) -> bool:
+            if offset:
+                refused.append(offset)
+                return False
+            return submit(offset, buffer, answered)
+
+        monkeypatch.setattr(source, "submit", second_refused)
+        await b.check(blocks(0))
+        await b.settled()
+        assert refused == [40 * KiB]
+        first, *anew = b.demand()[1:]
+        assert first == ByteRange(0, 32 * KiB)
+        assert sorted(anew) == [ByteRange(0, 32 * KiB), ByteRange(40 * KiB, 64 * KiB)]
 
 
 # -- saving

@@ -14,6 +14,7 @@ from lazyfs.core.fetch_plan import (
     MAX_FETCH,
     READAHEAD_MAX,
     READAHEAD_START,
+    SMALL,
     STREAMS,
     UNIT_MAX,
     WAITS,
@@ -121,8 +122,8 @@ def test_the_rest_of_a_unit_is_what_is_missing_around_the_wanted_blocks(
 def test_a_near_repository_is_asked_for_what_is_wanted() -> None:
     around = ReadAround(BLOCK)
     for i in range(10 * WAITS):
-        around.answered(FAR_S / 2 if i % WAITS == 0 else 1.0, None)
-        around.answered(0.0, 0.0)
+        around.wanted_came(FAR_S / 2 if i % WAITS == 0 else 1.0, BLOCK)
+        around.rest_came(0.0, 0.0)
         assert around.unit == BLOCK
 
 
@@ -130,7 +131,8 @@ def far(block_size: int = BLOCK) -> ReadAround:
     around = ReadAround(block_size)
     for _ in range(WAITS):
         assert around.unit == block_size
-        around.answered(0.02, None)
+        around.wanted_came(0.02, BLOCK)
+        around.wanted_came(0.0, SMALL + 1)  # says nothing
     return around
 
 
@@ -138,30 +140,30 @@ def test_the_unit_of_a_far_one_grows_while_the_rest_comes_soon_enough() -> None:
     around = far()
     units = [around.unit]
     for _ in range(5):
-        around.answered(0.02, 0.02)
+        around.rest_came(0.02, 0.02)
         units.append(around.unit)
     assert units == [2 * BLOCK, 4 * BLOCK, 8 * BLOCK, UNIT_MAX, UNIT_MAX, UNIT_MAX]
-    around.answered(0.02, None)
+    around.wanted_came(0.02, BLOCK)
     assert around.unit == UNIT_MAX, "the rest decides"
-    around.answered(0.02, 0.021)
+    around.rest_came(0.02, 0.021)
     assert around.unit == UNIT_MAX // 2
     for _ in range(9):
-        around.answered(0.02, 0.021)
+        around.rest_came(0.02, 0.021)
     assert around.unit == BLOCK
 
 
 def test_a_repository_that_comes_nearer_is_near_at_once() -> None:
     around = far()
     for _ in range(3):
-        around.answered(0.02, 0.0)
-    around.answered(0.001, None)
+        around.rest_came(0.02, 0.0)
+    around.wanted_came(0.001, BLOCK)
     assert around.unit == BLOCK
 
 
 def test_blocks_larger_than_the_largest_unit_stay_alone() -> None:
     around = far(4 * UNIT_MAX)
-    for rest_s in (None, 0.0, 0.0, 1.0):
-        around.answered(0.02, rest_s)
+    for rest_s in (0.0, 0.0, 1.0):
+        around.rest_came(0.02, rest_s)
         assert around.unit == 4 * UNIT_MAX
 
 

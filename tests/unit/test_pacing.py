@@ -94,7 +94,9 @@ def test_population_trickles_while_a_reader_waits(now: float, requests: int) -> 
         while wait := gate.wait(now):
             assert now + wait > now, "a clock that stands still would never be let through"
             now += wait
-        gate.take(now, BIG)
+        gate.take(now, BESIDE_READERS)
+        assert gate.wait(now + 2.0) == RETRY_S, "one at a time, also on a link that takes long"
+        gate.done(now, BESIDE_READERS, BESIDE_READERS)
     assert now - start == pytest.approx(requests - 1)
 
 
@@ -107,7 +109,7 @@ def test_the_gate_opens_a_little_when_the_last_reader_has_left_and_then_all_the_
     assert gate.wait(0.25) == 0.75
     gate.reader_leaves(0.25, 0)
     assert gate.wait(0.25) == RETRY_S, "one is under way"
-    gate.done(0.26, BESIDE_READERS)
+    gate.done(0.26, BESIDE_READERS, BESIDE_READERS)
     assert gate.wait(0.26) == 0
     assert gate.most(0.26) == BESIDE_READERS
     gate.take(0.26, BESIDE_READERS)
@@ -123,9 +125,10 @@ def test_beside_readers_a_fast_link_takes_more(rate: float, most: float) -> None
     for i in range(500):
         now += 0.01
         gate.reader_waits()
-        gate.take(now, int(rate * 0.01) if i % 2 else 0)
-        gate.done(now, int(rate * 0.01) if i % 2 else 0)
-        gate.reader_leaves(now, 0 if i % 2 else int(rate * 0.01))
+        moved = int(rate * 0.01)
+        gate.take(now, moved)
+        gate.done(now, moved, moved if i % 2 else 0)  # what failed says nothing of the link
+        gate.reader_leaves(now, 0 if i % 2 else moved)
     assert gate.wait(now) == 0
     assert gate.most(now) == pytest.approx(most, rel=0.05)
     gate.take(now, int(gate.most(now)))

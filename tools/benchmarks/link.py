@@ -6,11 +6,11 @@ What the kernel cannot do (it has no netem, or no veth) nbdkit's `rate` and `del
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.processes import run, running
+from benchmarks.processes import run, running, wait_until
 
 RATE = "400mbit"
 """50 MB/s."""
@@ -71,10 +71,8 @@ def _namespace() -> Iterator[tuple[str, ...]]:
     """Yield what runs a command at the other end; all of it is gone when its holder ends."""
     here = f"lazyfs{os.getpid()}"
     with running("unshare", "--net", "sleep", "infinity", ready=lambda: True) as holder:
-        own = os.readlink("/proc/self/ns/net")
-        while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
-            if holder.poll() is not None:
-                raise RuntimeError("unshare --net fails")
+        own, theirs = os.readlink("/proc/self/ns/net"), f"/proc/{holder.pid}/ns/net"
+        wait_until(lambda: os.readlink(theirs) != own, "unshare has made a namespace", holder)
         prefix = ("nsenter", f"--net=/proc/{holder.pid}/ns/net")
         run("ip", "link", "add", here, "type", "veth", "peer", "name", "there", "netns", holder.pid)
         try:
@@ -84,7 +82,8 @@ def _namespace() -> Iterator[tuple[str, ...]]:
             run(*prefix, "ip", "link", "set", "there", "up")
             yield prefix
         finally:  # at once, and not when the kernel comes to it: the next has the same name
-            run("ip", "link", "delete", here)
+            with suppress(RuntimeError):  # it went with its namespace
+                run("ip", "link", "delete", here)
 
 
 @functools.cache

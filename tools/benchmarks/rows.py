@@ -18,7 +18,6 @@ from benchmarks.processes import cpu_seconds, drop_caches, rss_mib, run, wait_un
 
 GiB = 1 << 30
 KiB = 1 << 10
-"""Bits per second, as nbdkit's rate filter wants it: 50 MB/s."""
 
 NBDCOPY, NBDFUSE, QSD, COW = "nbdcopy --flush", "nbdfuse", "qemu-storage-daemon", "nbdkit cow + nbdfuse"
 PLAIN = "plain file"
