@@ -240,6 +240,20 @@ async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(mo
         assert b.demand()[-1] == blocks(27)
 
 
+async def test_a_disk_that_stalls_is_named_by_the_reads_that_time_out_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_queue, "MAX_WAITING", BLOCK)
+    async with bench() as b:
+        await b.check(blocks(60))
+        await b.settled()
+        threads.delay_s = 2 * IO_TIMEOUT_S
+        await b.check(blocks(0))
+        with pytest.raises(errors.TimedOut, match="the cache's disk does not take what came"):
+            await b.read(blocks(10))
+        await b.settled()
+        await b.check(blocks(10))
+        assert b.demand() == [blocks(60), blocks(0), blocks(10)], "what was asked for is kept in the end"
+
+
 # -- population's claims
 
 
