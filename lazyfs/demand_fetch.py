@@ -2,7 +2,7 @@
 
 import errno
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -68,6 +68,13 @@ class DemandFetch:
         """How many bytes it asks for."""
         return sum(part.length for part in self.parts)
 
+    def pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield where each part begins in the export, and its place in `data`."""
+        view = memoryview(self.data)
+        for part in self.parts:
+            start = part.start - self.span.start
+            yield part.start, view[start : start + part.length]
+
 
 def tell(around: ReadAround, fetch: DemandFetch) -> None:
     """Tell `around` how long it took until `fetch` came, which is now."""
@@ -84,7 +91,6 @@ def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch],
 
     `answered` is called when nothing is under way any more; `fetch.error` says how it ended.
     """
-    view = memoryview(fetch.data)
     waiting = 0
     failures: list[errors.LazyfsError] = []
 
@@ -97,9 +103,8 @@ def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch],
             fetch.error = failures[0] if failures else None
             answered(fetch)
 
-    for part in fetch.parts:
-        start = part.start - fetch.span.start
-        if source.submit(part.start, view[start : start + part.length], one):
+    for offset, piece in fetch.pieces():
+        if source.submit(offset, piece, one):
             waiting += 1
         elif not waiting:
             return False
@@ -115,22 +120,20 @@ async def receive(fetch: DemandFetch, source: Source) -> None:
     Raises:
         RequestFailed, ExportChanged: of the first part that failed.
     """
-    view = memoryview(fetch.data)
     failures: list[errors.LazyfsError] = []
 
-    async def one(part: ByteRange) -> None:
+    async def one(offset: int, piece: memoryview) -> None:
         try:
-            start = part.start - fetch.span.start
-            await source.pread(part.start, view[start : start + part.length])
+            await source.pread(offset, piece)
         except errors.LazyfsError as error:
             failures.append(error)
 
     if len(fetch.parts) == 1:  # a nursery costs as much as half the rest
-        await one(fetch.parts[0])
+        await one(*next(fetch.pieces()))
     else:
         async with trio.open_nursery() as nursery:
-            for part in fetch.parts:
-                nursery.start_soon(one, part)
+            for offset, piece in fetch.pieces():
+                nursery.start_soon(one, offset, piece)
     if failures:
         raise failures[0]
 

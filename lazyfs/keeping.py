@@ -37,11 +37,9 @@ class Keeping:
         if not self._budget.reserve(size):
             self.failed(errors.OverLimit())
             return False
-        view = memoryview(fetch.data)
         try:
-            for part in fetch.parts:
-                start = part.start - fetch.span.start
-                self._store.write(part.start, view[start : start + part.length])
+            for offset, piece in fetch.pieces():
+                self._store.write(offset, piece)
         except Exception as error:
             self._budget.give_back(size)
             self.failed(error)

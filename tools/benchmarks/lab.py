@@ -134,9 +134,7 @@ class Lab:
     def served(self, *filters: str, parameters: Sequence[str] = (), folder: Path | None = None) -> Iterator[str]:
         """Serve the repository with nbdkit on a unix socket; yields the URI without an export's name."""
         path = self.memory / f"nbd{next(self._numbers)}.sock"
-        command = ["nbdkit", "--foreground", "--readonly", "--unix", path, "--threads", "16"]
-        command += [f"--filter={name}" for name in filters]
-        command += ["file", f"dir={folder or self.repository}", *parameters]
+        command = self._nbdkit("--unix", path, filters=filters, parameters=parameters, folder=folder)
         with self._kept(command, ready=path.exists, clear=lambda: path.unlink(missing_ok=True)):
             yield f"nbd+unix:///?socket={path}"
 
@@ -149,11 +147,17 @@ class Lab:
                     yield uri
                 return
             port = 10809
-            command = [*way.prefix, "nbdkit", "--foreground", "--readonly", "--ipaddr", way.address, "--port", port]
-            command += ["--threads", "16", *(f"--filter={name}" for name in way.filters)]
-            command += ["file", f"dir={self.repository}", *way.parameters]
-            with self._kept(command, ready=lambda: _answers(way.address, port)):
+            where = ("--ipaddr", way.address, "--port", port)
+            command = self._nbdkit(*where, filters=way.filters, parameters=way.parameters)
+            with self._kept([*way.prefix, *command], ready=lambda: _answers(way.address, port)):
                 yield f"nbd://{way.address}:{port}"
+
+    def _nbdkit(
+        self, *where: object, filters: Sequence[str], parameters: Sequence[str], folder: Path | None = None
+    ) -> list[object]:
+        command = ["nbdkit", "--foreground", "--readonly", *where, "--threads", "16"]
+        command += [f"--filter={name}" for name in filters]
+        return [*command, "file", f"dir={folder or self.repository}", *parameters]
 
     @contextmanager
     def _kept(self, command: Sequence[object], **how: Any) -> Iterator[None]:

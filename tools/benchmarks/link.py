@@ -15,6 +15,8 @@ from benchmarks.processes import run, running, wait_until
 RATE = "400mbit"
 """50 MB/s."""
 
+_TBF = f"rate {RATE} burst 256kb latency 400ms"
+
 _HERE, _THERE = "198.18.0.1", "198.18.0.2"  # RFC 2544: for benchmarks
 
 
@@ -37,7 +39,7 @@ def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
     if delay_ms and not _kernel_can("netem", f"delay {delay_ms}ms"):
         filters.append("delay")
         parameters.append(f"rdelay={delay_ms}ms")
-    if limited and not _kernel_can("tbf", "rate 1mbit burst 64kb latency 50ms"):
+    if limited and not _kernel_can("tbf", _TBF):
         filters.append("rate")
         parameters += ["rate=400M", "burstiness=0.1"]
     wanted = bool(delay_ms) + limited
@@ -49,7 +51,7 @@ def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
         parent = "root"
         if limited and "rate" not in filters:
             run(*prefix, "tc", "qdisc", "add", "dev", "there", parent, "handle", "1:",
-                *f"tbf rate {RATE} burst 256kb latency 400ms".split())  # fmt: skip
+                "tbf", *_TBF.split())  # fmt: skip
             parent = "parent 1:1"
         if delay_ms and "delay" not in filters:
             run(*prefix, "tc", "qdisc", "add", "dev", "there", *parent.split(),
@@ -59,7 +61,7 @@ def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
 
 def described() -> str:
     """Say what makes the links of this machine."""
-    ways = {"rate": ("tbf", "rate 1mbit burst 64kb latency 50ms"), "delay": ("netem", "delay 1ms")}
+    ways = {"rate": ("tbf", _TBF), "delay": ("netem", "delay 1ms")}
     return ", ".join(
         f"{what}: {'veth and ' + qdisc if _kernel_can(qdisc, options) else 'nbdkit filter'}"
         for what, (qdisc, options) in ways.items()
