@@ -20,8 +20,8 @@ def _flags(what: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "lazyfs._passthrough",
-            ["lazyfs/_passthrough.c"],
+            "lazyfs.kernel._passthrough",
+            ["lazyfs/kernel/_passthrough.c"],
             extra_compile_args=["-std=c11", "-Wall", "-Wextra", *_flags("--cflags")],
             extra_link_args=_flags("--libs"),
             optional=True,

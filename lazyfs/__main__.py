@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """Run the command; also an interrupt while modules are loaded is one, not a traceback."""
     try:
-        from lazyfs import cli
+        from lazyfs.cli import main as cli
 
         return cli.main()
     except KeyboardInterrupt:

@@ -18,31 +18,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lazyfs import passthrough  # isort: skip  # before pyfuse3
+from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 import trio
 
-from lazyfs import errors, mounts, service_manager
-from lazyfs.cache_dir import CacheDir
-from lazyfs.control_commands import Commands
-from lazyfs.control_server import ControlServer
+from lazyfs import errors
+from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.control.commands import Commands
+from lazyfs.control.jobs import Jobs
+from lazyfs.control.server import ControlServer
 from lazyfs.core.eviction import Limits
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
 from lazyfs.core.qmp_wire import CommandError
-from lazyfs.filesystem import Filesystem, Options
-from lazyfs.fuse_adapter import FuseAdapter
-from lazyfs.image import Image
-from lazyfs.interfaces import FileLook
-from lazyfs.jobs import Jobs
-from lazyfs.kernel_session import KernelSession
-from lazyfs.overlay_scan import OverlayScan
-from lazyfs.population import Population
-from lazyfs.repository import NbdRepository
-from lazyfs.room import Room
+from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.interfaces import FileLook
+from lazyfs.engine.population import Population
+from lazyfs.engine.room import Room
+from lazyfs.host import mounts
+from lazyfs.kernel.fuse_adapter import FuseAdapter
+from lazyfs.kernel.session import KernelSession
+from lazyfs.qemu.overlay_scan import OverlayScan
+from lazyfs.report import service_manager
+from lazyfs.repository.nbd_repository import NbdRepository
 
 if TYPE_CHECKING:
-    from lazyfs.metrics_server import MetricsServer
+    from lazyfs.report.metrics_server import MetricsServer
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +219,7 @@ class _Daemon:
         return await trio.to_thread.run_sync(scan, limiter=self._scanning, abandon_on_cancel=True)
 
     async def _serve_metrics(self, server: "MetricsServer") -> None:
-        from lazyfs.metrics import Mount
+        from lazyfs.report.metrics import Mount
 
         mount = Mount(
             self._config.mountpoint,
@@ -354,7 +356,7 @@ def _metrics_server(address: str) -> "MetricsServer":
     """Listen at `address`. Raises UserError."""
     try:
         # Here: most mounts need none of it, neither the package nor the 12 ms to load it.
-        from lazyfs import metrics_server
+        from lazyfs.report import metrics_server
     except ModuleNotFoundError as error:
         if error.name != "prometheus_client":
             raise

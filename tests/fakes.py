@@ -16,13 +16,24 @@ from typing import Literal, TypeVar
 import trio
 
 from lazyfs import errors
+from lazyfs.cache.store.unkept import UnkeptStore
 from lazyfs.core.block_map import DATA, PAGE_BLOCKS, BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
-from lazyfs.interfaces import Answered, Claim, Export, Filler, FillWork, ImageRecord, PlainFile, Source, Space, Store
-from lazyfs.store.unkept import UnkeptStore
+from lazyfs.engine.interfaces import (
+    Answered,
+    Claim,
+    Export,
+    Filler,
+    FillWork,
+    ImageRecord,
+    PlainFile,
+    Source,
+    Space,
+    Store,
+)
 from lazyfs.units import KiB
 
 POISON = 0xEE

@@ -4,7 +4,8 @@ import argparse
 
 import shtab
 
-from lazyfs import arguments, cli
+from lazyfs.cli import arguments
+from lazyfs.cli import main as cli
 
 COMPLETERS = {
     **dict.fromkeys(("IMAGE", "PATH", "FILE", "QMP_SOCKET"), shtab.FILE),

@@ -8,7 +8,7 @@ import trio
 
 from lazyfs.core.block_map import BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.interfaces import Claim, Export
+from lazyfs.engine.interfaces import Claim, Export
 from lazyfs.units import KiB
 
 

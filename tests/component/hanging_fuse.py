@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from lazyfs.kernel_session import FUSE_INIT, IN_HEADER, INIT_OUT, OUT_HEADER
+from lazyfs.kernel.session import FUSE_INIT, IN_HEADER, INIT_OUT, OUT_HEADER
 
 SIZE = 1 << 20
 

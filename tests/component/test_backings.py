@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs import kernel_session, passthrough
-from lazyfs.passthrough import Backings
+from lazyfs.kernel import passthrough
+from lazyfs.kernel import session as kernel_session
+from lazyfs.kernel.passthrough import Backings
 
 
 class FakeSession:
@@ -43,8 +44,10 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What the C module was told; in this process it may have come too late for pyfuse3, which is not used here."""
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(passthrough, "_NO_MODULE", "")
-    monkeypatch.setitem(sys.modules, "lazyfs._passthrough", type("C", (), {"reply_with": lambda *a: told.append(a)}))
-    monkeypatch.setattr("lazyfs._passthrough", sys.modules["lazyfs._passthrough"], raising=False)
+    monkeypatch.setitem(
+        sys.modules, "lazyfs.kernel._passthrough", type("C", (), {"reply_with": lambda *a: told.append(a)})
+    )
+    monkeypatch.setattr("lazyfs.kernel._passthrough", sys.modules["lazyfs.kernel._passthrough"], raising=False)
     return told
 
 
@@ -149,6 +152,6 @@ def test_a_user_without_cap_sys_admin_gets_none(mountpoint: Path, tmp_path: Path
 
 
 def test_the_module_must_come_before_pyfuse3() -> None:
-    program = "import pyfuse3; from lazyfs import passthrough; print(passthrough._NO_MODULE)"
+    program = "import pyfuse3; from lazyfs.kernel import passthrough; print(passthrough._NO_MODULE)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout == "pyfuse3 was imported first\n"

@@ -18,12 +18,13 @@ import pytest
 import servers
 from fakes import pattern
 
-from lazyfs import cache_check, errors
-from lazyfs.cache_dir import CacheDir
+from lazyfs import errors
+from lazyfs.cache import cache_check
+from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.core import map_file, qcow2_layout
 from lazyfs.core.block_map import DATA, BlockRun
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
-from lazyfs.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileLook, ImageRecord
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB
@@ -434,7 +435,7 @@ def test_a_repair_that_fails_is_said(cache: Cache, monkeypatch: pytest.MonkeyPat
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lazyfs.catalog.SqliteCatalog.update", fail)
+        patch.setattr("lazyfs.cache.catalog.SqliteCatalog.update", fail)
         report = cache.check(repair=True)
     assert report.problems == 1
     assert "could not be discarded, to be fetched again: [Errno 5] Input/output error" in lines(report)

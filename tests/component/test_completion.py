@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import servers
 
-from lazyfs import arguments, cli
+from lazyfs.cli import arguments
+from lazyfs.cli import main as cli
 
 SCRIPT = Path(arguments.DATA_DIR) / "lazyfs.bash"
 

@@ -22,7 +22,7 @@ from qemu.qmp import ExecuteError, QMPClient
 
 import lazyfs
 from lazyfs import errors
-from lazyfs.control_server import MAX_CLIENTS, MAX_UNREAD, ControlServer
+from lazyfs.control.server import MAX_CLIENTS, MAX_UNREAD, ControlServer
 from lazyfs.core import control_schema
 from lazyfs.core.qmp_wire import MAX_MESSAGE, CommandError
 

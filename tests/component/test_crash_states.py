@@ -17,13 +17,13 @@ from crash_lab import Event, Recorder, present_in, states_after_power_cut
 from fakes import FakeRepository, pattern
 
 from lazyfs import errors
-from lazyfs.cache_dir import CacheDir
+from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import map_file
 from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.lifecycle import State
-from lazyfs.filesystem import Filesystem, Options
-from lazyfs.interfaces import FileLook, ImageRecord
-from lazyfs.store.raw import RawStore
+from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.interfaces import FileLook, ImageRecord
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB

@@ -15,10 +15,11 @@ from filling import Work, until
 from peers import Peers
 from scripted_server import Conversation, ScriptedServer, no_data, simple_reply, transmission
 
-from lazyfs import errors, fill_thread
+from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.interfaces import Claim, Export, Filler
-from lazyfs.repository import NbdRepository
+from lazyfs.engine.interfaces import Claim, Export, Filler
+from lazyfs.repository import fill_thread
+from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import servers
 
-from lazyfs import errors, kernel_session
-from lazyfs.kernel_session import IN_HEADER, INIT_IN, INIT_IN_SHORT, INIT_OUT, OUT_HEADER
+from lazyfs import errors
+from lazyfs.kernel import session as kernel_session
+from lazyfs.kernel.session import IN_HEADER, INIT_IN, INIT_IN_SHORT, INIT_OUT, OUT_HEADER
 
 FLAGS = {
     "FUSE_ASYNC_READ": kernel_session.ASYNC_READ,

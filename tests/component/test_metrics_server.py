@@ -14,11 +14,12 @@ import trio.testing
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from lazyfs import errors, metrics_server
+from lazyfs import errors
 from lazyfs.core import metric_schema
 from lazyfs.core.histogram import Histogram
-from lazyfs.metrics import Picture
-from lazyfs.metrics_server import MAX_SCRAPES, MetricsServer
+from lazyfs.report import metrics_server
+from lazyfs.report.metrics import Picture
+from lazyfs.report.metrics_server import MAX_SCRAPES, MetricsServer
 
 pytestmark = pytest.mark.trio
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs import arguments, cli, errors, mount_helper
-from lazyfs.mount_helper import translate
+from lazyfs import errors
+from lazyfs.cli import arguments, mount_helper
+from lazyfs.cli import main as cli
+from lazyfs.cli.mount_helper import translate
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_every_key_can_be_given_as_an_option() -> None:
 
 
 def helper(*words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "lazyfs.mount_helper", *words]
+    command = [sys.executable, "-m", "lazyfs.cli.mount_helper", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import servers
 
-from lazyfs import mounts
-from lazyfs.mounts import Mount
+from lazyfs.host import mounts
+from lazyfs.host.mounts import Mount
 
 MOUNTINFO = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:26 / /run rw,nosuid,nodev shared:5 - tmpfs tmpfs rw,size=1g

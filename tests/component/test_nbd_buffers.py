@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from peers import Peers
 
-from lazyfs import nbd_buffers, nbd_handle
+from lazyfs.repository import nbd_buffers, nbd_handle
 from lazyfs.units import MiB
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lazyfs import open_files
+from lazyfs.host import open_files
 
 
 def device_of(path: Path) -> str:

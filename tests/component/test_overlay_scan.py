@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import servers
 
-from lazyfs import errors, mounts
-from lazyfs.overlay_scan import OverlayScan
+from lazyfs import errors
+from lazyfs.host import mounts
+from lazyfs.qemu.overlay_scan import OverlayScan
 
 TIMEOUT_S = 20.0
 

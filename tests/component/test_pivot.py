@@ -34,9 +34,14 @@ from block_qemu import (
 from hanging_fuse import HangingFuse
 from scripted_qmp import HangUp, Refuse, ScriptedQemu, ScriptedQmp
 
-from lazyfs import cli, control_client, errors, mounts, pivot, pivot_steps, process_files, qemu_monitor
+from lazyfs import errors
+from lazyfs.cli import main as cli
+from lazyfs.control import client as control_client
 from lazyfs.core import inode_number
 from lazyfs.core.pivot_choice import OpenFile
+from lazyfs.host import mounts, process_files
+from lazyfs.qemu import monitor as qemu_monitor
+from lazyfs.qemu import pivot, pivot_steps
 
 MiB = 1 << 20
 

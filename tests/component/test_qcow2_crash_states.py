@@ -23,13 +23,13 @@ from fakes import pattern
 from peers import Peers
 
 from lazyfs import errors
+from lazyfs.cache.store import qcow2
+from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.core import export_name
 from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.interfaces import FileLook, ImageRecord
-from lazyfs.store import qcow2
-from lazyfs.store.qcow2 import Qcow2Store
+from lazyfs.engine.interfaces import FileLook, ImageRecord
 from lazyfs.units import KiB
 
 LOOK = FileLook(0o444, os.geteuid(), os.getegid())

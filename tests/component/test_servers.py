@@ -24,10 +24,11 @@ from filling import Work, until
 from peers import Peers
 from scripted_server import Conversation, no_data, simple_reply, transmission
 
-from lazyfs import errors, nbd_handle
+from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.interfaces import Export, Source
-from lazyfs.repository import NbdRepository
+from lazyfs.engine.interfaces import Export, Source
+from lazyfs.repository import nbd_handle
+from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio

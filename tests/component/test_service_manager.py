@@ -15,8 +15,10 @@ import servers
 import trio
 import trio.testing
 
-from lazyfs import arguments, cli, service_manager
-from lazyfs.service_manager import ServiceManager
+from lazyfs.cli import arguments
+from lazyfs.cli import main as cli
+from lazyfs.report import service_manager
+from lazyfs.report.service_manager import ServiceManager
 
 UNIT = Path(arguments.DATA_DIR) / "lazyfs@.service"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from fakes import MemoryCatalog
 
-from lazyfs import catalog as catalog_module
 from lazyfs import errors
-from lazyfs.catalog import SqliteCatalog
+from lazyfs.cache import catalog as catalog_module
+from lazyfs.cache.catalog import SqliteCatalog
 from lazyfs.core.lifecycle import State
-from lazyfs.interfaces import ImageRecord
+from lazyfs.engine.interfaces import ImageRecord
 
 AnyCatalog = MemoryCatalog | SqliteCatalog
 

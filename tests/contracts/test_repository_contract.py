@@ -18,8 +18,8 @@ from fakes import POISON, FakeRepository, pattern
 from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.interfaces import Claim, Export, Repository, Source
-from lazyfs.repository import NbdRepository
+from lazyfs.engine.interfaces import Claim, Export, Repository, Source
+from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio

@@ -10,14 +10,14 @@ import pytest
 from fakes import MemoryStores, pattern
 
 from lazyfs import errors
+from lazyfs.cache.store.cache_file import WholeFile
+from lazyfs.cache.store.qcow2 import Qcow2Store
+from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import shown_file
 from lazyfs.core.block_map import DATA, PAGE_BLOCKS, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.interfaces import FileLook, ImageFile, ImageRecord, Store
-from lazyfs.store.cache_file import WholeFile
-from lazyfs.store.qcow2 import Qcow2Store
-from lazyfs.store.raw import RawStore
+from lazyfs.engine.interfaces import FileLook, ImageFile, ImageRecord, Store
 from lazyfs.units import KiB
 
 BLOCK = 16 * KiB

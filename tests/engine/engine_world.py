@@ -15,15 +15,15 @@ from fakes import FakeRepository, MemoryCatalog, MemoryStores, Request
 from trio.testing import MockClock
 
 from lazyfs import errors
-from lazyfs.control_commands import Commands
+from lazyfs.control.commands import Commands
+from lazyfs.control.jobs import Jobs
 from lazyfs.core import control_schema
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.eviction import Limits
-from lazyfs.filesystem import Filesystem, Options
-from lazyfs.image import Image
-from lazyfs.jobs import Jobs
-from lazyfs.population import Population
-from lazyfs.room import Room
+from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.population import Population
+from lazyfs.engine.room import Room
 from lazyfs.units import KiB
 
 BLOCK = 64 * KiB

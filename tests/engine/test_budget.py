@@ -5,7 +5,7 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.budget import Budget
+from lazyfs.engine.budget import Budget
 
 steps = st.lists(
     st.tuples(st.sampled_from(["reader", "background", "keep", "give back", "count", "look"]), st.integers(0, 60)),

@@ -7,10 +7,11 @@ import trio
 from engine_world import World, blocks, run, threads, until
 from fakes import MemoryStore, pattern
 
-from lazyfs import digest_check, errors
+from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import CHECKPOINT_S
+from lazyfs.engine.image import digest_check
+from lazyfs.engine.image.image import CHECKPOINT_S
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)

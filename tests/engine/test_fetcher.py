@@ -10,17 +10,18 @@ from engine_world import BLOCK, IO_TIMEOUT_S, blocks, run, threads, until
 from fakes import FakeRepository, MemoryStores, pattern
 from trio.testing import wait_all_tasks_blocked
 
-from lazyfs import errors, write_queue
+from lazyfs import errors
 from lazyfs.core import extent_map, fetch_plan
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.demand_fetch import KERNEL_RETRY_S
-from lazyfs.fetcher import Fetcher
-from lazyfs.interfaces import Answered, Claim, Export, FetchCounters, ImageRecord
-from lazyfs.pace import Pace, SharedPace
-from lazyfs.totals import Totals
+from lazyfs.engine.fetch import write_queue
+from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
+from lazyfs.engine.fetch.fetcher import Fetcher
+from lazyfs.engine.fetch.write_queue import WriteQueue
+from lazyfs.engine.interfaces import Answered, Claim, Export, FetchCounters, ImageRecord
+from lazyfs.engine.pace import Pace, SharedPace
+from lazyfs.engine.totals import Totals
 from lazyfs.units import KiB, MiB
-from lazyfs.write_queue import WriteQueue
 
 pytestmark = pytest.mark.trio(run=run)
 

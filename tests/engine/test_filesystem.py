@@ -12,9 +12,9 @@ from lazyfs import errors
 from lazyfs.core import inode_number
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image
-from lazyfs.name_tree import Folder
-from lazyfs.sizes import DESCRIBE_BATCH, NO_SIZES_S
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.name_tree import Folder
+from lazyfs.engine.sizes import DESCRIBE_BATCH, NO_SIZES_S
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)

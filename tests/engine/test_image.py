@@ -9,7 +9,7 @@ from trio.testing import wait_all_tasks_blocked
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import CHECKPOINT_S, ROOM_CHECK_S
+from lazyfs.engine.image.image import CHECKPOINT_S, ROOM_CHECK_S
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)

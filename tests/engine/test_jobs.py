@@ -7,12 +7,13 @@ import trio
 from engine_world import BLOCK, World, blocks, check_answer, run, until
 from fakes import pattern
 
-from lazyfs import errors, pace
+from lazyfs import errors
+from lazyfs.control.jobs import Task
 from lazyfs.core import control_schema
 from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
-from lazyfs.image import Image
-from lazyfs.jobs import Task
+from lazyfs.engine import pace
+from lazyfs.engine.image.image import Image
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio(run=run)

@@ -18,8 +18,8 @@ from lazyfs import errors
 from lazyfs.core import extent_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image
-from lazyfs.sizes import NO_SIZES_S
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.sizes import NO_SIZES_S
 from lazyfs.units import KiB
 
 BLOCK = 16 * KiB

@@ -14,7 +14,7 @@ from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
-from lazyfs.image import Image
+from lazyfs.engine.image.image import Image
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)

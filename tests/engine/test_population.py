@@ -13,8 +13,8 @@ from lazyfs import errors
 from lazyfs.core import extent_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image
-from lazyfs.population import WORKERS
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.population import WORKERS
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio(run=run)

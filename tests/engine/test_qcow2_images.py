@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lazyfs.core import qcow2_layout
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image
+from lazyfs.engine.image.image import Image
 from lazyfs.units import KiB
 
 in_trio = pytest.mark.trio(run=run)

@@ -9,11 +9,12 @@ from engine_world import World, blocks, run, seconds_to_next_wakeup, threads, un
 from fakes import pattern
 from trio.testing import wait_all_tasks_blocked
 
-from lazyfs import errors, room
+from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.eviction import Limits
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image
+from lazyfs.engine import room
+from lazyfs.engine.image.image import Image
 from lazyfs.units import KiB, MiB
 
 pytestmark = pytest.mark.trio(run=run)

@@ -7,10 +7,11 @@ import trio
 import trio.testing
 from engine_world import BLOCK, World, blocks, run, until
 
-from lazyfs import errors, totals
+from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.image import Image
-from lazyfs.totals import FAILED, FETCHED, JOINED, PRESENT, Read, Totals
+from lazyfs.engine import totals
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.totals import FAILED, FETCHED, JOINED, PRESENT, Read, Totals
 
 pytestmark = pytest.mark.trio(run=run)
 

@@ -9,7 +9,7 @@ from fakes import pattern
 
 from lazyfs.core import inode_number
 from lazyfs.core.lifecycle import State
-from lazyfs.image import Image
+from lazyfs.engine.image.image import Image
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)

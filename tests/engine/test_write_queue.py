@@ -7,7 +7,7 @@ import trio
 from engine_world import run, threads
 from trio.testing import wait_all_tasks_blocked
 
-from lazyfs.write_queue import MAX_WAITING, WriteQueue
+from lazyfs.engine.fetch.write_queue import MAX_WAITING, WriteQueue
 
 pytestmark = pytest.mark.trio(run=run)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lazyfs import mounts
+from lazyfs.host import mounts
 
 PR_SET_PDEATHSIG = 1
 DEADLINE_S = 60.0

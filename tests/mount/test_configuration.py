@@ -16,7 +16,7 @@ import pytest
 import servers
 from lab import DEADLINE_S, Lab, MiB, Nbdkit, die_with_parent, wait_until
 
-from lazyfs import arguments
+from lazyfs.cli import arguments
 
 ROOT = Path(__file__).parents[2]
 UNIT = Path(arguments.DATA_DIR) / "lazyfs@.service"
@@ -94,7 +94,7 @@ def helper_in_sbin(folder: Path) -> Iterator[str]:
     if os.geteuid() != 0:
         pytest.skip("only root can write to /sbin")
     program = folder / "mount.lazyfs"
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -P -m lazyfs.mount_helper "$@"\n')
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -P -m lazyfs.cli.mount_helper "$@"\n')
     program.chmod(0o755)
     kind = f"fuse.lazyfs-test-{os.getpid()}"
     link = Path("/sbin") / f"mount.{kind}"

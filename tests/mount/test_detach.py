@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from lab import DEADLINE_S, Lab, MiB, pread, wait_until
 
-from lazyfs import mounts
+from lazyfs.host import mounts
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the readers of others are seen by root")
 

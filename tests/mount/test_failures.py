@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from lab import KiB, Lab, MiB, die_with_parent, pread, small_disk, wait_until
 
-from lazyfs import process_files
+from lazyfs.host import process_files
 
 OLD_KERNEL = (
     "-c",

@@ -154,7 +154,7 @@ def test_a_file_system_that_cannot_hold_such_a_file_is_named_in_status(lab: Lab,
     lab.image("large", 100 * MiB)
     cache = lab.folder / "cache"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, 50 << 20))"
-    program = ("-c", f"{limit}\nfrom lazyfs import cli\nsys.exit(cli.main())")
+    program = ("-c", f"{limit}\nfrom lazyfs.cli import main as cli\nsys.exit(cli.main())")
     server = lab.serve()
     lab.mount(server.uri, "--format", image_format, "--cache-dir", cache, program=program)
     path = lab.mnt / name

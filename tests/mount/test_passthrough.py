@@ -17,9 +17,7 @@ from lab import KiB, Lab, MiB, pread, small_disk, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="passthrough needs CAP_SYS_ADMIN")
 
-WITHOUT_THE_MODULE = (
-    "import sys; sys.modules['lazyfs._passthrough'] = None; from lazyfs import cli; sys.exit(cli.main())"
-)
+WITHOUT_THE_MODULE = "import sys; sys.modules['lazyfs.kernel._passthrough'] = None; from lazyfs.cli import main as cli; sys.exit(cli.main())"
 
 
 def whole_image(lab: Lab, *options: str | Path) -> bytes:

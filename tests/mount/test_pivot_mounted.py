@@ -16,9 +16,9 @@ import pytest
 from block_qemu import BlockQemu, blockdevs, file_node, make_overlay, overlay_node, raw_node, reading
 from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
 
-from lazyfs import control_client
-from lazyfs import pivot as pivot_module
+from lazyfs.control import client as control_client
 from lazyfs.core import inode_number
+from lazyfs.qemu import pivot as pivot_module
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="/proc/PID/fd of others is seen by root")
 

@@ -198,7 +198,7 @@ def test_overlays_protect(lab: Lab, disk: Path) -> None:
 
 NO_RESERVE = (
     "-c",
-    "import sys; from lazyfs import cli; from lazyfs.store import cache_file; cache_file.RESERVE = -1 << 40; "
+    "import sys; from lazyfs.cli import main as cli; from lazyfs.cache.store import cache_file; cache_file.RESERVE = -1 << 40; "
     "sys.exit(cli.main())",
 )
 """A daemon that writes until the disk says no: what neighbours who fill the disk at the same time do to any."""
@@ -258,7 +258,7 @@ def test_after_detach_nothing_is_evicted(lab: Lab, disk: Path) -> None:
     """The plain files may have been opened by anybody then."""
     images(lab, "ab")
     server = lab.serve()
-    often = "import sys; from lazyfs import cli, room; room.WATCH_S = 0.2; sys.exit(cli.main())"
+    often = "import sys; from lazyfs.cli import main as cli; from lazyfs.engine import room; room.WATCH_S = 0.2; sys.exit(cli.main())"
     lab.mount(server.uri, "--cache-dir", disk / "cache", "--min-free", "28M", program=("-c", often))
     use(lab, "a")
     held = os.open(lab.mnt / "a", os.O_RDONLY)

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs import arguments, cli, configuration, errors
+from lazyfs import errors
+from lazyfs.cli import arguments, configuration
+from lazyfs.cli import main as cli
 from lazyfs.core import config_file, config_key
 from lazyfs.core.config_file import Origin
 

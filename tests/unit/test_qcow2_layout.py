@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lazyfs.core import block_map, map_file, qcow2_layout
 from lazyfs.core.block_map import CLAIMED, DATA, MISSING, ZERO
 from lazyfs.core.qcow2_layout import COUNTERS_OFFSET, MAX_BACKING_NAME, Layout, layout
+from lazyfs.engine.image.partial_cache import MAX_BLOCKS
 from lazyfs.errors import CacheCorrupt
-from lazyfs.partial_cache import MAX_BLOCKS
 from lazyfs.units import GiB, KiB, MiB
 
 TiB = 1024 * GiB

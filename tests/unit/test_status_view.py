@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lazyfs import map_view, status_view, watching
+from lazyfs.cli import map_view, status_view, watching
 
 MiB = 1 << 20
 

@@ -207,7 +207,7 @@ class Lab:
 
     @staticmethod
     def _socket(mnt: Path) -> str:
-        from lazyfs import mounts
+        from lazyfs.host import mounts
 
         return mounts.socket_path(str(mnt))
 

@@ -1,0 +1,1 @@
+"""The cache directory: the catalog, and the files of partial and whole images."""

@@ -1,0 +1,387 @@
+"""`lazyfs check`: a cache directory without its daemon; catalog, maps and files against each other.
+
+Looks through the same functions and stores as the daemon, under the same lock. Without `repair` nothing is changed: the
+catalog is read from a copy (SQLite would recover its journal, and upgrade it), and stores are inspected, not loaded.
+
+Repair does what mounting would: what cannot be trusted is discarded, to be fetched again, and what a crash interrupted
+is finished or undone. It touches no file that lazyfs did not put there, and no plain file; but the name of one that was
+given to an image that is not whole is taken back.
+"""
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from lazyfs import errors
+from lazyfs.cache import cache_dir, catalog
+from lazyfs.cache.cache_dir import CATALOG, LOCK, PARTIAL, STATE
+from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.cache.store.qcow2 import Qcow2Store
+from lazyfs.cache.store.raw import RawStore
+from lazyfs.core import shown_file
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.engine.image import partial_cache
+from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.name_tree import NameTree, TakenNames
+from lazyfs.host import mounts
+
+LEFT_ALONE = "left alone: move it away, or keep the cache elsewhere with --cache-dir"
+_MODE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, or (`warning`) may be."""
+
+    path: str
+    """Relative to the cache directory."""
+    problem: str
+    remedy: str
+    """What repair does with it, as a participle; if it does nothing, what the user can do."""
+    repairable: bool
+    repaired: bool
+    warning: bool
+    error: str
+    """Why the repair failed; "" if it did not."""
+
+    def line(self) -> str:
+        """Return it in words."""
+        start = f"{'warning: ' if self.warning else ''}{self.path}: {self.problem}; "
+        if self.error:
+            return f"{start}could not be {self.remedy}: {self.error}"
+        return start + (self.remedy if self.repaired or not self.repairable else f"would be {self.remedy}")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found."""
+
+    cache_dir: str
+    images: int
+    findings: list[Finding]
+
+    @property
+    def problems(self) -> int:
+        """How many things are wrong and have not been repaired."""
+        return sum(not finding.warning and not finding.repaired for finding in self.findings)
+
+    def summary(self) -> str:
+        """Return the last line."""
+        repaired = sum(finding.repaired for finding in self.findings)
+        done = f"{repaired} repaired, " if repaired else ""
+        return f"{self.cache_dir}: {self.images} images, {done}{self.problems or 'no'} problems"
+
+
+def run(path: str, repair: bool) -> Report:
+    """Check the cache at `path`.
+
+    Raises:
+        UserError: it cannot be checked: it is in use, or no cache, or a newer lazyfs made it.
+    """
+    _refuse_mounted(path)  # first: a hung mount does not even say what is a symlink
+    path = os.path.realpath(path)
+    _refuse_mounted(path)
+    with ExitStack() as stack:
+        try:
+            return _Check(path, repair, stack).run()
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            raise errors.UserError(f"cannot check {path}: {what}") from error
+        except errors.NoSpace as error:
+            raise errors.UserError(f"cannot check {path}: {error}, or for a copy of its catalog") from error
+
+
+def _refuse_mounted(path: str) -> None:
+    if mount := mounts.mount_of(path):
+        raise errors.UserError(f"the cache {path} is under the lazyfs on {mount.mountpoint}; unmount that first")
+
+
+class _Check:
+    def __init__(self, path: str, repair: bool, stack: ExitStack) -> None:
+        self._path = path
+        self._repair = repair
+        self._stack = stack
+        self._findings: list[Finding] = []
+        self._sweeping = True
+        """What no image needs is removed; not on the word of a catalog that had to be made anew."""
+        self._records: dict[int, ImageRecord] = {}
+        self._catalog: SqliteCatalog | None = None
+        """The real one, when repairing."""
+        self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, self._root_fd)
+
+    def run(self) -> Report:
+        self._lock()
+        self._check_folders()
+        self._check_catalog()
+        self._check_paths()
+        for record in list(self._records.values()):
+            self._check_whole(record)
+        for record in list(self._records.values()):
+            if record.state in (State.PARTIAL, State.FAILED) and record.error != CHANGED_BY_HAND:
+                self._check_partial(record)
+        self._check_strays()
+        for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):
+            self._found(path, "lazyfs did not put it there", LEFT_ALONE)
+        return Report(self._path, len(self._records), self._findings)
+
+    def _found(
+        self, path: str, problem: str, remedy: str, repair: Callable[[], None] | None = None, warning: bool = False
+    ) -> None:
+        repaired, trouble = False, ""
+        if self._repair and repair is not None:
+            try:
+                repair()
+                repaired = True
+            except (errors.LazyfsError, OSError) as error:
+                trouble = str(error)
+        self._findings.append(Finding(path, problem, remedy, repair is not None, repaired, warning, trouble))
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=self._root_fd, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    # -- the folder of our own
+
+    def _lock(self) -> None:
+        found = self._stat(STATE)
+        if found is None or not stat.S_ISDIR(found.st_mode):
+            raise errors.UserError(f"{self._path} is no cache of lazyfs: it has no folder {STATE}")
+        if found.st_uid != os.geteuid():
+            raise errors.UserError(f"the cache {self._path} is user {found.st_uid}'s; check it as that user")
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if self._repair else 0)
+        try:
+            lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self._root_fd)
+        except FileNotFoundError:
+            return  # so no daemon has it; the next makes it
+        self._stack.callback(os.close, lock_fd)
+        if not cache_dir.try_lock(lock_fd):
+            owner = cache_dir.owner_of(lock_fd) or "another lazyfs"
+            raise errors.UserError(f"the cache {self._path} is in use by {owner}")
+        if self._repair:
+            cache_dir.tell_owner(lock_fd, f"lazyfs check (pid {os.getpid()})")
+
+    def _check_folders(self) -> None:
+        for name in (STATE, PARTIAL):
+            found = self._stat(name)
+            if found is None:
+                self._found(name, "missing", "made", partial(os.mkdir, name, _MODE, dir_fd=self._root_fd))
+            elif not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise errors.UserError(f"{self._path}/{name} is not a folder of this user; remove it")
+            elif stat.S_IMODE(found.st_mode) != _MODE:
+                mode = stat.S_IMODE(found.st_mode)
+                self._found(name, f"its mode is {mode:04o}", f"set to {_MODE:04o}", partial(self._chmod, name))
+
+    def _chmod(self, name: str) -> None:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+        try:
+            os.fchmod(fd, _MODE)
+        finally:
+            os.close(fd)
+
+    # -- the catalog
+
+    def _check_catalog(self) -> None:
+        cache_dir.check_catalog_file(self._root_fd, self._path)
+        if self._stat(CATALOG) is None:
+            self._found(CATALOG, "missing", "made anew, empty", lambda: self._begin_anew([]))
+            self._go_on_only_with_a_catalog()
+            return
+        copy = self._copy_catalog()
+        try:
+            opened = SqliteCatalog(copy)
+        except catalog.TooNew as error:
+            raise errors.UserError(f"cannot check {self._path}: {error}") from error
+        except errors.CacheCorrupt as error:
+            self._take(saved := catalog.salvage(copy))
+            remedy = f"kept aside and made anew, with the {len(saved)} images that could be read"
+            self._found(CATALOG, str(error).replace(copy, "catalog.sqlite"), remedy, lambda: self._begin_anew(saved))
+            self._go_on_only_with_a_catalog()
+            return
+        records, damaged = opened.load_each()
+        opened.close()
+        self._take(records)
+        if self._repair:
+            self._catalog = SqliteCatalog(os.path.join(self._path, CATALOG))
+            self._stack.callback(self._catalog.close)
+        for inode, reason in damaged.items():
+            self._forget(inode, f"row {inode} is damaged: {reason}")
+
+    def _go_on_only_with_a_catalog(self) -> None:
+        """Nothing may be swept on the word of a catalog that is not there."""
+        self._repair = self._repair and self._catalog is not None
+
+    def _copy_catalog(self) -> str:
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-check-"))
+        for suffix in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                shutil.copyfile(os.path.join(self._path, CATALOG + suffix), f"{folder}/catalog.sqlite{suffix}")
+        return f"{folder}/catalog.sqlite"
+
+    def _take(self, records: list[ImageRecord]) -> None:
+        self._records = {record.inode: record for record in records}
+
+    def _begin_anew(self, records: list[ImageRecord]) -> None:
+        self._sweeping = False
+        aside = f"{CATALOG}.damaged"
+        number = 1
+        while self._stat(aside) is not None:
+            number += 1
+            aside = f"{CATALOG}.damaged-{number}"
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.rename(CATALOG + suffix, aside + suffix, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+        self._catalog = SqliteCatalog(os.path.join(self._path, CATALOG))
+        self._stack.callback(self._catalog.close)
+        self._catalog.restore(records)
+
+    def _save(self, record: ImageRecord) -> None:
+        assert self._catalog is not None
+        self._catalog.update([record])
+        self._records[record.inode] = record
+
+    def _forget(self, inode: int, problem: str) -> None:
+        """Give up a row: the export is taken in anew, and partial files without a row are swept."""
+        self._records.pop(inode, None)
+
+        def remove() -> None:
+            assert self._catalog is not None
+            self._catalog.remove([inode])
+
+        self._found(CATALOG, problem, "removed, for the image to be taken in anew", remove)
+
+    def _check_paths(self) -> None:
+        """Two images of one name, or at one path, cannot be shown; the one with more to lose stays."""
+        taken, exports = TakenNames(NameTree().root), set()
+        by_worth = sorted(self._records.values(), key=lambda r: (r.state is not State.WHOLE, r.inode))
+        for record in by_worth:
+            if record.export in exports or not taken.is_free(record.path):
+                self._forget(record.inode, f"row {record.inode} is another one for {record.path}")
+            else:
+                exports.add(record.export)
+                taken.take(record.path)
+
+    # -- images
+
+    def _check_whole(self, record: ImageRecord) -> None:
+        now = cache_dir.whole_now(self._root_fd, record)
+        if now.state is State.FAILED and now.error == CHANGED_BY_HAND:
+            found = self._stat(record.path)
+            assert found is not None
+            size = f"{found.st_size} bytes, the image {record.file_size}"
+            what = f"it has {size}" if stat.S_ISREG(found.st_mode) else "not a plain file"
+            self._found(record.path, what, "left alone: remove it to have it fetched again")
+        elif now.state is State.REMOTE and record.state is not State.REMOTE:
+            self._found(
+                record.path, "the catalog says whole, and its plain file is gone", "made remote",
+                lambda: self._save(now),
+            )  # fmt: skip
+        elif now != record:
+            self._found(record.path, "the catalog says changed by hand, and it is not", "made whole",
+                        lambda: self._save(now))  # fmt: skip
+
+    def _check_partial(self, record: ImageRecord) -> None:
+        data = f"{PARTIAL}/{record.inode}.{record.format}"
+        if record.size is None or partial_cache.too_large(record):
+            what = f"the catalog says {record.state.value}, and its size is {record.size}"
+            self._found(record.path, what, "made remote", lambda: self._save(record.remote_again()))
+            return
+        if not any(self._stat(name) for name in self._names(record)):
+            self._found(record.path, f"the catalog says {record.state.value}, and nothing of it is here", "made remote",
+                        lambda: self._save(record.remote_again()))  # fmt: skip
+            return
+        linked = cache_dir.is_finished(self._root_fd, record)
+        store = self._store(record)
+        try:
+            blocks = store.inspect()
+            faults, holes = store.faults(), store.data_in_holes(blocks)
+        except errors.CacheCorrupt as error:
+            self._found(data, str(error), "discarded, to be fetched again", lambda: self._discard(record))
+            return
+        except OSError as error:
+            self._found(data, f"cannot be read: {error.strerror}", "left alone")
+            return
+        finally:
+            store.close()
+        if faults:
+            self._found(data, "; ".join(faults), "mended", lambda: self._mend(record))
+        if holes:
+            self._found(
+                data, f"{holes} blocks are data and yet holes; zeroes, or lost (lazyfs verify --against-repository)",
+                "left alone", warning=True,
+            )  # fmt: skip
+        if linked and blocks.complete and record.state is State.PARTIAL:
+            self._found(record.path, "its hand-off was interrupted", "finished", lambda: self._finish(record))
+        elif linked:
+            self._found(record.path, "another name of an image that is not whole", "removed, the image kept",
+                        lambda: self._undo(record))  # fmt: skip
+
+    def _store(self, record: ImageRecord, look: FileLook | None = None) -> RawStore | Qcow2Store:
+        look = look or FileLook(0o444, os.geteuid(), os.getegid())
+        return cache_dir.partial_file(self._root_fd, record, look, "")  # none is created: it needs no repository
+
+    def _names(self, record: ImageRecord) -> list[str]:
+        suffixes = ("raw", "map") if record.format == shown_file.RAW else ("qcow2",)
+        return [f"{PARTIAL}/{record.inode}.{suffix}" for suffix in suffixes]
+
+    def _discard(self, record: ImageRecord) -> None:
+        store = self._store(record)
+        store.unfinish()
+        self._save(record.remote_again())
+        store.remove()
+
+    def _mend(self, record: ImageRecord) -> None:
+        store = self._store(record)
+        try:
+            blocks = store.load()
+            store.checkpoint([], blocks.mixed_zero_bytes)  # what was mended is on the disk now
+        finally:
+            store.close()
+
+    def _undo(self, record: ImageRecord) -> None:
+        self._store(record).unfinish()
+
+    def _finish(self, record: ImageRecord) -> None:
+        found = self._stat(record.path)  # it had its look before it had its name
+        assert found is not None
+        store = self._store(record, FileLook(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid))
+        try:
+            blocks = store.load()
+            store.finish()
+            self._save(replace(record, state=State.WHOLE, error="", present_bytes=blocks.present_bytes))
+            store.remove()
+        finally:
+            store.close()
+
+    # -- files without an image
+
+    def _check_strays(self) -> None:
+        if self._stat(PARTIAL) is None:
+            return
+        records = self._records.values()
+        # Of a changed image, too, nothing partial is there.
+        filling = [r for r in records if r.state in (State.PARTIAL, State.FAILED)]
+        wanted = {name for record in filling for name in self._names(record)}
+        whole = {(s.st_dev, s.st_ino) for r in records if r.state is State.WHOLE and (s := self._stat(r.path))}
+        for name in sorted(cache_dir.list_folder(self._root_fd, PARTIAL)):
+            path = f"{PARTIAL}/{name}"
+            found = self._stat(path)
+            if path in wanted or found is None:
+                continue
+            if not self._sweeping:
+                what = "no image of the new catalog has it"
+                self._found(path, what, "left for the next mount to remove", warning=True)
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                self._found(path, "lazyfs did not put it there", LEFT_ALONE)
+                continue
+            handed_off = (found.st_dev, found.st_ino) in whole
+            problem = "left over from the hand-off of a whole image" if handed_off else "no image needs it"
+            self._found(path, problem, "removed", partial(os.unlink, path, dir_fd=self._root_fd))

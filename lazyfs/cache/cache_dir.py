@@ -1,0 +1,302 @@
+"""The cache directory: opened before mounting, so that it stays reachable under the mount.
+
+    CACHE_DIR/
+        debian-12            whole images, plain files
+        team/ubuntu          "/" in an export name makes folders
+        .lazyfs/             0700
+            lock             flock: one daemon per cache; holds the pid and mountpoint of its owner
+            catalog.sqlite
+            partial/         images being filled
+
+Everything else in it is foreign: lazyfs neither hides nor touches what it did not put there, it refuses.
+"""
+
+import fcntl
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+from lazyfs import errors
+from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.cache.store.cache_file import WholeFile
+from lazyfs.cache.store.qcow2 import Qcow2Store
+from lazyfs.cache.store.raw import RawStore
+from lazyfs.cache.store.unkept import UnkeptStore
+from lazyfs.core import shown_file
+from lazyfs.core.export_name import RESERVED, qemu_uri
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.engine.interfaces import FileLook, ImageRecord, PlainFile, Space, Store
+from lazyfs.host import mounts
+from lazyfs.units import GiB, MiB
+
+logger = logging.getLogger(__name__)
+
+STATE = ".lazyfs"
+
+ENDING_S = 20.0
+"""How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow disk."""
+
+_DETACHED = "the lazyfs detached from"
+PARTIAL = f"{STATE}/partial"
+CATALOG = f"{STATE}/catalog.sqlite"
+LOCK = f"{STATE}/lock"
+
+
+class CacheDir:
+    """An open, locked cache directory. Implements `interfaces.Stores`."""
+
+    def __init__(self, path: str, mountpoint: str, repository: str, look: FileLook) -> None:
+        """Open and lock the cache at `path`, creating what is missing, and load its catalog.
+
+        `repository`: its URI, which a qcow2 names as its backing file while it is being filled.
+
+        Raises:
+            UserError: it cannot be used; says why.
+        """
+        self.path = path
+        self._repository = repository
+        self._look = look
+        try:
+            # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not fill another disk.
+            with suppress(FileExistsError):
+                os.mkdir(path)
+            self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
+        self.lock_fd = -1
+        """Locked; also a plain file on the cache's file system that is always there."""
+        self._mountpoint = mountpoint
+        try:
+            self._open(mountpoint)
+        except errors.NoSpace as error:
+            raise errors.UserError(f"cannot use {path} as the cache: {error}") from error
+        except errors.CacheCorrupt as error:
+            raise errors.UserError(
+                f"cannot use {path} as the cache: {error}; move it away, or start anew with --cache-dir"
+            ) from error
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            raise errors.UserError(f"cannot use {path} as the cache: {what}") from error
+
+    # -- interfaces.Stores
+
+    def partial(self, record: ImageRecord) -> Store:
+        """Return the store of an image that is being filled."""
+        return partial_file(self.root_fd, record, self._look, self._repository)
+
+    def unkept(self) -> Store:
+        """Return a store that keeps nothing."""
+        return UnkeptStore()
+
+    def whole(self, record: ImageRecord) -> PlainFile:
+        """Return the plain file of a whole image."""
+        return WholeFile(self.root_fd, record)
+
+    def nearly_full(self) -> bool:
+        """Whether less than 1 % of the file system (at most 1 GiB, at least 1 MiB) is free for us.
+
+        Enough for the catalog, and for neighbours on the same disk to go on for a while. Unmeasured.
+        """
+        space = self.space()
+        return space.free < max(min(space.total // 100, GiB), MiB)
+
+    def space(self) -> Space:
+        """Return the size of the file system, and what of it an ordinary user may still take."""
+        found = os.fstatvfs(self.root_fd)
+        return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+    # -- opening
+
+    def _open(self, mountpoint: str) -> None:
+        with ExitStack() as undo:
+            undo.callback(self._close_fds)
+            self._make_state_folder()
+            self._take_lock(mountpoint)
+            check_catalog_file(self.root_fd, self.path)
+            self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG))
+            undo.callback(self.catalog.close)
+            self.records = [self._look_at_whole(record) for record in self.catalog.load()]
+            self._refuse_foreign()
+            self._sweep()
+            undo.pop_all()
+
+    def _make_state_folder(self) -> None:
+        for name in (STATE, PARTIAL):
+            try:
+                os.mkdir(name, 0o700, dir_fd=self.root_fd)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise errors.UserError(f"cannot write to the cache {self.path}: {error.strerror}") from error
+            found = os.stat(name, dir_fd=self.root_fd, follow_symlinks=False)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise errors.UserError(
+                    f"{self.path}/{name} is not a folder of this user; remove it, or use --cache-dir"
+                )
+
+    def _take_lock(self, mountpoint: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self.root_fd)
+        deadline = time.monotonic() + ENDING_S
+        while not try_lock(self.lock_fd):
+            owner = owner_of(self.lock_fd)
+            detached = owner.startswith(_DETACHED)
+            mounted = any(f"the lazyfs on {mount.mountpoint} (pid" in owner for mount in mounts.lazyfs_mounts())
+            if not mounted and not detached and time.monotonic() < deadline:
+                time.sleep(0.1)  # unmounted a moment ago, it saves what it has
+                continue
+            raise errors.UserError(
+                f"the cache {self.path} is in use by {owner or 'another lazyfs'}; "
+                + ("close them or move QEMU with lazyfs pivot" if detached else "unmount that first")
+                + ", or give this mount its own --cache-dir"
+            )
+        tell_owner(self.lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})")
+
+    def tell_detached(self) -> None:
+        """Let the message to another daemon that wants this cache say what keeps it."""
+        tell_owner(
+            self.lock_fd,
+            f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), which serves the files still open",
+        )
+
+    def _look_at_whole(self, record: ImageRecord) -> ImageRecord:
+        now = whole_now(self.root_fd, record)
+        if now != record:
+            if now.state is State.REMOTE:
+                logger.info("the plain file was removed, so it is remote again: image=%s", record.export)
+            self.catalog.update([now])
+        return now
+
+    def _refuse_foreign(self) -> None:
+        for path in foreign_files(self.root_fd, self.records):
+            raise errors.UserError(
+                f"{self.path} holds {path!r}, which lazyfs did not put there; "
+                f"move it away, or keep the cache elsewhere with --cache-dir"
+            )
+
+    def _sweep(self) -> None:
+        """Remove partial files that no record speaks of: the rest of a crash, or of an image become whole."""
+        wanted = {str(record.inode) for record in self.records if record.state in (State.PARTIAL, State.FAILED)}
+        for name in list_folder(self.root_fd, PARTIAL):
+            if name.partition(".")[0] not in wanted:
+                os.unlink(f"{PARTIAL}/{name}", dir_fd=self.root_fd)
+
+    # -- closing
+
+    def close(self) -> None:
+        """Close the catalog and unlock. The mount over the directory must be gone."""
+        self.catalog.close()
+        self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in (self.lock_fd, self.root_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+# -- what can be asked of a cache directory that is open in any way; `cache_check.py` does, too
+
+
+def partial_file(root_fd: int, record: ImageRecord, look: FileLook, repository: str) -> RawStore | Qcow2Store:
+    """Return the store of an image that is being filled."""
+    if record.format == shown_file.QCOW2:
+        return Qcow2Store(root_fd, record, look, qemu_uri(repository, record.export))
+    return RawStore(root_fd, record, look)
+
+
+def try_lock(lock_fd: int) -> bool:
+    """Lock, if nobody else has; released when the descriptor is closed."""
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def owner_of(lock_fd: int) -> str:
+    """Return who says that he has the lock; "" if nobody does."""
+    return os.pread(lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
+
+
+def tell_owner(lock_fd: int, owner: str) -> None:
+    """Say who has the lock."""
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
+
+
+def check_catalog_file(root_fd: int, path: str) -> None:
+    """SQLite would follow a symlink.
+
+    Raises:
+        UserError: the catalog of the cache at `path` is one, or a folder.
+    """
+    try:
+        found = os.stat(CATALOG, dir_fd=root_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise errors.UserError(f"{path}/{CATALOG} is not a plain file; remove it, or use --cache-dir")
+
+
+def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
+    """Return the record of an image as it is now, if somebody removed or changed its plain file meanwhile.
+
+    A file that is gone was evicted by hand: the image is remote again. One of another size is left alone and
+    reported, and when it is gone, too, the image is remote again.
+    """
+    if record.state is not State.WHOLE and record.error != CHANGED_BY_HAND:
+        return record
+    try:
+        found = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return record.remote_again()
+    if not stat.S_ISREG(found.st_mode) or found.st_size != record.file_size:
+        return replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
+    return replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
+
+
+def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]:
+    """Yield the path of every file that is no image's."""
+    ours = {r.path for r in records if r.state is State.WHOLE or r.error == CHANGED_BY_HAND}
+    unfinished = {record.path: record for record in records if record.path not in ours}
+    for path in _files_below(root_fd):
+        if path not in ours and not (path in unfinished and is_finished(root_fd, unfinished[path])):
+            yield path
+
+
+def is_finished(root_fd: int, record: ImageRecord) -> bool:
+    """Whether a crash came between linking a whole image into place and telling the catalog."""
+    try:
+        ours = os.stat(f"{PARTIAL}/{record.inode}.{record.format}", dir_fd=root_fd, follow_symlinks=False)
+        there = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
+def list_folder(root_fd: int, name: str) -> list[str]:
+    """Return the names in a folder of the cache directory."""
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
+def _files_below(root_fd: int) -> Iterator[str]:
+    """Yield every path below the cache directory that is not a folder, state and reserved names left out."""
+    pending: list[Sequence[str]] = [[]]
+    while pending:
+        folder = pending.pop()
+        for name in sorted(list_folder(root_fd, "/".join(folder) or ".")):
+            if not folder and name in RESERVED:
+                continue
+            path = "/".join([*folder, name])
+            if stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode):
+                pending.append([*folder, name])
+            else:
+                yield path

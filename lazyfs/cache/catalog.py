@@ -1,0 +1,285 @@
+"""catalog.sqlite: every image of one cache, and what became of it. The one authority on names and inodes.
+
+SQLite opens journals by path, and the cache directory's path leads into our own mount once that is up.
+So the catalog is opened before mounting, in WAL mode with exclusive locking: then every later operation
+goes to file descriptors that are open already (checked with strace, SQLite 3.40), until `close`, which
+belongs after unmounting.
+
+Losing the last commits in a power cut would be safe (a whole image is finished again, a new inode's files
+are swept), but `synchronous=FULL` costs one fsync for what happens a few times in an image's life.
+"""
+
+import dataclasses
+import sqlite3
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import astuple, fields
+
+from lazyfs import errors
+from lazyfs.core import shown_file
+from lazyfs.core.export_name import RESERVED
+from lazyfs.core.lifecycle import State
+from lazyfs.engine.interfaces import ImageRecord
+
+_VERSION = 2
+
+_SCHEMA = """
+CREATE TABLE images (
+    inode           INTEGER PRIMARY KEY AUTOINCREMENT,  -- st_ino on the mount; AUTOINCREMENT: never given twice
+    export          TEXT NOT NULL,     -- the export's name, as the server lists it
+    path            TEXT NOT NULL,     -- where it is shown, relative to the mountpoint; unique among images shown
+    size            INTEGER,           -- bytes; NULL: the repository was not asked yet
+    identity        TEXT NOT NULL,     -- the export's description when the cache was begun; '' if it has none
+    format          TEXT NOT NULL,     -- of the cache file: 'raw' or 'qcow2'
+    state           TEXT NOT NULL,     -- 'remote', 'partial', 'whole', 'failed' (core/lifecycle.py)
+    error           TEXT NOT NULL,     -- why it failed, or what an operator should know; '' if nothing
+    block_size      INTEGER NOT NULL,  -- bytes for each state of the map, a qcow2's clusters; fixed when begun
+    created_ns      INTEGER NOT NULL,  -- first seen, ns since the epoch
+    present_bytes   INTEGER NOT NULL,  -- data in the cache file; as of the last checkpoint
+    demand_bytes    INTEGER NOT NULL,  -- fetched because a reader waited; as of the last checkpoint
+    populated_bytes INTEGER NOT NULL,  -- fetched in the background; as of the last checkpoint
+    requests        INTEGER NOT NULL,  -- read requests sent to the repository; as of the last checkpoint
+    last_used_ns    INTEGER NOT NULL DEFAULT 0,  -- last open or close, ns since the epoch; 0: never; may lag
+    pinned          INTEGER NOT NULL DEFAULT 0,  -- 1: never evicted
+    digest          TEXT NOT NULL DEFAULT ''     -- what the bytes must hash to, 'sha256:...'; '' if not known
+)
+"""
+_UPGRADES = {
+    1: """
+ALTER TABLE images ADD COLUMN last_used_ns INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE images ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE images ADD COLUMN digest TEXT NOT NULL DEFAULT '';
+"""
+}
+"""From each older version to the next."""
+_ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''"}
+"""What rows of older versions lack, and what stands for it."""
+_FIRST_INODE = 2  # 1 is the root of the mount
+
+_COLUMNS = [field.name for field in fields(ImageRecord)]
+_INSERT = f"INSERT INTO images ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_UPDATE = f"UPDATE images SET {', '.join(f'{c} = ?' for c in _COLUMNS[1:])} WHERE inode = ?"
+
+
+class TooNew(errors.CacheCorrupt):
+    """A newer lazyfs wrote the catalog: nothing is wrong with it."""
+
+
+class SqliteCatalog:
+    """Implements `interfaces.Catalog`."""
+
+    def __init__(self, path: str) -> None:
+        """Open or create the catalog.
+
+        Raises:
+            CacheCorrupt: the file is damaged, or a newer lazyfs wrote it.
+            NoSpace, OSError.
+        """
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise _translate(error, path) from error
+        try:
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA temp_store = MEMORY")
+            self._create_or_check()
+        except sqlite3.Error as error:
+            self._db.close()
+            raise _translate(error, path) from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _create_or_check(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise TooNew(f"the catalog is of format {version}; this lazyfs knows {_VERSION}: update lazyfs")
+        with self._transaction():
+            if version == 0:
+                self._db.execute(_SCHEMA)
+                self._db.execute("INSERT INTO sqlite_sequence VALUES ('images', ?)", (_FIRST_INODE - 1,))
+                self._db.execute(f"PRAGMA user_version = {_VERSION}")
+            else:
+                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise errors.CacheCorrupt(f"the catalog is damaged: {found.splitlines()[-1]}")
+                for older in range(version, _VERSION):
+                    for statement in _UPGRADES[older].strip().split("\n"):
+                        self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def load(self) -> list[ImageRecord]:
+        """Return all records, by inode.
+
+        Raises:
+            CacheCorrupt: a row is not what lazyfs wrote.
+        """
+        try:
+            rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM images ORDER BY inode").fetchall()
+            return [_record(row) for row in rows]
+        except (sqlite3.Error, ValueError) as error:
+            raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
+
+    def load_each(self) -> tuple[list[ImageRecord], dict[int, str]]:
+        """Return the records that can be read, by inode, and of the other rows what is wrong with them."""
+        return _read_each(self._db)
+
+    def restore(self, records: Sequence[ImageRecord]) -> None:
+        """Insert records under the inodes that they have; for a catalog that is made anew."""
+        with self._transaction():
+            self._db.executemany(_INSERT, [_row(record) for record in records])
+
+    def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
+        """Insert; one transaction for all."""
+        added = []
+        with self._transaction():
+            for record in records:
+                cursor = self._db.execute(_INSERT, (None, *_row(record)[1:]))
+                assert cursor.lastrowid is not None
+                added.append(dataclasses.replace(record, inode=cursor.lastrowid))
+        return added
+
+    def update(self, records: Sequence[ImageRecord]) -> None:
+        """Replace; one transaction for all."""
+        with self._transaction():
+            self._db.executemany(_UPDATE, [(*_row(record)[1:], record.inode) for record in records])
+
+    def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
+        """Set sizes and identities of remote images; one transaction for all."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE images SET size = ?, identity = ? WHERE inode = ? AND state = 'remote'",
+                [(size, identity, inode) for inode, size, identity in described],
+            )
+
+    def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
+        """Set when images were used last; one transaction for all."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE images SET last_used_ns = ? WHERE inode = ?", [(used_ns, inode) for inode, used_ns in uses]
+            )
+
+    def remove(self, inodes: Sequence[int]) -> None:
+        """Delete; one transaction for all."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM images WHERE inode = ?", [(inode,) for inode in inodes])
+
+    def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
+        """Delete one and insert another; one transaction, so that the image always has a row."""
+        with self._transaction():
+            self._db.execute("DELETE FROM images WHERE inode = ?", (inode,))
+            cursor = self._db.execute(_INSERT, (None, *_row(record)[1:]))
+            assert cursor.lastrowid is not None
+            return dataclasses.replace(record, inode=cursor.lastrowid)
+
+    def close(self) -> None:
+        """Close the database. Touches its path: only before mounting over it, or after unmounting."""
+        with self._lock:
+            self._db.close()
+
+    def _transaction(self) -> "_Transaction":
+        return _Transaction(self._db, self._lock)
+
+
+class _Transaction:
+    """BEGIN, then COMMIT or ROLLBACK, under the lock; SQLite's errors become ours."""
+
+    def __init__(self, db: sqlite3.Connection, lock: threading.Lock) -> None:
+        self._db = db
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            self._lock.release()
+            raise _translate(error, "catalog.sqlite") from error
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+                return
+        except sqlite3.Error as failed:
+            error = failed
+            raise _translate(failed, "catalog.sqlite") from failed
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._lock.release()
+        if isinstance(error, sqlite3.Error):
+            raise _translate(error, "catalog.sqlite") from error
+
+
+def salvage(path: str) -> list[ImageRecord]:
+    """Return the records that can still be read of a damaged catalog; for want of them none."""
+    try:
+        db = sqlite3.connect(path)
+    except sqlite3.Error:
+        return []
+    try:
+        return _read_each(db)[0]
+    finally:
+        db.close()
+
+
+def _read_each(db: sqlite3.Connection) -> tuple[list[ImageRecord], dict[int, str]]:
+    """Row by row: one that is damaged leaves the others readable."""
+    records, damaged = [], {}
+    there = set(_COLUMNS)
+    with suppress(sqlite3.Error):
+        there = {row[1] for row in db.execute("PRAGMA table_info(images)")}
+    columns = [name if name in there or name not in _ADDED else _ADDED[name] for name in _COLUMNS]
+    for inode in _inodes(db):
+        try:
+            row = db.execute(f"SELECT {', '.join(columns)} FROM images WHERE inode = ?", (inode,)).fetchone()
+            if row is None:
+                raise ValueError("it is not where the index has it")
+            records.append(_record(row))
+        except (sqlite3.Error, ValueError) as error:
+            damaged[inode] = str(error)
+    return records, damaged
+
+
+def _inodes(db: sqlite3.Connection) -> list[int]:
+    inodes = []
+    with suppress(sqlite3.Error):  # what came before the damage is good
+        for (inode,) in db.execute("SELECT inode FROM images ORDER BY inode"):
+            inodes.append(inode)
+    return inodes
+
+
+def _row(record: ImageRecord) -> list[object]:
+    return [value.value if isinstance(value, State) else value for value in astuple(record)]
+
+
+def _record(row: tuple[object, ...]) -> ImageRecord:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    for field in fields(ImageRecord):
+        kinds = (int, type(None)) if field.name == "size" else (str,) if field.type in (str, State) else (int,)
+        value = values[field.name]
+        if not isinstance(value, kinds) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{field.name} is {value!r}")
+    values["state"] = State(values["state"])
+    values["pinned"] = bool(values["pinned"])
+    record = ImageRecord(**values)  # type: ignore[arg-type]
+    parts = record.path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or parts[0] in RESERVED:
+        raise ValueError(f"path is {record.path!r}")
+    if record.format not in shown_file.FORMATS or not record.block_size:
+        raise ValueError(f"format is {record.format!r}, block_size is {record.block_size}")
+    return record
+
+
+def _translate(error: sqlite3.Error, path: str) -> Exception:
+    if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL,):
+        return errors.NoSpace()
+    # "no such table", "no such column": it is a database, and not what lazyfs wrote.
+    if isinstance(error, sqlite3.OperationalError) and not str(error).startswith("no such"):
+        return OSError(f"{path}: {error}")
+    return errors.CacheCorrupt(f"{path}: {error}")

@@ -1,0 +1,1 @@
+"""The cache files of one image, in each format."""

@@ -1,0 +1,236 @@
+"""The verbs that ask the daemon for something about images: prefetch, pause, evict, map, verify and the like.
+
+Each takes images by their paths on a mount; a folder, or the mountpoint, means all below it. One that fails does not
+stop the others: its reason goes to stderr, and the exit code is 1.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from lazyfs import errors
+from lazyfs.cli import map_view, waiting
+from lazyfs.control import client as control_client
+from lazyfs.host import mounts
+
+POLL_S = 0.3
+"""Between two looks at a verify job."""
+
+Target = tuple[mounts.Mount, str]
+"""A mount, and a path relative to its mountpoint."""
+
+
+def _each(options: argparse.Namespace, work: Callable[[Target], dict[str, Any]]) -> int:
+    """Do something with each image named; print what came out with --json."""
+    results, failed = [], False
+    for path in options.images:
+        try:
+            results.append({"path": path, **work(control_client.locate(path))})
+        except errors.UserError as error:
+            failed = True
+            print(f"lazyfs: {error}", file=sys.stderr)
+            results.append({"path": path, "error": str(error)})
+    if options.json:
+        json.dump(results, sys.stdout, indent=2)
+        print()
+    return 1 if failed else 0
+
+
+def _command(name: str, target: Target, **arguments: Any) -> dict[str, Any]:
+    mount, inside = target
+    (result,) = control_client.execute(mount, [(name, {"path": inside, **arguments})])
+    assert isinstance(result, dict)
+    return result
+
+
+def evict(options: argparse.Namespace) -> int:
+    """Drop what is cached."""
+    return _each(options, lambda target: _command("evict", target))
+
+
+def forget(options: argparse.Namespace) -> int:
+    """Drop what is gone from the repository."""
+    return _each(options, lambda target: _command("forget", target))
+
+
+def pin(options: argparse.Namespace) -> int:
+    """Never evict."""
+    return _each(options, lambda target: _command("pin", target))
+
+
+def unpin(options: argparse.Namespace) -> int:
+    """Undo `pin`."""
+    return _each(options, lambda target: _command("unpin", target))
+
+
+def set_rate(options: argparse.Namespace) -> int:
+    """Limit population."""
+    return _each(options, lambda target: _command("set-rate", target, rate=options.rate))
+
+
+# -- prefetch
+
+
+def prefetch(options: argparse.Namespace) -> int:
+    """Populate without a reader; with --wait until whole."""
+    begun: list[Target] = []
+
+    def begin(target: Target) -> dict[str, Any]:
+        result = _command("prefetch", target, **({"format": options.format} if options.format else {}))
+        begun.extend((target[0], path) for path in result["paths"])
+        return result
+
+    code = _each(options, begin)
+    if options.wait:
+        waiting.until_whole(lambda: [image for target in begun for image in _not_whole(target)])
+    return code
+
+
+def _not_whole(target: Target) -> list[dict[str, Any]]:
+    images = control_client.query(*target)["images"]
+    return [image for image in images if image["state"] != "whole"]
+
+
+# -- jobs
+
+
+def pause(options: argparse.Namespace) -> int:
+    """Pause population."""
+    return _each(
+        options,
+        lambda target: _jobs("job-pause", target, lambda job: _populates(job) and job["status"] != "paused"),
+    )
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Resume population."""
+    return _each(
+        options,
+        lambda target: _jobs("job-resume", target, lambda job: _populates(job) and job["status"] == "paused"),
+    )
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """End population, and verify jobs."""
+    return _each(
+        options, lambda target: _jobs("job-cancel", target, lambda job: job["status"] not in ("concluded", "null"))
+    )
+
+
+def _populates(job: dict[str, Any]) -> bool:
+    return bool(job["type"] == "populate")
+
+
+def _image_of(job: dict[str, Any]) -> str:
+    """Return the path of the image that a job works on, relative to the mountpoint."""
+    name: str = job["id"]
+    return name if _populates(job) else name.removeprefix(f"{job['type']}:")
+
+
+def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Apply a command to the jobs of an image, or of all below a folder."""
+    mount, inside = target
+    (jobs,) = control_client.execute(mount, [("query-jobs", {})])
+    concerned = [job for job in jobs if not inside or f"{_image_of(job)}/".startswith(f"{inside}/")]
+    ids = [job["id"] for job in concerned if wanted(job)]
+    if not ids and inside and not any(map(_populates, concerned)):
+        control_client.query(mount, inside)  # raises if there is no such image
+        raise errors.UserError(f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that")
+    return {"jobs": [job for job in ids if _applied(command, mount, job, must=job == inside)]}
+
+
+def _applied(command: str, mount: mounts.Mount, job: str, must: bool) -> bool:
+    """Apply a command to a job; False if it ended, or somebody else was faster, and that is no failure."""
+    try:
+        control_client.execute(mount, [(command, {"id": job})])
+    except control_client.Refused:
+        if must:
+            raise
+        return False
+    return True
+
+
+# -- map
+
+
+def map_image(options: argparse.Namespace) -> int:
+    """Show which ranges are here."""
+    mount, inside = control_client.locate(options.image)
+    if not inside:
+        raise errors.UserError(f"{options.image} is a mountpoint; name an image on it")
+    (entries,) = control_client.execute(mount, [("query-map", {"path": inside})])
+    if options.json:
+        json.dump(entries, sys.stdout, indent=2)
+        print()
+    else:
+        map_view.show(entries)
+    return 0
+
+
+# -- verify
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Read the cache back."""
+    if options.digest and len(options.images) > 1:
+        raise errors.UsageError("one digest is for one image")
+    arguments: dict[str, Any] = {}
+    if options.digest:
+        arguments["digest"] = options.digest
+    if options.against_repository:
+        arguments["against-repository"] = True
+    return _each(options, lambda target: _verified(target, arguments, quiet=options.json))
+
+
+def _verified(target: Target, arguments: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    mount, inside = target
+    images = control_client.query(mount, inside)["images"]
+    single = len(images) == 1 and images[0]["path"] == f"{mount.mountpoint}/{inside}"
+    names = [
+        image["path"].removeprefix(f"{mount.mountpoint}/") for image in images if single or image["state"] != "remote"
+    ]
+    damaged = []
+    for name in names:
+        try:
+            outcome = _verify_one(mount, name, arguments)
+        except errors.UserError as error:
+            damaged.append(str(error))
+        else:
+            if not quiet:
+                print(f"{mount.mountpoint}/{name}: {outcome}")
+    if damaged:
+        raise errors.UserError("; ".join(damaged))
+    return {"images": len(names)}
+
+
+def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> str:
+    """Return how it is, if that is good."""
+    (begun,) = control_client.execute(mount, [("verify", {"path": name, **arguments})])
+    if "id" not in begun:
+        return "not whole yet; the digest is kept, and compared once it is"
+    job = begun["id"]
+    try:
+        with waiting.bar(f"{mount.mountpoint}/{name}") as advance:
+            while (now := _job(mount, job))["status"] != "concluded":
+                advance(now["current-progress"], now["total-progress"])
+                time.sleep(POLL_S)
+    except BaseException:
+        with suppress(errors.UserError):
+            control_client.execute(mount, [("job-cancel", {"id": job})])
+        raise
+    control_client.execute(mount, [("job-dismiss", {"id": job})])
+    if error := now.get("error"):
+        raise errors.UserError(f"{mount.mountpoint}/{name}: {error}")
+    return "as it should be"
+
+
+def _job(mount: mounts.Mount, job: str) -> dict[str, Any]:
+    (jobs,) = control_client.execute(mount, [("query-jobs", {})])
+    found: Sequence[dict[str, Any]] = [one for one in jobs if one["id"] == job]
+    if not found:
+        raise errors.UserError(f"the job {job} is gone: somebody dismissed it")
+    return found[0]

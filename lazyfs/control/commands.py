@@ -1,0 +1,199 @@
+"""The commands of the control socket, as calls of the engine. `core/control_schema.py` says what each is."""
+
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+from lazyfs import errors
+from lazyfs.control.jobs import Jobs, Task
+from lazyfs.core import digest
+from lazyfs.core.lifecycle import State
+from lazyfs.core.qmp_wire import CommandError
+from lazyfs.engine.filesystem import Filesystem
+from lazyfs.engine.image import image_map
+from lazyfs.engine.image.digest_check import is_mismatch
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.population import Population
+
+Arguments = dict[str, Any]
+Handler = Callable[[Arguments], Awaitable[object]]
+
+
+class Commands:
+    """The commands that concern images and jobs. Arguments have been checked by the schema."""
+
+    def __init__(
+        self,
+        mountpoint: str,
+        filesystem: Filesystem,
+        population: Population,
+        jobs: Jobs,
+        backing_files: Callable[[], Awaitable[frozenset[str]]],
+    ) -> None:
+        """`backing_files`: what is not evicted, as overlays need it; as for `Room`."""
+        self._mountpoint = mountpoint
+        self._filesystem = filesystem
+        self._population = population
+        self._jobs = jobs
+        self._backing_files = backing_files
+        self.handlers: dict[str, Handler] = {
+            "query-images": self._query_images,
+            "query-jobs": self._query_jobs,
+            "query-map": self._query_map,
+            "job-pause": self._job_pause,
+            "job-resume": self._job_resume,
+            "job-cancel": self._job_cancel,
+            "job-dismiss": self._job_dismiss,
+            "prefetch": self._prefetch,
+            "set-rate": self._set_rate,
+            "evict": self._evict,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "forget": self._forget,
+            "verify": self._verify,
+        }
+
+    # -- which images
+
+    def _images(self, path: str, unless_named: Callable[[Image], bool] = lambda image: True) -> list[Image]:
+        """Return the image at `path`, or those in the folder there for which `unless_named` holds."""
+        node = self._filesystem.names.node_at(path)
+        if node is None:
+            raise CommandError(f"no image at {path!r}")
+        if isinstance(node, Image):
+            return [node]
+        below = [image for image in self._filesystem.names.images_below(node) if unless_named(image)]
+        return sorted(below, key=lambda image: image.record.path)
+
+    def _image(self, path: str) -> Image:
+        node = self._filesystem.names.node_at(path)
+        if not isinstance(node, Image):
+            raise CommandError(f"no image at {path!r}")
+        return node
+
+    async def _each(self, images: Iterable[Image], work: Callable[[Image], Awaitable[object]]) -> dict[str, Any]:
+        """Do something with all images, also when it fails with one; then fail with the first reason."""
+        done, failures = 0, []
+        for image in images:
+            try:
+                await work(image)
+                done += 1
+            except (errors.LazyfsError, OSError) as error:
+                failures.append(str(error))
+        if failures:
+            more = f" (and {len(failures) - 1} more; {done} done)" if len(failures) > 1 else ""
+            raise CommandError(failures[0] + more)
+        return {"images": done}
+
+    # -- queries
+
+    async def _query_images(self, arguments: Arguments) -> object:
+        path = arguments.get("path", "")
+        images = self._filesystem.statistics(self._images(path) if path else None)
+        return [{**asdict(one), "path": os.path.join(self._mountpoint, one.path)} for one in images]
+
+    async def _query_jobs(self, _arguments: Arguments) -> object:
+        return [
+            {
+                "id": job.id,
+                "type": job.type,
+                "status": job.status,
+                "current-progress": job.current_progress,
+                "total-progress": job.total_progress,
+                **({"error": job.error} if job.error else {}),
+            }
+            for job in self._jobs.statistics()
+        ]
+
+    async def _query_map(self, arguments: Arguments) -> object:
+        return [asdict(entry) for entry in await image_map.entries(self._image(arguments["path"]))]
+
+    # -- jobs
+
+    async def _job_pause(self, arguments: Arguments) -> object:
+        self._jobs.pause(arguments["id"])
+        return {}
+
+    async def _job_resume(self, arguments: Arguments) -> object:
+        self._jobs.resume(arguments["id"])
+        self._population.wake()
+        return {}
+
+    async def _job_cancel(self, arguments: Arguments) -> object:
+        self._jobs.cancel(arguments["id"])
+        return {}
+
+    async def _job_dismiss(self, arguments: Arguments) -> object:
+        self._jobs.dismiss(arguments["id"])
+        return {}
+
+    # -- images
+
+    async def _prefetch(self, arguments: Arguments) -> object:
+        paths, images, image_format = [], self._images(arguments["path"]), arguments.get("format")
+        for image in images:  # before any name is changed
+            self._filesystem.check_format(image, image_format)
+
+        async def prefetch(image: Image) -> None:
+            paths.append((await self._filesystem.prefetch(image, image_format)).record.path)
+
+        return {**await self._each(images, prefetch), "paths": paths}
+
+    async def _set_rate(self, arguments: Arguments) -> object:
+        rate, images = arguments["rate"] or None, self._images(arguments["path"])
+        if arguments["rate"] < 0:
+            raise CommandError("Parameter 'rate' expects bytes per second, 0 for no limit")
+        if arguments["path"] == "":
+            self._filesystem.set_rate(rate)
+        else:
+            for image in images:
+                image.filling.pace.set_rate(rate)
+        return {"images": len(images)}
+
+    async def _evict(self, arguments: Arguments) -> object:
+        backing = await self._backing_files()
+
+        def may_go(image: Image) -> bool:
+            record = image.record
+            return not (record.state is State.REMOTE or record.pinned or image.gone or record.path in backing)
+
+        async def evict(image: Image) -> None:
+            if image.gone:
+                raise errors.UserError(f"{image.record.path} is gone from the repository; lazyfs forget drops it")
+            if image.record.path in backing and image.record.state is not State.REMOTE:
+                raise errors.UserError(f"{image.record.path} is the backing file of an overlay")
+            await self._filesystem.evict(image)
+
+        return await self._each(self._images(arguments["path"], may_go), evict)
+
+    async def _pin(self, arguments: Arguments) -> object:
+        return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=True))
+
+    async def _unpin(self, arguments: Arguments) -> object:
+        return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=False))
+
+    async def _forget(self, arguments: Arguments) -> object:
+        return await self._each(self._images(arguments["path"], lambda image: image.gone), self._filesystem.forget)
+
+    async def _verify(self, arguments: Arguments) -> object:
+        image = self._image(arguments["path"])
+        try:
+            known = digest.parse(arguments["digest"]) if "digest" in arguments else ""
+        except ValueError as error:
+            raise CommandError(f"Parameter 'digest': {error}") from error
+        if known and image.record.state is not State.WHOLE:
+            await image.annotate(digest=known)
+            if is_mismatch(image.record):
+                await image.recover()  # it will be compared with this one
+            if not arguments.get("against-repository"):
+                return {}
+            known = ""
+        job = f"verify:{image.record.path}"
+        total = image.statistics().present_bytes + image.statistics().zero_bytes
+
+        async def work(task: Task) -> None:
+            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance, known)
+
+        self._jobs.start(job, "verify", total, work)
+        return {"id": job}

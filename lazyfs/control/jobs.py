@@ -1,0 +1,169 @@
+"""Background work as clients see it: QEMU's jobs (qapi/job.json).
+
+A populate job is an image that is being filled: it is there while the image is partial and population wants it. Other
+work is started here, runs in a task, and stays, concluded, until it is dismissed.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.lifecycle import State
+from lazyfs.engine.image.image import Image
+
+logger = logging.getLogger(__name__)
+
+RUNNING, PAUSED, STANDBY, CONCLUDED = "running", "paused", "standby", "concluded"
+GONE = "null"
+"""What QEMU calls the status of a job that is no more."""
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """Work that was asked for. It adds to `current` as it goes on."""
+
+    id: str
+    type: str
+    total: int
+    current: int = 0
+    status: str = RUNNING
+    error: str = ""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    def advance(self, amount: int) -> None:
+        """`amount` more is done."""
+        self.current += amount
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatistics:
+    """A row of `query-jobs`."""
+
+    id: str
+    type: str
+    status: str
+    current_progress: int
+    total_progress: int
+    error: str = ""
+
+
+class Jobs:
+    """All jobs of one mount. Trio thread only."""
+
+    def __init__(self, nursery: trio.Nursery, active: Callable[[], Iterable[Image]], room: Callable[[], str]) -> None:
+        """`active`: the images that population may look at; `room`: why it does nothing at all, or ""."""
+        self.on_status: Callable[[str, str], None] = lambda job, status: None
+        """A job has another status, or is `GONE`. Set by whoever tells clients."""
+        self._nursery = nursery
+        self._active = active
+        self._room = room
+        self._tasks: dict[str, Task] = {}
+        self._told: dict[str, str] = {}
+
+    def statistics(self) -> list[JobStatistics]:
+        """Return all jobs, by id."""
+        found = [self._populating(image, status) for image in self._active() if (status := self._status(image))]
+        for task in self._tasks.values():
+            found.append(JobStatistics(task.id, task.type, task.status, task.current, task.total, task.error))
+        return sorted(found, key=lambda job: job.id)
+
+    def _status(self, image: Image) -> str:
+        """Of an image's populate job; "" if it has none."""
+        fetcher = image.fetcher
+        if image.record.state is not State.PARTIAL or fetcher is None or image.retired or not image.filling.wanted:
+            return ""
+        if image.filling.paused:
+            return PAUSED
+        if fetcher.completed.is_set() and not image.record.error:
+            return RUNNING  # it is being handed off
+        return RUNNING if image.fillable and not image.filling.trouble and not self._room() else STANDBY
+
+    def _populating(self, image: Image, status: str) -> JobStatistics:
+        now = image.statistics()
+        done, error = now.present_bytes + now.zero_bytes, image.filling.trouble or self._room()
+        return JobStatistics(now.path, "populate", status, done, now.size or 0, error)
+
+    def look(self) -> None:
+        """Tell of what has changed since the last look. Called whenever something may have."""
+        now = {image.record.path: status for image in self._active() if (status := self._status(image))}
+        now |= {task.id: task.status for task in self._tasks.values()}
+        for job in [*self._told.keys() - now.keys(), *(job for job in now if self._told.get(job) != now[job])]:
+            self.on_status(job, now.get(job, GONE))
+        self._told = now
+
+    # -- what clients ask for
+
+    def pause(self, job: str) -> None:
+        """Pause a populate job. Raises UserError."""
+        image = self._image(job, "paused")
+        if image.filling.paused:
+            raise errors.UserError(f"Job '{job}' is paused already")
+        image.filling.pause()
+        self.look()
+
+    def resume(self, job: str) -> None:
+        """Resume a paused job; the caller wakes population. Raises UserError."""
+        image = self._image(job, "resumed")
+        if not image.filling.paused:
+            raise errors.UserError(f"Job '{job}' is not paused")
+        image.filling.resume()
+        self.look()
+
+    def cancel(self, job: str) -> None:
+        """End a job. Raises UserError."""
+        task = self._tasks.get(job)
+        if task is None:
+            self._image(job, "cancelled").filling.stop()
+        elif task.status == CONCLUDED:
+            raise errors.UserError(f"Job '{job}' has concluded; job-dismiss forgets it")
+        else:
+            task.scope.cancel()
+        self.look()
+
+    def dismiss(self, job: str) -> None:
+        """Forget a concluded job. Raises UserError."""
+        task = self._tasks.get(job)
+        if task is None:
+            self._image(job, "dismissed")
+        if task is None or task.status != CONCLUDED:
+            raise errors.UserError(f"Job '{job}' has not concluded")
+        del self._tasks[job]
+        self.look()
+
+    def _image(self, job: str, what: str) -> Image:
+        if job in self._tasks:
+            raise errors.UserError(f"Job '{job}' cannot be {what}")
+        for image in self._active():
+            if image.record.path == job and self._status(image):
+                return image
+        raise errors.UserError(f"Job '{job}' not found")
+
+    def start(self, job: str, kind: str, total: int, work: Callable[[Task], Awaitable[None]]) -> None:
+        """Begin other work; its failure is kept as the job's error.
+
+        Raises:
+            UserError: a job with this id is there and has not concluded.
+        """
+        old = self._tasks.get(job)
+        if old is not None and old.status != CONCLUDED:
+            raise errors.UserError(f"Job '{job}' is running already")
+        task = self._tasks[job] = Task(job, kind, total)
+        self._nursery.start_soon(self._run, task, work)
+        self.look()
+
+    async def _run(self, task: Task, work: Callable[[Task], Awaitable[None]]) -> None:
+        with task.scope:
+            try:
+                await work(task)
+            except (errors.LazyfsError, OSError) as error:
+                task.error = str(error)
+            except Exception:
+                logger.exception("a job failed, a bug in lazyfs: job=%s", task.id)
+                task.error = "it failed, a bug in lazyfs; the log has the details"
+        if task.scope.cancelled_caught:
+            task.error = "cancelled"
+        task.status = CONCLUDED
+        self.look()

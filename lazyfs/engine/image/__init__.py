@@ -1,0 +1,1 @@
+"""The life of one image, from its first open until it is a plain file."""

@@ -1,0 +1,136 @@
+"""Opens and removes what there is on disk of an image."""
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from lazyfs import errors
+from lazyfs.core import map_file, shown_file
+from lazyfs.core.block_map import BlockMap
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.engine.budget import Budget
+from lazyfs.engine.interfaces import ImageRecord, PlainFile, Store, Stores
+from lazyfs.units import MiB
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_BLOCKS = 256 * MiB
+"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
+
+
+def too_large(record: ImageRecord) -> str:
+    """Return why this image cannot be cached with these blocks; "" if it can."""
+    size = record.size or 0
+    if size <= MAX_BLOCKS * record.block_size:
+        return ""
+    if size > MAX_BLOCKS * shown_file.MAX_BLOCK_SIZE[record.format]:
+        return "too large for lazyfs"
+    option = "--block-size" if record.format == shown_file.RAW else "--cluster-size"
+    return f"too large for its blocks: mount with a larger {option} and an empty cache"
+
+
+def map_bytes(record: ImageRecord) -> int:
+    """Return what the cache of a partial image takes of the disk before any data: its map, or a qcow2's metadata."""
+    if record.format != shown_file.RAW:
+        return record.shown.metadata_size
+    blocks = -(-(record.size or 0) // record.block_size)
+    return map_file.page_offset(-(-blocks // map_file.PAGE))
+
+
+def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> tuple[Store, BlockMap, bool]:
+    """Return the store, what it holds, and whether it keeps anything: without room for a map it cannot.
+
+    What is on disk and cannot be trusted is discarded. `fresh`: nothing is there yet. Blocks.
+
+    Raises:
+        OSError, CacheCorrupt, UserError: it can be neither used nor begun anew.
+    """
+    assert record.size is not None
+    store, room = stores.partial(record), map_bytes(record) if fresh else 0
+    if not budget.reserve(room):
+        return stores.unkept(), BlockMap(record.size, record.block_size), False
+    budget.keep(room)  # at once: it counts from the moment that the image is partial
+    try:
+        try:
+            return store, store.load(), True
+        except errors.CacheCorrupt as error:
+            logger.warning("cached part discarded: image=%s reason=%s", record.export, error)
+            store.close()
+            store.unfinish()
+            store.remove()
+            store = stores.partial(record)
+            return store, store.load(), True
+    except errors.NoSpace:
+        logger.warning("no room to cache: image=%s; it is served from the repository", record.export)
+        store.close()
+        return stores.unkept(), BlockMap(record.size, record.block_size), False
+    except BaseException as error:
+        store.close()
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise errors.UserError(f"the cache's file system cannot hold a file of {record.file_size} bytes") from error
+        raise
+
+
+def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
+    """Remove what is cached of an image; return what `tell` returns. Who has it open goes on reading. Blocks.
+
+    Nothing lies at the image's path any more when `tell`, which tells the catalog, is called; if that fails, all is as
+    it was. A crash before it has the image fetched again, one after it leaves files that the next mount sweeps.
+
+    Raises:
+        UserError: its plain file is not what lazyfs left there, so not ours to remove.
+        OSError, or what `tell` raises: nothing was removed.
+    """
+    plain = _plain_file(stores, record)
+    partial = stores.partial(record) if record.state is not State.REMOTE else None
+    try:
+        if plain is not None:
+            plain.set_aside()
+        elif partial is not None:
+            partial.unfinish()
+        try:
+            told = tell()
+        except BaseException:
+            if plain is not None:
+                plain.restore()
+            raise
+        try:
+            if plain is not None:
+                plain.remove()
+            if partial is not None:
+                partial.remove()
+        except OSError as error:
+            logger.warning("its room is free after the next mount: image=%s reason=%s", record.export, error)
+        return told
+    finally:
+        if plain is not None:
+            plain.close()
+
+
+def _plain_file(stores: Stores, record: ImageRecord) -> PlainFile | None:
+    if record.error == CHANGED_BY_HAND:
+        raise errors.UserError(f"{record.path}: {CHANGED_BY_HAND}")
+    if record.state is not State.WHOLE:
+        return None
+    try:
+        return stores.whole(record)
+    except errors.PlainFileGone:
+        return None
+    except errors.CacheCorrupt as error:
+        raise errors.UserError(f"{record.path}: {error}; {CHANGED_BY_HAND}") from error
+
+
+def disown(store: Store, record: ImageRecord) -> errors.CacheCorrupt | None:
+    """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two versions. Blocks.
+
+    Returns what the sync reported, if data may have been lost.
+    """
+    try:
+        store.disown()
+    except (errors.LazyfsError, OSError) as error:
+        logger.warning("the file still names its export: image=%s reason=%s", record.export, error)
+        return error if isinstance(error, errors.CacheCorrupt) else None
+    return None

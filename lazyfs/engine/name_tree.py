@@ -1,0 +1,170 @@
+"""The names on the mount: folders, images, and what the kernel knows them by.
+
+The root and the folders have inode numbers derived from their paths; images are found by their key in the catalog,
+whichever of their two inode numbers the kernel uses (`core/inode_number.py`). Entries of a folder are listed in the
+order of their numbers, which is also the position a listing goes on from: no entry is skipped or shown twice while
+others come and go.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from lazyfs.core import inode_number
+from lazyfs.engine.image.image import Image
+
+
+@dataclass(eq=False, slots=True)
+class Folder:
+    """A "/" in export names."""
+
+    path: str
+    inode: int
+    parent: "Folder | None"
+    entries: dict[str, "Folder | Image"] = field(default_factory=dict)
+    order: list[tuple[int, str]] | None = None
+    """Inode and name of each entry, sorted; None when out of date."""
+
+    @property
+    def shown_inode(self) -> int:
+        """As of an image."""
+        return self.inode
+
+
+Node = Folder | Image
+
+
+class NameTree:
+    """All names, and the images that lost theirs but are still open. Trio thread only."""
+
+    def __init__(self) -> None:
+        self.root = Folder("", inode_number.ROOT, None)
+        self.on_invalid_entry: Callable[[Folder, str], None] = lambda folder, name: None
+        """The kernel must ask for this name again; set by the adapter."""
+        self._nodes: dict[int, Node] = {self.root.inode: self.root}
+        """By inode number; images by their key."""
+        self._by_export: dict[str, Image] = {}
+
+    def node(self, inode: int) -> Node | None:
+        """Return what has this inode number, also if its name is gone but somebody has it open."""
+        return self._nodes.get(inode_number.key(inode))
+
+    def images(self) -> Iterator[Image]:
+        """Yield the images that have a name, in no special order."""
+        return iter(list(self._by_export.values()))
+
+    def image_of(self, export: str) -> Image | None:
+        """Return the image that shows `export`."""
+        return self._by_export.get(export)
+
+    def all_images(self) -> Iterator[Image]:
+        """Yield the images with a name and those without."""
+        return (node for node in list(self._nodes.values()) if isinstance(node, Image))
+
+    def node_at(self, path: str) -> Node | None:
+        """Return what `path`, relative to the mountpoint, names."""
+        node: Node | None = self.root
+        for part in path.split("/") if path else []:
+            node = node.entries.get(part) if isinstance(node, Folder) else None
+        return node
+
+    def entries_after(self, folder: Folder, position: int) -> Iterator[tuple[int, str, Node]]:
+        """Yield (position, name, node) for the entries behind `position`, 0 for the first."""
+        if folder.order is None:
+            folder.order = sorted((node.inode, name) for name, node in folder.entries.items())
+        order = folder.order
+        for inode, name in order[bisect_right(order, (position, "\U0010ffff")) :]:
+            node = folder.entries.get(name)
+            if node is not None:
+                yield inode, name, node
+
+    def images_below(self, node: Node) -> list[Image]:
+        """Return the image, or all those in the folder and below."""
+        images, pending = [], [node]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, Image):
+                images.append(node)
+            else:
+                pending.extend(node.entries.values())
+        return images
+
+    def add(self, image: Image) -> None:
+        """Show an image at its path, making folders."""
+        *folders, name = image.record.path.split("/")
+        folder = self.root
+        for part in folders:
+            below = folder.entries.get(part)
+            if below is None:
+                path = f"{folder.path}/{part}".lstrip("/")
+                below = Folder(path, inode_number.folder(path), folder)
+                self._nodes[below.inode] = below
+                folder.entries[part] = below
+                folder.order = None
+            assert isinstance(below, Folder), f"{image.record.path}: {part} is an image"
+            folder = below
+        folder.entries[name] = image
+        folder.order = None
+        self._nodes[image.inode] = image
+        self._by_export[image.record.export] = image
+        self.on_invalid_entry(folder, name)
+
+    def unname(self, image: Image) -> None:
+        """Take an image's name away, and folders that are empty then; its inode still leads to it."""
+        *folders, name = image.record.path.split("/")
+        folder = self.node_at("/".join(folders))
+        assert isinstance(folder, Folder)
+        self._by_export.pop(image.record.export, None)
+        while True:
+            folder.entries.pop(name, None)
+            folder.order = None
+            self.on_invalid_entry(folder, name)
+            if folder.entries or folder.parent is None:
+                break
+            self._nodes.pop(folder.inode, None)
+            name, folder = folder.path.rpartition("/")[2], folder.parent
+
+    def invalidate(self, image: Image) -> None:
+        """Have the kernel ask again for what is behind the name."""
+        folder, _, name = image.record.path.rpartition("/")
+        parent = self.node_at(folder)
+        assert isinstance(parent, Folder)
+        self.on_invalid_entry(parent, name)
+
+    def drop_inode(self, image: Image) -> None:
+        """Forget an image that has neither name nor reader."""
+        self._nodes.pop(image.inode, None)
+
+
+class TakenNames:
+    """Which paths can still be given, while new exports are taken in."""
+
+    def __init__(self, root: Folder) -> None:
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+        pending = [root]
+        while pending:
+            folder = pending.pop()
+            for name, node in folder.entries.items():
+                path = f"{folder.path}/{name}".lstrip("/")
+                if isinstance(node, Folder):
+                    self._folders.add(path)
+                    pending.append(node)
+                else:
+                    self._files.add(path)
+
+    def is_free(self, path: str) -> bool:
+        """Whether no file or folder has `path`, and no file is where its folders belong."""
+        return path not in self._files and path not in self._folders and self._files.isdisjoint(_ancestors(path))
+
+    def take(self, path: str) -> None:
+        """Give `path` to a file."""
+        self._files.add(path)
+        self._folders.update(_ancestors(path))
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    position = path.find("/")
+    while position >= 0:
+        yield path[:position]
+        position = path.find("/", position + 1)

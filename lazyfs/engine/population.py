@@ -1,0 +1,209 @@
+"""Fills images in the background: a few workers share all of them fairly, those with open readers first.
+
+A worker takes the image that has waited longest, gives it one turn of at most TURN_S, and chooses again.
+What to fetch, and when readers must be let past, the image's fetcher decides (`Fetcher.claim`); how bytes move,
+the repository's fillers. When nothing can be filled no task wakes up.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core import fetch_plan
+from lazyfs.core.pacing import Backoff
+from lazyfs.engine.fetch.fetcher import Fetcher
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.interfaces import Filler, Repository, Stores
+
+logger = logging.getLogger(__name__)
+
+WORKERS = 2
+"""Two threads saturate a 2-core host (2.6-3.5 GB/s); a third only took time from the FUSE loop."""
+
+TURN_S = 2.0
+"""Long enough that a reconnect (3 round trips, 60 ms at 20 ms each) costs little, short enough for fairness."""
+
+ROOM_CHECK_S = 1.0
+"""Between looks for room while there is none."""
+
+LEARN_S = 10.0
+"""For one question about extents, before an image counts as unreachable and the worker turns to the next."""
+
+LOOK_AGAIN_S = 0.5
+"""Before another turn of an image of which everything missing is being fetched already."""
+
+RECONNECT_S = 1.0
+"""Between turns of an image whose connection was lost; readers who wait reconnect sooner on their own."""
+
+MAX_RETRY_S = 60.0
+"""Between turns of an image whose ranges fail; the repository may mend it at any time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PopulationStatistics:
+    """What population has to do, and what came of it."""
+
+    waiting: int
+    """Images that wait for a turn."""
+    working: int
+    """Images that have one."""
+    failures: int
+    """Turns that failed, in all."""
+    paused: bool
+    """Nothing is filled although something could be: there is no room."""
+
+
+class Population:
+    """The workers of one mount."""
+
+    def __init__(self, repository: Repository, stores: Stores, images: Callable[[], Iterable[Image]]) -> None:
+        """`images`: those to look at; asked anew for each turn."""
+        self.paused = ""
+        """Why nothing is being filled although something could be; "" if it is."""
+        self.room: Callable[[], str] = lambda: ""
+        """Why the cache may not grow, or "". Set by whoever limits it."""
+        self.on_turn: Callable[[], None] = lambda: None
+        """Called after each turn, and when filling stops for lack of room."""
+        self._repository = repository
+        self._stores = stores
+        self._images = images
+        self._wake = trio.Event()
+        self._turns = 0
+        self._failures = 0
+        self._busy: list[Image] = []
+        """One for each worker that has a turn under way."""
+        self._backoffs: dict[int, Backoff] = {}
+
+    def wake(self) -> None:
+        """Something may have become fillable."""
+        self._wake.set()
+
+    def statistics(self) -> PopulationStatistics:
+        """Return what there is to do, as of now."""
+        waiting = sum(image.fillable and image not in self._busy for image in self._images())
+        return PopulationStatistics(waiting, len(set(self._busy)), self._failures, bool(self.paused))
+
+    async def run(self) -> None:
+        """Fill until cancelled. Everything claimed has been given back then."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(WORKERS):
+                nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        fillers: dict[int, Filler] = {}
+        while True:
+            # Renewed before looking: what happens after the look is not missed by the wait.
+            if self._wake.is_set():
+                self._wake = trio.Event()
+            wake = self._wake
+            image = self._choose()
+            await self._close_unused(fillers, image)
+            if image is None:
+                await self._wait(wake)
+            elif shortage := "the cache's disk is nearly full" if self._stores.nearly_full() else self.room():
+                self.paused = shortage
+                self.on_turn()
+                await trio.sleep(ROOM_CHECK_S)
+            else:
+                self.paused = ""
+                self._busy.append(image)
+                try:
+                    await self._turn(image, fillers)
+                finally:
+                    self._busy.remove(image)
+                self.on_turn()
+
+    def _choose(self) -> Image | None:
+        now = trio.current_time()
+        ready = {image.inode: image for image in self._images() if image.fillable and image.filling.after <= now}
+        inode = fetch_plan.choose_image(
+            fetch_plan.Candidate(image.inode, image.open_count > 0, image.filling.last_served)
+            for image in ready.values()
+        )
+        return None if inode is None else ready[inode]
+
+    async def _wait(self, wake: trio.Event) -> None:
+        """Until somebody calls `wake`, or an image that failed is due again."""
+        self.paused = ""
+        due = min((image.filling.after for image in self._images() if image.fillable), default=math.inf)
+        with trio.move_on_at(due):
+            await wake.wait()
+
+    async def _turn(self, image: Image, fillers: dict[int, Filler]) -> None:
+        self._turns += 1
+        image.filling.last_served = self._turns
+        fetcher = image.fetcher
+        assert fetcher is not None
+        before, began = fetcher.counters().populated_bytes, trio.current_time()
+        fetcher.trouble = None
+        try:
+            await self._learn(fetcher)
+            filler = fillers.get(image.inode)
+            if filler is None:
+                filler = fillers[image.inode] = self._repository.filler(fetcher.export)
+            await self._fill(fetcher, filler)
+        except errors.ExportChanged as error:
+            fetcher.changed(error)
+            return
+        except (errors.LazyfsError, OSError) as error:
+            trouble: Exception | None = error
+        else:
+            trouble = fetcher.trouble
+        progress = fetcher.counters().populated_bytes > before
+        if trouble is None and not progress and trio.current_time() < began + TURN_S:
+            # Others have claimed all that is missing. Their end, good or bad, tells us nothing.
+            image.filling.after = max(image.filling.after, trio.current_time() + LOOK_AGAIN_S)
+        else:
+            self._note(image, trouble, progress)
+
+    async def _learn(self, fetcher: Fetcher) -> None:
+        """Learn what the fill needs next; a source reconnects for ever, a worker must not."""
+        try:
+            with trio.fail_after(LEARN_S):
+                await fetcher.learn_next()
+        except trio.TooSlowError:
+            raise errors.ConnectionLost(self._repository.uri, f"no answer in {LEARN_S:g} s") from None
+
+    async def _fill(self, fetcher: Fetcher, filler: Filler) -> None:
+        """Let the filler work, and learn meanwhile what the rest of the image holds."""
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetcher.learn_ahead)
+            try:
+                await filler.run(fetcher, TURN_S)
+            except Exception as error:  # kept out of the nursery's exception group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
+        """Keep book of failures: an image whose turn failed waits before its next, longer each time."""
+        if trouble is None:
+            image.filling.trouble = ""
+            self._backoffs.pop(image.inode, None)
+            return
+        self._failures += 1
+        image.filling.trouble = str(trouble)
+        if progress:
+            self._backoffs.pop(image.inode, None)
+        backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))
+        wait_s = RECONNECT_S if isinstance(trouble, errors.ConnectionLost) else backoff.next()
+        image.filling.after = trio.current_time() + wait_s
+        logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
+
+    async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:
+        """Close connections of images that are whole, failed or gone, and of all when there is nothing to do."""
+        fillable = {image.inode for image in self._images() if image.fillable} if keep is not None else set()
+        for inode in [inode for inode in fillers if inode not in fillable]:
+            await fillers.pop(inode).aclose()
+        while len(fillers) > _MAX_CONNECTIONS:
+            await fillers.pop(next(iter(fillers))).aclose()
+
+
+_MAX_CONNECTIONS = 8
+"""Kept by one worker for images it will come back to."""

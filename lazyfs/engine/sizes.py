@@ -1,0 +1,109 @@
+"""Learns the sizes of images from the repository: of listed ones in batches, of one again before its cache is begun."""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from lazyfs import errors
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.interfaces import Catalog, Export, Repository
+
+logger = logging.getLogger(__name__)
+
+DESCRIBE_BATCH = 128
+"""Exports asked about at once: 10 ms of questions at 70 us each, 3 s over a link of 20 ms; one catalog transaction."""
+
+NO_SIZES_S = 5.0
+"""After a question about sizes had no answer, others fail at once for so long: time for a listing of thousands,
+and how late a user may notice that the repository is back."""
+
+
+class Sizes:
+    """Of the images of one mount. Trio thread only."""
+
+    def __init__(self, repository: Repository, catalog: Catalog, nursery: trio.Nursery, io_timeout_s: float) -> None:
+        self._repository = repository
+        self._catalog = catalog
+        self._nursery = nursery
+        self._io_timeout_s = io_timeout_s
+        self._describing = trio.Lock()
+        self._no_sizes_until = 0.0
+
+    async def learn(self, images: Sequence[Image]) -> None:
+        """Learn the sizes that are not known yet, in batches; what the server will not describe stays unknown.
+
+        Raises:
+            TimedOut: the repository does not answer in the time allowed.
+        """
+        unknown = [image for image in images if image.record.size is None]
+        for start in range(0, len(unknown), DESCRIBE_BATCH):
+            await self._in_time(self._describe_unknown, unknown[start : start + DESCRIBE_BATCH], self._io_timeout_s)
+
+    def learn_soon(self, images: Sequence[Image]) -> None:
+        """Let `learn` run in the background, after a listing showed names without sizes."""
+        if not self._describing.locked():
+            self._nursery.start_soon(self._learn_quietly, images)
+
+    async def learn_again(self, image: Image, limit_s: float = math.inf, patient: bool = False) -> None:
+        """Ask for the size of an image, although it may be known. `patient`: also if nobody answered a moment ago.
+
+        Raises:
+            TimedOut: the repository does not answer in `limit_s` seconds, or in the time allowed.
+        """
+        await self._in_time(self._describe, [image], min(limit_s, self._io_timeout_s), patient)
+
+    async def _learn_quietly(self, images: Sequence[Image]) -> None:
+        try:
+            await self.learn(images)
+        except (errors.LazyfsError, OSError) as error:
+            logger.info("sizes stay unknown: %s", error)
+
+    async def _describe_unknown(self, images: Sequence[Image]) -> None:
+        async with self._describing:
+            # Looked at again under the lock: the one before us may have learned them.
+            await self._describe([image for image in images if image.record.size is None])
+
+    async def _in_time(
+        self,
+        call: Callable[[Sequence[Image]], Awaitable[None]],
+        images: Sequence[Image],
+        limit_s: float,
+        patient: bool = False,
+    ) -> None:
+        too_late = errors.TimedOut("asking for the size of an image", limit_s, "the repository does not answer")
+        if not patient and trio.current_time() < self._no_sizes_until and not self._repository.connected:
+            raise too_late  # `ls -l` of thousands waits once, not once for each
+        try:
+            with trio.fail_after(limit_s):
+                await call(images)
+        except trio.TooSlowError:
+            self._no_sizes_until = trio.current_time() + NO_SIZES_S
+            raise too_late from None
+        self._no_sizes_until = 0.0
+
+    async def _describe(self, images: Sequence[Image]) -> None:
+        if not images:
+            return
+        found = await self._ask([image.record.export for image in images])
+        changed = []
+        for image in images:
+            export = found[image.record.export]
+            if isinstance(export, Export):
+                await image.describe(export.size, export.identity)
+                changed.append((image.inode, export.size, export.identity))
+            else:
+                logger.warning("no size: image=%s reason=%s", image.record.export, export)
+        try:
+            await trio.to_thread.run_sync(self._catalog.describe, changed)
+        except (errors.LazyfsError, OSError) as error:
+            logger.warning("the catalog could not be written: %s", error)
+
+    async def _ask(self, names: Sequence[str]) -> dict[str, Export | str]:
+        """Describe, reconnecting for as long as the caller allows."""
+        while True:
+            try:
+                return await self._repository.describe(names)
+            except errors.ConnectionLost:
+                await trio.sleep(0.5)

@@ -1,0 +1,105 @@
+"""Reads the cache back and compares it: with a digest, with the repository, or only for its being readable."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.lifecycle import State
+from lazyfs.engine.image import image_map
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.interfaces import Source
+from lazyfs.units import MiB
+
+CHUNK = 1 * MiB
+"""Read at once. Unmeasured; a digest takes 2 ms for it, a disk not much longer."""
+
+
+class Differs(errors.LazyfsError):
+    """What is cached is not what it should be."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"the cache is damaged: {self.what}"
+
+
+class OtherDigest(Differs):
+    """The bytes of a whole image have another digest than the one asked for."""
+
+
+async def verify(
+    image: Image, digest: str, source: Source | None, io_timeout_s: float, progress: Callable[[int], None]
+) -> None:
+    """Read all that is present of an image, from the disk where that can be forced.
+
+    Args:
+        digest: of the whole export, or "" for none.
+        source: of the same version of the export, to compare with; None for not.
+        io_timeout_s: how long a range of that is waited for.
+        progress: called with the number of bytes of each chunk.
+
+    Raises:
+        Differs, CacheCorrupt: it is damaged, or its disk cannot read it.
+        UserError: nothing is cached, or a digest is given and the image is not whole.
+        OSError, LazyfsError: the cache or the repository cannot be read now.
+    """
+    whole = image.record.state is State.WHOLE
+    if image.record.state is State.REMOTE:
+        raise errors.UserError(f"nothing of {image.record.path} is cached")
+    if digest and not whole:
+        raise errors.UserError(f"{image.record.path} is not whole: its digest will be compared when it is")
+    await image.open(plain=whole)
+    try:
+        if whole:
+            os.posix_fadvise(image.plain_fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        await _read_back(image, digest, source, io_timeout_s, progress)
+    finally:
+        with trio.CancelScope(shield=True):  # else it would stay open for ever
+            await image.release(plain=whole)
+
+
+async def _read_back(
+    image: Image, digest: str, source: Source | None, io_timeout_s: float, progress: Callable[[int], None]
+) -> None:
+    hasher = hashlib.new(digest.partition(":")[0]) if digest else None
+    begin, plain = image.record.shown.metadata_size, image.record.state is State.WHOLE
+    for entry in await image_map.entries(image):
+        if not entry.present:
+            continue
+        for start in range(entry.start, entry.start + entry.length, CHUNK):
+            span = ByteRange(start, min(start + CHUNK, entry.start + entry.length))
+            data = await _read(image, begin, span, plain)
+            if hasher is not None:
+                await trio.to_thread.run_sync(hasher.update, data)
+            if source is not None and not await _same(source, span, data, io_timeout_s):
+                raise Differs(f"bytes {span.start} to {span.end} are not those of the repository")
+            progress(span.length)
+    if hasher is not None and hasher.hexdigest() != digest.partition(":")[2]:
+        raise OtherDigest(f"its digest is {hasher.name}:{hasher.hexdigest()}, not {digest}")
+
+
+async def _read(image: Image, begin: int, span: ByteRange, plain: bool) -> bytes:
+    try:
+        return await image.read(begin + span.start, span.length, plain)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise Differs(f"the disk cannot read bytes {span.start} to {span.end}") from error
+
+
+async def _same(source: Source, span: ByteRange, data: bytes, limit_s: float) -> bool:
+    theirs = bytearray(span.length)
+    try:
+        with trio.fail_after(limit_s):
+            await source.pread(span.start, memoryview(theirs))
+    except trio.TooSlowError:
+        what = f"comparing bytes {span.start} to {span.end}"
+        raise errors.TimedOut(what, limit_s, "the repository does not answer, or does not have it") from None
+    return theirs == data

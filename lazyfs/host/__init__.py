@@ -1,0 +1,1 @@
+"""What this host's /proc and sockets say of mounts, open files and processes."""

@@ -1,0 +1,1 @@
+"""The connection to the kernel: mounting, FUSE requests, and passthrough."""

@@ -1,0 +1,338 @@
+"""pyfuse3's handlers: check, call the engine, translate. The only place where errors become errnos.
+
+The kernel takes the file system for a writable one, or it would refuse utime(2), by which users of a cache directory
+say that a file is in use. That is let through, and unlink(2) with `--allow-evict`; every other change is refused here,
+with EROFS.
+"""
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
+import pyfuse3
+
+from lazyfs import errors
+from lazyfs.core import inode_number
+from lazyfs.core.lifecycle import State
+from lazyfs.engine.filesystem import Filesystem
+from lazyfs.engine.image import image_statistics
+from lazyfs.engine.image.image import Image
+from lazyfs.engine.interfaces import FileLook
+from lazyfs.engine.name_tree import Folder, Node
+from lazyfs.engine.totals import PRESENT, Read
+from lazyfs.units import SECTOR
+
+logger = logging.getLogger(__name__)
+
+SETTLED_TIMEOUT_S = 3600.0
+"""How long the kernel may keep what does not change without our telling it."""
+FILLING_TIMEOUT_S = 1.0
+"""How old `du` of an image that is being filled may be."""
+LARGEST_FILE = 2**63 - 1
+"""Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be opened."""
+
+XATTR_PREFIX = "user.lazyfs."
+_XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
+
+
+class FuseAdapter(pyfuse3.Operations):
+    """One mount. A file's handle is its inode number, so that another process could go on with it.
+
+    A file opened by its second inode number is the plain file: the kernel reads it by itself if it can.
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        look: FileLook,
+        root_fd: int,
+        backings: passthrough.Backings,
+        on_connected: Callable[[], None],
+        forget_names: Callable[[], bool],
+        allow_evict: bool,
+        backing_files: Callable[[], Awaitable[frozenset[str]]],
+    ) -> None:
+        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated.
+
+        `forget_names`: as `KernelSession.forget_names`.
+
+        `allow_evict`: whether unlink(2) evicts. `backing_files`: what it does not, as overlays need it; as for `Room`.
+        """
+        super().__init__()
+        self._filesystem = filesystem
+        self._totals = filesystem.totals
+        self._look = look
+        self._root_fd = root_fd
+        self._backings = backings
+        self._on_connected = on_connected
+        self._forget_names = forget_names
+        self._allow_evict = allow_evict
+        self._backing_files = backing_files
+        self._mounted_ns = time.time_ns()
+
+    def init(self) -> None:
+        """libfuse is ready: from here on the kernel listens to notifications."""
+        self._on_connected()
+        self._filesystem.names.on_invalid_entry = self._invalidate_entry
+        self._filesystem.on_invalid_attributes = _invalidate_attributes
+
+    # -- names and attributes
+
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name; ask for its size if that is not known."""
+        with _translated("lookup", parent_inode):
+            child = self._folder(parent_inode).entries.get(os.fsdecode(name))
+            if child is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            return await self._described(child, child.shown_inode)
+
+    async def getattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
+    ) -> pyfuse3.EntryAttributes:
+        """Return attributes."""
+        with _translated("getattr", inode):
+            return await self._described(self._node(inode), inode)
+
+    async def _described(self, node: Node, inode: int) -> pyfuse3.EntryAttributes:
+        if isinstance(node, Image):
+            await self._filesystem.sizes.learn([node])
+            if node.record.size is None:
+                raise pyfuse3.FUSEError(errno.EIO)
+        return self._attributes(node, inode)
+
+    def _attributes(self, node: Node, inode: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.generation = 0
+        entry.st_uid = self._look.uid
+        entry.st_gid = self._look.gid
+        if isinstance(node, Folder):
+            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = self._mounted_ns
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
+            entry.st_nlink = 2
+            entry.entry_timeout = entry.attr_timeout = SETTLED_TIMEOUT_S
+            return entry
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._look.mode)
+        entry.st_nlink = 0 if node.retired else 1
+        entry.st_size = min(node.record.file_size or 0, LARGEST_FILE)
+        entry.st_blksize = node.record.block_size
+        entry.st_blocks = -(-node.allocated_bytes() // SECTOR)
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = node.record.created_ns
+        # A name without a size is looked up again by whoever wants more than the name.
+        entry.entry_timeout = SETTLED_TIMEOUT_S if node.record.size is not None else 0
+        filling = node.record.state in (State.PARTIAL, State.FAILED)
+        entry.attr_timeout = FILLING_TIMEOUT_S if filling else entry.entry_timeout
+        return entry
+
+    # -- folders
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        """Open a folder."""
+        with _translated("opendir", inode):
+            return pyfuse3.FileHandleT(self._folder(inode).inode)
+
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a folder from a position on. Never waits for sizes: `ls` needs none."""
+        with _translated("readdir", fh):
+            folder = self._folder(fh)
+            if start_id == 0:
+                images = [node for node in folder.entries.values() if isinstance(node, Image)]
+                unknown = [image for image in images if image.record.size is None]
+                if unknown:
+                    self._filesystem.sizes.learn_soon(unknown)
+            for position, name, node in self._filesystem.names.entries_after(folder, start_id):
+                attributes = self._attributes(node, node.shown_inode)
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), attributes, position):
+                    break
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Close a folder: nothing to do."""
+
+    # -- files
+
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open an image. The page cache keeps what it has: an inode never changes its bytes."""
+        with _translated("open", inode):
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise pyfuse3.FUSEError(errno.EROFS)
+            image, plain = self._image(inode), inode_number.is_whole(inode)
+            with self._totals.opening():
+                await self._filesystem.open(image, plain)
+            if plain:
+                self._backings.opened(inode, image.plain_fd)
+            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    async def read(self, fh: pyfuse3.FileHandleT, offset: int, size: int) -> bytes:
+        """Read from an image."""
+        began = self._totals.clock()
+        with _translated("read", fh, offset):
+            image, plain = self._image(fh), inode_number.is_whole(fh)
+            data = image.read_now(offset, size, plain)
+            if data is not None:
+                self._totals.reads[PRESENT].observe(self._totals.clock() - began)
+                return data
+            with Read(self._totals) as read:
+                return await image.read(offset, size, plain, read)
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """Close an image."""
+        with _translated("release", fh):
+            plain = inode_number.is_whole(fh)
+            try:
+                if plain:
+                    self._backings.released(fh)
+            finally:
+                await self._filesystem.release(self._image(fh), plain)
+
+    async def forget(self, inode_list: object) -> None:
+        """The kernel dropped inodes: ours live as long as their names and openers."""
+
+    # -- what changes something: a use, an eviction, or nothing
+
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Take the times of an image for its last use. Those shown stay: they are of the bytes, which do not change."""
+        with _translated("setattr", inode):
+            node = self._node(inode)
+            others = fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
+            if others or not isinstance(node, Image):
+                raise pyfuse3.FUSEError(errno.EROFS)
+            await self._filesystem.touch(node, attr.st_mtime_ns if fields.update_mtime else attr.st_atime_ns)
+            return await self._described(node, inode)
+
+    async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        """Evict an image. Its name stays, as its export does: the next lookup finds it with nothing cached."""
+        if not self._allow_evict:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        with _translated("unlink", parent_inode):
+            image = self._folder(parent_inode).entries.get(os.fsdecode(name))
+            if image is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            if isinstance(image, Folder):
+                raise pyfuse3.FUSEError(errno.EISDIR)
+            try:
+                if image.record.path in await self._backing_files():
+                    raise errors.UserError("an overlay needs it")
+                await self._filesystem.evict(image)
+            except errors.UserError as refusal:
+                logger.info("not evicted: image=%s reason=%s", image.record.export, refusal)
+                raise pyfuse3.FUSEError(errno.EPERM if image.record.pinned else errno.EBUSY) from refusal
+
+    async def _refuse(self, *_positional: Any, **_named: Any) -> Any:
+        """Change nothing."""
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    create = mknod = mkdir = rmdir = symlink = link = rename = write = setxattr = removexattr = _refuse
+
+    # -- extended attributes
+
+    async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return one of ours. Other namespaces (security, system) there are none here: `ls -l` then asks once a file
+        system, and not for two attributes of each file.
+        """
+        if not name.startswith(_XATTR_PREFIX_BYTES):
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR if name.startswith(b"user.") else errno.ENOTSUP)
+        with _translated("getxattr", inode):
+            value = _xattrs(self._node(inode)).get(os.fsdecode(name))
+            if value is None:
+                raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+            return value.encode("utf-8", "surrogatepass")
+
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """Return the names of ours."""
+        with _translated("listxattr", inode):
+            return [os.fsencode(name) for name in _xattrs(self._node(inode))]
+
+    # -- the file system
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Report the file system that holds the cache."""
+        with _translated("statfs", 0):
+            room = os.fstatvfs(self._root_fd)
+            reply = pyfuse3.StatvfsData()
+            for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+                setattr(reply, name, getattr(room, name))
+            reply.f_namemax = 255
+            return reply
+
+    # -- inside
+
+    def _invalidate_entry(self, folder: Folder, name: str) -> None:
+        if not self._forget_names():
+            # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve may hold.
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(folder.inode), pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True
+            )
+
+    def _node(self, inode: int) -> Node:
+        node = self._filesystem.names.node(inode)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return node
+
+    def _folder(self, inode: int) -> Folder:
+        node = self._node(inode)
+        if not isinstance(node, Folder):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return node
+
+    def _image(self, inode: int) -> Image:
+        node = self._node(inode)
+        if not isinstance(node, Image):
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        return node
+
+
+@contextmanager
+def _translated(what: str, inode: int, offset: int = 0) -> Iterator[None]:
+    """Turn errors into errnos. A bug becomes EIO and a traceback in the log: it must not end the mount."""
+    try:
+        yield
+    except pyfuse3.FUSEError:
+        raise
+    except errors.LazyfsError as error:
+        logger.warning("%s failed: inode=%d offset=%d reason=%s", what, inode, offset, error)
+        raise pyfuse3.FUSEError(errno.EIO) from error
+    except OSError as error:
+        logger.warning("%s failed: inode=%d offset=%d reason=%s", what, inode, offset, error)
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+    except Exception as error:
+        logger.exception("%s failed, a bug in lazyfs: inode=%d offset=%d", what, inode, offset)
+        raise pyfuse3.FUSEError(errno.EIO) from error
+
+
+def _xattrs(node: Node) -> dict[str, str]:
+    """Return the extended attributes of a file; folders have none."""
+    if isinstance(node, Folder):
+        return {}
+    record = node.record
+    values = {
+        "state": record.state.value,
+        "present": str(image_statistics.present_bytes(record, node.fetcher)),
+        "export": record.export,
+        "digest": record.digest,
+    }
+    return {XATTR_PREFIX + name: value for name, value in values.items() if value or name != "digest"}
+
+
+def _invalidate_attributes(inode: int) -> None:
+    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode; EINVAL: it is unmounted.
+    with suppress(OSError):
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)

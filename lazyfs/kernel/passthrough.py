@@ -1,0 +1,95 @@
+"""Files that the kernel reads by itself: which backing id belongs to which open inode.
+
+Importing this module loads the C module, which must come before pyfuse3: it takes the place of one function of
+libfuse. So whoever imports pyfuse3 imports this first.
+
+An inode has at most one backing id at a time, shared by all who have it open, from its first open to its last
+release. That the kernel could not give one is remembered as long: it refuses to mix both kinds of opens.
+"""
+
+import logging
+import os
+import sys
+
+from lazyfs.kernel.session import PASSTHROUGH, KernelSession
+
+logger = logging.getLogger(__name__)
+
+
+def _load() -> str:
+    """Load the C module in front of libfuse; return why it cannot be used, or ""."""
+    if "pyfuse3" in sys.modules:
+        return "pyfuse3 was imported first"
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
+    try:
+        import lazyfs.kernel._passthrough  # noqa: F401
+    except ImportError as error:
+        logger.debug("no C module: %s", error)
+        return "lazyfs was installed without its C module: install gcc, pkg-config and libfuse3-dev, then lazyfs again"
+    finally:
+        sys.setdlopenflags(flags)
+    return ""
+
+
+_NO_MODULE = _load()
+
+
+class Backings:
+    """The backing ids of one mount. Trio thread only."""
+
+    def __init__(self, session: KernelSession, wanted: bool, probe_fd: int) -> None:
+        """Find out whether passthrough works, with any plain file of the cache's file system, `probe_fd`."""
+        self._session = session
+        self._open: dict[int, tuple[int, int]] = {}
+        """By inode: its backing id (0: it has none) and the number of its opens."""
+        self.opens = 0
+        """Files opened so that the kernel reads them by itself, in all."""
+        self.trouble = self._trouble(wanted, probe_fd)
+        """Why whole images are read through the daemon; "" if they are not."""
+
+    def _trouble(self, wanted: bool, probe_fd: int) -> str:
+        if not wanted:
+            return "turned off"
+        if _NO_MODULE:
+            return _NO_MODULE
+        if not self._session.flags & PASSTHROUGH:
+            return "the kernel has none: it came with Linux 6.9"
+        try:
+            self._session.close_backing(self._session.open_backing(probe_fd))
+        except PermissionError:
+            return "it needs CAP_SYS_ADMIN"
+        except OSError as error:
+            return f"not for files on the cache's file system: {error.strerror}"
+        return ""
+
+    def opened(self, inode: int, fd: int) -> None:
+        """Let the OPEN reply that comes next, with `inode` as file handle, be passthrough to `fd` if that works.
+
+        Nothing may be awaited between this and the reply.
+        """
+        backing_id, opens = self._open.get(inode) or (self._register(inode, fd), 0)
+        self._open[inode] = backing_id, opens + 1
+        if backing_id:
+            self.opens += 1
+            sys.modules["lazyfs.kernel._passthrough"].reply_with(inode, backing_id)
+
+    def _register(self, inode: int, fd: int) -> int:
+        if self.trouble:
+            return 0
+        try:
+            return self._session.open_backing(fd)
+        except OSError as error:
+            logger.warning("read through the daemon, passthrough failed: inode=%d reason=%s", inode, error)
+            return 0
+
+    def released(self, inode: int) -> None:
+        """One open is gone; with the last, the kernel forgets the backing file."""
+        backing_id, opens = self._open.pop(inode)
+        if opens > 1:
+            self._open[inode] = backing_id, opens - 1
+        elif backing_id:
+            try:
+                self._session.close_backing(backing_id)
+            except OSError as error:  # the connection is gone, and the id with it
+                logger.warning("a backing file could not be given back: inode=%d reason=%s", inode, error)

@@ -1,0 +1,137 @@
+"""The numbers of a mount, for Prometheus: what the engine's `statistics()` say, as `core/metric_schema.py` names it.
+
+prometheus_client writes the text (names, escaping, versions of the format); it holds no numbers, as its own counters
+are global and cost a lock for each read. `Collector` asks for a `Picture` at each scrape and keeps none.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import trio
+from prometheus_client import core
+
+import lazyfs
+from lazyfs.core import metric_schema
+from lazyfs.core.histogram import HistogramStatistics
+from lazyfs.core.lifecycle import State
+from lazyfs.engine import totals
+from lazyfs.engine.filesystem import Filesystem
+from lazyfs.engine.image import image_statistics
+from lazyfs.engine.interfaces import RepositoryStatistics
+from lazyfs.engine.population import Population
+from lazyfs.engine.room import Room
+from lazyfs.kernel.passthrough import Backings
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All numbers at one moment: what each metric is, by the value of its label (all of them; "" if it has none)."""
+
+    values: Mapping[str, Mapping[str | tuple[str, ...], float]]
+    histograms: Mapping[str, Mapping[str, HistogramStatistics]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """Where the numbers of one mount come from."""
+
+    mountpoint: str
+    filesystem: Filesystem
+    population: Population
+    repository: Callable[[], RepositoryStatistics]
+    backings: Backings
+    room: Room
+
+    def picture(self) -> Picture:
+        """Return all numbers as of now. In the trio thread: 4 ms for 10,000 images."""
+        sums, population, repository = (
+            self.filesystem.totals.statistics(), self.population.statistics(), self.repository()
+        )  # fmt: skip
+        images = list(self.filesystem.names.images())
+        states = Counter(image.record.state.value for image in images)
+        room = self.room.statistics()
+        # A mountpoint is any bytes, and the text is UTF-8.
+        mountpoint = self.mountpoint.encode("utf-8", "backslashreplace").decode()
+        values: dict[str, dict[str | tuple[str, ...], float]] = {
+            "lazyfs_mount_info": {(mountpoint, lazyfs.__version__): 1},
+            "lazyfs_bytes_total": {
+                "demand": sums.sums[totals.DEMAND_BYTES],
+                "population": sums.sums[totals.POPULATED_BYTES],
+                "zero": sums.sums[totals.ZERO_BYTES],
+            },
+            "lazyfs_requests_total": {
+                "demand": sums.sums[totals.DEMAND_REQUESTS],
+                "population": sums.sums[totals.POPULATION_REQUESTS],
+            },
+            "lazyfs_opens_total": {"daemon": sums.opens - self.backings.opens, "passthrough": self.backings.opens},
+            "lazyfs_errors_total": {
+                "read": sums.reads[totals.FAILED].count,
+                "open": sums.errors[totals.OPEN],
+                "write": sums.errors[totals.WRITE],
+                "checkpoint": sums.errors[totals.CHECKPOINT],
+                "population": population.failures,
+                "connect": repository.failures,
+            },
+            "lazyfs_queue_length": {
+                "readers": sums.waiting,
+                "population": population.waiting,
+                "threads": trio.to_thread.current_default_thread_limiter().statistics().tasks_waiting,
+            },
+            "lazyfs_images": {state.value: states[state.value] for state in State},
+            "lazyfs_open_images": {"": len(self.filesystem.open_images())},
+            "lazyfs_filling_images": {"": population.working},
+            "lazyfs_present_bytes": {"": sum(image_statistics.present_bytes(i.record, i.fetcher) for i in images)},
+            "lazyfs_room_size_bytes": {"": room.total},
+            "lazyfs_room_used_bytes": {"": room.used},
+            "lazyfs_room_max_cache_bytes": {"": room.max_cache or 0},
+            "lazyfs_room_min_free_bytes": {"": room.min_free or 0},
+            "lazyfs_room_free_bytes": {"": room.free},
+            "lazyfs_room_short": {"": population.paused or room.message != ""},
+            "lazyfs_repository_connected": {"": repository.connected},
+            "lazyfs_reconnects_total": {"": repository.reconnects},
+        }
+        return Picture(values, {"lazyfs_read_seconds": sums.reads})
+
+
+class Collector:
+    """A collector of prometheus_client."""
+
+    def __init__(self, picture: Callable[[], Picture]) -> None:
+        """`picture`: called at each scrape, in the thread of the scrape."""
+        self._picture = picture
+
+    def describe(self) -> Iterable[core.Metric]:
+        """Return every metric of the schema, without numbers: so that a scrape may choose some (`name[]=`)."""
+        return [_family(metric) for metric in metric_schema.METRICS]
+
+    def collect(self) -> Iterable[core.Metric]:
+        """Return every metric of the schema."""
+        picture = self._picture()
+        for metric in metric_schema.METRICS:
+            family = _family(metric)
+            if isinstance(family, core.HistogramMetricFamily):
+                for value, histogram in picture.histograms[metric.name].items():
+                    family.add_metric((value,), _buckets(histogram), histogram.total)
+            else:
+                for key, number in picture.values[metric.name].items():
+                    family.add_metric(key if isinstance(key, tuple) else (key,) if metric.labels else (), number)
+            yield family
+
+
+_Family: TypeAlias = core.CounterMetricFamily | core.GaugeMetricFamily | core.HistogramMetricFamily
+
+
+def _family(metric: metric_schema.Metric) -> _Family:
+    if metric.kind == metric_schema.HISTOGRAM:
+        return core.HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    made = core.CounterMetricFamily if metric.kind == metric_schema.COUNTER else core.GaugeMetricFamily
+    return made(metric.name, metric.help, labels=metric.labels)
+
+
+def _buckets(histogram: HistogramStatistics) -> list[tuple[str, float]]:
+    """Return upper bounds, and how many observations are at most that: Prometheus wants them added up."""
+    sums = itertools.accumulate(histogram.counts)
+    return [(str(bound), below) for bound, below in zip([*histogram.bounds, "+Inf"], sums, strict=True)]

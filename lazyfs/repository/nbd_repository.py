@@ -1,0 +1,258 @@
+"""The repository over NBD: its list of exports, and connections that come back after every loss."""
+
+import logging
+import math
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import nbd
+import trio
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.pacing import Backoff
+from lazyfs.engine.interfaces import Answered, Export, Filler, FillWork, RepositoryStatistics, Source
+from lazyfs.repository import nbd_handle
+from lazyfs.repository.fill_thread import FillConnection
+
+logger = logging.getLogger(__name__)
+
+MAX_EXPORTS = 1_000_000
+"""More names than this from one server are dropped: it is broken or hostile."""
+
+T = TypeVar("T")
+
+
+class NbdRepository:
+    """One NBD server with named exports. Implements `interfaces.Repository`."""
+
+    def __init__(self, uri: str, nursery: trio.Nursery, io_timeout_s: float) -> None:
+        """Connect lazily; connections are driven by tasks in `nursery`.
+
+        Args:
+            uri: an NBD URI without an export name.
+            io_timeout_s: how long a reader waits. A connection that makes no progress for a third of it is
+                given up, so that a reader has two more tries.
+        """
+        self.uri = uri
+        self.connected = False
+        self.trouble = ""
+        """Why the last attempt failed; "" if it did not."""
+        self.reconnects = 0
+        self._failures = 0
+        self._names_per_connection = MAX_EXPORTS
+        """How many exports the server describes on one connection; lowered when it hangs up earlier."""
+        self._nursery = nursery
+        self._stall_s = io_timeout_s / 3
+        self._io_timeout_s = io_timeout_s
+        # Not the default limiter: attempts that hang must not keep cache files from being read.
+        self._connects = trio.CapacityLimiter(64)
+        self._fills = trio.CapacityLimiter(64)
+
+    def statistics(self) -> RepositoryStatistics:
+        """Return how well the repository can be reached."""
+        return RepositoryStatistics(self.connected, self.reconnects, self._failures)
+
+    async def list_exports(self) -> list[str]:
+        """As `interfaces.Repository.list_exports`. A name that is not UTF-8 is left out, and logged."""
+        names, count = await self._in_thread(self._connects, self._list)
+        if count > len(names):
+            logger.warning(
+                "%s lists %d exports whose names are not UTF-8; they are not shown", self.uri, count - len(names)
+            )
+        return names
+
+    def _list(self, abandoned: threading.Event) -> tuple[list[str], int]:
+        handle = nbd_handle.connect(self.uri, abandoned)
+        names: list[str] = []
+
+        def found(name: str, _description: str) -> int:
+            if len(names) < MAX_EXPORTS:  # beyond it nothing counts as progress: an endless list is cut off
+                watchdog.progress()
+                names.append(name)
+            return 0
+
+        try:
+            with nbd_handle.Watchdog(handle, self.uri, abandoned) as watchdog:
+                count = handle.opt_list(found)
+                handle.opt_abort()
+        except nbd.Error as error:
+            if error.errnum in nbd_handle.REFUSED:
+                # libnbd does not tell a server that wants TLS first from one that cannot list.
+                hint = "" if self.uri.startswith("nbds") else "; it may want TLS (nbds)"
+                raise errors.Unsupported(
+                    f"{self.uri} does not list its exports: {nbd_handle.reason(error)}{hint}"
+                ) from error
+            raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
+        return names, min(count, MAX_EXPORTS)
+
+    async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
+        """As `interfaces.Repository.describe`."""
+        return await self._in_thread(self._connects, partial(self._describe, names))
+
+    def _describe(self, names: Sequence[str], abandoned: threading.Event) -> dict[str, Export | str]:
+        """On as few connections as the server allows: nbdkit 1.32 hangs up after 32 options on one."""
+        found: dict[str, Export | str] = {}
+        names = list(dict.fromkeys(names))
+        while len(found) < len(names):
+            before = len(found)
+            handle = nbd_handle.connect(self.uri, abandoned)
+            try:
+                with nbd_handle.Watchdog(handle, self.uri, abandoned) as watchdog:
+                    for name in names[before : before + self._names_per_connection]:
+                        found[name] = _describe_one(handle, name)
+                        watchdog.progress()
+                    handle.opt_abort()
+            except nbd.Error as error:
+                if len(found) == before:
+                    raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
+                self._names_per_connection = max(1, len(found) - before - 1)
+        return found
+
+    def source(self, export: Export) -> Source:
+        """As `interfaces.Repository.source`."""
+        return _NbdSource(self, export)
+
+    def filler(self, export: Export) -> Filler:
+        """As `interfaces.Repository.filler`."""
+        return _NbdFiller(self, FillConnection(self.uri, export, self._stall_s))
+
+    async def connect_export(self, export: Export) -> nbd_handle.NbdHandle:
+        """Return a running connection to `export`.
+
+        Raises:
+            ConnectionLost, Unsupported, ExportChanged.
+        """
+        attempt = partial(nbd_handle.connect_export, self.uri, export.name)
+        handle, found = await self._in_thread(self._connects, attempt)
+        export.check_same(found)
+        running = nbd_handle.NbdHandle(handle, self.uri, export.name, self._stall_s, self._io_timeout_s)
+        self._nursery.start_soon(running.run)
+        return running
+
+    async def fill(self, connection: FillConnection, work: FillWork, duration_s: float) -> None:
+        """Run `connection` in a thread."""
+        await self._in_thread(self._fills, partial(connection.run, work, duration_s))
+
+    async def _in_thread(self, limiter: trio.CapacityLimiter, call: Callable[[threading.Event], T]) -> T:
+        """Run `call` in a thread, give it an event that says to stop, and keep book of the connection."""
+        stop = threading.Event()
+        try:
+            result = await _stoppable(stop, partial(trio.to_thread.run_sync, call, stop, limiter=limiter))
+        except errors.ExportRefused:
+            raise  # which says nothing of the server
+        except errors.ConnectionLost as error:
+            if self.connected or not self.trouble:
+                logger.warning("repository lost: %s", error)
+            self.connected, self.trouble = False, str(error)
+            self._failures += 1
+            raise
+        if not self.connected and self.trouble:
+            self.reconnects += 1
+            logger.info("repository %s is back", self.uri)
+        self.connected, self.trouble = True, ""
+        return result
+
+
+def _describe_one(handle: Any, name: str) -> Export | str:
+    """Return the export, or why the server will not describe it. Raises nbd.Error if the connection is lost."""
+    try:
+        handle.set_export_name(name)
+        handle.opt_info()
+        return nbd_handle.described(handle, name)
+    except nbd.Error as error:
+        if not handle.aio_is_negotiating():
+            raise
+        return nbd_handle.reason(error)
+
+
+async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) -> T:
+    """Await `call`, a thread that cannot be cancelled; set `stop` when we are."""
+
+    async def relay() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            stop.set()
+
+    result: Any = None
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(relay)
+        try:
+            result = await call()
+        except Exception as error:  # kept out of the nursery's exception group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+class _NbdSource:
+    """One export on a demand connection that is made when first needed and remade when lost."""
+
+    def __init__(self, repository: NbdRepository, export: Export) -> None:
+        self._repository = repository
+        self._export = export
+        self._handle: nbd_handle.NbdHandle | None = None
+        self._connecting = trio.Lock()
+        self._backoff = Backoff()
+        self._next_attempt = -math.inf
+
+    def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
+        """As `interfaces.Source.submit`."""
+        return self._handle is not None and self._handle.submit(offset, buffer, answered)
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        """As `interfaces.Source.pread`."""
+        await self._retry(lambda handle: handle.pread(offset, buffer))
+
+    async def block_status(self, window: ByteRange) -> list[ByteRange]:
+        """As `interfaces.Source.block_status`."""
+        return await self._retry(lambda handle: handle.block_status(window))
+
+    async def aclose(self) -> None:
+        """Drop the connection. Does not wait for an attempt under way: that belongs to a reader who still waits."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()
+
+    async def _retry(self, attempt: Callable[[nbd_handle.NbdHandle], Awaitable[T]]) -> T:
+        while True:
+            try:
+                result = await attempt(await self._connected())
+            except errors.ConnectionLost as error:
+                logger.debug("demand connection lost: export=%s reason=%s", self._export.name, error.reason)
+                if trio.current_time() >= self._next_attempt:
+                    # Once for all who wait: twenty readers must not look like twenty failed attempts.
+                    self._next_attempt = trio.current_time() + self._backoff.next()
+                await trio.sleep_until(self._next_attempt)
+            else:
+                self._backoff.reset()
+                return result
+
+    async def _connected(self) -> nbd_handle.NbdHandle:
+        async with self._connecting:
+            if self._handle is None or self._handle.broken:
+                self._handle = None
+                self._handle = await self._repository.connect_export(self._export)
+            return self._handle
+
+
+class _NbdFiller:
+    """A fill connection, run in a thread for each turn."""
+
+    def __init__(self, repository: NbdRepository, connection: FillConnection) -> None:
+        self._repository = repository
+        self._connection = connection
+
+    async def run(self, work: FillWork, duration_s: float) -> None:
+        """As `interfaces.Filler.run`."""
+        await self._repository.fill(self._connection, work, duration_s)
+
+    async def aclose(self) -> None:
+        """Drop the connection."""
+        self._connection.close()
