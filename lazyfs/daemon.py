@@ -33,7 +33,7 @@ from lazyfs.core.pacing import Backoff
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.filesystem import Filesystem, Options
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import FileLook
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.engine.population import Population
 from lazyfs.engine.room import Room
 from lazyfs.host import mounts
@@ -68,7 +68,7 @@ class MountConfig:
     repository: str
     mountpoint: str
     cache_dir: str
-    look: FileLook
+    file_attributes: FileAttributes
     options: Options
     refresh_s: float
     limits: Limits
@@ -90,7 +90,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     _raise_file_limit()
     # What libnbd or a thread cannot raise to us is reported here, on stderr by default.
     sys.excepthook = lambda kind, error, trace: logger.error("uncaught", exc_info=(kind, error, trace))
-    cache = CacheDir(config.cache_dir, config.mountpoint, config.repository, config.look)
+    cache = CacheDir(config.cache_dir, config.mountpoint, config.repository, config.file_attributes)
     try:
         os.chdir("/")
         trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)
@@ -180,7 +180,7 @@ class _Daemon:
         logger.info("passthrough: %s", f"off, {self._backings.trouble}" if self._backings.trouble else "on")
         adapter = FuseAdapter(
             self._filesystem,
-            config.look,
+            config.file_attributes,
             self._cache.root_fd,
             self._backings,
             session.connect_libfuse,
@@ -234,7 +234,7 @@ class _Daemon:
     async def _start_images(self, nursery: trio.Nursery) -> None:
         self._filesystem.on_fillable = self._fillable
         self._filesystem.on_state_changed = self._state_changed
-        self._population.on_turn = self._jobs.look
+        self._population.on_turn = self._jobs.announce
         self._population.room = self._room.shortage
         self._room.on_change = self._fillable
         self._jobs.on_status = lambda job, status: self._control.emit(
@@ -246,14 +246,14 @@ class _Daemon:
 
     def _fillable(self) -> None:
         self._population.wake()
-        self._jobs.look()
+        self._jobs.announce()
         self._used.set()
 
     def _state_changed(self, image: Image) -> None:
         record = image.record
         data = {"path": record.path, "state": record.state.value, "error": record.error}
         self._control.emit("IMAGE_STATE_CHANGE", data)
-        self._jobs.look()
+        self._jobs.announce()
 
     async def _save_uses(self) -> None:
         """Write down now and then when images were used; nothing wakes up while none is."""

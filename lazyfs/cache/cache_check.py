@@ -26,7 +26,7 @@ from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import shown_file
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
 from lazyfs.engine.image import partial_cache
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.host import mounts
 
@@ -323,9 +323,9 @@ class _Check:
             self._found(record.path, "another name of an image that is not whole", "removed, the image kept",
                         lambda: self._undo(record))  # fmt: skip
 
-    def _store(self, record: ImageRecord, look: FileLook | None = None) -> RawStore | Qcow2Store:
-        look = look or FileLook(0o444, os.geteuid(), os.getegid())
-        return cache_dir.partial_file(self._root_fd, record, look, "")  # none is created: it needs no repository
+    def _store(self, record: ImageRecord, attributes: FileAttributes | None = None) -> RawStore | Qcow2Store:
+        attributes = attributes or FileAttributes(0o444, os.geteuid(), os.getegid())
+        return cache_dir.partial_file(self._root_fd, record, attributes, "")  # none is created: it needs no repository
 
     def _names(self, record: ImageRecord) -> list[str]:
         suffixes = ("raw", "map") if record.format == shown_file.RAW else ("qcow2",)
@@ -351,7 +351,7 @@ class _Check:
     def _finish(self, record: ImageRecord) -> None:
         found = self._stat(record.path)  # it had its look before it had its name
         assert found is not None
-        store = self._store(record, FileLook(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid))
+        store = self._store(record, FileAttributes(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid))
         try:
             blocks = store.load()
             store.finish()

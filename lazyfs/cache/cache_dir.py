@@ -29,7 +29,7 @@ from lazyfs.cache.store.unkept import UnkeptStore
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
-from lazyfs.engine.interfaces import FileLook, ImageRecord, PlainFile, Space, Store
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord, PlainFile, Space, Store
 from lazyfs.host import mounts
 from lazyfs.units import GiB, MiB
 
@@ -49,7 +49,7 @@ LOCK = f"{STATE}/lock"
 class CacheDir:
     """An open, locked cache directory. Implements `interfaces.Stores`."""
 
-    def __init__(self, path: str, mountpoint: str, repository: str, look: FileLook) -> None:
+    def __init__(self, path: str, mountpoint: str, repository: str, attributes: FileAttributes) -> None:
         """Open and lock the cache at `path`, creating what is missing, and load its catalog.
 
         `repository`: its URI, which a qcow2 names as its backing file while it is being filled.
@@ -59,7 +59,7 @@ class CacheDir:
         """
         self.path = path
         self._repository = repository
-        self._look = look
+        self._file_attributes = attributes
         try:
             # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not fill another disk.
             with suppress(FileExistsError):
@@ -86,7 +86,7 @@ class CacheDir:
 
     def partial(self, record: ImageRecord) -> Store:
         """Return the store of an image that is being filled."""
-        return partial_file(self.root_fd, record, self._look, self._repository)
+        return partial_file(self.root_fd, record, self._file_attributes, self._repository)
 
     def unkept(self) -> Store:
         """Return a store that keeps nothing."""
@@ -119,7 +119,7 @@ class CacheDir:
             check_catalog_file(self.root_fd, self.path)
             self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG))
             undo.callback(self.catalog.close)
-            self.records = [self._look_at_whole(record) for record in self.catalog.load()]
+            self.records = [self._checked_whole(record) for record in self.catalog.load()]
             self._refuse_foreign()
             self._sweep()
             undo.pop_all()
@@ -163,7 +163,7 @@ class CacheDir:
             f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), which serves the files still open",
         )
 
-    def _look_at_whole(self, record: ImageRecord) -> ImageRecord:
+    def _checked_whole(self, record: ImageRecord) -> ImageRecord:
         now = whole_now(self.root_fd, record)
         if now != record:
             if now.state is State.REMOTE:
@@ -201,11 +201,13 @@ class CacheDir:
 # -- what can be asked of a cache directory that is open in any way; `cache_check.py` does, too
 
 
-def partial_file(root_fd: int, record: ImageRecord, look: FileLook, repository: str) -> RawStore | Qcow2Store:
+def partial_file(
+    root_fd: int, record: ImageRecord, attributes: FileAttributes, repository: str
+) -> RawStore | Qcow2Store:
     """Return the store of an image that is being filled."""
     if record.format == shown_file.QCOW2:
-        return Qcow2Store(root_fd, record, look, qemu_uri(repository, record.export))
-    return RawStore(root_fd, record, look)
+        return Qcow2Store(root_fd, record, attributes, qemu_uri(repository, record.export))
+    return RawStore(root_fd, record, attributes)
 
 
 def try_lock(lock_fd: int) -> bool:

@@ -125,7 +125,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         # Here, not above: status and umount need neither pyfuse3 nor libnbd, and start in half the time.
         from lazyfs import daemon
         from lazyfs.engine.filesystem import Options
-        from lazyfs.engine.interfaces import FileLook
+        from lazyfs.engine.interfaces import FileAttributes
     except ModuleNotFoundError as error:
         raise errors.UserError(_missing_module(error)) from error
     _log_to(options)
@@ -133,7 +133,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         repository=options.repository,
         mountpoint=mountpoint,
         cache_dir=os.path.realpath(options.cache_dir or mountpoint),
-        look=FileLook(options.mode, options.uid, options.gid),
+        file_attributes=FileAttributes(options.mode, options.uid, options.gid),
         options=Options(
             block_size=options.block_size,
             io_timeout_s=options.io_timeout,

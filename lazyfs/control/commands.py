@@ -148,7 +148,7 @@ class Commands:
             self._filesystem.set_rate(rate)
         else:
             for image in images:
-                image.filling.pace.set_rate(rate)
+                image.populating.pace.set_rate(rate)
         return {"images": len(images)}
 
     async def _evict(self, arguments: Arguments) -> object:

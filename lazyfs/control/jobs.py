@@ -73,21 +73,21 @@ class Jobs:
     def _status(self, image: Image) -> str:
         """Of an image's populate job; "" if it has none."""
         fetcher = image.fetcher
-        if image.record.state is not State.PARTIAL or fetcher is None or image.retired or not image.filling.wanted:
+        if image.record.state is not State.PARTIAL or fetcher is None or image.retired or not image.populating.wanted:
             return ""
-        if image.filling.paused:
+        if image.populating.paused:
             return PAUSED
         if fetcher.completed.is_set() and not image.record.error:
             return RUNNING  # it is being handed off
-        return RUNNING if image.fillable and not image.filling.trouble and not self._room() else STANDBY
+        return RUNNING if image.fillable and not image.populating.trouble and not self._room() else STANDBY
 
     def _populating(self, image: Image, status: str) -> JobStatistics:
         now = image.statistics()
-        done, error = now.present_bytes + now.zero_bytes, image.filling.trouble or self._room()
+        done, error = now.present_bytes + now.zero_bytes, image.populating.trouble or self._room()
         return JobStatistics(now.path, "populate", status, done, now.size or 0, error)
 
-    def look(self) -> None:
-        """Tell of what has changed since the last look. Called whenever something may have."""
+    def announce(self) -> None:
+        """Tell clients which jobs have another status than at the last call. Call it whenever one may have."""
         now = {image.record.path: status for image in self._active() if (status := self._status(image))}
         now |= {task.id: task.status for task in self._tasks.values()}
         for job in [*self._told.keys() - now.keys(), *(job for job in now if self._told.get(job) != now[job])]:
@@ -99,29 +99,29 @@ class Jobs:
     def pause(self, job: str) -> None:
         """Pause a populate job. Raises UserError."""
         image = self._image(job, "paused")
-        if image.filling.paused:
+        if image.populating.paused:
             raise errors.UserError(f"Job '{job}' is paused already")
-        image.filling.pause()
-        self.look()
+        image.populating.pause()
+        self.announce()
 
     def resume(self, job: str) -> None:
         """Resume a paused job; the caller wakes population. Raises UserError."""
         image = self._image(job, "resumed")
-        if not image.filling.paused:
+        if not image.populating.paused:
             raise errors.UserError(f"Job '{job}' is not paused")
-        image.filling.resume()
-        self.look()
+        image.populating.resume()
+        self.announce()
 
     def cancel(self, job: str) -> None:
         """End a job. Raises UserError."""
         task = self._tasks.get(job)
         if task is None:
-            self._image(job, "cancelled").filling.stop()
+            self._image(job, "cancelled").populating.stop()
         elif task.status == CONCLUDED:
             raise errors.UserError(f"Job '{job}' has concluded; job-dismiss forgets it")
         else:
             task.scope.cancel()
-        self.look()
+        self.announce()
 
     def dismiss(self, job: str) -> None:
         """Forget a concluded job. Raises UserError."""
@@ -131,7 +131,7 @@ class Jobs:
         if task is None or task.status != CONCLUDED:
             raise errors.UserError(f"Job '{job}' has not concluded")
         del self._tasks[job]
-        self.look()
+        self.announce()
 
     def _image(self, job: str, what: str) -> Image:
         if job in self._tasks:
@@ -152,7 +152,7 @@ class Jobs:
             raise errors.UserError(f"Job '{job}' is running already")
         task = self._tasks[job] = Task(job, kind, total)
         self._nursery.start_soon(self._run, task, work)
-        self.look()
+        self.announce()
 
     async def _run(self, task: Task, work: Callable[[Task], Awaitable[None]]) -> None:
         with task.scope:
@@ -166,4 +166,4 @@ class Jobs:
         if task.scope.cancelled_caught:
             task.error = "cancelled"
         task.status = CONCLUDED
-        self.look()
+        self.announce()

@@ -15,6 +15,7 @@ from lazyfs.core.export_name import EXPORT, shown_path
 from lazyfs.core.lifecycle import State
 from lazyfs.engine import verifying
 from lazyfs.engine.budget import Budget
+from lazyfs.engine.context import Context
 from lazyfs.engine.fetch.events import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.image import Image
@@ -23,7 +24,6 @@ from lazyfs.engine.interfaces import Catalog, Export, ImageRecord, Repository, S
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes
-from lazyfs.engine.surroundings import Surroundings
 from lazyfs.engine.totals import Totals
 from lazyfs.units import KiB
 
@@ -83,7 +83,7 @@ class Filesystem:
         self._catalog = catalog
         self._options = options
         self._nursery = nursery
-        self._around = Surroundings(
+        self._context = Context(
             repository=repository,
             stores=stores,
             catalog=catalog,
@@ -105,7 +105,7 @@ class Filesystem:
         self._refreshing = trio.Lock()
         self._uses_saved_ns = max((record.last_used_ns for record in records), default=0)
         for record in records:
-            self.names.add(Image(record, self._around))
+            self.names.add(Image(record, self._context))
 
     # -- looking
 
@@ -198,7 +198,7 @@ class Filesystem:
             )
         if records:
             for record in await trio.to_thread.run_sync(self._catalog.add, records):
-                self.names.add(Image(record, self._around))
+                self.names.add(Image(record, self._context))
 
     async def _drop(self, images: Sequence[Image]) -> None:
         if images:
@@ -262,7 +262,7 @@ class Filesystem:
             record = await image.retire(error, take_over)
             logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
             self._take_name(image)
-            new = Image(record, self._around)
+            new = Image(record, self._context)
             new.gone = image.gone
             self.names.add(new)
         self.on_state_changed(new)
@@ -388,7 +388,7 @@ class Filesystem:
 
     def set_rate(self, rate: int | None) -> None:
         """Limit population of all images together."""
-        self._around.pace.set_rate(rate)
+        self._context.pace.set_rate(rate)
 
     async def save_uses(self) -> None:
         """Write to the catalog when images were used last."""

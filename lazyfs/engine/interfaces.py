@@ -16,7 +16,7 @@ from lazyfs.core.lifecycle import State
 
 
 @dataclass(frozen=True, slots=True)
-class FileLook:
+class FileAttributes:
     """How files are shown on the mount, and left behind as plain files."""
 
     mode: int

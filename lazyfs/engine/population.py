@@ -119,9 +119,9 @@ class Population:
 
     def _choose(self) -> Image | None:
         now = trio.current_time()
-        ready = {image.inode: image for image in self._images() if image.fillable and image.filling.after <= now}
+        ready = {image.inode: image for image in self._images() if image.fillable and image.populating.after <= now}
         inode = fetch_plan.choose_image(
-            fetch_plan.Candidate(image.inode, image.open_count > 0, image.filling.last_served)
+            fetch_plan.Candidate(image.inode, image.open_count > 0, image.populating.last_served)
             for image in ready.values()
         )
         return None if inode is None else ready[inode]
@@ -129,13 +129,13 @@ class Population:
     async def _wait(self, wake: trio.Event) -> None:
         """Until somebody calls `wake`, or an image that failed is due again."""
         self.paused = ""
-        due = min((image.filling.after for image in self._images() if image.fillable), default=math.inf)
+        due = min((image.populating.after for image in self._images() if image.fillable), default=math.inf)
         with trio.move_on_at(due):
             await wake.wait()
 
     async def _turn(self, image: Image, fillers: dict[int, Filler]) -> None:
         self._turns += 1
-        image.filling.last_served = self._turns
+        image.populating.last_served = self._turns
         fetcher = image.fetcher
         assert fetcher is not None
         before, began = fetcher.counters().populated_bytes, trio.current_time()
@@ -156,7 +156,7 @@ class Population:
         progress = fetcher.counters().populated_bytes > before
         if trouble is None and not progress and trio.current_time() < began + TURN_S:
             # Others have claimed all that is missing. Their end, good or bad, tells us nothing.
-            image.filling.after = max(image.filling.after, trio.current_time() + LOOK_AGAIN_S)
+            image.populating.after = max(image.populating.after, trio.current_time() + LOOK_AGAIN_S)
         else:
             self._note(image, trouble, progress)
 
@@ -184,16 +184,16 @@ class Population:
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
         """Keep book of failures: an image whose turn failed waits before its next, longer each time."""
         if trouble is None:
-            image.filling.trouble = ""
+            image.populating.trouble = ""
             self._backoffs.pop(image.inode, None)
             return
         self._failures += 1
-        image.filling.trouble = str(trouble)
+        image.populating.trouble = str(trouble)
         if progress:
             self._backoffs.pop(image.inode, None)
         backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))
         wait_s = RECONNECT_S if isinstance(trouble, errors.ConnectionLost) else backoff.next()
-        image.filling.after = trio.current_time() + wait_s
+        image.populating.after = trio.current_time() + wait_s
         logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
 
     async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:

@@ -123,13 +123,13 @@ class Room:
         watch_s = WATCH_S if self._limits.free_bytes(1) is not None else math.inf
         while self._limits:
             self._asked = trio.Event()
-            await self._look()
+            await self._make_room()
             if self.message:
                 await trio.sleep(RETRY_S)
             with trio.move_on_after(watch_s):
                 await self._asked.wait()
 
-    async def _look(self) -> None:
+    async def _make_room(self) -> None:
         space = self._measure()
         wanted, reader = self._wanted(space)
         message = ""

@@ -23,7 +23,7 @@ from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem
 from lazyfs.engine.image import image_statistics
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import FileLook
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.engine.name_tree import Folder, Node
 from lazyfs.engine.totals import PRESENT, Read
 from lazyfs.units import SECTOR
@@ -53,7 +53,7 @@ class FuseAdapter(pyfuse3.Operations):
     def __init__(
         self,
         filesystem: Filesystem,
-        look: FileLook,
+        attributes: FileAttributes,
         root_fd: int,
         backings: passthrough.Backings,
         on_connected: Callable[[], None],
@@ -70,7 +70,7 @@ class FuseAdapter(pyfuse3.Operations):
         super().__init__()
         self._filesystem = filesystem
         self._totals = filesystem.totals
-        self._look = look
+        self._file_attributes = attributes
         self._root_fd = root_fd
         self._backings = backings
         self._on_connected = on_connected
@@ -115,15 +115,15 @@ class FuseAdapter(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(inode)
         entry.generation = 0
-        entry.st_uid = self._look.uid
-        entry.st_gid = self._look.gid
+        entry.st_uid = self._file_attributes.uid
+        entry.st_gid = self._file_attributes.gid
         if isinstance(node, Folder):
             entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = self._mounted_ns
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
             entry.st_nlink = 2
             entry.entry_timeout = entry.attr_timeout = SETTLED_TIMEOUT_S
             return entry
-        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._look.mode)
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._file_attributes.mode)
         entry.st_nlink = 0 if node.retired else 1
         entry.st_size = min(node.record.file_size or 0, LARGEST_FILE)
         entry.st_blksize = node.record.block_size

@@ -24,13 +24,13 @@ from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.core import map_file, qcow2_layout
 from lazyfs.core.block_map import DATA, BlockRun
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB
 SIZE = 24 * BLOCK + 1000
 BLOCKS = 25
-LOOK = FileLook(0o444, os.geteuid(), os.getegid())
+LOOK = FileAttributes(0o444, os.geteuid(), os.getegid())
 CONTENT = pattern(SIZE)
 AT = qcow2_layout.layout(SIZE, BLOCK)
 

@@ -23,13 +23,13 @@ from lazyfs.core import map_file
 from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem, Options
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB
 SIZE = 24 * BLOCK + 1000
 BLOCKS = 25
-LOOK = FileLook(0o444, os.geteuid(), os.getegid())
+LOOK = FileAttributes(0o444, os.geteuid(), os.getegid())
 NEW = ImageRecord(0, "disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, created_ns=10**18)
 CONTENT = pattern(SIZE)
 
@@ -159,7 +159,7 @@ def test_a_user_without_roots_powers_can_open_what_is_read_only_already(cache: C
     os.seteuid(nobody)
     try:
         for _ in range(2):
-            store = RawStore(root_fd, record, FileLook(0o444, nobody, os.getegid()))
+            store = RawStore(root_fd, record, FileAttributes(0o444, nobody, os.getegid()))
             assert store.load().complete
             store.finish()
             store.close()

@@ -29,10 +29,10 @@ from lazyfs.core import export_name
 from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.units import KiB
 
-LOOK = FileLook(0o444, os.geteuid(), os.getegid())
+LOOK = FileAttributes(0o444, os.geteuid(), os.getegid())
 NOWHERE = "nbd+unix:///disk?socket=/nowhere"
 RECORD = ImageRecord(
     2, "disk", "team/disk.qcow2", 40 * 4 * KiB + 1000, "v1", "qcow2", State.PARTIAL, "", 4 * KiB, created_ns=10**18

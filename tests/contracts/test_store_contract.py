@@ -17,7 +17,7 @@ from lazyfs.core import shown_file
 from lazyfs.core.block_map import DATA, PAGE_BLOCKS, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
-from lazyfs.engine.interfaces import FileLook, ImageFile, ImageRecord, Store
+from lazyfs.engine.interfaces import FileAttributes, ImageFile, ImageRecord, Store
 from lazyfs.units import KiB
 
 BLOCK = 16 * KiB
@@ -85,18 +85,18 @@ def raw(folder: Path) -> tuple[Disk, Callable[[], None]]:
 
 
 def qcow2(folder: Path) -> tuple[Disk, Callable[[], None]]:
-    def make(root_fd: int, record: ImageRecord, look: FileLook) -> Store:
+    def make(root_fd: int, record: ImageRecord, look: FileAttributes) -> Store:
         return Qcow2Store(root_fd, record, look, "nbd://example.com/team/disk")
 
     return on_disk(folder, shown_file.QCOW2, make)
 
 
 def on_disk(
-    folder: Path, image_format: str, make: Callable[[int, ImageRecord, FileLook], Store]
+    folder: Path, image_format: str, make: Callable[[int, ImageRecord, FileAttributes], Store]
 ) -> tuple[Disk, Callable[[], None]]:
     (folder / ".lazyfs/partial").mkdir(parents=True)
     root_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    look = FileLook(0o444, os.getuid(), os.getgid())
+    look = FileAttributes(0o444, os.getuid(), os.getgid())
 
     def put(path: str, content: bytes) -> None:
         (folder / path).parent.mkdir(exist_ok=True)

@@ -120,7 +120,7 @@ class World:
                 inner.start_soon(self.room.run)
                 if populate:
                     filesystem.on_fillable = self._fillable
-                    self.population.on_turn = self.jobs.look
+                    self.population.on_turn = self.jobs.announce
                     inner.start_soon(self.population.run)
                 await filesystem.resume()
                 yield self
@@ -136,11 +136,11 @@ class World:
 
     def _fillable(self) -> None:
         self.population.wake()
-        self.jobs.look()
+        self.jobs.announce()
 
     def _state_changed(self, image: Image) -> None:
         self.events.append((image.record.path, image.record.state.value))
-        self.jobs.look()
+        self.jobs.announce()
 
     # -- shorthands
 

@@ -109,7 +109,7 @@ async def test_cancel_keeps_what_is_there_and_the_next_first_open_begins_again()
         image = await begun(world)
         await world.command("job-cancel", id="disk")
         assert await jobs(world) == {}
-        await until(lambda: not image.filling.last_served or image.fetcher)
+        await until(lambda: not image.populating.last_served or image.fetcher)
         await trio.sleep(100)
         present = image.statistics().present_bytes
         assert 0 < present < SIZE

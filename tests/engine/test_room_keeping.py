@@ -480,14 +480,14 @@ async def test_limits_alone_wake_nobody(blocked: bool) -> None:
 async def test_looks_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that is filled once and a half over: a handful of looks for each headroom, not one for each block."""
     looks = 0
-    real = room.Room._look
+    real = room.Room._make_room
 
     async def counted(self: room.Room) -> None:
         nonlocal looks
         looks += 1
         await real(self)
 
-    monkeypatch.setattr(room.Room, "_look", counted)
+    monkeypatch.setattr(room.Room, "_make_room", counted)
     names = list("abcd")
     world = world_with(*names, size=SIZE)
     async with world.daemon(populate=True):

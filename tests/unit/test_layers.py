@@ -22,9 +22,9 @@ PACKAGES = {
     "repository": "nbd_repository fill_thread nbd_handle nbd_buffers",
     "engine": (
         "room filesystem verifying population sizes name_tree"
-        " image.image_map image.image image.filling image.reading image.image_statistics image.digest_check"
+        " image.image_map image.image image.populating image.reading image.image_statistics image.digest_check"
         " image.partial_cache"
-        " surroundings"
+        " context"
         " fetch.fetcher fetch.keeping fetch.demand_fetch fetch.extents fetch.write_queue fetch.events"
         " budget pace totals interfaces"
     ),

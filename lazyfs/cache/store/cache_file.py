@@ -17,11 +17,11 @@ from lazyfs import errors
 from lazyfs.cache.store.write_behind import WriteBehind
 from lazyfs.core import block_map
 from lazyfs.core.block_map import BlockMap
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.units import KiB, MiB
 
 PARTIAL = ".lazyfs/partial"
-AROUND = 256 * KiB
+READ_AROUND = 256 * KiB
 """What a small read that waits for the disk brings into the page cache, aligned. Measured with 4 KiB at random of 1
 GiB, cold, by 1 and 8 readers, in reads/s: 2,900 and 4,300 without; 4,500 and 5,900 with 64 KiB; 9,000 and 16,500 with
 256 KiB; 10,600 and 22,000 with 512 KiB. A thread's turn costs 200 us of CPU. Larger would push out what others need."""
@@ -91,8 +91,8 @@ class FileReader:
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes; the kernel reads those around them as well, for the next reader."""
         position = self._data_offset + offset
-        if length < AROUND:
-            os.posix_fadvise(self._fd, position - position % AROUND, AROUND, os.POSIX_FADV_WILLNEED)
+        if length < READ_AROUND:
+            os.posix_fadvise(self._fd, position - position % READ_AROUND, READ_AROUND, os.POSIX_FADV_WILLNEED)
         return read_exactly(self._fd, position, length)
 
 
@@ -101,12 +101,12 @@ class PartialFile(FileReader):
     its format.
     """
 
-    def __init__(self, root_fd: int, record: ImageRecord, look: FileLook) -> None:
+    def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes) -> None:
         """`root_fd`: the cache directory, opened before anything was mounted over it."""
         assert record.size is not None
         self._root_fd = root_fd
         self._record = record
-        self._look = look
+        self._file_attributes = attributes
         self._size = record.size
         self._data_name = f"{PARTIAL}/{record.inode}.{record.format}"
         self._fd = -1
@@ -204,8 +204,8 @@ class PartialFile(FileReader):
         """Give the file its mode, owner and times, fsync it, link it into place, fsync the folders."""
         path = self._record.path
         with space_errors():
-            os.fchown(self._fd, self._look.uid, self._look.gid)
-            os.fchmod(self._fd, self._look.mode)
+            os.fchown(self._fd, self._file_attributes.uid, self._file_attributes.gid)
+            os.fchmod(self._fd, self._file_attributes.mode)
             os.utime(self._fd, ns=(self._record.created_ns, self._record.created_ns))
             os.fsync(self._fd)
             folders = _parents(path)

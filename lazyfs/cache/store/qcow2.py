@@ -18,7 +18,7 @@ from lazyfs import errors
 from lazyfs.cache.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
 from lazyfs.core import block_map, map_file, qcow2_layout
 from lazyfs.core.block_map import BlockMap
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.units import MiB
 
 _TABLES = ("the refcount table", "the refcounts of the metadata", "the L1 table")
@@ -31,9 +31,9 @@ _CHUNK = 1 * MiB
 class Qcow2Store(PartialFile):
     """A qcow2 image being filled. Implements `interfaces.Store`; offsets are those of the virtual disk."""
 
-    def __init__(self, root_fd: int, record: ImageRecord, look: FileLook, backing: str) -> None:
+    def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes, backing: str) -> None:
         """`backing`: the export, as QEMU opens it, for the header of a new file."""
-        super().__init__(root_fd, record, look)
+        super().__init__(root_fd, record, attributes)
         self._backing = backing
         self._at = qcow2_layout.layout(self._size, record.block_size)
         self._data_offset = self._at.data_offset

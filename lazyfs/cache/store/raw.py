@@ -11,15 +11,15 @@ from lazyfs import errors
 from lazyfs.cache.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
 from lazyfs.core import map_file
 from lazyfs.core.block_map import BlockMap
-from lazyfs.engine.interfaces import FileLook, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 
 
 class RawStore(PartialFile):
     """A raw image being filled. Implements `interfaces.Store`."""
 
-    def __init__(self, root_fd: int, record: ImageRecord, look: FileLook) -> None:
+    def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes) -> None:
         """`root_fd`: the cache directory, opened before anything was mounted over it."""
-        super().__init__(root_fd, record, look)
+        super().__init__(root_fd, record, attributes)
         self._map_name = f"{PARTIAL}/{record.inode}.map"
         self._header = map_file.MapHeader(record.inode, self._size, record.block_size, record.export, record.identity)
         self._map_fd = -1

@@ -97,7 +97,7 @@ class Fetcher:
         self._waiters: list[tuple[int, trio.Event]] = []
         self._timeouts = demand_fetch.Timeouts()
         self._readahead = Readahead()
-        self._around = ReadAround(blocks.block_size)
+        self._read_around = ReadAround(blocks.block_size)
         self._cursor = FillCursor()
         self._meter = RateMeter()
         self._checkpointing = trio.Lock()
@@ -217,7 +217,7 @@ class Fetcher:
             new = [self._new_fetch(run, now) for run in plan_read(blocks, wanted, ahead)]
             if new and not self.unkept:
                 new[0].miss = miss
-                for run in plan_rest(blocks, wanted, self._around.unit):
+                for run in plan_rest(blocks, wanted, self._read_around.unit):
                     rest = self._new_fetch(run, now)
                     rest.miss, rest.is_rest = miss, True
                     new.append(rest)
@@ -271,7 +271,7 @@ class Fetcher:
             self._settle(fetch.run, None)
             fetch.done.set()
             return
-        demand_fetch.tell(self._around, fetch)
+        demand_fetch.tell(self._read_around, fetch)
         with self._lock:
             self._demand_bytes += fetch.data_bytes
             self._meter.add(self._pace.clock(), fetch.data_bytes)

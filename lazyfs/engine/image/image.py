@@ -29,13 +29,13 @@ from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.core.shown_file import ShownFile
+from lazyfs.engine.context import Context
 from lazyfs.engine.fetch.fetcher import Fetcher
 from lazyfs.engine.image import image_statistics, partial_cache, reading
 from lazyfs.engine.image.digest_check import DigestCheck
-from lazyfs.engine.image.filling import Filling
+from lazyfs.engine.image.populating import Populating
 from lazyfs.engine.interfaces import Export, FetchCounters, ImageFile, ImageRecord, PlainFile, Store
 from lazyfs.engine.pace import Pace
-from lazyfs.engine.surroundings import Surroundings
 from lazyfs.engine.totals import Read
 
 logger = logging.getLogger(__name__)
@@ -51,16 +51,16 @@ ROOM_CHECK_S = 5.0
 class Image:
     """An export as this host sees it. Trio thread only."""
 
-    def __init__(self, record: ImageRecord, around: "Surroundings[Image]") -> None:
+    def __init__(self, record: ImageRecord, context: "Context[Image]") -> None:
         self.record = record
         self.open_count = 0
         self.gone = False
         """The repository does not list it any more."""
         self.retired = False
         """Another inode has the name now; this one lives until it is closed."""
-        self.filling = Filling(Pace(around.pace), around.populate)
+        self.populating = Populating(Pace(context.pace), context.populate)
         self.fetcher: Fetcher | None = None
-        self._around = around
+        self._context = context
         self._shown: ShownFile | None = None
         """Set by the first open; from then on the size is fixed."""
         self._file: ImageFile | None = None
@@ -69,7 +69,7 @@ class Image:
         self._store: Store | None = None
         self._unkept = False
         """There was no room even for a map: `_store` keeps nothing."""
-        self._digest_check = DigestCheck(lambda: self.record, self.fail, self.recover, around.syncs)
+        self._digest_check = DigestCheck(lambda: self.record, self.fail, self.recover, context.syncs)
         self._open_trouble = ""
         """Why the cache file cannot be opened, if the user can mend that."""
         self._changing = trio.Lock()
@@ -97,7 +97,7 @@ class Image:
     def fillable(self) -> bool:
         """Whether population could do something here."""
         kept = self.record.state is State.PARTIAL and not (self.gone or self.retired or self._unkept)
-        return kept and self.filling.goes_on and self.fetcher is not None and self.fetcher.can_be_filled
+        return kept and self.populating.goes_on and self.fetcher is not None and self.fetcher.can_be_filled
 
     @property
     def plain_fd(self) -> int:
@@ -125,14 +125,14 @@ class Image:
                     await self._open_plain()
                 elif self._file is None:
                     await self._open_file()
-                if self._around.populate and self.open_count == 1:
-                    self.filling.want()
+                if self._context.populate and self.open_count == 1:
+                    self.populating.want()
                 self._shown = self.record.shown
         except BaseException:
             self.open_count -= 1
             raise
         self._touch()
-        self._around.on_fillable()
+        self._context.on_fillable()
 
     def _touch(self) -> None:
         """Note the use; the catalog hears of it with the next change, or from `Filesystem.save_uses`."""
@@ -209,7 +209,7 @@ class Image:
                     self.fetcher.failure = None
             elif self.record.error:
                 await self._save(error="")
-        self._around.on_fillable()
+        self._context.on_fillable()
 
     async def describe(self, size: int, identity: str) -> None:
         """Take over what the repository says of an image that has nothing cached."""
@@ -229,11 +229,11 @@ class Image:
             if self.record.state is State.FAILED:
                 raise errors.UserError(f"{self.record.path} has failed: {self.record.error}")
             if self.record.state is not State.WHOLE:
-                self.filling.want()
+                self.populating.want()
                 if self._file is None:
                     await self._open_file()
                 self._touch()
-        self._around.on_fillable()
+        self._context.on_fillable()
 
     async def annotate(self, **changes: object) -> None:
         """Keep what an operator says of the image: `pinned`, `digest`."""
@@ -253,10 +253,10 @@ class Image:
             UserError, OSError, and what `take_over` raises: all is as it was.
         """
         async with self._changing:
-            remove = partial(partial_cache.remove, self._around.stores, self.record, take_over)
+            remove = partial(partial_cache.remove, self._context.stores, self.record, take_over)
             taken_over = await trio.to_thread.run_sync(remove)
             self.retired = True
-            self.filling.stop()
+            self.populating.stop()
             self._scope.cancel()
             if self.fetcher is not None and reason is not None:
                 self.fetcher.failure = reason
@@ -291,12 +291,12 @@ class Image:
         fresh = self.record.state is State.REMOTE
         if fresh:
             await self._save(state=State.PARTIAL)
-            self._around.on_attributes_changed(self)
+            self._context.on_attributes_changed(self)
         self._use(*await self._load(fresh or self._unkept))
         await self._disown()  # a crash may have come before it; last, as this may be cancelled
 
     async def _load(self, fresh: bool) -> tuple[Store, BlockMap, bool]:
-        load = partial(partial_cache.load, self._around.stores, self.record, self._around.budget, fresh)
+        load = partial(partial_cache.load, self._context.stores, self.record, self._context.budget, fresh)
         self._open_trouble = ""
         try:
             return await trio.to_thread.run_sync(load)
@@ -311,13 +311,13 @@ class Image:
         if self.record.state is State.FAILED:
             self.fetcher.failure = errors.UserError(self.record.error)
         self._scope = trio.CancelScope()
-        task = self._look_after if kept else self._wait_for_room
-        self._around.nursery.start_soon(task, self.fetcher)
+        task = self._attend if kept else self._wait_for_room
+        self._context.nursery.start_soon(task, self.fetcher)
 
     async def _disown(self) -> None:
         if self._store is not None and self.record.state is State.FAILED:
             disown = partial(partial_cache.disown, self._store, self.record)
-            trouble = await trio.to_thread.run_sync(disown, limiter=self._around.syncs)
+            trouble = await trio.to_thread.run_sync(disown, limiter=self._context.syncs)
             if self.fetcher is not None and trouble is not None:
                 self.fetcher.distrust = trouble
 
@@ -337,32 +337,32 @@ class Image:
             file.close()
             return
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(file.close, limiter=self._around.syncs)
+            await trio.to_thread.run_sync(file.close, limiter=self._context.syncs)
 
     async def _open_whole(self) -> PlainFile:
         try:
-            return await trio.to_thread.run_sync(self._around.stores.whole, self.record)
+            return await trio.to_thread.run_sync(self._context.stores.whole, self.record)
         except errors.CacheCorrupt as error:
             self.record = replace(self.record, error=f"{error}; remove what is there, and mount anew to fetch it again")
             raise
 
     def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
-        record, around = self.record, self._around
+        record, context = self.record, self._context
         assert record.size is not None
         export = Export(record.export, record.size, record.identity)
         return Fetcher(
             export,
-            around.repository.source(export),
+            context.repository.source(export),
             store,
             blocks,
-            nursery=around.nursery,
-            pace=self.filling.pace,
-            io_timeout_s=around.io_timeout_s,
+            nursery=context.nursery,
+            pace=self.populating.pace,
+            io_timeout_s=context.io_timeout_s,
             counters=self._counters(),
-            totals=around.totals,
-            writes=around.writes,
-            budget=around.budget,
-            on_changed=lambda error: around.on_export_changed(self, error),
+            totals=context.totals,
+            writes=context.writes,
+            budget=context.budget,
+            on_changed=lambda error: context.on_export_changed(self, error),
             is_open=lambda: self.open_count > 0,
         )
 
@@ -391,7 +391,7 @@ class Image:
         record = replace(self.record, **(counters | changes))  # type: ignore[arg-type]
         if not self.retired:
             try:
-                await trio.to_thread.run_sync(self._around.catalog.update, [record])
+                await trio.to_thread.run_sync(self._context.catalog.update, [record])
             except (errors.NoSpace, errors.CacheCorrupt, OSError) as error:
                 if record.state is State.WHOLE and self.record.state is not State.WHOLE:
                     raise
@@ -401,11 +401,11 @@ class Image:
         if "last_used_ns" not in changes:  # the image may have been closed meanwhile
             self.record = replace(record, last_used_ns=max(record.last_used_ns, before.last_used_ns))
         if record.state is not before.state:
-            self._around.on_state_changed(self)
+            self._context.on_state_changed(self)
 
     # -- the task of an image that is being filled
 
-    async def _look_after(self, fetcher: Fetcher) -> None:
+    async def _attend(self, fetcher: Fetcher) -> None:
         """Checkpoint while it fills; hand off when it is complete."""
         with self._scope:
             await fetcher.until_complete(CHECKPOINT_S, self._checkpoint_locked)
@@ -422,7 +422,7 @@ class Image:
             while self.fetcher is unkept:
                 await trio.sleep(ROOM_CHECK_S)
                 async with self._changing:
-                    if self.fetcher is unkept and not self._around.stores.nearly_full():
+                    if self.fetcher is unkept and not self._context.stores.nearly_full():
                         await self._try_to_keep()
             while not await unkept.rest():  # noqa: ASYNC110 - readers that had begun with it end with it
                 await trio.sleep(ROOM_CHECK_S)
@@ -435,12 +435,12 @@ class Image:
             return
         if kept:
             self._use(store, blocks, kept)
-            self._around.on_fillable()
+            self._context.on_fillable()
 
     async def _checkpoint(self) -> None:
         assert self.fetcher is not None
         try:
-            await self.fetcher.checkpoint(self._around.syncs)
+            await self.fetcher.checkpoint(self._context.syncs)
         except errors.CacheCorrupt as error:
             logger.critical("reads fail until lazyfs is mounted anew: image=%s reason=%s", self.record.export, error)
         except (errors.NoSpace, OSError) as error:
@@ -459,7 +459,7 @@ class Image:
             await fetcher.aclose()
             if self.open_count == 0:
                 await self._close_file()
-        self._around.on_attributes_changed(self)
+        self._context.on_attributes_changed(self)
         return True
 
     async def _become_whole(self, fetcher: Fetcher) -> bool:
@@ -469,8 +469,8 @@ class Image:
         if not self._digest_check.is_current(self.record):  # at the daemon's end, which does not wait for it
             return False
         try:
-            await fetcher.checkpoint(self._around.syncs)
-            await trio.to_thread.run_sync(self._store.finish, limiter=self._around.syncs)
+            await fetcher.checkpoint(self._context.syncs)
+            await trio.to_thread.run_sync(self._store.finish, limiter=self._context.syncs)
             with trio.CancelScope(shield=True):  # else the partial name would stay until the next start
                 await self._save(state=State.WHOLE, error="")
                 await trio.to_thread.run_sync(self._store.remove)
@@ -487,7 +487,7 @@ class Image:
     def statistics(self) -> image_statistics.ImageStatistics:
         """Return what `status` shows, as of now."""
         # Nobody looks for room for one that is closed.
-        unkept = self._unkept and (self.fetcher is not None or self._around.stores.nearly_full())
+        unkept = self._unkept and (self.fetcher is not None or self._context.stores.nearly_full())
         return image_statistics.of(
             self.record,
             self.fetcher,
@@ -498,6 +498,6 @@ class Image:
             messages=[
                 self.record.error or partial_cache.too_large(self.record) or self._open_trouble,
                 "not in the repository any more" if self.gone else "",
-                image_statistics.filling_trouble(self.record, self.fetcher, unkept, self.filling.trouble),
+                image_statistics.filling_trouble(self.record, self.fetcher, unkept, self.populating.trouble),
             ],
         )

@@ -17,7 +17,7 @@ ImageT = TypeVar("ImageT")
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings(Generic[ImageT]):
+class Context(Generic[ImageT]):
     """What every image of a mount shares."""
 
     repository: Repository

@@ -6,7 +6,7 @@ from lazyfs.engine.pace import Pace
 
 
 @dataclass(slots=True)
-class Filling:
+class Populating:
     """Whether, when and how fast an image is populated. Trio thread only, `pace` excepted."""
 
     pace: Pace
