@@ -124,8 +124,8 @@ def test_reasons_to_do_without(
 
 PROBE = """
 import os, sys
-from lazyfs import passthrough
-from lazyfs.kernel_session import KernelSession
+from lazyfs.kernel import passthrough
+from lazyfs.kernel.session import KernelSession
 session = KernelSession(sys.argv[1], "nbd://example.com")
 probe = os.open(sys.argv[2], os.O_RDONLY)
 print(passthrough.Backings(session, True, probe).trouble or "works")

@@ -19,7 +19,7 @@ from lazyfs.host import process_files
 
 OLD_KERNEL = (
     "-c",
-    "from lazyfs.kernel_session import KernelSession\n"
+    "from lazyfs.kernel.session import KernelSession\n"
     "KernelSession.forget_names = lambda self: False\n"
     "from lazyfs.__main__ import main\n"
     "raise SystemExit(main())",

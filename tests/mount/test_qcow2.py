@@ -479,8 +479,8 @@ def test_detach_waits_for_an_overlay_s_image_and_the_plain_file_takes_its_place(
 
 PROGRAM = """
 import os, signal, sys
-from lazyfs import cli
-from lazyfs.store import cache_file, qcow2
+from lazyfs.cli import main as cli
+from lazyfs.cache.store import cache_file, qcow2
 {patch}
 sys.exit(cli.main())
 """
