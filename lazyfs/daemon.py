@@ -2,7 +2,7 @@
 
 mount        cache directory opened and locked -> exports listed -> mounted -> "ready"
 detach       unmounted lazily -> open files are served -> the last is closed: as after unmount
-unmount      kernel's connection ends -> population gives back its claims -> checkpoint of every image,
+unmount      kernel's connection ends -> jobs and population end -> checkpoint of every image,
              hand-off of what is complete -> catalog closed -> exit
 A crash anywhere costs what the last checkpoint did not have.
 """
@@ -22,20 +22,17 @@ from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 import trio
 
-from lazyfs import errors
+from lazyfs import assembly, errors
+from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
-from lazyfs.control.commands import Commands
-from lazyfs.control.jobs import Jobs
+from lazyfs.control.commands import Handler
 from lazyfs.control.server import ControlServer
 from lazyfs.core.eviction import Limits
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
 from lazyfs.core.qmp_wire import CommandError
-from lazyfs.engine.filesystem import Filesystem, Options
-from lazyfs.engine.image.image import Image
+from lazyfs.engine.filesystem import Options
 from lazyfs.engine.interfaces import FileAttributes
-from lazyfs.engine.population import Population
-from lazyfs.engine.room import Room
 from lazyfs.host import mounts
 from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.session import KernelSession
@@ -118,41 +115,49 @@ def _raise_file_limit() -> None:
 
 
 class _Daemon:
+    """Builds the parts of a mount, mounts, serves, and takes all down again."""
+
     def __init__(self, config: MountConfig, cache: CacheDir, on_ready: Callable[[], None]) -> None:
         self._config = config
         self._cache = cache
         self._on_ready = on_ready
-        self._used = trio.Event()
-        self._detaching = trio.Lock()
+        self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
         self._scanning = trio.CapacityLimiter(1)
         """The thread that looks at overlays: a network file system that hangs must not take those of others."""
-        self._metrics: MetricsServer | None = None
 
     async def run(self) -> None:
+        """Mount, and serve until it is unmounted.
+
+        Raises:
+            UserError: it could not be mounted.
+        """
+        config, cache = self._config, self._cache
+        metrics = None if config.metrics is None else _metrics_server(config.metrics)
         async with trio.open_nursery() as nursery:
-            config, cache = self._config, self._cache
-            if config.metrics is not None:
-                self._metrics = _metrics_server(config.metrics)
-            self._repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
-            self._filesystem = Filesystem(
-                self._repository, cache, cache.catalog, cache.records, config.options, nursery
+            repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
+            parts = assembly.build(
+                mountpoint=config.mountpoint,
+                repository=repository,
+                stores=cache,
+                catalog=cache.catalog,
+                records=cache.records,
+                options=config.options,
+                limits=config.limits,
+                backing_files=self._backing_files,
+                nursery=nursery,
             )
-            self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
-            self._room = Room(self._filesystem, cache, config.limits, self._backing_files)
-            self._population = Population(self._repository, cache, self._filesystem.active_images)
-            self._jobs = Jobs(nursery, self._filesystem.active_images, lambda: self._population.paused)
             try:
-                await self._first_list()
-                await self._serve()
-            finally:
+                await self._first_list(parts)
+                await self._mount(repository, parts, metrics)
+            finally:  # nobody reads images any more: neither the kernel nor a job
                 with trio.CancelScope(shield=True):
-                    await self._filesystem.aclose()
+                    await parts.filesystem.aclose()
                 nursery.cancel_scope.cancel()
 
-    async def _first_list(self) -> None:
+    async def _first_list(self, parts: Parts) -> None:
         try:
             with trio.fail_after(FIRST_LIST_S):
-                await self._filesystem.refresh()
+                await parts.filesystem.refresh()
         except trio.TooSlowError:
             reason = f"{self._config.repository} does not answer"
         except errors.LazyfsError as error:
@@ -161,51 +166,35 @@ class _Daemon:
             return
         if not self._cache.records:
             raise errors.UserError(f"{reason}; nothing of it is cached here, so there is nothing to show")
-        self._filesystem.list_trouble = reason
+        parts.filesystem.list_trouble = reason
         logger.warning("%s; the mount comes up with what is in the catalog", reason)
 
-    async def _serve(self) -> None:
+    async def _mount(self, repository: NbdRepository, parts: Parts, metrics: "MetricsServer | None") -> None:
         config = self._config
-        commands = Commands(config.mountpoint, self._filesystem, self._population, self._jobs, self._backing_files)
-        self._control = ControlServer(
-            mounts.socket_path(config.mountpoint),
-            {**commands.handlers, "query-mount": self._query_mount, "detach": self._detach},
-        )
+        handlers: dict[str, Handler] = {}
+        control = ControlServer(mounts.socket_path(config.mountpoint), handlers)
         try:
-            self._session = session = KernelSession(config.mountpoint, config.repository, config.passthrough)
+            session = KernelSession(config.mountpoint, config.repository, config.passthrough)
         except BaseException:
-            self._control.close()
+            control.close()
             raise
-        self._backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
-        logger.info("passthrough: %s", f"off, {self._backings.trouble}" if self._backings.trouble else "on")
+        backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
+        logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
+        mounted = _Mounted(config, self._cache, repository, parts, control, session, backings, metrics)
+        handlers |= parts.commands.handlers | mounted.handlers
         adapter = FuseAdapter(
-            self._filesystem,
+            parts.filesystem,
             config.file_attributes,
             self._cache.root_fd,
-            self._backings,
+            parts.operations,
+            backings,
             session.connect_libfuse,
             session.forget_names,
             config.allow_evict,
-            self._backing_files,
         )
         try:
             pyfuse3.init(adapter, session.libfuse_path, set())
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._control.run)
-                nursery.start_soon(self._unmount_on_signal, session)
-                nursery.start_soon(self._refresh)
-                nursery.start_soon(self._save_uses)
-                nursery.start_soon(self._start_images, nursery)
-                if self._metrics is not None:
-                    nursery.start_soon(self._serve_metrics, self._metrics)
-                self._on_ready()
-                if manager := service_manager.own():
-                    answers = functools.partial(os.stat, os.path.join(config.mountpoint, "."))
-                    nursery.start_soon(manager.attend, answers, self._status_line)
-                await pyfuse3.main(max_tasks=MAX_REQUESTS)
-                with trio.move_on_after(LAST_ANSWERS_S):
-                    await self._control.all_answered()
-                nursery.cancel_scope.cancel()
+            await mounted.serve(self._on_ready)
         except BaseException:
             _unmount_quietly(session)
             raise
@@ -218,42 +207,85 @@ class _Daemon:
         scan = self._overlays.backing_files
         return await trio.to_thread.run_sync(scan, limiter=self._scanning, abandon_on_cancel=True)
 
-    async def _serve_metrics(self, server: "MetricsServer") -> None:
+
+class _Mounted:
+    """A mount that is up: its background tasks, and the commands that concern it as a whole."""
+
+    def __init__(
+        self,
+        config: MountConfig,
+        cache: CacheDir,
+        repository: NbdRepository,
+        parts: Parts,
+        control: ControlServer,
+        session: KernelSession,
+        backings: passthrough.Backings,
+        metrics: "MetricsServer | None",
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._repository = repository
+        self._parts = parts
+        self._control = control
+        self._session = session
+        self._backings = backings
+        self._metrics = metrics
+        self._used = trio.Event()
+        self._detaching = trio.Lock()
+        self._unmounting = trio.CapacityLimiter(2)
+        """Threads that unmount: no disk that stalls may take them."""
+        self.handlers: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
+        assembly.wire(parts, control.emit, on_use=lambda: self._used.set())
+
+    async def serve(self, on_ready: Callable[[], None]) -> None:
+        """Answer the kernel until it is unmounted; `on_ready` is called when it does."""
+        keep_running = self._parts.supervisor.keep_running
+        async with trio.open_nursery() as nursery:
+            await assembly.start(self._parts, nursery)
+            nursery.start_soon(self._parts.filesystem.resume)
+            nursery.start_soon(self._control.run)
+            nursery.start_soon(self._unmount_on_signal)
+            nursery.start_soon(keep_running, "looking at the repository", self._refresh)
+            nursery.start_soon(keep_running, "saving when images were used", self._save_uses)
+            if self._metrics is not None:
+                nursery.start_soon(keep_running, "serving metrics", self._serve_metrics)
+            on_ready()
+            if manager := service_manager.own():
+                answers = functools.partial(os.stat, os.path.join(self._config.mountpoint, "."))
+                nursery.start_soon(manager.attend, answers, self._status_line)
+            await self._answer_kernel()
+            with trio.move_on_after(LAST_ANSWERS_S):
+                await self._control.all_answered()
+            nursery.cancel_scope.cancel()
+
+    async def _answer_kernel(self) -> None:
+        try:
+            await pyfuse3.main(max_tasks=MAX_REQUESTS)
+        except BaseExceptionGroup as group:
+            aborted, others = group.split(lambda error: isinstance(error, OSError) and error.errno in _ABORTED)
+            if aborted is None or others is not None:
+                raise
+        except OSError as error:
+            if error.errno not in _ABORTED:
+                raise
+        else:
+            return
+        logger.error("somebody has aborted the FUSE connection: files that are open fail from now on")
+
+    async def _serve_metrics(self) -> None:
         from lazyfs.report.metrics import Mount
 
+        assert self._metrics is not None
+        parts = self._parts
         mount = Mount(
             self._config.mountpoint,
-            self._filesystem,
-            self._population,
+            parts.filesystem,
+            parts.population,
             self._repository.statistics,
             self._backings,
-            self._room,
+            parts.room,
         )
-        await server.run(mount.picture)
-
-    async def _start_images(self, nursery: trio.Nursery) -> None:
-        self._filesystem.on_fillable = self._fillable
-        self._filesystem.on_state_changed = self._state_changed
-        self._population.on_turn = self._jobs.announce
-        self._population.room = self._room.shortage
-        self._room.on_change = self._fillable
-        self._jobs.on_status = lambda job, status: self._control.emit(
-            "JOB_STATUS_CHANGE", {"id": job, "status": status}
-        )
-        nursery.start_soon(self._room.run)
-        nursery.start_soon(self._population.run)
-        await self._filesystem.resume()
-
-    def _fillable(self) -> None:
-        self._population.wake()
-        self._jobs.announce()
-        self._used.set()
-
-    def _state_changed(self, image: Image) -> None:
-        record = image.record
-        data = {"path": record.path, "state": record.state.value, "error": record.error}
-        self._control.emit("IMAGE_STATE_CHANGE", data)
-        self._jobs.announce()
+        await self._metrics.run(mount.picture)
 
     async def _save_uses(self) -> None:
         """Write down now and then when images were used; nothing wakes up while none is."""
@@ -261,28 +293,30 @@ class _Daemon:
             await self._used.wait()
             await trio.sleep(SAVE_USES_S)
             self._used = trio.Event()
-            await self._filesystem.save_uses()
+            await self._parts.filesystem.save_uses()
 
     async def _refresh(self) -> None:
         """Look at the repository's list now and then; sooner while it cannot be had."""
         backoff = Backoff(first=1.0, limit=self._config.refresh_s)
+        filesystem = self._parts.filesystem
         while True:
-            lost = bool(self._filesystem.list_trouble) or not self._repository.connected
+            lost = bool(filesystem.list_trouble) or not self._repository.connected
             await trio.sleep(min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s)
             try:
-                await self._filesystem.refresh()
+                await filesystem.refresh()
                 backoff.reset()
             except errors.LazyfsError as error:
                 logger.debug("no list: %s", error)
             except OSError as error:
                 logger.warning("the list could not be taken in: %s", error)
 
-    async def _unmount_on_signal(self, session: KernelSession) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    async def _unmount_on_signal(self) -> None:
+        session = self._session
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
                 try:
-                    unmounted = await trio.to_thread.run_sync(session.unmount, False)
+                    unmounted = await trio.to_thread.run_sync(session.unmount, False, limiter=self._unmounting)
                     if not unmounted:
                         logger.warning("files are still open from before it was unmounted; they fail from now on")
                         pyfuse3.terminate()
@@ -293,8 +327,9 @@ class _Daemon:
                     pyfuse3.terminate()
 
     def _message(self) -> str:
-        trouble = self._filesystem.list_trouble or self._repository.trouble
-        return trouble or self._population.paused or self._room.message
+        parts = self._parts
+        trouble = parts.filesystem.list_trouble or self._repository.trouble
+        return trouble or parts.supervisor.message or parts.population.paused or parts.room.message
 
     def _status_line(self) -> str:
         config = self._config
@@ -305,12 +340,11 @@ class _Daemon:
     # -- control commands
 
     async def _query_mount(self, arguments: dict[str, Any]) -> object:
-        filesystem = self._filesystem
         return {
             "mountpoint": self._config.mountpoint,
             "cache_dir": self._config.cache_dir,
             "repository": self._config.repository,
-            "connected": self._repository.connected and not filesystem.list_trouble,
+            "connected": self._repository.connected and not self._parts.filesystem.list_trouble,
             "control_socket": self._control.path,
             "pid": os.getpid(),
             "reconnects": self._repository.reconnects,
@@ -319,7 +353,7 @@ class _Daemon:
             "detached": self._session.detached,
             "passthrough": not self._backings.trouble,
             "passthrough_trouble": self._backings.trouble,
-            "room": asdict(self._room.statistics()),
+            "room": asdict(self._parts.room.statistics()),
             "message": self._message(),
         }
 
@@ -331,25 +365,29 @@ class _Daemon:
     async def _detach_once(self) -> object:
         if self._session.detached:
             raise CommandError("detached already")
-        images = self._filesystem.open_images()
+        images = self._parts.filesystem.open_images()
         filling = sorted(image.record.path for image in images if image.record.state is not State.WHOLE)
         if filling:
             raise CommandError(f"open and not whole: {', '.join(filling)}")
         # First: once it is unmounted, another daemon may come and have its socket there.
         self._control.move(mounts.detached_socket_path(os.getpid()))
         try:
-            unmounted = await trio.to_thread.run_sync(self._session.unmount, True)
+            unmounted = await trio.to_thread.run_sync(self._session.unmount, True, limiter=self._unmounting)
         except OSError as error:
             self._control.move(mounts.socket_path(self._config.mountpoint))
             raise CommandError(f"cannot unmount: {error.strerror}") from error
         if not unmounted:
             raise CommandError("somebody else has unmounted it just now")
         self._cache.tell_detached()
-        self._room.may_evict = False
+        self._parts.room.may_evict = False
         if self._metrics is not None:  # another daemon may come and have the port
             self._metrics.close()
         logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
         return {"open_count": sum(image.open_count for image in images)}
+
+
+_ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})
+"""How reading /dev/fuse ends when somebody writes to the connection's `abort` file, or has unmounted with force."""
 
 
 def _metrics_server(address: str) -> "MetricsServer":

@@ -21,10 +21,20 @@ Facts are attributes; the message is built from them, once, here.
 
 import errno
 import os
+from typing import Self
 
 
 class LazyfsError(Exception):
     """The root of the tree."""
+
+    def again(self) -> Self:
+        """Return a new error with the same facts, which has never been raised.
+
+        An exception that was raised keeps every frame that it passed through, with their connections and buffers,
+        and grows each time that it is raised. So an error that is to be remembered is stored as `error.again()`, and
+        raised as `stored.again()`.
+        """
+        return type(self)(*self.args)
 
 
 class ConnectionLost(LazyfsError):
@@ -60,6 +70,7 @@ class TimedOut(RequestFailed):
 
     def __init__(self, what: str, timeout_s: float, reason: str) -> None:
         super().__init__(what, errno.ETIMEDOUT)
+        self.args = what, timeout_s, reason
         self.timeout_s = timeout_s
         self.reason = reason
 

@@ -11,13 +11,13 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import trio
 
 from lazyfs import errors
 from lazyfs.cache.store.unkept import UnkeptStore
-from lazyfs.core.block_map import DATA, PAGE_BLOCKS, BlockMap
+from lazyfs.core.block_map import DATA, PAGE_BLOCKS, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.lifecycle import State
@@ -254,6 +254,8 @@ class _FakeSource:
         self._backoff = Backoff()
         self._next_attempt = -math.inf
         self._connected = False
+        self._calls = 0
+        self._dropped = False
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
         if self._repository.nursery is None or not self._connected:
@@ -284,22 +286,28 @@ class _FakeSource:
         return await self._retry(lambda: self._repository.status(self._export, window))
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        await trio.lowlevel.checkpoint()  # as the real one, which must have a connection
-        while True:
-            try:
-                result = await attempt()
-            except errors.ConnectionLost:
-                if trio.current_time() >= self._next_attempt:
-                    self._next_attempt = trio.current_time() + self._backoff.next()
-                await trio.sleep_until(self._next_attempt)
-            else:
-                self._backoff.reset()
-                self._connected = True
-                return result
+        self._calls += 1
+        try:
+            await trio.lowlevel.checkpoint()  # as the real one, which must have a connection
+            while True:
+                try:
+                    result = await attempt()
+                except errors.ConnectionLost:
+                    if trio.current_time() >= self._next_attempt:
+                        self._next_attempt = trio.current_time() + self._backoff.next()
+                    await trio.sleep_until(self._next_attempt)
+                else:
+                    self._backoff.reset()
+                    self._connected = True
+                    return result
+        finally:
+            self._calls -= 1
+            if not self._calls and self._dropped:
+                self.drop_connection()
 
-    async def aclose(self) -> None:
+    def drop_connection(self) -> None:
         self._connected = False
-        await trio.lowlevel.checkpoint()
+        self._dropped = self._calls > 0
 
 
 class _FakeFiller:
@@ -345,32 +353,63 @@ class _FakeFiller:
                 assert claim > 0
                 await trio.sleep(claim)
                 continue
-            await self._move(work, claim)
+            await self._move(claim)
 
-    async def _move(self, work: FillWork, claim: Claim) -> None:
+    async def _move(self, claim: Claim) -> None:
         error: Exception | None = None
-        kept = False
         try:
             for part in claim.parts:
                 buffer = memoryview(bytearray(part.length))
                 await self._repository.read(self._export, part.start, buffer, "fill")
-                work.write(part.start, buffer)
-            kept = True
+                claim.write(part.start, buffer)
+            claim.finish()
         except errors.ExportChanged as changed:
             error = changed
             raise
         except (errors.RequestFailed, errors.NoSpace, OSError) as failed:
             error = failed
         finally:
-            if kept:
-                work.keep(claim)
-            else:
-                work.drop(claim, error)
+            claim.drop(error)
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
         self._connected = False
         await trio.lowlevel.checkpoint()
+
+
+class ClaimKeeper(Protocol):
+    """Who hands out `BookedClaim`s and keeps book of them."""
+
+    def write(self, offset: int, data: memoryview) -> None: ...
+    def keep(self, claim: "BookedClaim") -> None: ...
+    def drop(self, claim: "BookedClaim", error: Exception | None) -> None: ...
+
+
+class BookedClaim:
+    """A claim that tells its keeper what becomes of it. Implements `interfaces.Claim`."""
+
+    def __init__(self, keeper: ClaimKeeper, run: BlockRun, parts: tuple[ByteRange, ...]) -> None:
+        self.run = run
+        self.parts = parts
+        self._keeper = keeper
+        self._ended = False
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(part.length for part in self.parts)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._keeper.write(offset, data)
+
+    def finish(self) -> None:
+        assert not self._ended, "it has ended"
+        self._ended = True
+        self._keeper.keep(self)
+
+    def drop(self, error: Exception | None = None) -> None:
+        if not self._ended:
+            self._ended = True
+            self._keeper.drop(self, error)
 
 
 # -- the cache directory

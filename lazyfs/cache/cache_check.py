@@ -24,7 +24,7 @@ from lazyfs.cache.catalog import SqliteCatalog
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import shown_file
-from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.image import partial_cache
 from lazyfs.engine.interfaces import FileAttributes, ImageRecord
 from lazyfs.engine.name_tree import NameTree, TakenNames
@@ -123,7 +123,7 @@ class _Check:
         for record in list(self._records.values()):
             self._check_whole(record)
         for record in list(self._records.values()):
-            if record.state in (State.PARTIAL, State.FAILED) and record.error != CHANGED_BY_HAND:
+            if record.state in (State.PARTIAL, State.FAILED) and record.cause is not Cause.CHANGED_BY_HAND:
                 self._check_partial(record)
         self._check_strays()
         for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):
@@ -272,7 +272,7 @@ class _Check:
 
     def _check_whole(self, record: ImageRecord) -> None:
         now = cache_dir.whole_now(self._root_fd, record)
-        if now.state is State.FAILED and now.error == CHANGED_BY_HAND:
+        if now.state is State.FAILED and now.cause is Cause.CHANGED_BY_HAND:
             found = self._stat(record.path)
             assert found is not None
             size = f"{found.st_size} bytes, the image {record.file_size}"
@@ -355,7 +355,7 @@ class _Check:
         try:
             blocks = store.load()
             store.finish()
-            self._save(replace(record, state=State.WHOLE, error="", present_bytes=blocks.present_bytes))
+            self._save(replace(record.became_whole(), present_bytes=blocks.present_bytes))
             store.remove()
         finally:
             store.close()

@@ -18,7 +18,6 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 from lazyfs import errors
 from lazyfs.cache.catalog import SqliteCatalog
@@ -28,7 +27,7 @@ from lazyfs.cache.store.raw import RawStore
 from lazyfs.cache.store.unkept import UnkeptStore
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
-from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
 from lazyfs.engine.interfaces import FileAttributes, ImageRecord, PlainFile, Space, Store
 from lazyfs.host import mounts
 from lazyfs.units import GiB, MiB
@@ -250,20 +249,20 @@ def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
     A file that is gone was evicted by hand: the image is remote again. One of another size is left alone and
     reported, and when it is gone, too, the image is remote again.
     """
-    if record.state is not State.WHOLE and record.error != CHANGED_BY_HAND:
+    if record.state is not State.WHOLE and record.cause is not Cause.CHANGED_BY_HAND:
         return record
     try:
         found = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return record.remote_again()
     if not stat.S_ISREG(found.st_mode) or found.st_size != record.file_size:
-        return replace(record, state=State.FAILED, error=CHANGED_BY_HAND)
-    return replace(record, state=State.WHOLE, error="") if record.error == CHANGED_BY_HAND else record
+        return record.failed(Cause.CHANGED_BY_HAND, CHANGED_BY_HAND)
+    return record.became_whole() if record.cause is Cause.CHANGED_BY_HAND else record
 
 
 def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]:
     """Yield the path of every file that is no image's."""
-    ours = {r.path for r in records if r.state is State.WHOLE or r.error == CHANGED_BY_HAND}
+    ours = {r.path for r in records if r.state is State.WHOLE or r.cause is Cause.CHANGED_BY_HAND}
     unfinished = {record.path: record for record in records if record.path not in ours}
     for path in _files_below(root_fd):
         if path not in ours and not (path in unfinished and is_finished(root_fd, unfinished[path])):

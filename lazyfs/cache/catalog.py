@@ -19,10 +19,10 @@ from dataclasses import astuple, fields
 from lazyfs import errors
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.interfaces import ImageRecord
 
-_VERSION = 2
+_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE images (
@@ -42,18 +42,32 @@ CREATE TABLE images (
     requests        INTEGER NOT NULL,  -- read requests sent to the repository; as of the last checkpoint
     last_used_ns    INTEGER NOT NULL DEFAULT 0,  -- last open or close, ns since the epoch; 0: never; may lag
     pinned          INTEGER NOT NULL DEFAULT 0,  -- 1: never evicted
-    digest          TEXT NOT NULL DEFAULT ''     -- what the bytes must hash to, 'sha256:...'; '' if not known
+    digest          TEXT NOT NULL DEFAULT '',    -- what the bytes must hash to, 'sha256:...'; '' if not known
+    cause           TEXT NOT NULL DEFAULT ''     -- what `error` says, for decisions (core/lifecycle.py, Cause)
 )
 """
+_CAUSE_OF_TEXT = (
+    "CASE"
+    " WHEN error = '' THEN ''"
+    " WHEN error LIKE 'changed in the repository%' THEN 'export-changed'"
+    " WHEN error LIKE 'its bytes do not have the digest %' THEN 'wrong-digest'"
+    " WHEN error LIKE 'its plain file was changed by hand%' THEN 'changed-by-hand'"
+    " ELSE 'other' END"
+)
+"""How a row of version 1 or 2 gets its cause: until then decisions were made by these words."""
 _UPGRADES = {
     1: """
 ALTER TABLE images ADD COLUMN last_used_ns INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE images ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE images ADD COLUMN digest TEXT NOT NULL DEFAULT '';
-"""
+""",
+    2: f"""
+ALTER TABLE images ADD COLUMN cause TEXT NOT NULL DEFAULT '';
+UPDATE images SET cause = {_CAUSE_OF_TEXT};
+""",
 }
 """From each older version to the next."""
-_ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''"}
+_ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''", "cause": _CAUSE_OF_TEXT}
 """What rows of older versions lack, and what stands for it."""
 _FIRST_INODE = 2  # 1 is the root of the mount
 
@@ -209,9 +223,11 @@ class _Transaction:
             error = failed
             raise _translate(failed, "catalog.sqlite") from failed
         finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            self._lock.release()
+            try:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            finally:  # also if it cannot be rolled back: others must hear what is wrong, and not wait for ever
+                self._lock.release()
         if isinstance(error, sqlite3.Error):
             raise _translate(error, "catalog.sqlite") from error
 
@@ -255,17 +271,18 @@ def _inodes(db: sqlite3.Connection) -> list[int]:
 
 
 def _row(record: ImageRecord) -> list[object]:
-    return [value.value if isinstance(value, State) else value for value in astuple(record)]
+    return [value.value if isinstance(value, State | Cause) else value for value in astuple(record)]
 
 
 def _record(row: tuple[object, ...]) -> ImageRecord:
     values = dict(zip(_COLUMNS, row, strict=True))
     for field in fields(ImageRecord):
-        kinds = (int, type(None)) if field.name == "size" else (str,) if field.type in (str, State) else (int,)
+        kinds = (int, type(None)) if field.name == "size" else (str,) if field.type in (str, State, Cause) else (int,)
         value = values[field.name]
         if not isinstance(value, kinds) or (isinstance(value, int) and value < 0):
             raise ValueError(f"{field.name} is {value!r}")
     values["state"] = State(values["state"])
+    values["cause"] = Cause(values["cause"])
     values["pinned"] = bool(values["pinned"])
     record = ImageRecord(**values)  # type: ignore[arg-type]
     parts = record.path.split("/")

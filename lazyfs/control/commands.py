@@ -12,8 +12,8 @@ from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.filesystem import Filesystem
 from lazyfs.engine.image import image_map
-from lazyfs.engine.image.digest_check import is_mismatch
 from lazyfs.engine.image.image import Image
+from lazyfs.engine.operations import Operations
 from lazyfs.engine.population import Population
 
 Arguments = dict[str, Any]
@@ -27,16 +27,15 @@ class Commands:
         self,
         mountpoint: str,
         filesystem: Filesystem,
+        operations: Operations,
         population: Population,
         jobs: Jobs,
-        backing_files: Callable[[], Awaitable[frozenset[str]]],
     ) -> None:
-        """`backing_files`: what is not evicted, as overlays need it; as for `Room`."""
         self._mountpoint = mountpoint
         self._filesystem = filesystem
+        self._operations = operations
         self._population = population
         self._jobs = jobs
-        self._backing_files = backing_files
         self.handlers: dict[str, Handler] = {
             "query-images": self._query_images,
             "query-jobs": self._query_jobs,
@@ -133,10 +132,10 @@ class Commands:
     async def _prefetch(self, arguments: Arguments) -> object:
         paths, images, image_format = [], self._images(arguments["path"]), arguments.get("format")
         for image in images:  # before any name is changed
-            self._filesystem.check_format(image, image_format)
+            self._operations.check_format(image, image_format)
 
         async def prefetch(image: Image) -> None:
-            paths.append((await self._filesystem.prefetch(image, image_format)).record.path)
+            paths.append((await self._operations.prefetch(image, image_format)).record.path)
 
         return {**await self._each(images, prefetch), "paths": paths}
 
@@ -152,29 +151,18 @@ class Commands:
         return {"images": len(images)}
 
     async def _evict(self, arguments: Arguments) -> object:
-        backing = await self._backing_files()
-
-        def may_go(image: Image) -> bool:
-            record = image.record
-            return not (record.state is State.REMOTE or record.pinned or image.gone or record.path in backing)
-
-        async def evict(image: Image) -> None:
-            if image.gone:
-                raise errors.UserError(f"{image.record.path} is gone from the repository; lazyfs forget drops it")
-            if image.record.path in backing and image.record.state is not State.REMOTE:
-                raise errors.UserError(f"{image.record.path} is the backing file of an overlay")
-            await self._filesystem.evict(image)
-
-        return await self._each(self._images(arguments["path"], may_go), evict)
+        backing = await self._operations.backing_files()
+        images = self._images(arguments["path"], lambda image: self._operations.may_go(image, backing))
+        return await self._each(images, lambda image: self._operations.evict(image, backing))
 
     async def _pin(self, arguments: Arguments) -> object:
-        return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=True))
+        return await self._each(self._images(arguments["path"]), lambda image: self._operations.pin(image, True))
 
     async def _unpin(self, arguments: Arguments) -> object:
-        return await self._each(self._images(arguments["path"]), lambda image: image.annotate(pinned=False))
+        return await self._each(self._images(arguments["path"]), lambda image: self._operations.pin(image, False))
 
     async def _forget(self, arguments: Arguments) -> object:
-        return await self._each(self._images(arguments["path"], lambda image: image.gone), self._filesystem.forget)
+        return await self._each(self._images(arguments["path"], lambda image: image.gone), self._operations.forget)
 
     async def _verify(self, arguments: Arguments) -> object:
         image = self._image(arguments["path"])
@@ -183,9 +171,7 @@ class Commands:
         except ValueError as error:
             raise CommandError(f"Parameter 'digest': {error}") from error
         if known and image.record.state is not State.WHOLE:
-            await image.annotate(digest=known)
-            if is_mismatch(image.record):
-                await image.recover()  # it will be compared with this one
+            await self._operations.set_digest(image, known)
             if not arguments.get("against-repository"):
                 return {}
             known = ""
@@ -193,7 +179,7 @@ class Commands:
         total = image.statistics().present_bytes + image.statistics().zero_bytes
 
         async def work(task: Task) -> None:
-            await self._filesystem.verify(image, arguments.get("against-repository", False), task.advance, known)
+            await self._operations.verify(image, arguments.get("against-repository", False), task.advance, known)
 
         self._jobs.start(job, "verify", total, work)
         return {"id": job}

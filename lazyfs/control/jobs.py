@@ -53,15 +53,22 @@ class JobStatistics:
 class Jobs:
     """All jobs of one mount. Trio thread only."""
 
-    def __init__(self, nursery: trio.Nursery, active: Callable[[], Iterable[Image]], room: Callable[[], str]) -> None:
+    def __init__(self, active: Callable[[], Iterable[Image]], room: Callable[[], str]) -> None:
         """`active`: the images that population may look at; `room`: why it does nothing at all, or ""."""
         self.on_status: Callable[[str, str], None] = lambda job, status: None
         """A job has another status, or is `GONE`. Set by whoever tells clients."""
-        self._nursery = nursery
+        self._nursery: trio.Nursery | None = None
         self._active = active
         self._room = room
         self._tasks: dict[str, Task] = {}
         self._told: dict[str, str] = {}
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        """Run what `start` begins, until cancelled. Every job has ended then."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
 
     def statistics(self) -> list[JobStatistics]:
         """Return all jobs, by id."""
@@ -72,12 +79,12 @@ class Jobs:
 
     def _status(self, image: Image) -> str:
         """Of an image's populate job; "" if it has none."""
-        fetcher = image.fetcher
-        if image.record.state is not State.PARTIAL or fetcher is None or image.retired or not image.populating.wanted:
+        filling = image.filling
+        if image.record.state is not State.PARTIAL or filling is None or image.retired or not image.populating.wanted:
             return ""
         if image.populating.paused:
             return PAUSED
-        if fetcher.completed.is_set() and not image.record.error:
+        if filling.table.completed.is_set() and not image.record.error:
             return RUNNING  # it is being handed off
         return RUNNING if image.fillable and not image.populating.trouble and not self._room() else STANDBY
 
@@ -151,6 +158,7 @@ class Jobs:
         if old is not None and old.status != CONCLUDED:
             raise errors.UserError(f"Job '{job}' is running already")
         task = self._tasks[job] = Task(job, kind, total)
+        assert self._nursery is not None
         self._nursery.start_soon(self._run, task, work)
         self.announce()
 

@@ -12,7 +12,7 @@ Saved bytes only ever go from 0 to 1 or 2 (while the file lives), so a page torn
 of itself claims nothing that is not true. A block of mixed content (some extents data, some zeroes) is
 DATA; `mixed_zero_bytes` counts the zeroes inside such blocks, for reporting only.
 
-Not thread-safe: the caller holds the lock (`fetcher.py`).
+Not thread-safe: the caller holds the lock (`engine/fetch/block_table.py`).
 """
 
 import re
@@ -89,6 +89,12 @@ class BlockMap:
             return BlockRun(wanted.start // self.block_size, wanted.start // self.block_size)
         return BlockRun(wanted.start // self.block_size, -(-wanted.end // self.block_size))
 
+    def blocks_inside(self, span: ByteRange) -> BlockRun:
+        """Return the blocks that lie wholly inside `span`; the image's last block may be a short one."""
+        first = -(-span.start // self.block_size)
+        end = self.blocks if span.end == self.size else span.end // self.block_size
+        return BlockRun(first, max(first, end))
+
     def bytes_of(self, run: BlockRun) -> ByteRange:
         """Return the bytes of `run`, cut at the image's end."""
         return ByteRange(min(run.first * self.block_size, self.size), min(run.end * self.block_size, self.size))
@@ -131,8 +137,8 @@ class BlockMap:
         """CLAIMED -> MISSING: the request failed or its data could not be kept."""
         self._change(run, CLAIMED, MISSING)
 
-    def keep(self, run: BlockRun, data_bytes: int) -> None:
-        """CLAIMED -> DATA, once the bytes are in the cache file.
+    def mark_present(self, run: BlockRun, data_bytes: int) -> None:
+        """CLAIMED -> DATA (or ZERO), once the bytes are in the cache file.
 
         `data_bytes` of the run were written; the rest of it is zeroes. A run without any data becomes ZERO.
         """

@@ -23,8 +23,30 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
+class Cause(enum.Enum):
+    """Why an image has failed, or what is wrong with it although it has not. The catalog keeps it.
+
+    The text beside it is for people: nothing is decided by its words.
+    """
+
+    NONE = ""
+    """Nothing is wrong."""
+    EXPORT_CHANGED = "export-changed"
+    """The export is not the one that the cache was filled from."""
+    WRONG_DIGEST = "wrong-digest"
+    """The bytes of the complete image do not have the digest that is known."""
+    CHANGED_BY_HAND = "changed-by-hand"
+    """Somebody replaced or resized the plain file."""
+    PLAIN_FILE = "plain-file"
+    """The plain file cannot be opened."""
+    HAND_OFF = "hand-off"
+    """The complete image cannot become a plain file, as something is in the way."""
+    OTHER = "other"
+    """Written by an older lazyfs, which kept no more than a text."""
+
+
 CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
-"""The error of an image that has failed for that reason; the catalog keeps it."""
+"""What is said of an image with the cause of that name."""
 
 _NEXT = {
     State.REMOTE: {State.PARTIAL, State.FAILED},

@@ -1,23 +1,63 @@
-"""How much the cache may still grow, counted where it grows: in the fetchers, before they write.
+"""How much the cache may still grow, counted where it grows: before anything is written.
 
-A counter, so that no fetch looks at other images. `room.py` sets it, after adding up what all images take; between two
-such looks it only falls, by what is reserved, and rises by what was reserved and came to nothing:
+A counter, so that no fetch looks at other images. `room.py` sets it, after adding up what all images take. Between two
+such counts it falls by what is reserved, and rises by what was reserved and not written:
 
-    left  =  limit - kept - reserved      reserve: left -> reserved -> keep: kept, or give_back: left again
+    left  =  limit - kept - reserved      reserve: left -> reserved -> keep: kept, or release: left again
 
 So what is kept and what is being written never exceed the limit together, whatever threads do meanwhile.
 """
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 UNKEPT = "the cache's disk is full: reads are served from the repository and not kept"
 LIMITED = "the cache has reached its limit: reads are served from the repository and not kept"
 """What `status` says of an image while that is so."""
 
 
+class Reservation:
+    """Bytes that are about to be written. It ends with `keep` or `release`, or as a context manager. Thread-safe.
+
+    Used in a `with` block it is released at the end of the block, unless it was kept.
+    """
+
+    __slots__ = ("_amount", "_budget")
+
+    def __init__(self, budget: "Budget | None", amount: int) -> None:
+        """`budget`: None if there was no limit when the bytes were reserved."""
+        self._budget = budget
+        self._amount = amount
+
+    def shrink(self, amount: int) -> None:
+        """Give back all but `amount` bytes."""
+        assert 0 <= amount <= self._amount
+        if self._budget is not None:
+            self._budget._give_back(self._amount - amount)
+        self._amount = amount
+
+    def keep(self) -> None:
+        """The bytes are in the cache now, and count as such. Nothing happens if the reservation has ended."""
+        amount, self._amount = self._amount, 0
+        if self._budget is not None:
+            self._budget._keep(amount)
+
+    def release(self) -> None:
+        """The bytes are not written. Nothing happens if the reservation has ended."""
+        amount, self._amount = self._amount, 0
+        if self._budget is not None:
+            self._budget._give_back(amount)
+
+    def __enter__(self) -> "Reservation":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+
 class Budget:
-    """Of one mount. Safe from any thread; without a limit every call costs next to nothing."""
+    """The budget of one mount. Thread-safe. Without a limit every call costs next to nothing."""
 
     def __init__(self) -> None:
         """Begin without a limit."""
@@ -37,13 +77,14 @@ class Budget:
         """Whether what was refused would be refused again: less is left than there is after evictions."""
         return self._left is not None and self._left < 2 * self._headroom
 
-    def reserve(self, amount: int, background: bool = False) -> bool:
-        """Take `amount` bytes that are about to be written, to `keep` or `give_back` later; False if they may not be.
+    def reserve(self, amount: int, background: bool = False) -> Reservation | None:
+        """Reserve `amount` bytes that are about to be written; None if they may not be.
 
-        `background`: nobody waits for it, so the headroom is left to others.
+        Args:
+            background: nobody waits for it, so the headroom is left to others.
         """
         if self._left is None or amount <= 0:
-            return True
+            return Reservation(None, max(0, amount))
         with self._lock:
             least = max(self._headroom, amount) if background else amount
             granted = self._left >= least
@@ -57,21 +98,20 @@ class Budget:
             self._told = self._told or tell
         if tell:
             self.on_low()
-        return granted
+        return Reservation(self, amount) if granted else None
 
-    def keep(self, amount: int) -> None:
-        """Bytes that were reserved are in the cache, and counted as such."""
-        if self._left is not None:
-            with self._lock:
-                self._reserved -= amount
-                self._kept += amount
+    # -- for Reservation
 
-    def give_back(self, amount: int) -> None:
-        """Bytes that were reserved are not written."""
-        if self._left is not None:
-            with self._lock:
-                self._reserved -= amount
-                self._left += amount
+    def _keep(self, amount: int) -> None:
+        with self._lock:
+            self._reserved -= amount
+            self._kept += amount
+
+    def _give_back(self, amount: int) -> None:
+        with self._lock:
+            assert self._left is not None
+            self._reserved -= amount
+            self._left += amount
 
     # -- for room.py
 
@@ -80,13 +120,10 @@ class Budget:
         with self._lock:
             self._kept = 0
 
-    def after(self, room: int) -> tuple[int, int, bool]:
-        """Return what is left of `room`, as it was counted since `begin_count`.
-
-        And the largest amount refused since the latest `set_left`, and whether what a reader fetched was.
-        """
+    def demand(self, room: int) -> "BudgetDemand":
+        """Return what is left of `room`, counted since `begin_count`, and what was refused since `set_left`."""
         with self._lock:
-            return room - self._reserved - self._kept, self._unmet, self._refused_reader
+            return BudgetDemand(room - self._reserved - self._kept, self._unmet, self._refused_reader)
 
     def set_left(self, room: int, headroom: int) -> None:
         """Let the cache grow by `room` as counted since `begin_count`, population by `headroom` less."""
@@ -95,3 +132,14 @@ class Budget:
             self._headroom = headroom
             self._unmet = 0
             self._refused_reader = self._told = False
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetDemand:
+    """What is left, and what was asked for in vain. Bytes."""
+
+    left: int
+    unmet: int
+    """The largest amount that was refused."""
+    refused_reader: bool
+    """Whether anything that a reader had fetched was refused."""

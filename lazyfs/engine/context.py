@@ -40,3 +40,5 @@ class Context(Generic[ImageT]):
     """What the kernel caches about the file is out of date."""
     on_state_changed: Callable[[ImageT], None]
     """Once an image is whole, its name leads to its second inode number."""
+    on_unused: Callable[[ImageT], None]
+    """The image has neither a name nor anybody who has it open. May be called more than once."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lazyfs import errors
-from lazyfs.core import shown_file
-from lazyfs.core.block_map import BlockMap, BlockRun
+from lazyfs.core import lifecycle, shown_file
+from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ class ImageRecord:
     """Never evicted."""
     digest: str = ""
     """What the export's bytes must hash to, such as "sha256:9f86..."; "" if that is not known."""
+    cause: Cause = Cause.NONE
+    """What `error` says, for decisions."""
 
     @property
     def shown(self) -> shown_file.ShownFile:
@@ -89,11 +91,75 @@ class ImageRecord:
         """Bytes of the file on the mount, None until the repository was asked."""
         return None if self.size is None else self.shown.size
 
+    # -- how a record changes
+
+    def begun(self) -> "ImageRecord":
+        """Return the record of a remote image whose cache is begun."""
+        return self._in_state(State.PARTIAL)
+
+    def became_whole(self) -> "ImageRecord":
+        """Return the record of an image whose plain file is in place."""
+        return replace(self._in_state(State.WHOLE), error="", cause=Cause.NONE)
+
+    def failed(self, cause: Cause, reason: str) -> "ImageRecord":
+        """Return the record of an image of which nothing more is fetched."""
+        return replace(self._in_state(State.FAILED), error=reason, cause=cause)
+
+    def troubled(self, cause: Cause, reason: str) -> "ImageRecord":
+        """Return the record with something that an operator should know, in the same state."""
+        return replace(self, error=reason, cause=cause)
+
+    def recovered(self) -> "ImageRecord":
+        """Return the record of an image with which nothing is wrong any more."""
+        state = State.PARTIAL if self.state is State.FAILED else self.state
+        return replace(self._in_state(state), error="", cause=Cause.NONE)
+
     def remote_again(self) -> "ImageRecord":
         """Return the record of the image once nothing of it is cached any more."""
         return replace(
-            self, state=State.REMOTE, error="", present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0
-        )
+            self, state=State.REMOTE, error="", cause=Cause.NONE,
+            present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0,
+        )  # fmt: skip
+
+    def successor(
+        self, created_ns: int, *, digest: str = "", path: str = "", image_format: str = "", block_size: int = 0
+    ) -> "ImageRecord":
+        """Return the record of the image that takes this one's name: nothing of it is cached, nor known.
+
+        What is left out stays as it is, but for the digest. The catalog gives it an inode of its own.
+        """
+        return replace(
+            self.remote_again(), size=None, identity="", created_ns=created_ns, digest=digest,
+            path=path or self.path, format=image_format or self.format, block_size=block_size or self.block_size,
+        )  # fmt: skip
+
+    def described(self, size: int, identity: str) -> "ImageRecord":
+        """Return the record with what the repository says of the export."""
+        return replace(self, size=size, identity=identity)
+
+    def counted(self, present_bytes: int, counters: "FetchCounters") -> "ImageRecord":
+        """Return the record with how much is cached, and what was fetched."""
+        return replace(
+            self, present_bytes=present_bytes, demand_bytes=counters.demand_bytes,
+            populated_bytes=counters.populated_bytes, requests=counters.requests,
+        )  # fmt: skip
+
+    def used(self, at_ns: int) -> "ImageRecord":
+        """Return the record with its last use, in ns since the epoch."""
+        return replace(self, last_used_ns=at_ns)
+
+    def with_pin(self, pinned: bool) -> "ImageRecord":
+        """Return the record of an image that is pinned, or not any more."""
+        return replace(self, pinned=pinned)
+
+    def with_digest(self, digest: str) -> "ImageRecord":
+        """Return the record with another digest known; "" for none."""
+        return replace(self, digest=digest)
+
+    def _in_state(self, state: State) -> "ImageRecord":
+        if state is not self.state:
+            lifecycle.check(self.state, state)
+        return replace(self, state=state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +171,35 @@ class FetchCounters:
     requests: int
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Blocks that population has taken upon itself to fetch."""
+class Claim(Protocol):
+    """Blocks that population has taken upon itself to fetch. It ends with `finish` or `drop`. From any thread."""
 
-    run: BlockRun
     parts: tuple[ByteRange, ...]
-    """The data in those blocks, in order; the rest reads as zeroes. May be empty."""
+    """The data in those blocks, in order; the rest of them reads as zeroes. May be empty."""
 
     @property
     def data_bytes(self) -> int:
-        """How many bytes it asks for."""
-        return sum(part.length for part in self.parts)
+        """How many bytes are to be fetched."""
+        ...
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write data of the claim to the cache file.
+
+        Raises:
+            NoSpace, OSError: the claim must be dropped.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Everything in `parts` has been written."""
+        ...
+
+    def drop(self, error: Exception | None = None) -> None:
+        """Give the blocks back: they could not be fetched or written, or nobody wants them now if `error` is None.
+
+        Does nothing if the claim has ended.
+        """
+        ...
 
 
 Answered = Callable[[errors.LazyfsError | None], None]
@@ -161,8 +244,12 @@ class Source(Protocol):
         """
         ...
 
-    async def aclose(self) -> None:
-        """Drop the connection. A later call connects again."""
+    def drop_connection(self) -> None:
+        """Close the connection, if there is one. A later call connects again. Does not block.
+
+        A request under way loses it: what was submitted fails, `pread` and `block_status` connect again. When the last
+        of them has ended, no connection is left open.
+        """
         ...
 
 
@@ -175,25 +262,9 @@ class FillWork(Protocol):
         """Take the next missing blocks, at most `limit` bytes (or one block).
 
         Returns:
-            A claim, which must come back through `keep` or `drop`; or the seconds to wait before asking again
-            (readers come first, or the rate is used up); or None when nothing is left to claim now.
+            A claim, which must end; or the seconds to wait before asking again (readers come first, or the rate is
+            used up); or None when nothing is left to claim now.
         """
-        ...
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write data of a claim to the cache file.
-
-        Raises:
-            NoSpace, OSError: the claim must be dropped.
-        """
-        ...
-
-    def keep(self, claim: Claim) -> None:
-        """Everything in `claim.parts` has been written."""
-        ...
-
-    def drop(self, claim: Claim, error: Exception | None) -> None:
-        """The claim could not be fetched or written (or population stops, if `error` is None)."""
         ...
 
 
@@ -203,7 +274,7 @@ class Filler(Protocol):
     async def run(self, work: FillWork, duration_s: float) -> None:
         """Work until nothing is left to claim, or about `duration_s` has passed.
 
-        Every claim has come back when this returns or raises. Cancellation takes effect within about 0.1 s.
+        Every claim has ended when this returns or raises. Cancellation takes effect within about 0.1 s.
 
         Raises:
             ConnectionLost, ExportChanged.

@@ -1,4 +1,7 @@
-"""Population's pace: rate limits, of the mount and of single images, and readers first."""
+"""The pace of population: rate limits, of the mount and of single images, and readers first.
+
+A permit to send a request is an object with an end, and so is a reader's wait: nothing is balanced by hand.
+"""
 
 import threading
 from collections.abc import Callable
@@ -6,98 +9,145 @@ from collections.abc import Callable
 from lazyfs.core.pacing import DemandGate, TokenBucket
 
 MAX_WAIT_S = 0.5
-"""What population waits at most before it asks again: how late a new limit may count."""
+"""What population waits at most before it asks again: how late a new limit may take effect."""
+
+
+class Permit:
+    """Population may send one request. It must end: `end`, whatever came of the request. Thread-safe."""
+
+    __slots__ = ("_own", "_shared", "_under_way", "most")
+
+    def __init__(self, shared: "SharedPace", own: "Pace", most: int) -> None:
+        self.most = most
+        """How many bytes may be asked for."""
+        self._shared = shared
+        self._own = own
+        self._under_way: int | None = most
+
+    def sent(self, amount: int) -> None:
+        """Say that the request asks for `amount` bytes, at most `most`."""
+        assert self._under_way is not None
+        self._own._take(amount)
+        self._shared._sent(self._under_way, amount)
+        self._under_way = amount
+
+    def end(self, received: int = 0) -> None:
+        """The request has ended, and brought `received` bytes. Only the first call counts."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._shared._ended(under_way, received)
+
+
+class ReaderWait:
+    """A demand fetch under way, for which population stands back. It must end. Thread-safe."""
+
+    __slots__ = ("_ended", "_shared")
+
+    def __init__(self, shared: "SharedPace") -> None:
+        self._shared = shared
+        self._ended = False
+
+    def end(self, received: int = 0) -> None:
+        """The fetch has ended, and brought `received` bytes. Only the first call counts."""
+        if not self._ended:
+            self._ended = True
+            self._shared._reader_left(received)
 
 
 class SharedPace:
-    """When population may send its next request; shared by all images of a mount, safe from any thread."""
+    """When population may send its next request. Shared by all images of a mount. Thread-safe."""
 
     def __init__(self, fill_rate: int | None, clock: Callable[[], float]) -> None:
-        """`fill_rate`: bytes per second for all images together, None for no limit. `clock`: as trio's."""
+        """Begin with nothing under way.
+
+        Args:
+            fill_rate: bytes per second for all images together; None for no limit.
+            clock: as trio's, in seconds.
+        """
         self.clock = clock
         self._lock = threading.Lock()
         self._bucket = TokenBucket(fill_rate)
         self._gate = DemandGate()
-
-    def ask(self, limit: int) -> tuple[float, int]:
-        """Return the seconds to wait; if that is 0, and how many bytes population may ask for, these are under way.
-
-        All in one step: two threads must not see the same room. What is asked for then is told to `asked`.
-        """
-        with self._lock:
-            now = self.clock()
-            wait_s = max(self._bucket.wait(now), self._gate.wait(now))
-            if wait_s > 0:
-                return wait_s, 0
-            most = int(min(limit, self._gate.most(now)))
-            self._gate.take(now, most)
-            return 0.0, most
-
-    def asked(self, most: int, amount: int) -> None:
-        """Population sends a request for `amount` bytes where it might have asked for `most`."""
-        with self._lock:
-            now = self.clock()
-            self._bucket.take(now, amount)
-            self._gate.done(now, most - amount, 0)
-
-    def done(self, amount: int, received: int) -> None:
-        """One of population's requests, for `amount` bytes, has ended, and brought `received`."""
-        with self._lock:
-            self._gate.done(self.clock(), amount, received)
 
     def set_rate(self, fill_rate: int | None) -> None:
         """Change the limit, from the next request on."""
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
 
-    def reader_waits(self) -> None:
+    def reader_waits(self) -> ReaderWait:
         """A demand fetch begins."""
         with self._lock:
             self._gate.reader_waits()
+        return ReaderWait(self)
 
-    def reader_leaves(self, amount: int) -> None:
-        """A demand fetch ends, with `amount` bytes."""
+    def wait_s(self) -> float:
+        """Return how many seconds population has to wait for its next request; 0 if it may send it now."""
         with self._lock:
-            self._gate.reader_leaves(self.clock(), amount)
+            now = self.clock()
+            return max(self._bucket.wait(now), self._gate.wait(now))
+
+    # -- for Pace, Permit and ReaderWait
+
+    def _admit(self, own: "Pace", limit: int) -> Permit | float:
+        """In one step: two threads must not both get what is left."""
+        with self._lock:
+            now = self.clock()
+            wait_s = max(self._bucket.wait(now), self._gate.wait(now))
+            if wait_s > 0:
+                return wait_s
+            most = int(min(limit, self._gate.most(now)))
+            self._gate.take(now, most)
+        return Permit(self, own, most)
+
+    def _sent(self, most: int, amount: int) -> None:
+        with self._lock:
+            now = self.clock()
+            self._bucket.take(now, amount)
+            self._gate.done(now, most - amount, 0)
+
+    def _ended(self, amount: int, received: int) -> None:
+        with self._lock:
+            self._gate.done(self.clock(), amount, received)
+
+    def _reader_left(self, received: int) -> None:
+        with self._lock:
+            self._gate.reader_leaves(self.clock(), received)
 
 
 class Pace:
-    """The pace of one image: its own limit, on top of what all share. Safe from any thread."""
+    """The pace of one image: its own limit, besides the one that all images share. Thread-safe."""
 
     def __init__(self, shared: SharedPace) -> None:
-        self.clock = shared.clock
         self.stopped = False
-        """Population sends no more requests, from the next on."""
+        """Population sends no more requests for this image."""
         self._shared = shared
         self._lock = threading.Lock()
         self._bucket = TokenBucket(None)
 
-    def ask(self, limit: int) -> tuple[float, int]:
-        """As `SharedPace.ask`; waits are at most MAX_WAIT_S, before it must be asked again."""
-        with self._lock:
-            own_s = self._bucket.wait(self.clock())
-        wait_s, most = (own_s, 0) if own_s > 0 else self._shared.ask(limit)
-        return min(wait_s, MAX_WAIT_S), most
+    def admit(self, limit: int) -> Permit | float:
+        """Ask to send a request for at most `limit` bytes.
 
-    def asked(self, most: int, amount: int) -> None:
-        """As `SharedPace.asked`."""
-        with self._lock:
-            self._bucket.take(self.clock(), amount)
-        self._shared.asked(most, amount)
+        Returns:
+            A permit, or after how many seconds to ask again, at most MAX_WAIT_S.
+        """
+        wait_s = self.own_wait_s()
+        found = wait_s if wait_s > 0 else self._shared._admit(self, limit)
+        return min(found, MAX_WAIT_S) if isinstance(found, float) else found
 
-    def done(self, amount: int, received: int) -> None:
-        """As `SharedPace.done`."""
-        self._shared.done(amount, received)
+    def own_wait_s(self) -> float:
+        """Return how many seconds the image's own limit holds it back; 0 if it does not."""
+        with self._lock:
+            return self._bucket.wait(self._shared.clock())
 
     def set_rate(self, fill_rate: int | None) -> None:
-        """Change the image's own limit, from the next request on."""
+        """Change the image's own limit, in bytes per second, from the next request on; None for no limit."""
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
 
-    def reader_waits(self) -> None:
-        """As `SharedPace.reader_waits`."""
-        self._shared.reader_waits()
+    def reader_waits(self) -> ReaderWait:
+        """A demand fetch begins."""
+        return self._shared.reader_waits()
 
-    def reader_leaves(self, amount: int) -> None:
-        """As `SharedPace.reader_leaves`."""
-        self._shared.reader_leaves(amount)
+    def _take(self, amount: int) -> None:
+        with self._lock:
+            self._bucket.take(self._shared.clock(), amount)

@@ -1,8 +1,8 @@
 """Fills images in the background: a few workers share all of them fairly, those with open readers first.
 
 A worker takes the image that has waited longest, gives it one turn of at most TURN_S, and chooses again.
-What to fetch, and when readers must be let past, the image's fetcher decides (`Fetcher.claim`); how bytes move,
-the repository's fillers. When nothing can be filled no task wakes up.
+What to fetch, and when readers must be let past, the image decides (`FillPort.claim`); how bytes move, the
+repository's fillers. When nothing can be filled no task wakes up.
 """
 
 import logging
@@ -15,7 +15,7 @@ import trio
 from lazyfs import errors
 from lazyfs.core import fetch_plan
 from lazyfs.core.pacing import Backoff
-from lazyfs.engine.fetch.fetcher import Fetcher
+from lazyfs.engine.image.filling import Filling
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Filler, Repository, Stores
 
@@ -64,8 +64,8 @@ class Population:
         """`images`: those to look at; asked anew for each turn."""
         self.paused = ""
         """Why nothing is being filled although something could be; "" if it is."""
-        self.room: Callable[[], str] = lambda: ""
-        """Why the cache may not grow, or "". Set by whoever limits it."""
+        self.shortage: Callable[[], str] = lambda: ""
+        """Why the cache may not grow, or "". Asked before each turn; set by whoever limits the cache."""
         self.on_turn: Callable[[], None] = lambda: None
         """Called after each turn, and when filling stops for lack of room."""
         self._repository = repository
@@ -104,7 +104,7 @@ class Population:
             await self._close_unused(fillers, image)
             if image is None:
                 await self._wait(wake)
-            elif shortage := "the cache's disk is nearly full" if self._stores.nearly_full() else self.room():
+            elif shortage := "the cache's disk is nearly full" if self._stores.nearly_full() else self.shortage():
                 self.paused = shortage
                 self.on_turn()
                 await trio.sleep(ROOM_CHECK_S)
@@ -136,45 +136,49 @@ class Population:
     async def _turn(self, image: Image, fillers: dict[int, Filler]) -> None:
         self._turns += 1
         image.populating.last_served = self._turns
-        fetcher = image.fetcher
-        assert fetcher is not None
-        before, began = fetcher.counters().populated_bytes, trio.current_time()
-        fetcher.trouble = None
+        filling = image.filling
+        assert filling is not None
+        port, table = filling.port, filling.table
+        before, began = table.counters().populated_bytes, trio.current_time()
+        port.forget_trouble()
         try:
-            await self._learn(fetcher)
+            await self._learn(filling)
             filler = fillers.get(image.inode)
             if filler is None:
-                filler = fillers[image.inode] = self._repository.filler(fetcher.export)
-            await self._fill(fetcher, filler)
+                filler = fillers[image.inode] = self._repository.filler(port.export)
+            await self._fill(filling, filler)
         except errors.ExportChanged as error:
-            fetcher.changed(error)
+            filling.reader.changed(error)
             return
         except (errors.LazyfsError, OSError) as error:
             trouble: Exception | None = error
         else:
-            trouble = fetcher.trouble
-        progress = fetcher.counters().populated_bytes > before
+            trouble = port.trouble
+        finally:
+            if not image.open_count:
+                filling.reader.rest()
+        progress = table.counters().populated_bytes > before
         if trouble is None and not progress and trio.current_time() < began + TURN_S:
             # Others have claimed all that is missing. Their end, good or bad, tells us nothing.
             image.populating.after = max(image.populating.after, trio.current_time() + LOOK_AGAIN_S)
         else:
             self._note(image, trouble, progress)
 
-    async def _learn(self, fetcher: Fetcher) -> None:
+    async def _learn(self, filling: Filling) -> None:
         """Learn what the fill needs next; a source reconnects for ever, a worker must not."""
         try:
             with trio.fail_after(LEARN_S):
-                await fetcher.learn_next()
+                await filling.reader.learn_next()
         except trio.TooSlowError:
             raise errors.ConnectionLost(self._repository.uri, f"no answer in {LEARN_S:g} s") from None
 
-    async def _fill(self, fetcher: Fetcher, filler: Filler) -> None:
+    async def _fill(self, filling: Filling, filler: Filler) -> None:
         """Let the filler work, and learn meanwhile what the rest of the image holds."""
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(fetcher.learn_ahead)
+            nursery.start_soon(filling.reader.learn_ahead)
             try:
-                await filler.run(fetcher, TURN_S)
+                await filler.run(filling.port, TURN_S)
             except Exception as error:  # kept out of the nursery's exception group
                 failure = error
             nursery.cancel_scope.cancel()

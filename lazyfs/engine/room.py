@@ -1,12 +1,14 @@
-"""Keeps the cache within --max-cache and --min-free: looks what it takes, evicts, and says when there is no room.
+"""Keeps the cache within --max-cache and --min-free: adds up what it takes, evicts, and says when there is no room.
 
-    fetchers --reserve--> Budget --(low)--> Room.run: look, scan overlays, evict, set the budget --> Budget
-                                                |
-                                            message --> population pauses; status
+    writers --reserve--> Budget --(low)--> Room.run: count, scan overlays, evict, set the budget --> Budget
+                                               |
+                                           message --> population pauses; status
 
-A look adds up all images. It comes when the budget runs low, and while something is wanted that was refused; never for
-single blocks, and never on a reader's way: whoever reads finds the budget as it is, and what it refuses is served
+A count adds up all images. It comes when the budget runs low, and while something is wanted that was refused; never
+for single blocks, and never on a reader's way: a read finds the budget as it is, and what the budget refuses is served
 without being kept. With limits but nothing to do no task wakes up, except for --min-free, as others fill that disk.
+
+What to evict is decided in `core/eviction.py`; this module finds out what that needs to know, and carries it out.
 """
 
 import logging
@@ -18,20 +20,20 @@ from dataclasses import dataclass
 import trio
 
 from lazyfs import errors
-from lazyfs.core import eviction, shown_file
-from lazyfs.core.eviction import Candidate, Limits
+from lazyfs.core import eviction
+from lazyfs.core.eviction import Candidate, Evict, Limits, LookAtOverlays, Need, Shortage
 from lazyfs.core.lifecycle import State
-from lazyfs.engine.filesystem import Filesystem, is_last_copy
-from lazyfs.engine.image import partial_cache
+from lazyfs.engine.filesystem import Filesystem
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Space, Stores
+from lazyfs.engine.operations import candidate
 from lazyfs.units import format_size
 
 logger = logging.getLogger(__name__)
 
 
-async def none_needed() -> frozenset[str]:
-    """Return what overlays need where there are none."""
+async def no_overlays() -> frozenset[str]:
+    """Return no backing files: for a mount that knows of no overlays."""
     return frozenset()
 
 
@@ -69,51 +71,48 @@ class Room:
         filesystem: Filesystem,
         stores: Stores,
         limits: Limits,
-        backing_files: Callable[[], Awaitable[frozenset[str]]] = none_needed,
+        backing_files: Callable[[], Awaitable[frozenset[str]]] = no_overlays,
     ) -> None:
         """Set the budget by what the catalog says.
 
         Args:
             backing_files: returns the paths of the images that overlays need. Raises UserError if it cannot tell.
         """
-        self.message = ""
-        """Why the cache may not grow now, and population pauses; "" if it may."""
         self.may_evict = True
         """False once detached: nobody sees any more who opens the plain files."""
         self.on_change: Callable[[], None] = lambda: None
         """There is room again, or none any more. Set by whoever populates."""
+        self.message = ""
+        """Why the cache may not grow now, and population pauses; "" if it may."""
         self._filesystem = filesystem
         self._stores = stores
         self._limits = limits
         self._backing_files = backing_files
         self._asked = trio.Event()
-        self._fruitless: frozenset[int] = frozenset()
-        """What overlays kept from being evicted at the latest scan."""
-        self._scan_after = -math.inf
-        self._overlay_trouble = ""
+        self._overlays_free: frozenset[int] = frozenset()
+        """What only overlays kept from being evicted at the latest scan, which freed nothing."""
+        self._overlays_found: tuple[Shortage, str] | None = None
         """What came of that scan."""
-        self._stuck: dict[int, str] = {}
-        """Why images could not be evicted, as far as the log knows."""
-        self._trouble = ""
-        """Why nobody was evicted, if not for being open or pinned."""
+        self._scan_after = -math.inf
+        self._not_evicted: dict[int, str] = {}
+        """Why images could not be evicted, as far as the log knows; by inode."""
         if limits:
             filesystem.budget.on_low = self._ask_from_thread
             self._token = trio.lowlevel.current_trio_token()
-            self._settle(self._measure())
+            self._set_budget(self._measure())
 
     # -- what others ask
 
-    def shortage(self) -> str:
-        """Return `message`, and have another look soon if there is one: somebody wants to write."""
+    def want(self) -> None:
+        """Somebody wants to write: have another look soon, if there was no room."""
         if self.message:
             self._asked.set()
-        return self.message
 
     def statistics(self) -> RoomStatistics:
-        """Return the room there is, as of now."""
+        """Return the room there is, as of now. Raises OSError if the file system cannot tell."""
         space, limits = self._stores.space(), self._limits
         return RoomStatistics(
-            space.total, space.free, self._used(), limits.max_cache, limits.free_bytes(space.total), self.shortage()
+            space.total, space.free, self._used(), limits.max_cache, limits.free_bytes(space.total), self.message
         )
 
     # -- the task
@@ -131,16 +130,16 @@ class Room:
 
     async def _make_room(self) -> None:
         space = self._measure()
-        wanted, reader = self._wanted(space)
+        need = self._need(space)
         message = ""
-        if wanted > 0:
-            freed, message = await self._evict(wanted, spare=not reader)
+        if need.wanted > 0:
+            freed, message = await self._evict(need)
             after = self._measure()
             # Some file systems free the blocks of a removed file a little later.
             space = Space(after.total, max(after.free, min(space.free + freed, after.total)))
-            if self._wanted(space)[0] <= 0:
+            if self._need(space).wanted <= 0:
                 message = ""
-        self._settle(space)
+        self._set_budget(space)
         changed, self.message = bool(message) != bool(self.message), message
         if changed:
             logger.log(logging.WARNING if message else logging.INFO, "%s", message or "there is room again")
@@ -150,31 +149,30 @@ class Room:
         self._filesystem.budget.begin_count()
         return self._stores.space()
 
-    def _left(self, space: Space) -> int:
+    def _room(self, space: Space) -> int:
         return self._limits.left(self._used(), space.total, space.free)
 
-    def _wanted(self, space: Space) -> tuple[int, bool]:
-        """Return how many bytes to free, 0 for none, and whether for readers, or because a limit is exceeded."""
-        headroom, room = self._limits.headroom(space.total), self._left(space)
-        left, unmet, reader = self._filesystem.budget.after(room)
-        mark = max(headroom, unmet)
-        reading = any(image.record.state is State.PARTIAL for image in self._filesystem.open_images())
-        return (mark + headroom - left if left < mark else 0), (reader and reading) or room < 0
+    def _need(self, space: Space) -> Need:
+        room = self._room(space)
+        demand = self._filesystem.budget.demand(room)
+        return eviction.need(
+            room=room,
+            left=demand.left,
+            unmet=demand.unmet,
+            headroom=self._limits.headroom(space.total),
+            refused_reader=demand.refused_reader,
+            reading=any(image.record.state is State.PARTIAL for image in self._filesystem.open_images()),
+        )
 
-    def _in_vain(self, candidates: list[Candidate], wanted: int) -> bool:
-        """Whether there is room but for one write, for which evicting all would not be enough."""
-        space = self._stores.space()
-        headroom, left = self._limits.headroom(space.total), self._filesystem.budget.after(self._left(space))[0]
-        return left >= headroom and 0 < sum(one.size for one in candidates) < wanted - headroom
-
-    def _settle(self, space: Space) -> None:
-        headroom, room = self._limits.headroom(space.total), self._left(space)
+    def _set_budget(self, space: Space) -> None:
+        headroom, room = self._limits.headroom(space.total), self._room(space)
         if self._limits.free_bytes(space.total) is not None:
             room = min(room, 2 * headroom)  # others use the disk as well: look again before long
         self._filesystem.budget.set_left(room, headroom)
 
     def _used(self) -> int:
-        return sum(map(_taken, self._filesystem.names.all_images()))
+        images = self._filesystem.names.all_images()
+        return sum(image.cached_bytes() for image in images if not image.retired or image.open_count)
 
     def _ask_from_thread(self) -> None:
         with suppress(trio.RunFinishedError):
@@ -182,109 +180,85 @@ class Room:
 
     # -- evicting
 
-    async def _evict(self, wanted: int, spare: bool) -> tuple[int, str]:
-        """Evict for `wanted` bytes; return how many were freed, and why not enough, should they not be."""
-        if self._in_vain(self._free_to_go(spare=False), wanted):
-            return 0, ""  # the image that wants it says so itself
-        backing = await self._scan(spare)
-        if backing is None:
-            return 0, self._explain()
+    async def _evict(self, need: Need) -> tuple[int, str]:
+        """Make room; return how many bytes were freed, and why not enough, should they not be."""
+        decision = self._decide(need, None)
+        if isinstance(decision, LookAtOverlays):
+            backing, found = await self._scan(need)
+            if backing is None:
+                assert found is not None
+                return 0, self._explain(*found)
+            # From here to each eviction's first step nothing is awaited but evictions: who opens an image is seen.
+            decision = self._decide(need, backing)
+            if isinstance(decision, Shortage):
+                self._remember_scan(need, (decision, ""))
+        if isinstance(decision, Shortage):
+            return 0, self._explain(decision)
+        assert isinstance(decision, Evict)
+        return await self._carry_out(decision, need) if decision.victims else (0, "")
+
+    async def _carry_out(self, decision: Evict, need: Need) -> tuple[int, str]:
         images = {image.inode: image for image in self._filesystem.names.images()}
-        # From here to each eviction's first step nothing is awaited but evictions: who opens an image is seen.
-        freed = 0
-        chosen = eviction.choose(self._candidates(backing, spare), _ALL)
-        if self._in_vain(chosen, wanted):
-            return 0, ""
-        for candidate in chosen:
-            image = images[candidate.key]
-            if freed >= wanted:
+        freed, why, detail = 0, Shortage.ALL_NEEDED, ""
+        for victim in decision.victims:
+            if freed >= need.wanted:
                 break
-            if image.open_count or image.retired:
+            image = images.get(victim.key)
+            if image is None or image.open_count or image.retired:
                 continue
             try:
                 await self._filesystem.evict(image)
             except (errors.LazyfsError, OSError) as error:
+                why, detail = Shortage.CANNOT_EVICT, f"{image.record.path} cannot be evicted: {error}"
                 self._complain(image, error)
             else:
-                logger.info("evicted for room: image=%s bytes=%d", image.record.export, candidate.size)
-                freed += candidate.size
-        return freed, self._explain()
+                logger.info("evicted for room: image=%s bytes=%d", image.record.export, victim.size)
+                freed += victim.size
+        return freed, self._explain(why, detail)
 
     def _complain(self, image: Image, error: Exception) -> None:
-        """One that cannot go leaves it to the others; said once, as it is tried again each second."""
-        self._trouble = f"{image.record.path} cannot be evicted: {error}"
-        if self._stuck.get(image.inode) != str(error):
-            self._stuck[image.inode] = str(error)
+        """Say once why an image cannot go: it is tried again each second."""
+        if self._not_evicted.get(image.inode) != str(error):
+            self._not_evicted[image.inode] = str(error)
             logger.warning("cannot be evicted: image=%s reason=%s", image.record.export, error)
 
-    async def _scan(self, spare: bool) -> frozenset[str] | None:
-        """Return the backing files of overlays; None if nothing may be evicted now."""
-        free_to_go = frozenset(one.key for one in self._free_to_go(spare))
-        self._trouble = "" if self.may_evict else "nothing is evicted after detach"
-        if not free_to_go or not self.may_evict:
-            return None
-        if trio.current_time() < self._scan_after and free_to_go <= self._fruitless:
-            self._trouble = self._overlay_trouble
-            return None
+    async def _scan(self, need: Need) -> tuple[frozenset[str] | None, tuple[Shortage, str] | None]:
+        """Return the backing files of overlays; or None, and why they are not known or not asked for again now."""
+        free = frozenset(one.key for one in eviction.choose(self._candidates(need, None), eviction.ALL))
+        if trio.current_time() < self._scan_after and free <= self._overlays_free:
+            return None, self._overlays_found
         try:
-            backing = await self._backing_files()
+            return await self._backing_files(), None
         except errors.UserError as error:
-            self._overlay_trouble = f"nothing is evicted, as {error}"
+            found = Shortage.UNKNOWN_OVERLAYS, f"nothing is evicted, as {error}"
         except Exception as error:
             logger.exception("cannot tell what overlays need, a bug in lazyfs")
-            self._overlay_trouble = f"nothing is evicted: cannot tell what overlays need: {error!r}"
-        else:
-            if eviction.choose(self._candidates(backing, spare), 1):
-                return backing
-            self._overlay_trouble = "nothing can be evicted: what is not open or pinned, overlays need"
-        self._trouble = self._overlay_trouble
-        self._fruitless, self._scan_after = free_to_go, trio.current_time() + OVERLAYS_S
-        return None
+            found = Shortage.UNKNOWN_OVERLAYS, f"nothing is evicted: cannot tell what overlays need: {error!r}"
+        self._remember_scan(need, found)
+        return None, found
 
-    def _free_to_go(self, spare: bool) -> list[Candidate]:
-        """Return whom nothing but an overlay would keep."""
-        return eviction.choose(self._candidates(frozenset(), spare), _ALL)
+    def _remember_scan(self, need: Need, found: tuple[Shortage, str]) -> None:
+        """Scan no more for a while, unless something else becomes free to go."""
+        free = eviction.choose(self._candidates(need, None), eviction.ALL)
+        self._overlays_free = frozenset(one.key for one in free)
+        self._overlays_found = found
+        self._scan_after = trio.current_time() + OVERLAYS_S
 
-    def _candidates(self, backing: frozenset[str], spare: bool) -> list[Candidate]:
-        """What a later fetch can bring back: not the only copy of an image that is gone or has changed."""
-        images = [
-            image
-            for image in self._filesystem.names.images()
-            if image.record.state is not State.REMOTE and not image.retired and not is_last_copy(image)
-        ]
+    def _decide(self, need: Need, backing: frozenset[str] | None) -> eviction.Decision:
+        candidates = self._candidates(need, backing)
+        return eviction.decide(candidates, need, backing_known=backing is not None, may_evict=self.may_evict)
+
+    def _candidates(self, need: Need, backing: frozenset[str] | None) -> list[Candidate]:
+        images = [image for image in self._filesystem.names.images() if not image.retired]
         filling = [image for image in images if image.fillable and not image.open_count]
-        spared = max(filling, key=lambda image: image.record.last_used_ns, default=None) if spare else None
-        return [
-            Candidate(
-                key=image.inode,
-                size=_taken(image),
-                last_used_ns=image.record.last_used_ns,
-                opened=image.open_count > 0,
-                pinned=image.record.pinned,
-                backing=image.record.path in backing,
-                spared=image is spared,
-            )
-            for image in images
-        ]
+        spared = max(filling, key=lambda image: image.record.last_used_ns, default=None) if need.spare else None
+        return [candidate(image, backing or (), image is spared) for image in images]
 
-    def _explain(self) -> str:
+    def _explain(self, why: Shortage, detail: str = "") -> str:
         space = self._stores.space()
         keep_free = self._limits.free_bytes(space.total)
         if self._limits.max_cache is not None and (keep_free is None or space.free > keep_free):
             what = f"the cache takes {format_size(self._used())}, --max-cache is {format_size(self._limits.max_cache)}"
         else:
             what = f"{format_size(space.free)} of the cache's disk is free, --min-free is {format_size(keep_free or 0)}"
-        why = self._trouble or "nothing can be evicted: images are open, pinned or being filled"
-        return f"no room: {what}, and {why}"
-
-
-_ALL = 1 << 62
-
-
-def _taken(image: Image) -> int:
-    """Return what an image takes of the disk: `Image.allocated_bytes`, and the map of a raw one that is not whole."""
-    record = image.record
-    if record.state is State.REMOTE:
-        return 0
-    own_map = record.state is not State.WHOLE and record.format == shown_file.RAW
-    return image.allocated_bytes() + (partial_cache.map_bytes(record) if own_map else 0)
+        return f"no room: {what}, and {detail or why.value}"

@@ -11,6 +11,7 @@ from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.image import image_map
+from lazyfs.engine.image.handles import Handle, WholeHandle
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Source
 from lazyfs.units import MiB
@@ -50,44 +51,49 @@ async def verify(
         UserError: nothing is cached, or a digest is given and the image is not whole.
         OSError, LazyfsError: the cache or the repository cannot be read now.
     """
-    whole = image.record.state is State.WHOLE
     if image.record.state is State.REMOTE:
         raise errors.UserError(f"nothing of {image.record.path} is cached")
-    if digest and not whole:
-        raise errors.UserError(f"{image.record.path} is not whole: its digest will be compared when it is")
-    await image.open(plain=whole)
+    handle = await image.open()
     try:
-        if whole:
-            os.posix_fadvise(image.plain_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        await _read_back(image, digest, source, io_timeout_s, progress)
+        if isinstance(handle, WholeHandle):
+            os.posix_fadvise(handle.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        elif digest:
+            raise errors.UserError(f"{image.record.path} is not whole: its digest will be compared when it is")
+        await _read_back(image, handle, digest, source, io_timeout_s, progress)
     finally:
-        with trio.CancelScope(shield=True):  # else it would stay open for ever
-            await image.release(plain=whole)
+        await handle.aclose()
 
 
 async def _read_back(
-    image: Image, digest: str, source: Source | None, io_timeout_s: float, progress: Callable[[int], None]
+    image: Image,
+    handle: Handle,
+    digest: str,
+    source: Source | None,
+    io_timeout_s: float,
+    progress: Callable[[int], None],
 ) -> None:
     hasher = hashlib.new(digest.partition(":")[0]) if digest else None
-    begin, plain = image.record.shown.metadata_size, image.record.state is State.WHOLE
-    for entry in await image_map.entries(image):
+    begin = image.record.shown.metadata_size
+    for entry in await image_map.entries_of(image, handle):
         if not entry.present:
             continue
         for start in range(entry.start, entry.start + entry.length, CHUNK):
             span = ByteRange(start, min(start + CHUNK, entry.start + entry.length))
-            data = await _read(image, begin, span, plain)
+            data = await _read(handle, begin, span)
             if hasher is not None:
                 await trio.to_thread.run_sync(hasher.update, data)
             if source is not None and not await _same(source, span, data, io_timeout_s):
                 raise Differs(f"bytes {span.start} to {span.end} are not those of the repository")
             progress(span.length)
+            # Others' turn: what is in the page cache is read without waiting for anything.
+            await trio.lowlevel.checkpoint()
     if hasher is not None and hasher.hexdigest() != digest.partition(":")[2]:
         raise OtherDigest(f"its digest is {hasher.name}:{hasher.hexdigest()}, not {digest}")
 
 
-async def _read(image: Image, begin: int, span: ByteRange, plain: bool) -> bytes:
+async def _read(handle: Handle, begin: int, span: ByteRange) -> bytes:
     try:
-        return await image.read(begin + span.start, span.length, plain)
+        return await handle.read(begin + span.start, span.length)
     except OSError as error:
         if error.errno != errno.EIO:
             raise

@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,12 +19,14 @@ import pyfuse3
 
 from lazyfs import errors
 from lazyfs.core import inode_number
+from lazyfs.core.eviction import Obstacle
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem
-from lazyfs.engine.image import image_statistics
+from lazyfs.engine.image.handles import Handle
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.engine.name_tree import Folder, Node
+from lazyfs.engine.operations import Operations, Refused
 from lazyfs.engine.totals import PRESENT, Read
 from lazyfs.units import SECTOR
 
@@ -55,17 +57,17 @@ class FuseAdapter(pyfuse3.Operations):
         filesystem: Filesystem,
         attributes: FileAttributes,
         root_fd: int,
+        operations: Operations,
         backings: passthrough.Backings,
         on_connected: Callable[[], None],
         forget_names: Callable[[], bool],
         allow_evict: bool,
-        backing_files: Callable[[], Awaitable[frozenset[str]]],
     ) -> None:
         """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated.
 
         `forget_names`: as `KernelSession.forget_names`.
 
-        `allow_evict`: whether unlink(2) evicts. `backing_files`: what it does not, as overlays need it; as for `Room`.
+        `allow_evict`: whether unlink(2) evicts.
         """
         super().__init__()
         self._filesystem = filesystem
@@ -76,7 +78,9 @@ class FuseAdapter(pyfuse3.Operations):
         self._on_connected = on_connected
         self._forget_names = forget_names
         self._allow_evict = allow_evict
-        self._backing_files = backing_files
+        self._operations = operations
+        self._open: dict[int, list[Handle]] = {}
+        """What is open, by the inode number that it was opened by. Handles of one number are alike."""
         self._mounted_ns = time.time_ns()
 
     def init(self) -> None:
@@ -166,34 +170,48 @@ class FuseAdapter(pyfuse3.Operations):
         with _translated("open", inode):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
-            image, plain = self._image(inode), inode_number.is_whole(inode)
+            image = self._image(inode)
             with self._totals.opening():
-                await self._filesystem.open(image, plain)
-            if plain:
-                self._backings.opened(inode, image.plain_fd)
+                if inode_number.is_whole(inode):
+                    handle: Handle = await self._open_whole(image, inode)
+                else:
+                    handle = await self._filesystem.open(image)
+            self._open.setdefault(inode, []).append(handle)
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    async def _open_whole(self, image: Image, inode: int) -> Handle:
+        whole = await self._filesystem.open_whole(image)
+        try:
+            self._backings.opened(inode, whole.file.fileno())
+        except BaseException:
+            await whole.aclose()
+            raise
+        return whole
 
     async def read(self, fh: pyfuse3.FileHandleT, offset: int, size: int) -> bytes:
         """Read from an image."""
         began = self._totals.clock()
         with _translated("read", fh, offset):
-            image, plain = self._image(fh), inode_number.is_whole(fh)
-            data = image.read_now(offset, size, plain)
+            handle = self._open[fh][-1]
+            data = handle.read_now(offset, size)
             if data is not None:
                 self._totals.reads[PRESENT].observe(self._totals.clock() - began)
                 return data
             with Read(self._totals) as read:
-                return await image.read(offset, size, plain, read)
+                return await handle.read(offset, size, read)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """Close an image."""
         with _translated("release", fh):
-            plain = inode_number.is_whole(fh)
+            handles = self._open[fh]
+            handle = handles.pop()
+            if not handles:
+                del self._open[fh]
             try:
-                if plain:
+                if inode_number.is_whole(fh):
                     self._backings.released(fh)
             finally:
-                await self._filesystem.release(self._image(fh), plain)
+                await handle.aclose()
 
     async def forget(self, inode_list: object) -> None:
         """The kernel dropped inodes: ours live as long as their names and openers."""
@@ -214,7 +232,7 @@ class FuseAdapter(pyfuse3.Operations):
             others = fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
             if others or not isinstance(node, Image):
                 raise pyfuse3.FUSEError(errno.EROFS)
-            await self._filesystem.touch(node, attr.st_mtime_ns if fields.update_mtime else attr.st_atime_ns)
+            await self._operations.touch(node, attr.st_mtime_ns if fields.update_mtime else attr.st_atime_ns)
             return await self._described(node, inode)
 
     async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
@@ -228,12 +246,11 @@ class FuseAdapter(pyfuse3.Operations):
             if isinstance(image, Folder):
                 raise pyfuse3.FUSEError(errno.EISDIR)
             try:
-                if image.record.path in await self._backing_files():
-                    raise errors.UserError("an overlay needs it")
-                await self._filesystem.evict(image)
+                await self._operations.unlink(image)
             except errors.UserError as refusal:
                 logger.info("not evicted: image=%s reason=%s", image.record.export, refusal)
-                raise pyfuse3.FUSEError(errno.EPERM if image.record.pinned else errno.EBUSY) from refusal
+                pinned = isinstance(refusal, Refused) and refusal.obstacle is Obstacle.PINNED
+                raise pyfuse3.FUSEError(errno.EPERM if pinned else errno.EBUSY) from refusal
 
     async def _refuse(self, *_positional: Any, **_named: Any) -> Any:
         """Change nothing."""
@@ -325,7 +342,7 @@ def _xattrs(node: Node) -> dict[str, str]:
     record = node.record
     values = {
         "state": record.state.value,
-        "present": str(image_statistics.present_bytes(record, node.fetcher)),
+        "present": str(node.present_bytes),
         "export": record.export,
         "digest": record.digest,
     }

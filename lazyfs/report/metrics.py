@@ -19,7 +19,6 @@ from lazyfs.core.histogram import HistogramStatistics
 from lazyfs.core.lifecycle import State
 from lazyfs.engine import totals
 from lazyfs.engine.filesystem import Filesystem
-from lazyfs.engine.image import image_statistics
 from lazyfs.engine.interfaces import RepositoryStatistics
 from lazyfs.engine.population import Population
 from lazyfs.engine.room import Room
@@ -83,7 +82,7 @@ class Mount:
             "lazyfs_images": {state.value: states[state.value] for state in State},
             "lazyfs_open_images": {"": len(self.filesystem.open_images())},
             "lazyfs_filling_images": {"": population.working},
-            "lazyfs_present_bytes": {"": sum(image_statistics.present_bytes(i.record, i.fetcher) for i in images)},
+            "lazyfs_present_bytes": {"": sum(image.present_bytes for image in images)},
             "lazyfs_room_size_bytes": {"": room.total},
             "lazyfs_room_used_bytes": {"": room.used},
             "lazyfs_room_max_cache_bytes": {"": room.max_cache or 0},

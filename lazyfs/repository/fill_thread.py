@@ -59,11 +59,16 @@ class FillConnection:
             self._connect(stop)
             self._work(work, time.monotonic() + duration_s, stop)
         except nbd.Error as error:
-            self._give_up(work, errors.ConnectionLost(self._uri, nbd_handle.reason(error)))
-        except Exception as error:
-            self._give_up(work, error)
+            self._give_up(None)
+            raise errors.ConnectionLost(self._uri, nbd_handle.reason(error)) from error
+        except errors.ExportChanged as error:
+            self._give_up(error)
+            raise
+        except BaseException:
+            self._give_up(None)
+            raise
         if any(slot.claim for slot in self._slots):
-            self._give_up(work, None)
+            self._give_up(None)
 
     def close(self) -> None:
         """Drop the connection and the buffers."""
@@ -77,18 +82,21 @@ class FillConnection:
         if self._handle is not None:
             return
         handle, found = nbd_handle.connect_export(self._uri, self._export.name, stop)
-        self._export.check_same(found)
+        try:
+            self._export.check_same(found)
+        except errors.ExportChanged:
+            del handle  # else the traceback of this error would keep the connection open
+            raise
         self._max_payload = nbd_handle.max_payload(handle)
         self._handle = handle
 
-    def _give_up(self, work: FillWork, error: Exception | None) -> None:
+    def _give_up(self, error: errors.ExportChanged | None) -> None:
+        """Drop the connection, and then the claims whose answers it would have brought."""
         slots = self._slots
         self.close()
         for slot in slots:
             if slot.claim:
-                work.drop(slot.claim, error if isinstance(error, errors.ExportChanged) else None)
-        if error is not None:
-            raise error
+                slot.claim.drop(error)
 
     def _work(self, work: FillWork, until: float, stop: threading.Event) -> None:
         self._last_progress = time.monotonic()
@@ -105,7 +113,7 @@ class FillConnection:
                     self._start(claim)
                     busy += 1
                 else:  # nothing but zeroes
-                    work.keep(claim)
+                    claim.finish()
             if busy == 0 and exhausted:
                 return
             if busy == 0:
@@ -113,7 +121,7 @@ class FillConnection:
                 self._last_progress = time.monotonic()
                 continue
             self._handle.poll(_POLL_MS if not wait_s else max(1, min(_POLL_MS, int(wait_s * 1000))))
-            busy -= self._collect(work)
+            busy -= self._collect()
             if time.monotonic() - self._last_progress > self._stall_s:
                 raise errors.ConnectionLost(self._uri, f"no reply in {self._stall_s:g} s")
 
@@ -144,7 +152,7 @@ class FillConnection:
             target = buffer.target(piece.start - base, piece.end - base)
             slot.cookies.append(self._handle.aio_pread(target, piece.start, completed))
 
-    def _collect(self, work: FillWork) -> int:
+    def _collect(self) -> int:
         """Store what has arrived; return how many slots became free. Raises ConnectionLost."""
         freed, lost = 0, False
         for slot in self._slots:
@@ -155,21 +163,25 @@ class FillConnection:
             if slot.code in nbd_handle.LOST:
                 lost = True
                 continue
-            claim, slot.claim = slot.claim, None
-            freed += 1
             self._last_progress = time.monotonic()
-            if slot.code:
-                work.drop(claim, errors.RequestFailed(f"reading at {claim.parts[0].start}", slot.code))
-                continue
-            base = claim.parts[0].start
-            assert slot.buffer is not None
-            try:
-                for part in claim.parts:
-                    work.write(part.start, slot.buffer.memory[part.start - base : part.end - base])
-            except (errors.LazyfsError, OSError) as error:
-                work.drop(claim, error)
-            else:
-                work.keep(claim)
+            self._store(slot, slot.claim)
+            slot.claim = None  # last: if storing it fails by a bug, it is dropped with the others
+            freed += 1
         if lost:
             raise errors.ConnectionLost(self._uri, "the server hung up, or is about to")
         return freed
+
+    def _store(self, slot: _Slot, claim: Claim) -> None:
+        """Write what has arrived for a claim, which ends."""
+        base = claim.parts[0].start
+        if slot.code:
+            claim.drop(errors.RequestFailed(f"reading at {base}", slot.code))
+            return
+        assert slot.buffer is not None
+        try:
+            for part in claim.parts:
+                claim.write(part.start, slot.buffer.memory[part.start - base : part.end - base])
+        except (errors.LazyfsError, OSError) as error:
+            claim.drop(error)
+        else:
+            claim.finish()

@@ -127,7 +127,11 @@ class NbdRepository:
         """
         attempt = partial(nbd_handle.connect_export, self.uri, export.name)
         handle, found = await self._in_thread(self._connects, attempt)
-        export.check_same(found)
+        try:
+            export.check_same(found)
+        except errors.ExportChanged:
+            del handle  # else the traceback of this error would keep the connection open
+            raise
         running = nbd_handle.NbdHandle(handle, self.uri, export.name, self._stall_s, self._io_timeout_s)
         self._nursery.start_soon(running.run)
         return running
@@ -201,6 +205,10 @@ class _NbdSource:
         self._connecting = trio.Lock()
         self._backoff = Backoff()
         self._next_attempt = -math.inf
+        self._calls: set[object] = set()
+        """A token for each `pread` and `block_status` under way."""
+        self._dropped: set[object] = set()
+        """Those of them that `drop_connection` has overtaken: the last one closes what it connected."""
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
         """As `interfaces.Source.submit`."""
@@ -214,31 +222,52 @@ class _NbdSource:
         """As `interfaces.Source.block_status`."""
         return await self._retry(lambda handle: handle.block_status(window))
 
-    async def aclose(self) -> None:
-        """Drop the connection. Does not wait for an attempt under way: that belongs to a reader who still waits."""
+    def drop_connection(self) -> None:
+        """As `interfaces.Source.drop_connection`. An attempt under way belongs to a caller who still waits."""
+        self._dropped |= self._calls
+        self._close_handle()
+
+    def _close_handle(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.close()
 
     async def _retry(self, attempt: Callable[[nbd_handle.NbdHandle], Awaitable[T]]) -> T:
-        while True:
-            try:
-                result = await attempt(await self._connected())
-            except errors.ConnectionLost as error:
-                logger.debug("demand connection lost: export=%s reason=%s", self._export.name, error.reason)
-                if trio.current_time() >= self._next_attempt:
-                    # Once for all who wait: twenty readers must not look like twenty failed attempts.
-                    self._next_attempt = trio.current_time() + self._backoff.next()
-                await trio.sleep_until(self._next_attempt)
-            else:
-                self._backoff.reset()
-                return result
+        self._calls.add(call := object())
+        try:
+            while True:
+                try:
+                    result = await attempt(await self._connected())
+                except errors.ConnectionLost as error:
+                    logger.debug("demand connection lost: export=%s reason=%s", self._export.name, error.reason)
+                    self._note_failure()
+                    await trio.sleep_until(self._next_attempt)
+                else:
+                    self._backoff.reset()
+                    return result
+        finally:
+            self._calls.remove(call)
+            if call in self._dropped:
+                self._dropped.remove(call)
+                if not self._calls:
+                    self._close_handle()
+
+    def _note_failure(self) -> None:
+        """Put off the next attempt, once for all who wait: twenty readers must not look like twenty failures."""
+        if trio.current_time() >= self._next_attempt:
+            self._next_attempt = trio.current_time() + self._backoff.next()
 
     async def _connected(self) -> nbd_handle.NbdHandle:
         async with self._connecting:
             if self._handle is None or self._handle.broken:
                 self._handle = None
-                self._handle = await self._repository.connect_export(self._export)
+                # Whoever had the lock before may have failed meanwhile: one attempt at a time, whoever waits.
+                await trio.sleep_until(max(self._next_attempt, trio.current_time()))
+                try:
+                    self._handle = await self._repository.connect_export(self._export)
+                except errors.ConnectionLost:
+                    self._note_failure()
+                    raise
             return self._handle
 
 

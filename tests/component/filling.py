@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable
 
 import servers
 import trio
+from fakes import BookedClaim
 
 from lazyfs.core.block_map import BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.engine.interfaces import Claim, Export
+from lazyfs.engine.interfaces import Export
 from lazyfs.units import KiB
 
 
@@ -19,15 +20,15 @@ class Work:
         """`data`: what is not zeroes."""
         self.export = export
         self.file = bytearray(export.size)
-        self.kept: list[Claim] = []
-        self.dropped: list[tuple[Claim, Exception | None]] = []
-        self.outstanding: list[Claim] = []
+        self.kept: list[BookedClaim] = []
+        self.dropped: list[tuple[BookedClaim, Exception | None]] = []
+        self.outstanding: list[BookedClaim] = []
         self.limits: set[int] = set()
         self.threads: set[int] = set()
         self.on_claim: Callable[[], float | None] = lambda: 0.0
         """Seconds to wait, or None for nothing left, instead of a claim; 0.0 for a claim."""
         self.on_write: Callable[[int], None] = lambda offset: None
-        self.on_keep: Callable[[Claim], None] = lambda claim: None
+        self.on_keep: Callable[[BookedClaim], None] = lambda claim: None
         self._blocks = BlockMap(export.size, block_size)
         self._data = list(data)
         self._next = 0
@@ -35,7 +36,7 @@ class Work:
 
     # -- interfaces.FillWork
 
-    def claim(self, limit: int) -> Claim | float | None:
+    def claim(self, limit: int) -> BookedClaim | float | None:
         self.limits.add(limit)
         self.threads.add(threading.get_ident())
         wait_s = self.on_claim()
@@ -48,7 +49,7 @@ class Work:
             self._next = run.end
             self._blocks.claim(run)
             span = self._blocks.bytes_of(run)
-            claim = Claim(run, tuple(piece for part in self._data if (piece := part.clip(span)).length))
+            claim = BookedClaim(self, run, tuple(piece for part in self._data if (piece := part.clip(span)).length))
             self.outstanding.append(claim)
             return claim
 
@@ -58,14 +59,14 @@ class Work:
         self.on_write(offset)
         self.file[span.start : span.end] = data
 
-    def keep(self, claim: Claim) -> None:
+    def keep(self, claim: BookedClaim) -> None:
         with self._lock:
             self.outstanding.remove(claim)
             self.kept.append(claim)
-            self._blocks.keep(claim.run, sum(part.length for part in claim.parts))
+            self._blocks.mark_present(claim.run, sum(part.length for part in claim.parts))
         self.on_keep(claim)
 
-    def drop(self, claim: Claim, error: Exception | None) -> None:
+    def drop(self, claim: BookedClaim, error: Exception | None) -> None:
         with self._lock:
             self.outstanding.remove(claim)
             self.dropped.append((claim, error))

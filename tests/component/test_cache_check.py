@@ -66,7 +66,7 @@ class Cache:
                 blocks.claim(run)
                 span = blocks.bytes_of(run)
                 store.write(span.start, memoryview(CONTENT)[span.start : span.end])
-                blocks.keep(run, span.length)
+                blocks.mark_present(run, span.length)
             store.checkpoint(blocks.take_dirty(), blocks.mixed_zero_bytes)
             if finish:
                 store.finish()
@@ -200,7 +200,7 @@ DAMAGES = {
     "left over from the hand-off": Damage("raw", BLOCKS, lambda c: os.link(c.folder / "team/disk", c.partial / "2.raw"), "2.raw", "left over from the hand-off", State.WHOLE, finish=True, told=True),
     "the plain file is gone": Damage("raw", BLOCKS, lambda c: (c.folder / "team/disk").unlink(), "team/disk", "its plain file is gone", State.REMOTE, finish=True, told=True),
     "the folder is gone": Damage("raw", BLOCKS, lambda c: [(c.folder / "team/disk").unlink(), (c.folder / "team").rmdir()], "team/disk", "its plain file is gone", State.REMOTE, finish=True, told=True),
-    "marked as changed, and restored": Damage("raw", BLOCKS, lambda c: c.sql(f"UPDATE images SET state = 'failed', error = '{CHANGED_BY_HAND}'"), "team/disk", "and it is not", State.WHOLE, finish=True, told=True),
+    "marked as changed, and restored": Damage("raw", BLOCKS, lambda c: c.sql(f"UPDATE images SET state = 'failed', error = '{CHANGED_BY_HAND}', cause = 'changed-by-hand'"), "team/disk", "and it is not", State.WHOLE, finish=True, told=True),
     "an orphan": Damage("raw", 9, lambda c: (c.partial / "77.raw").write_bytes(b"x"), "77.raw", "no image needs it", State.PARTIAL, kept=9),
     "an orphan symlink": Damage("raw", 9, lambda c: (c.partial / "77.raw").symlink_to("/etc/passwd"), "77.raw", "no image needs it", State.PARTIAL, kept=9),
     "another format's file": Damage("raw", 9, lambda c: (c.partial / "2.qcow2.new").write_bytes(b"x"), "2.qcow2.new", "no image needs it", State.PARTIAL, kept=9),

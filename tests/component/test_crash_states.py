@@ -78,7 +78,7 @@ def fill(store: RawStore, blocks: BlockMap, first: int, end: int) -> None:
     blocks.claim(run)
     span = blocks.bytes_of(run)
     store.write(span.start, memoryview(CONTENT)[span.start : span.end])
-    blocks.keep(run, span.length)
+    blocks.mark_present(run, span.length)
 
 
 def partial_image(cache: Cache, *runs: tuple[int, int]) -> ImageRecord:
@@ -361,12 +361,12 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
             await filesystem.refresh()
             await filesystem.resume()
             image = filesystem.names.node_at("team/disk")
-            await filesystem.open(image)
-            assert await image.read(0, SIZE) == CONTENT
+            handle = await filesystem.open(image)
+            assert await handle.read(0, SIZE) == CONTENT
             with trio.fail_after(10):
                 while image.record.state is not State.WHOLE:
                     await trio.sleep(0.01)
-            await filesystem.release(image)
+            await handle.aclose()
             await filesystem.aclose()
             nursery.cancel_scope.cancel()
 
@@ -504,7 +504,7 @@ def test_a_damaged_catalog_is_reported_in_one_line(cache: Cache, damage: str) ->
             db.close()
         case "newer":
             with sqlite3.connect(path) as db:
-                db.execute("PRAGMA user_version = 3")
+                db.execute("PRAGMA user_version = 99")
             db.close()
     assert "catalog" in cache.refused()
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import servers
 import trio
+from fakes import BookedClaim
 from filling import Work, until
 from peers import Peers
 from scripted_server import Conversation, ScriptedServer, no_data, simple_reply, transmission
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.engine.interfaces import Claim, Export, Filler
+from lazyfs.engine.interfaces import Export, Filler
 from lazyfs.repository import fill_thread
 from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
@@ -71,7 +72,7 @@ async def running(filler: Filler, work: Work) -> AsyncIterator[list[BaseExceptio
         yield raised
 
 
-def by(work: Work, kind: type[Exception]) -> list[Claim]:
+def by(work: Work, kind: type[Exception]) -> list[BookedClaim]:
     return [claim for claim, error in work.dropped if isinstance(error, kind)]
 
 

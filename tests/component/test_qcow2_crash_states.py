@@ -118,7 +118,7 @@ class Lab:
                 span = blocks.bytes_of(missing)
                 blocks.claim(missing)
                 store.write(span.start, memoryview(self.content)[span.start : span.end])
-                blocks.keep(missing, span.length)
+                blocks.mark_present(missing, span.length)
 
     def partial_image(self, *steps: Sequence[BlockRun]) -> None:
         """Leave an image with a checkpoint after each step."""

@@ -90,9 +90,9 @@ async def check_export(repository: NbdRepository, export: Export, *, extents: bo
     assert await source.block_status(ByteRange(HOLE.start, HOLE.end)) == (
         [] if extents else [ByteRange(HOLE.start, HOLE.end)]
     )
-    await source.aclose()
+    source.drop_connection()
     assert await read(source, 8 * KiB, 4 * KiB) == content()[8 * KiB : 12 * KiB]  # connects again
-    await source.aclose()
+    source.drop_connection()
     work = Work(export, data)
     filler = repository.filler(export)
     with trio.fail_after(servers.DEADLINE_S):
@@ -541,7 +541,7 @@ async def test_a_read_answered_without_data_fails(peers: Peers, repository_of: A
         await source.pread(0, memoryview(data))
     await source.pread(0, memoryview(data))
     assert isinstance(await submitted(source, memoryview(data)), errors.RequestFailed)
-    await source.aclose()
+    source.drop_connection()
 
 
 # -- servers that break every promise
@@ -815,7 +815,7 @@ async def test_a_request_that_was_submitted_hears_of_a_lost_connection(
     assert await read(source, 0, 4096) == content()[:4096]
     assert isinstance(await submitted(source, memoryview(bytearray(100_000))), errors.ConnectionLost)
     assert len(asked) == 2
-    await source.aclose()
+    source.drop_connection()
 
 
 async def test_what_was_answered_is_not_kept_in_memory(peers: Peers, repository_of: Any) -> None:
@@ -842,7 +842,7 @@ async def test_what_was_answered_is_not_kept_in_memory(peers: Peers, repository_
         assert there() is None
     finally:
         gc.enable()
-    await source.aclose()
+    source.drop_connection()
 
 
 async def test_one_request_without_an_answer_among_others(peers: Peers, repository_of: Any) -> None:
@@ -861,7 +861,7 @@ async def test_one_request_without_an_answer_among_others(peers: Peers, reposito
             assert await read(source, 0, 4096) == content()[:4096]
             await trio.sleep(0.01)
     assert isinstance(outcomes[0], errors.ConnectionLost)
-    await source.aclose()
+    source.drop_connection()
 
 
 @pytest.mark.parametrize("misdeed", MISDEEDS)

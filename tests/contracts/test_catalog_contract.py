@@ -13,7 +13,7 @@ from fakes import MemoryCatalog
 from lazyfs import errors
 from lazyfs.cache import catalog as catalog_module
 from lazyfs.cache.catalog import SqliteCatalog
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.interfaces import ImageRecord
 
 AnyCatalog = MemoryCatalog | SqliteCatalog
@@ -223,6 +223,26 @@ def test_a_catalog_of_version_1_is_brought_up_to_date(version_1: str) -> None:
         assert catalog.load()[0] == replace(one, pinned=True, last_used_ns=8, digest="sha256:12")
 
 
+@pytest.mark.parametrize(
+    ("state", "error", "cause"),
+    [
+        ("partial", "", Cause.NONE),
+        ("failed", "changed in the repository (was 1 bytes, now 2 bytes)", Cause.EXPORT_CHANGED),
+        ("whole", "changed in the repository (was 'a', now 'b')", Cause.EXPORT_CHANGED),
+        ("failed", "its bytes do not have the digest sha256:1: evict it", Cause.WRONG_DIGEST),
+        ("failed", "its plain file was changed by hand; remove that", Cause.CHANGED_BY_HAND),
+        ("partial", "cannot put the whole image at a: a file is where its folder belongs", Cause.OTHER),
+    ],
+)
+def test_texts_of_older_versions_become_causes(version_1: str, state: str, error: str, cause: Cause) -> None:
+    with closing(sqlite3.connect(version_1)) as db, db:
+        db.execute("UPDATE images SET state = ?, error = ? WHERE inode = 7", (state, error))
+    salvaged = catalog_module.salvage(version_1)[0]
+    with closing(SqliteCatalog(version_1)) as catalog:
+        for record in (salvaged, catalog.load()[0]):
+            assert (record.state.value, record.error, record.cause) == (state, error, cause)
+
+
 def test_it_then_has_the_schema_of_a_new_one(version_1: str, tmp_path: Path) -> None:
     new = str(tmp_path / "new.sqlite")
     described = []
@@ -235,7 +255,9 @@ def test_it_then_has_the_schema_of_a_new_one(version_1: str, tmp_path: Path) -> 
 
 
 def test_an_upgrade_that_is_cut_off_is_repeated(version_1: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {1: catalog_module._UPGRADES[1].strip() + "\nALTER TABLE nothing ADD COLUMN x INTEGER"}
+    broken = catalog_module._UPGRADES | {
+        1: catalog_module._UPGRADES[1].strip() + "\nALTER TABLE nothing ADD COLUMN x INTEGER"
+    }
     with monkeypatch.context() as patch:
         patch.setattr(catalog_module, "_UPGRADES", broken)
         with pytest.raises(OSError, match="nothing"):

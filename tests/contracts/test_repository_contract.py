@@ -13,12 +13,12 @@ from typing import Protocol
 import pytest
 import servers
 import trio
-from fakes import POISON, FakeRepository, pattern
+from fakes import POISON, BookedClaim, FakeRepository, pattern
 
 from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.engine.interfaces import Claim, Export, Repository, Source
+from lazyfs.engine.interfaces import Export, Repository, Source
 from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
@@ -210,11 +210,11 @@ async def test_a_source_reads_any_range(lab: Lab) -> None:
             buffer = bytearray(asked.length)
             await source.pread(asked.start, memoryview(buffer))
             assert buffer == lab.content[asked.start : asked.end]
-        await source.aclose()
+        source.drop_connection()
         buffer = bytearray(512)
         await source.pread(512, memoryview(buffer))  # connects again
         assert buffer == lab.content[512:1024]
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_many_reads_at_once(lab: Lab) -> None:
@@ -226,7 +226,7 @@ async def test_many_reads_at_once(lab: Lab) -> None:
                 nursery.start_soon(source.pread, piece.start, memoryview(found)[piece.start : piece.end])
         assert found == lab.content
         assert sorted(lab.reads()) == list(ByteRange(0, SIZE).split(100_000))
-        await source.aclose()
+        source.drop_connection()
 
 
 class Submitted:
@@ -259,7 +259,7 @@ async def test_what_is_submitted_is_answered_once_there_is_a_connection(lab: Lab
         assert [await request.outcome() for request in requests] == [None] * len(pieces)
         assert b"".join(request.buffer for request in requests) == lab.content
         assert sorted(lab.reads())[1:] == pieces
-        await source.aclose()
+        source.drop_connection()
         assert not Submitted(source, ByteRange(0, 512)).sent
 
 
@@ -276,7 +276,7 @@ async def test_a_refused_submission_fails_alone(lab: Lab) -> None:
         request = Submitted(source, ByteRange(0, 512))
         assert await request.outcome() is None
         assert request.buffer == lab.content[:512]
-        await source.aclose()
+        source.drop_connection()
 
 
 @pytest.mark.parametrize("loss", ["the server ends", "it has another version", "closed by us"])
@@ -286,7 +286,7 @@ async def test_what_is_submitted_before_a_loss_hears_of_it(lab: Lab, loss: str) 
         await source.pread(0, memoryview(bytearray(512)))
         before = [Submitted(source, ByteRange(i * 4096, (i + 1) * 4096)) for i in range(8)]
         if loss == "closed by us":
-            await source.aclose()
+            source.drop_connection()
         elif loss == "the server ends":
             lab.stop()
         else:
@@ -297,7 +297,7 @@ async def test_what_is_submitted_before_a_loss_hears_of_it(lab: Lab, loss: str) 
             assert error is not None or request.buffer == lab.content[i * 4096 : (i + 1) * 4096]
         after = Submitted(source, ByteRange(0, 512))
         assert not after.sent or isinstance(await after.outcome(), errors.ConnectionLost)
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_block_status_leaves_out_what_reads_as_zeroes(lab: Lab) -> None:
@@ -309,7 +309,7 @@ async def test_block_status_leaves_out_what_reads_as_zeroes(lab: Lab) -> None:
         assert await source.block_status(part) == [ByteRange(512 * KiB, 600 * KiB)]
         assert await source.block_status(HOLES[1]) == []
         assert lab.reads() == []
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_a_refused_read_fails_alone_and_on_the_same_source_later_ones_work(lab: Lab) -> None:
@@ -324,7 +324,7 @@ async def test_a_refused_read_fails_alone_and_on_the_same_source_later_ones_work
         buffer = bytearray([POISON]) * 512
         await source.pread(0, memoryview(buffer))
         assert buffer == lab.content[:512]
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_a_source_waits_for_a_repository_that_is_down(lab: Lab) -> None:
@@ -347,7 +347,7 @@ async def test_a_source_waits_for_a_repository_that_is_down(lab: Lab) -> None:
             lab.start()
         assert b"".join(buffers) == lab.content[: 8 * 4096]
         assert windows == [[]]
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_a_read_of_a_repository_that_is_down_can_be_cancelled(lab: Lab) -> None:
@@ -361,7 +361,7 @@ async def test_a_read_of_a_repository_that_is_down_can_be_cancelled(lab: Lab) ->
         buffer = bytearray(512)
         await source.pread(0, memoryview(buffer))
         assert buffer == lab.content[:512]
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_a_source_notices_another_version(lab: Lab) -> None:
@@ -373,13 +373,13 @@ async def test_a_source_notices_another_version(lab: Lab) -> None:
             await source.pread(512, memoryview(bytearray(512)))
         with raises(errors.ExportChanged):
             await source.block_status(ByteRange(0, SIZE))
-        await source.aclose()
+        source.drop_connection()
         now = (await repository.describe(["disk"]))["disk"]
         assert isinstance(now, Export)
         assert now.size == SIZE + 512
         source = repository.source(now)
         await source.pread(SIZE, memoryview(bytearray(512)))
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_a_source_expects_the_identity_it_was_made_for(lab: Lab) -> None:
@@ -387,7 +387,7 @@ async def test_a_source_expects_the_identity_it_was_made_for(lab: Lab) -> None:
         source = repository.source(Export("disk", SIZE, "another"))
         with raises(errors.ExportChanged):
             await source.pread(512, memoryview(bytearray(512)))
-        await source.aclose()
+        source.drop_connection()
 
 
 async def test_a_source_waits_for_an_export_that_is_gone(lab: Lab) -> None:
@@ -398,7 +398,7 @@ async def test_a_source_waits_for_an_export_that_is_gone(lab: Lab) -> None:
         with trio.move_on_after(0.5) as scope:
             await source.pread(512, memoryview(bytearray(512)))
         assert scope.cancelled_caught
-        await source.aclose()
+        source.drop_connection()
 
 
 # -- Filler
@@ -419,9 +419,9 @@ class Work:
         self.write_error: Exception | None = None
         self._data = data
         self._lock = threading.Lock()
-        self._out: set[Claim] = set()
+        self._out: set[BookedClaim] = set()
 
-    def claim(self, limit: int) -> Claim | float | None:
+    def claim(self, limit: int) -> BookedClaim | float | None:
         with self._lock:
             if self.give_way:
                 self.give_way -= 1
@@ -433,7 +433,7 @@ class Work:
                 return None
             self.blocks.claim(run)
             span = self.blocks.bytes_of(run)
-            claim = Claim(run, tuple(piece.clip(span) for piece in self._data if piece.overlaps(span)))
+            claim = BookedClaim(self, run, tuple(piece.clip(span) for piece in self._data if piece.overlaps(span)))
             self._out.add(claim)
             return claim
 
@@ -442,13 +442,13 @@ class Work:
             raise self.write_error
         self.found[offset : offset + len(data)] = data
 
-    def keep(self, claim: Claim) -> None:
+    def keep(self, claim: BookedClaim) -> None:
         with self._lock:
             self._out.remove(claim)
-            self.blocks.keep(claim.run, sum(part.length for part in claim.parts))
+            self.blocks.mark_present(claim.run, sum(part.length for part in claim.parts))
             self.kept += 1
 
-    def drop(self, claim: Claim, error: Exception | None) -> None:
+    def drop(self, claim: BookedClaim, error: Exception | None) -> None:
         with self._lock:
             self._out.remove(claim)
             self.blocks.release(claim.run)
@@ -461,7 +461,7 @@ class Work:
 async def work_on(repository: Repository, export: Export) -> Work:
     source = repository.source(export)
     data = await source.block_status(ByteRange(0, export.size))
-    await source.aclose()
+    source.drop_connection()
     return Work(export, data)
 
 

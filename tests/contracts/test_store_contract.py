@@ -131,7 +131,7 @@ def keep(store: Store, blocks: BlockMap, first: int, end: int) -> None:
     span = blocks.bytes_of(run)
     blocks.claim(run)
     store.write(span.start, memoryview(CONTENT[span.start : span.end]))
-    blocks.keep(run, span.length)
+    blocks.mark_present(run, span.length)
 
 
 def save(store: Store, blocks: BlockMap) -> None:
@@ -191,7 +191,7 @@ def test_the_bytes_of_zeroes_in_mixed_blocks_outlast_the_store(disk: Disk) -> No
     store, blocks = disk.load()
     blocks.claim(BlockRun(0, 1))
     store.write(4096, memoryview(CONTENT[4096:8192]))
-    blocks.keep(BlockRun(0, 1), 4096)
+    blocks.mark_present(BlockRun(0, 1), 4096)
     save(store, blocks)
     store.close()
     store, again = disk.load()
@@ -206,7 +206,7 @@ def test_a_map_of_several_pages(disk: Disk) -> None:
     for block in (0, PAGE_BLOCKS, 2 * PAGE_BLOCKS + 4):
         blocks.claim(BlockRun(block, block + 1))
         store.write(block * 4096, memoryview(bytes([block % 251 + 1]) * 4096))
-        blocks.keep(BlockRun(block, block + 1), 4096)
+        blocks.mark_present(BlockRun(block, block + 1), 4096)
         save(store, blocks)
     store.close()
     store, again = disk.load(record)
@@ -256,7 +256,7 @@ def test_writes_from_several_threads_at_once(disk: Disk) -> None:
     for thread in threads:
         thread.join()
     blocks.claim(BlockRun(0, 40))
-    blocks.keep(BlockRun(0, 40), SIZE)
+    blocks.mark_present(BlockRun(0, 40), SIZE)
     save(store, blocks)
     assert store.read(0, SIZE) == CONTENT
 

@@ -14,16 +14,20 @@ import trio
 from fakes import FakeRepository, MemoryCatalog, MemoryStores, Request
 from trio.testing import MockClock
 
-from lazyfs import errors
-from lazyfs.control.commands import Commands
+from lazyfs import assembly, errors
 from lazyfs.control.jobs import Jobs
 from lazyfs.core import control_schema
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.eviction import Limits
+from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.image.handles import Handle
 from lazyfs.engine.image.image import Image
+from lazyfs.engine.operations import Operations
 from lazyfs.engine.population import Population
 from lazyfs.engine.room import Room
+from lazyfs.engine.supervision import Supervisor
+from lazyfs.engine.totals import Read
 from lazyfs.units import KiB
 
 BLOCK = 64 * KiB
@@ -89,6 +93,10 @@ class World:
         self.filesystem: Filesystem
         self.population: Population
         self.jobs: Jobs
+        self.operations: Operations
+        self.supervisor: Supervisor
+        self.handles: dict[tuple[int, bool], list[Handle]] = {}
+        """What the tests have open, by inode and whether it was opened as a whole image."""
         self.events: list[tuple[str, str]] = []
         """(job, status) and (path, state), as clients hear them."""
 
@@ -99,29 +107,29 @@ class World:
     async def daemon(self, *, populate: bool = False, crash: bool = False) -> AsyncIterator["World"]:
         """Run a daemon as `daemon.py` does; it ends with the block, cleanly or (`crash`) not."""
         self.stores.sweep(self.catalog.load())
+        self.handles.clear()
         async with trio.open_nursery() as nursery:
             self.repository.nursery = nursery
-            self.filesystem = filesystem = Filesystem(
-                self.repository, self.stores, self.catalog, self.catalog.load(), self.options, nursery
+            parts = assembly.build(
+                mountpoint="/mnt",
+                repository=self.repository,
+                stores=self.stores,
+                catalog=self.catalog,
+                records=self.catalog.load(),
+                options=self.options,
+                limits=self.limits,
+                backing_files=self._backing_files,
+                nursery=nursery,
             )
-            self.room = Room(filesystem, self.stores, self.limits, self._backing_files)
-            self.population = Population(self.repository, self.stores, filesystem.active_images)
-            self.population.room = self.room.shortage
-            self.room.on_change = self.population.wake
-            population = self.population
-            self.jobs = Jobs(nursery, filesystem.active_images, lambda: population.paused)
-            self._commands = Commands("/mnt", filesystem, self.population, self.jobs, self._backing_files).handlers
+            self.filesystem = filesystem = parts.filesystem
+            self.operations, self.room, self.population = parts.operations, parts.room, parts.population
+            self.jobs, self._commands, self.supervisor = parts.jobs, parts.commands.handlers, parts.supervisor
             filesystem.list_trouble = "the repository does not answer"
             with trio.move_on_after(FIRST_LIST_S), suppress(errors.ConnectionLost):
                 await filesystem.refresh()
             async with trio.open_nursery() as inner:
-                self.jobs.on_status = lambda job, status: self.events.append((job, status))
-                filesystem.on_state_changed = self._state_changed
-                inner.start_soon(self.room.run)
-                if populate:
-                    filesystem.on_fillable = self._fillable
-                    self.population.on_turn = self.jobs.announce
-                    inner.start_soon(self.population.run)
+                assembly.wire(parts, self._emit)
+                await assembly.start(parts, inner, populate=populate)
                 await filesystem.resume()
                 yield self
                 inner.cancel_scope.cancel()
@@ -134,13 +142,11 @@ class World:
         assert not self.stores.open_files or self.may_leave_files_open
         self.stores.open_files.clear()
 
-    def _fillable(self) -> None:
-        self.population.wake()
-        self.jobs.announce()
-
-    def _state_changed(self, image: Image) -> None:
-        self.events.append((image.record.path, image.record.state.value))
-        self.jobs.announce()
+    def _emit(self, _name: str, data: dict[str, object]) -> None:
+        if "id" in data:
+            self.events.append((str(data["id"]), str(data["status"])))
+        else:
+            self.events.append((str(data["path"]), str(data["state"])))
 
     # -- shorthands
 
@@ -159,17 +165,31 @@ class World:
 
     async def open(self, name: str) -> Image:
         image = self.image(name)
-        await self.filesystem.open(image)
+        await self.open_image(image)
         return image
 
-    async def close(self, image: Image) -> None:
-        await self.filesystem.release(image)
+    async def open_image(self, image: Image, whole: bool = False) -> None:
+        """Open as the kernel does: by the first inode number, or (`whole`) by the second."""
+        opened: Handle = await (self.filesystem.open_whole(image) if whole else self.filesystem.open(image))
+        self.handles.setdefault((image.inode, whole), []).append(opened)
+
+    async def close(self, image: Image, whole: bool = False) -> None:
+        await self.handles[image.inode, whole].pop().aclose()
+
+    async def read(
+        self, image: Image, offset: int, length: int, whole: bool = False, read: Read | None = None
+    ) -> bytes:
+        return await self.handles[image.inode, whole][-1].read(offset, length, read)
+
+    def reader(self, image: Image) -> DemandReader:
+        assert image.filling is not None
+        return image.filling.reader
 
     async def check(self, image: Image, where: ByteRange, content: bytes | None = None) -> None:
         """Read, and compare with the export, or with an older `content` of it."""
         if content is None:
             content = self.repository.exports[image.record.export].content
-        got = await image.read(where.start, where.length)
+        got = await self.read(image, where.start, where.length)
         assert got == content[where.start : where.end], f"wrong bytes at {where}"
 
     def demand(self, name: str | None = None) -> list[ByteRange]:

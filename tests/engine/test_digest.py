@@ -9,7 +9,7 @@ from fakes import MemoryStore, pattern
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.image import digest_check
 from lazyfs.engine.image.image import CHECKPOINT_S
 from lazyfs.units import MiB
@@ -35,7 +35,7 @@ async def test_the_right_digest(algorithm: str) -> None:
     content = world.repository.exports["disk"].content
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}")
+        await world.operations.set_digest(image, f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}")
         await world.open("disk")
         await until(lambda: image.record.state is State.WHOLE)
         assert world.stores.plain["disk"] == content
@@ -46,7 +46,7 @@ async def test_a_wrong_digest_is_never_handed_off() -> None:
     for _ in range(2):
         async with world.daemon(populate=True):
             image = world.image("disk")
-            await image.annotate(digest=WRONG)
+            await world.operations.set_digest(image, WRONG)
             await world.open("disk")
             await until(lambda: world.image("disk").record.state is State.FAILED)
             await trio.sleep(100)
@@ -59,7 +59,7 @@ async def test_a_wrong_digest_is_never_handed_off() -> None:
     # What the message advises: the right digest, ...
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         await until(lambda: world.image("disk").record.state is State.WHOLE, 2 * CHECKPOINT_S)
         assert image.record.error == ""
     assert world.repository.bytes_read() == SIZE - sum(hole.length for hole in HOLES)
@@ -69,12 +69,12 @@ async def test_evicting_fetches_again() -> None:
     world, right = world_with_disk()
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=WRONG)
+        await world.operations.set_digest(image, WRONG)
         await world.close(await world.open("disk"))
         await until(lambda: image.record.state is State.FAILED)
-        await world.filesystem.evict(image)
+        await world.operations.evict(image)
         image = await world.open("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         await until(lambda: image.record.state is State.WHOLE)
 
 
@@ -82,10 +82,10 @@ async def test_damage_on_the_disk_is_found() -> None:
     world, right = world_with_disk()
     async with world.daemon(populate=False):
         image = world.image("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         await world.open("disk")
         await world.check(image, blocks(0))
-        await until(lambda: image.fetcher is not None and not image.fetcher._fetches)
+        await until(lambda: image.filling is not None and not image.filling.table.under_way())
     world.stores.partials[image.inode].data[17] ^= 1
     world.stores.partials[image.inode].safe_data = bytes(world.stores.partials[image.inode].data)
     async with world.daemon(populate=True):
@@ -99,11 +99,11 @@ async def test_a_digest_that_comes_while_another_is_compared() -> None:
     world, right = world_with_disk()
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         threads.delay_s = 1
         await world.open("disk")
-        await until(lambda: image.fetcher is not None and image.fetcher.completed.is_set())
-        await image.annotate(digest=WRONG)
+        await until(lambda: image.filling is not None and image.filling.table.completed.is_set())
+        await world.operations.set_digest(image, WRONG)
         await until(lambda: image.record.state is State.FAILED)
         assert world.stores.plain == {}
 
@@ -113,12 +113,13 @@ async def test_opens_and_closes_do_not_wait_for_it(monkeypatch: pytest.MonkeyPat
     world, right = world_with_disk()
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         first = await world.open("disk")
-        await until(lambda: image.fetcher is not None and image.fetcher.completed.is_set())
-        await trio.sleep(0.1)
         threads.delay_s = 0.5  # half a minute in all
+        await until(lambda: image.filling is not None and image.filling.table.completed.is_set())
+        await trio.sleep(5)
         began = trio.current_time()
+        assert image.record.state is State.PARTIAL
         await world.open("disk")
         await world.check(image, blocks(0))
         await world.close(first)
@@ -131,10 +132,10 @@ async def test_an_end_in_the_middle_waits_for_one_piece(monkeypatch: pytest.Monk
     world, right = world_with_disk()
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         await world.open("disk")
         threads.delay_s = 10
-        await until(lambda: image.fetcher is not None and image.fetcher.completed.is_set(), 10000)
+        await until(lambda: image.filling is not None and image.filling.table.completed.is_set(), 10000)
         began = trio.current_time()
     assert trio.current_time() < began + 100
     threads.delay_s = 0
@@ -155,7 +156,7 @@ async def test_a_disk_that_cannot_be_read_is_tried_again(monkeypatch: pytest.Mon
     monkeypatch.setattr(MemoryStore, "read", read)
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await image.annotate(digest=right)
+        await world.operations.set_digest(image, right)
         await world.open("disk")
         await trio.sleep(60)
         assert image.record.state is State.PARTIAL
@@ -167,8 +168,8 @@ async def test_another_failure_keeps_its_reason() -> None:
     world, _ = world_with_disk()
     async with world.daemon(populate=False):
         image = world.image("disk")
-        await image.annotate(digest=WRONG)
+        await world.operations.set_digest(image, WRONG)
         await world.open("disk")
-        await image.fail(errors.ExportChanged("disk", "1 byte", "2 bytes"))
+        await image.fail(Cause.EXPORT_CHANGED, errors.ExportChanged("disk", "1 byte", "2 bytes"))
         await trio.sleep(60)
         assert "changed in the repository" in image.record.error

@@ -14,11 +14,16 @@ from lazyfs import errors
 from lazyfs.core import extent_map, fetch_plan
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
+from lazyfs.engine.budget import Budget
 from lazyfs.engine.fetch import write_queue
+from lazyfs.engine.fetch.block_table import BlockTable
+from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
-from lazyfs.engine.fetch.fetcher import Fetcher
+from lazyfs.engine.fetch.demand_reader import DemandReader
+from lazyfs.engine.fetch.fill_port import FillClaim, FillPort
 from lazyfs.engine.fetch.write_queue import WriteQueue
-from lazyfs.engine.interfaces import Answered, Claim, Export, FetchCounters, ImageRecord
+from lazyfs.engine.image.filling import Filling
+from lazyfs.engine.interfaces import Answered, Export, FetchCounters, ImageRecord
 from lazyfs.engine.pace import Pace, SharedPace
 from lazyfs.engine.totals import Totals
 from lazyfs.units import KiB, MiB
@@ -29,7 +34,7 @@ SIZE = 4 * MiB - 512
 
 
 class Bench:
-    """One fetcher over a fake export "disk" and a memory store."""
+    """A cache file that is being filled, over a fake export "disk" and a memory store."""
 
     def __init__(
         self, nursery: trio.Nursery, size: int = SIZE, holes: list[ByteRange] | None = None, block_size: int = BLOCK
@@ -46,25 +51,29 @@ class Bench:
         self.changes: list[errors.ExportChanged] = []
         export = Export("disk", size, "")
         self.totals = Totals(trio.current_time)
-        self.fetcher = Fetcher(
+        pace = Pace(SharedPace(None, trio.current_time))
+        self.table = BlockTable(self.blocks, FetchCounters(0, 0, 0), self.totals)
+        writer = CacheWriter("disk", self.store, Budget(), self.totals)
+        self.reader = DemandReader(
             export,
             self.repository.source(export),
-            self.store,
-            self.blocks,
+            self.table,
+            writer,
             nursery=nursery,
-            pace=Pace(SharedPace(None, trio.current_time)),
+            pace=pace,
             io_timeout_s=IO_TIMEOUT_S,
-            counters=FetchCounters(0, 0, 0),
             totals=self.totals,
             writes=WriteQueue(nursery),
             on_changed=self.changes.append,
         )
+        self.port = FillPort(export, self.table, writer, pace, self.totals)
+        self.filling = Filling(self.store, self.table, writer, self.reader, self.port, self.totals)
 
     async def read(self, where: ByteRange) -> bytes:
-        """As `Image.read` does it."""
+        """As `PartialHandle.read` does it."""
         data = None
-        if not self.fetcher.present(where):
-            data = await self.fetcher.read_missing(where, lambda gap: self.store.read(gap.start, gap.length))
+        if not self.table.present(where):
+            data = await self.reader.read_missing(where, lambda gap: self.store.read(gap.start, gap.length))
         return self.store.read(where.start, where.length) if data is None else data
 
     async def check(self, where: ByteRange) -> None:
@@ -72,7 +81,7 @@ class Bench:
 
     async def settled(self) -> None:
         """Until no fetch is under way."""
-        await until(lambda: not self.fetcher._fetches)
+        await until(lambda: not self.table.under_way())
 
     def demand(self) -> list[ByteRange]:
         return self.repository.reads("disk", "demand")
@@ -104,7 +113,7 @@ async def test_eight_readers_of_a_cold_block_cause_one_request() -> None:
         await b.settled()
         await b.check(blocks(5))
         assert b.demand() == [blocks(5)]
-        assert b.fetcher.counters() == FetchCounters(BLOCK, 0, 1)
+        assert b.table.counters() == FetchCounters(BLOCK, 0, 1)
 
 
 async def test_overlapping_readers_fetch_each_byte_once() -> None:
@@ -116,7 +125,7 @@ async def test_overlapping_readers_fetch_each_byte_once() -> None:
         await b.settled()
         asked = b.demand()
         assert sum(r.length for r in asked) == len({i for r in asked for i in range(r.start, r.end, 512)}) * 512
-        assert b.repository.bytes_read() == b.fetcher.present_bytes == b.fetcher.counters().demand_bytes
+        assert b.repository.bytes_read() == b.table.present_bytes == b.table.counters().demand_bytes
 
 
 async def test_a_read_of_everything_is_cut_into_fetches_that_run_together() -> None:
@@ -125,7 +134,7 @@ async def test_a_read_of_everything_is_cut_into_fetches_that_run_together() -> N
         await b.check(ByteRange(0, SIZE))
         assert trio.current_time() == pytest.approx(2, abs=0.1)  # block status, then all the reads
         assert sorted(b.demand()) == list(ByteRange(0, SIZE).split(MiB))
-        await until(b.fetcher.completed.is_set)
+        await until(b.table.completed.is_set)
 
 
 async def test_what_is_present_is_not_fetched_again_for_a_read_across_it() -> None:
@@ -164,7 +173,7 @@ async def test_what_a_cancelled_reader_asked_for_is_kept() -> None:
             await b.read(blocks(7))
         assert scope.cancelled_caught
         await trio.sleep(1)
-        assert b.fetcher.present(blocks(7))
+        assert b.table.present(blocks(7))
         await b.check(blocks(7))
         assert b.demand() == [blocks(7)]
 
@@ -192,12 +201,12 @@ async def test_the_reader_does_not_wait_for_the_disk_and_later_readers_join_mean
         threads.delay_s = 5
         await b.check(blocks(0))
         assert trio.current_time() < 1
-        assert not b.fetcher.present(blocks(0))  # data first, then its state
+        assert not b.table.present(blocks(0))  # data first, then its state
         await b.check(blocks(0))
         assert trio.current_time() < 1
         assert b.demand() == [blocks(0)]
         await b.settled()
-        assert b.fetcher.present(blocks(0))
+        assert b.table.present(blocks(0))
 
 
 async def test_readers_wait_for_a_disk_that_falls_behind_and_get_what_they_asked_for(
@@ -214,10 +223,10 @@ async def test_readers_wait_for_a_disk_that_falls_behind_and_get_what_they_asked
         assert trio.current_time() < began + 1
         await b.check(blocks(20))
         assert trio.current_time() >= began + 5
-        assert b.fetcher.present(blocks(20))
+        assert b.table.present(blocks(20))
         await b.settled()
         await b.check(blocks(30))
-        assert not b.fetcher.present(blocks(30)), "there is room again"
+        assert not b.table.present(blocks(30)), "there is room again"
 
 
 async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +242,7 @@ async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(mo
         await b.check(blocks(58))
         await b.settled()
         assert len(b.demand()) == 9, "it joined"
-        assert b.repository.bytes_read() == b.fetcher.present_bytes
+        assert b.repository.bytes_read() == b.table.present_bytes
         b.repository.demand_delay_s = 0.0  # it is near now
         for block in (8, 27):
             await b.check(blocks(block))
@@ -258,49 +267,49 @@ async def test_a_disk_that_stalls_is_named_by_the_reads_that_time_out_for_it(mon
 # -- population's claims
 
 
-def take(b: Bench, limit: int = 256 * KiB) -> Claim:
-    claim = b.fetcher.claim(limit)
-    assert isinstance(claim, Claim)
+def take(b: Bench, limit: int = 256 * KiB) -> FillClaim:
+    claim = b.port.claim(limit)
+    assert isinstance(claim, FillClaim)
     return claim
 
 
 async def test_a_reader_joins_what_population_has_claimed() -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
+        await b.reader.learn_next()
         claim = take(b)
         assert claim.parts == (blocks(0, 4),)
         async with trio.open_nursery() as readers:
             readers.start_soon(b.check, blocks(1))
             readers.start_soon(b.check, ByteRange(3 * BLOCK, 5 * BLOCK))
             await wait_all_tasks_blocked()
-            b.fetcher.write(0, memoryview(b.content[: 4 * BLOCK]))
-            b.fetcher.keep(claim)
+            claim.write(0, memoryview(b.content[: 4 * BLOCK]))
+            claim.finish()
         assert min(b.demand()).start == 4 * BLOCK
-        assert b.fetcher.counters().populated_bytes == 4 * BLOCK
+        assert b.table.counters().populated_bytes == 4 * BLOCK
 
 
 @pytest.mark.parametrize("error", [None, errors.RequestFailed("x", errno.EIO), errors.NoSpace()])
 async def test_a_reader_fetches_itself_what_population_gives_back(error: Exception | None) -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
+        await b.reader.learn_next()
         claim = take(b)
         async with trio.open_nursery() as readers:
             readers.start_soon(b.check, blocks(1))
             await wait_all_tasks_blocked()
             assert b.demand() == []
-            b.fetcher.drop(claim, error)
+            claim.drop(error)
         assert blocks(1) in b.demand()
-        assert b.fetcher.trouble is error
+        assert str(b.port.trouble) == str(error)
 
 
 async def test_a_reader_of_a_stuck_claim_times_out_alone() -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
+        await b.reader.learn_next()
         claim = take(b)
         with pytest.raises(errors.TimedOut):
             await b.read(blocks(1))
         await b.check(blocks(9))
-        b.fetcher.drop(claim, None)
+        claim.drop()
         await trio.sleep(KERNEL_RETRY_S)
         await b.check(blocks(1))
 
@@ -309,20 +318,20 @@ async def test_population_goes_on_where_a_reader_is_then_comes_round() -> None:
     async with bench() as b:
         await b.check(blocks(40))
         await trio.sleep(1)  # population is modest beside readers
-        assert [take(b, 16 * BLOCK).run for _ in range(3)] == [(41, 57), (57, 64), (0, 16)]
+        assert [take(b, 16 * BLOCK).flight.run for _ in range(3)] == [(41, 57), (57, 64), (0, 16)]
 
 
 async def test_beside_readers_population_has_little_under_way() -> None:
     async with bench() as b:
         await b.check(blocks(40))
         first = take(b, 16 * BLOCK)
-        assert first.run == (41, 43)
-        assert isinstance(b.fetcher.claim(16 * BLOCK), float)
-        b.fetcher.drop(first, None)
-        assert take(b, 16 * BLOCK).run == (43, 45)
-        assert isinstance(b.fetcher.claim(16 * BLOCK), float)
+        assert first.flight.run == (41, 43)
+        assert isinstance(b.port.claim(16 * BLOCK), float)
+        first.drop()
+        assert take(b, 16 * BLOCK).flight.run == (43, 45)
+        assert isinstance(b.port.claim(16 * BLOCK), float)
         await trio.sleep(1)
-        assert take(b, 16 * BLOCK).run == (45, 61)
+        assert take(b, 16 * BLOCK).flight.run == (45, 61)
 
 
 async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,19 +341,19 @@ async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(monkey
         await trio.sleep(1)
         claimed = []
         while len(claimed) < 63:
-            await b.fetcher.learn_next()
+            await b.reader.learn_next()
             before = len(claimed)
-            while isinstance(claim := b.fetcher.claim(4 * BLOCK), Claim):
-                claimed.extend(range(*claim.run))
+            while isinstance(claim := b.port.claim(4 * BLOCK), FillClaim):
+                claimed.extend(range(*claim.flight.run))
             assert len(claimed) > before, f"no progress after {claimed[-1:]}"
         assert sorted(claimed) == [i for i in range(64) if i != 13]
 
 
 async def test_nothing_is_claimed_of_an_image_that_failed() -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
-        b.fetcher.failure = errors.ExportChanged("disk", "a", "b")
-        assert b.fetcher.claim(BLOCK) is None
+        await b.reader.learn_next()
+        b.table.stop_fetching(errors.ExportChanged("disk", "a", "b"))
+        assert b.port.claim(BLOCK) is None
 
 
 # -- holes
@@ -353,9 +362,9 @@ async def test_nothing_is_claimed_of_an_image_that_failed() -> None:
 async def test_holes_are_never_fetched() -> None:
     async with bench(holes=[blocks(0, 8), blocks(16, 64)]) as b:
         await b.check(ByteRange(0, SIZE))
-        await until(b.fetcher.completed.is_set)
+        await until(b.table.completed.is_set)
         assert b.demand() == [blocks(8, 16)]
-        assert (b.fetcher.present_bytes, b.fetcher.zero_bytes) == (8 * BLOCK, SIZE - 8 * BLOCK)
+        assert (b.table.present_bytes, b.table.zero_bytes) == (8 * BLOCK, SIZE - 8 * BLOCK)
 
 
 async def test_a_block_of_data_and_hole_fetches_only_the_data() -> None:
@@ -365,14 +374,14 @@ async def test_a_block_of_data_and_hole_fetches_only_the_data() -> None:
         assert sorted(b.demand()) == [ByteRange(BLOCK, hole.start), ByteRange(hole.end, 2 * BLOCK)]
         await b.settled()
         await b.check(blocks(1))
-        assert b.fetcher.present_bytes == BLOCK - hole.length
-        assert b.fetcher.zero_bytes == hole.length
+        assert b.table.present_bytes == BLOCK - hole.length
+        assert b.table.zero_bytes == hole.length
 
 
 async def test_an_image_that_is_one_hole_is_complete_once_that_is_known() -> None:
     async with bench(holes=[ByteRange(0, SIZE)]) as b:
-        await b.fetcher.learn_next()
-        await until(b.fetcher.completed.is_set)
+        await b.reader.learn_next()
+        await until(b.table.completed.is_set)
         assert b.demand() == []
 
 
@@ -469,12 +478,12 @@ async def test_reads_wait_for_a_repository_that_is_down() -> None:
             b.repository.down = False
         assert trio.current_time() < IO_TIMEOUT_S
         await b.settled()
-        assert b.fetcher.present(blocks(0, 9))
+        assert b.table.present(blocks(0, 9))
 
 
 async def test_a_short_outage_costs_many_readers_no_more_than_one() -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
+        await b.reader.learn_next()
         b.repository.down = True
         async with trio.open_nursery() as readers:
             for i in range(20):
@@ -489,7 +498,7 @@ async def test_a_short_outage_costs_many_readers_no_more_than_one() -> None:
 async def test_a_repository_that_stays_away_times_out_each_read_alone(how: str, learned: bool) -> None:
     async with bench() as b:
         if learned:
-            await b.fetcher.learn_next()
+            await b.reader.learn_next()
         if how == "down":
             b.repository.down = True
         else:
@@ -534,7 +543,7 @@ async def test_the_kernels_second_try_of_a_read_that_timed_out_fails_at_once_and
 
 async def test_a_late_answer_after_a_timeout_is_not_mistaken_for_another() -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
+        await b.reader.learn_next()
         b.repository.delay_s = IO_TIMEOUT_S + 1
         with pytest.raises(errors.TimedOut):
             await b.read(blocks(3))
@@ -551,14 +560,14 @@ async def test_a_full_disk_costs_no_read() -> None:
         for _ in range(2):
             await b.check(blocks(0, 8))
             await b.settled()
-        assert b.fetcher.unkept
+        assert b.filling.writer.refused
         assert b.nothing_kept()
         assert b.repository.bytes_read() == 14 * BLOCK
         b.stores.full = False
         await b.check(blocks(0, 8))
         await b.settled()
-        assert not b.fetcher.unkept
-        assert b.fetcher.present(blocks(0, 8))
+        assert not b.filling.writer.refused
+        assert b.table.present(blocks(0, 8))
 
 
 async def test_a_changed_export_is_reported_and_fails_the_read() -> None:
@@ -568,14 +577,14 @@ async def test_a_changed_export_is_reported_and_fails_the_read() -> None:
         with pytest.raises(errors.ExportChanged):
             await b.read(blocks(30))
         assert [change.now for change in b.changes] == ["'second'"]
-        assert b.fetcher.present_bytes == BLOCK
+        assert b.table.present_bytes == BLOCK
 
 
 async def test_a_failed_image_serves_what_it_has_and_says_why_it_serves_no_more() -> None:
     async with bench() as b:
         await b.check(blocks(0))
         await b.settled()
-        b.fetcher.failure = errors.UserError("because")
+        b.table.stop_fetching(errors.UserError("because"))
         await b.check(blocks(0))
         for where in (blocks(1), blocks(0, 2)):
             with pytest.raises(errors.UserError, match="because"):
@@ -586,39 +595,39 @@ async def test_a_failed_image_serves_what_it_has_and_says_why_it_serves_no_more(
 @pytest.mark.parametrize("connected", [True, False])
 async def test_an_end_in_the_middle_leaves_no_claim_behind(connected: bool) -> None:
     async with bench() as b:
-        await b.fetcher.learn_next()
+        await b.reader.learn_next()
         b.repository.hang()
         async with trio.open_nursery() as fetches:
-            b.fetcher._nursery = fetches
+            b.reader._nursery = fetches
             b.repository.nursery = fetches if connected else None
             with trio.move_on_after(1):
                 await b.read(blocks(3))
-            assert b.fetcher._fetches
+            assert b.table.under_way()
             fetches.cancel_scope.cancel()
-        assert b.fetcher._fetches == {}
+        assert b.table.under_way() == []
         assert [state for _, state in b.blocks.runs()] == [0]
 
 
 async def test_what_readers_were_given_is_written_although_the_daemon_s_tasks_have_ended() -> None:
     async with bench() as b:
         async with trio.open_nursery() as daemon:
-            b.fetcher._writes = WriteQueue(daemon)
+            b.reader._writes = WriteQueue(daemon)
             threads.delay_s = 5
             for block in (0, 10, 20):  # the second and third wait for the first to be written
                 await b.check(blocks(block))
                 await trio.sleep(0.1)
             daemon.cancel_scope.cancel()
-        await b.fetcher.written()
+        await b.reader.written()
         await b.check(blocks(30))
-        await b.fetcher.written()
-        assert all(b.fetcher.present(blocks(block)) for block in (0, 10, 20, 30))
+        await b.reader.written()
+        assert all(b.table.present(blocks(block)) for block in (0, 10, 20, 30))
 
 
 async def test_parts_of_which_one_cannot_be_asked_for_are_fetched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     async with bench(holes=[ByteRange(32 * KiB, 40 * KiB)]) as b:
         await b.check(blocks(9))
         await b.settled()
-        source = b.fetcher._source
+        source = b.reader._source
         submit, refused = source.submit, []
 
         def second_refused(offset: int, buffer: memoryview, answered: Answered) -> bool:
@@ -641,14 +650,14 @@ async def test_parts_of_which_one_cannot_be_asked_for_are_fetched_anew(monkeypat
 
 async def test_a_checkpoint_saves_what_is_present_when_it_begins() -> None:
     async with bench() as b:
-        assert not b.fetcher.dirtied.is_set()
+        assert not b.table.dirtied.is_set()
         await b.check(blocks(0))
         await b.settled()
-        await until(b.fetcher.dirtied.is_set)
-        await b.fetcher.checkpoint(b.syncs)
-        assert not b.fetcher.dirtied.is_set()
+        await until(b.table.dirtied.is_set)
+        await b.filling.checkpoint(b.syncs)
+        assert not b.table.dirtied.is_set()
         assert b.stores.journal == ["data 2", "map 2"]
-        await b.fetcher.checkpoint(b.syncs)
+        await b.filling.checkpoint(b.syncs)
         assert b.stores.checkpoints == 1  # nothing new
         await b.check(blocks(9))
         await b.settled()
@@ -662,7 +671,7 @@ async def test_a_claim_under_way_is_saved_as_missing() -> None:
         await b.check(blocks(0))
         await b.settled()
         take(b)
-        await b.fetcher.checkpoint(b.syncs)
+        await b.filling.checkpoint(b.syncs)
         assert b.stores.partials[2].states == bytes([1] + 63 * [0])
 
 
@@ -672,10 +681,10 @@ async def test_a_checkpoint_that_failed_is_still_to_be_done() -> None:
         await b.settled()
         b.stores.checkpoint_error = errors.NoSpace()
         with pytest.raises(errors.NoSpace):
-            await b.fetcher.checkpoint(b.syncs)
-        assert b.fetcher.dirtied.is_set()
+            await b.filling.checkpoint(b.syncs)
+        assert b.table.dirtied.is_set()
         b.stores.checkpoint_error = None
-        await b.fetcher.checkpoint(b.syncs)
+        await b.filling.checkpoint(b.syncs)
         assert b.stores.partials[2].states == bytes([1] + 63 * [0])
 
 
@@ -685,5 +694,5 @@ async def test_blocks_larger_than_a_request_and_images_smaller_than_a_block() ->
         assert sorted(b.demand()) == [ByteRange(0, 2 * MiB), ByteRange(2 * MiB, 3 * MiB)]
     async with bench(size=513) as b:
         await b.check(ByteRange(512, 513))
-        await until(b.fetcher.completed.is_set)
+        await until(b.table.completed.is_set)
         assert b.demand() == [ByteRange(0, 513)]

@@ -77,7 +77,7 @@ async def test_names_that_cannot_be_files_are_encoded() -> None:
         assert all(len(part.encode()) <= 255 for path in found for part in path.split("/"))
         assert not any(path.split("/")[0] == ".lazyfs" for path in found)
         world.repository.exports["../../etc/passwd"] = replace(world.repository.exports[""], content=b"harmless")
-        assert await (await world.open("../../etc/passwd")).read(0, 100) == b"harmless"
+        assert await world.read(await world.open("../../etc/passwd"), 0, 100) == b"harmless"
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -280,7 +280,7 @@ async def test_replacing_gives_a_new_inode_and_old_openers_keep_old_bytes(found_
         else:
             async with trio.open_nursery() as nursery:  # several find it at the same time
                 for i in range(4):
-                    nursery.start_soon(failing_read, image, blocks(8 + i))
+                    nursery.start_soon(failing_read, world, image, blocks(8 + i))
             await until(lambda: world.image("disk") is not image)
         now = await world.open("disk")
         assert "disk" in invalid
@@ -289,7 +289,7 @@ async def test_replacing_gives_a_new_inode_and_old_openers_keep_old_bytes(found_
         await world.check(now, ByteRange(0, 2 * SIZE), new)
         await until(lambda: now.record.state is State.WHOLE)
         await world.check(image, blocks(0, 2), old)
-        await failing_read(image, blocks(3))
+        await failing_read(world, image, blocks(3))
         assert [r.inode for r in world.catalog.load()] == [now.inode]
         assert world.filesystem.names.node(image.inode) is image
         await world.close(image)
@@ -300,9 +300,9 @@ async def test_replacing_gives_a_new_inode_and_old_openers_keep_old_bytes(found_
     assert world.stores.plain == {"disk": new}
 
 
-async def failing_read(image: Image, where: ByteRange) -> None:
+async def failing_read(world: World, image: Image, where: ByteRange) -> None:
     with pytest.raises(errors.ExportChanged):
-        await image.read(where.start, where.length)
+        await world.read(image, where.start, where.length)
 
 
 async def test_replacing_a_whole_image() -> None:
@@ -352,7 +352,7 @@ async def test_an_open_in_the_middle_of_a_replacement_is_told_to_look_again(whol
             nursery.start_soon(world.filesystem.refresh)
             await until(lambda: image.retired)
             with pytest.raises(OSError, match="Stale file handle"):
-                await world.filesystem.open(image)
+                await world.open_image(image)
         assert image.open_count == 0
         assert not world.stores.partials
         assert not world.stores.plain
@@ -405,7 +405,7 @@ async def test_a_catalog_that_fails_during_a_replacement_does_not_end_the_daemon
         await world.check(image, blocks(0))
         world.catalog.error = OSError(5, "I/O error")
         world.repository.add("disk", pattern(SIZE, seed=1), identity="new")
-        await failing_read(image, blocks(9))
+        await failing_read(world, image, blocks(9))
         await trio.sleep(60)
         world.catalog.error = None
         await world.filesystem.refresh()
@@ -420,9 +420,9 @@ async def test_an_open_file_goes_on_when_its_export_disappears_and_returns() -> 
         await world.check(image, blocks(0))
         keep = world.repository.exports.pop("disk")
         await world.filesystem.refresh()
-        await image.read(0, BLOCK)
+        await world.read(image, 0, BLOCK)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(image.read, 9 * BLOCK, BLOCK)
+            nursery.start_soon(world.read, image, 9 * BLOCK, BLOCK)
             await trio.sleep(5)
             world.repository.exports["disk"] = keep
         await world.filesystem.refresh()
@@ -455,7 +455,7 @@ async def test_an_end_while_a_reader_waits_for_a_dead_repository() -> None:
         await world.check(image, blocks(0))
         world.repository.hang()
         with trio.move_on_after(1):
-            await image.read(5 * BLOCK, BLOCK)
+            await world.read(image, 5 * BLOCK, BLOCK)
     world.repository.go_on()
     async with world.daemon():
         await world.check(await world.open("disk"), ALL)
@@ -473,16 +473,16 @@ async def test_touch_is_the_last_use_and_is_kept_at_once(state: str) -> None:
             await world.open("disk")
             await world.check(image, blocks(0))
         if state == "replaced":
-            await world.filesystem.evict(image)
+            await world.operations.evict(image)
         before = image.record
-        await world.filesystem.touch(image, 10**18)
+        await world.operations.touch(image, 10**18)
         assert (image.record.last_used_ns, image.record.created_ns) == (10**18, before.created_ns)
         assert image.record.state is before.state
-        await world.filesystem.touch(image, 10**20)
+        await world.operations.touch(image, 10**20)
         assert 10**18 < image.record.last_used_ns < 10**20, "nobody used it in the future"
-        await world.filesystem.touch(image, -5)
+        await world.operations.touch(image, -5)
         assert image.record.last_used_ns == 0
-        await world.filesystem.touch(image, 10**18)
+        await world.operations.touch(image, 10**18)
         if state == "partial":
             await world.close(image)  # a use, too, and later
             assert image.record.last_used_ns > 10**18

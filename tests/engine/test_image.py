@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.image.image import CHECKPOINT_S, ROOM_CHECK_S
 from lazyfs.units import MiB
 
@@ -40,11 +40,11 @@ async def test_reads_end_where_the_image_ends() -> None:
     async with world.daemon():
         image = await world.open("disk")
         content = world.repository.exports["disk"].content
-        assert await image.read(SIZE - 10, 4096) == content[-10:]
-        assert await image.read(SIZE, 1) == b""
-        assert await image.read(10 * SIZE, 4096) == b""
-        assert await image.read(0, 0) == b""
-        assert await image.read(SIZE - 1, 2) == content[-1:]
+        assert await world.read(image, SIZE - 10, 4096) == content[-10:]
+        assert await world.read(image, SIZE, 1) == b""
+        assert await world.read(image, 10 * SIZE, 4096) == b""
+        assert await world.read(image, 0, 0) == b""
+        assert await world.read(image, SIZE - 1, 2) == content[-1:]
 
 
 async def test_every_byte_whatever_the_borders_of_reads() -> None:
@@ -84,7 +84,7 @@ async def test_an_empty_image_is_whole_once_it_is_opened() -> None:
     world.repository.add("empty", b"")
     async with world.daemon():
         image = await world.open("empty")
-        assert await image.read(0, 4096) == b""
+        assert await world.read(image, 0, 4096) == b""
         await until(lambda: image.record.state is State.WHOLE)
         assert world.stores.plain == {"empty": b""}
 
@@ -144,7 +144,7 @@ async def test_a_daemon_that_ends_hands_off_what_is_complete(image_format: str, 
     async with world.daemon():
         image = await world.open("disk")
         threads.delay_s = 1.0
-        await image.read(0, 1 << 40)
+        await world.read(image, 0, 1 << 40)
         await trio.sleep(wait_s)
         told: list[object] = []
         world.filesystem.on_invalid_entry = lambda *of_name: told.append(of_name)
@@ -163,7 +163,7 @@ async def test_a_daemon_s_end_waits_for_no_repository_and_tries_no_hand_off_twic
         await world.check(image, ALL)
         await world.check(other, blocks(0, 2))
         world.repository.hang()
-        nursery.start_soon(other.read, 9 * BLOCK, 1)
+        nursery.start_soon(world.read, other, 9 * BLOCK, 1)
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
         began = trio.current_time()
@@ -220,8 +220,8 @@ async def test_a_crash_costs_what_the_last_checkpoint_did_not_have() -> None:
         await world.check(image, blocks(0))
         await until(lambda: world.stores.checkpoints)
         await world.check(image, blocks(9))
-        assert image.fetcher is not None
-        await until(lambda: image.fetcher.present(blocks(9)))
+        assert image.filling is not None
+        await until(lambda: image.filling.table.present(blocks(9)))
     del world.repository.log[:]
     async with world.daemon():
         image = await world.open("disk")
@@ -336,8 +336,8 @@ async def test_an_empty_or_all_hole_image_without_room() -> None:
     world.repository.add("hole", bytes(SIZE), [ALL])
     world.stores.full = True
     async with world.daemon():
-        assert await (await world.open("empty")).read(0, 10) == b""
-        assert await (await world.open("hole")).read(5, BLOCK) == bytes(BLOCK)
+        assert await world.read(await world.open("empty"), 0, 10) == b""
+        assert await world.read(await world.open("hole"), 5, BLOCK) == bytes(BLOCK)
 
 
 async def test_a_disk_that_fills_up_is_reported_until_there_is_room() -> None:
@@ -366,14 +366,14 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
         await world.check(image, blocks(0, 2))
         world.repository.add("disk", pattern(SIZE, seed=1), identity="new")
         with pytest.raises(errors.ExportChanged):
-            await image.read(9 * BLOCK, BLOCK)
+            await world.read(image, 9 * BLOCK, BLOCK)
         await until(lambda: image.record.state is State.FAILED)
         assert world.catalog.load()[0].state is State.FAILED
         assert image.statistics().error == "changed in the repository (was 'old', now 'new')"
         await until(lambda: world.stores.partials[image.inode].disowned)
         await world.check(image, blocks(0, 2), old.content)
         with pytest.raises(errors.ExportChanged):
-            await image.read(BLOCK, 2 * BLOCK)
+            await world.read(image, BLOCK, 2 * BLOCK)
         assert not image.fillable
     world.stores.partials[image.inode].disowned = False  # killed before that
     async with world.daemon():  # and so after a restart
@@ -381,7 +381,7 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
         assert world.stores.partials[image.inode].disowned
         await world.check(image, blocks(0, 2), old.content)
         with pytest.raises(errors.LazyfsError, match="changed in the repository"):
-            await image.read(9 * BLOCK, BLOCK)
+            await world.read(image, 9 * BLOCK, BLOCK)
         world.repository.exports["disk"] = old
         await world.filesystem.refresh()
         assert image.record.state is State.PARTIAL
@@ -403,9 +403,9 @@ async def test_a_lost_write_that_is_reported_while_a_file_is_disowned_stops_its_
         image = await world.open("disk")
         await world.check(image, blocks(0))
         monkeypatch.setattr(MemoryStore, "disown", lost)
-        await image.fail(errors.ExportChanged("disk", "a", "b"))
+        await image.fail(Cause.EXPORT_CHANGED, errors.ExportChanged("disk", "a", "b"))
         with pytest.raises(errors.CacheCorrupt):
-            await image.read(0, 1)
+            await world.read(image, 0, 1)
 
 
 async def test_equal_sizes_alone_are_no_proof_that_the_old_version_is_back() -> None:
@@ -419,7 +419,7 @@ async def test_equal_sizes_alone_are_no_proof_that_the_old_version_is_back() -> 
         await world.filesystem.refresh()
         assert image.record.state is State.FAILED
         with pytest.raises(errors.LazyfsError, match="changed in the repository"):
-            await image.read(9 * BLOCK, 1)
+            await world.read(image, 9 * BLOCK, 1)
 
 
 async def test_a_whole_image_whose_export_changed_keeps_its_bytes_and_says_so() -> None:
@@ -446,12 +446,12 @@ async def test_a_changed_image_that_happens_to_be_complete_is_not_handed_off() -
     async with world.daemon():
         image = await world.open("disk")
         await world.check(image, ByteRange(0, SIZE - BLOCK))
-        await image.fail(errors.ExportChanged("disk", "a", "b"))
+        await image.fail(Cause.EXPORT_CHANGED, errors.ExportChanged("disk", "a", "b"))
         await trio.sleep(60)
         assert world.stores.plain == {}
         await image.recover()
         await world.check(image, ALL)
-        await image.fail(errors.ExportChanged("disk", "a", "b"))
+        await image.fail(Cause.EXPORT_CHANGED, errors.ExportChanged("disk", "a", "b"))
         await trio.sleep(60)
         assert world.stores.plain == {}
         await image.recover()
@@ -467,8 +467,8 @@ async def test_a_retired_image_serves_what_it_had_until_its_last_close() -> None
         assert not world.stores.partials
         await world.check(image, blocks(0, 2))
         with pytest.raises(errors.ExportChanged):
-            await image.read(5 * BLOCK, 1)
-        await world.filesystem.release(image)
+            await world.read(image, 5 * BLOCK, 1)
+        await world.close(image)
         assert not world.stores.open_files
 
 
@@ -529,11 +529,11 @@ async def test_a_disk_that_lost_data_is_not_read_until_a_restart_from_the_last_c
         await until(lambda: "mount anew" in image.statistics().error)
         for lost in (blocks(0), blocks(8), blocks(12)):
             with pytest.raises(errors.CacheCorrupt):
-                await image.read(lost.start, lost.length)
+                await world.read(image, lost.start, lost.length)
         world.stores.checkpoint_error = None  # a later sync would succeed, and prove nothing
         await trio.sleep(2 * CHECKPOINT_S)
         with pytest.raises(errors.CacheCorrupt):
-            await image.read(0, BLOCK)
+            await world.read(image, 0, BLOCK)
     before = world.repository.bytes_read()
     async with world.daemon():
         image = await world.open("disk")

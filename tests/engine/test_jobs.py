@@ -85,7 +85,7 @@ async def test_a_paused_image_that_readers_complete_is_whole() -> None:
     async with world.daemon(populate=True):
         image = await begun(world)
         await world.command("job-pause", id="disk")
-        await image.read(0, SIZE)
+        await world.read(image, 0, SIZE)
         await until(lambda: image.record.state is State.WHOLE)
         assert await jobs(world) == {}
         await world.close(image)
@@ -109,7 +109,7 @@ async def test_cancel_keeps_what_is_there_and_the_next_first_open_begins_again()
         image = await begun(world)
         await world.command("job-cancel", id="disk")
         assert await jobs(world) == {}
-        await until(lambda: not image.populating.last_served or image.fetcher)
+        await until(lambda: not image.populating.last_served or image.filling)
         await trio.sleep(100)
         present = image.statistics().present_bytes
         assert 0 < present < SIZE

@@ -203,7 +203,7 @@ class Model:
             with patience:
                 image = await self.open(one.name)
                 content = self.contents[one.name, image.record.identity]
-                got = await image.read(one.where.start, one.where.length)
+                got = await self.world.read(image, one.where.start, one.where.length)
                 assert got == content[one.where.start : one.where.end], blame
         except errors.TimedOut:
             assert self.may_time_out(), blame
@@ -248,7 +248,7 @@ class Model:
                 image = await self.world.open(name)
                 await until(lambda image=image: image.record.state is State.WHOLE)
                 content = self.contents[name, image.record.identity]
-                assert await image.read(0, len(content) + 1) == content
+                assert await self.world.read(image, 0, len(content) + 1) == content
                 assert self.world.stores.plain[image.record.path] == content
                 await self.world.close(image)
             assert sorted(self.world.stores.plain) == sorted(tree(self.world))

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import fakes
 import pytest
 import trio
 from engine_world import BLOCK, World, blocks, run, threads, until
@@ -12,7 +13,7 @@ from fakes import MemoryStores, pattern
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.image.image import Image
 from lazyfs.units import MiB
@@ -34,7 +35,7 @@ def world_with(*names: str, **options: Any) -> World:
 async def whole(world: World, name: str = "disk") -> Image:
     """Whole and closed."""
     image = await world.open(name)
-    await image.read(0, image.record.shown.size)
+    await world.read(image, 0, image.record.shown.size)
     await until(lambda: image.record.state is State.WHOLE)
     await world.close(image)
     return image
@@ -44,9 +45,9 @@ async def partial(world: World, name: str = "disk") -> Image:
     """With four blocks, closed."""
     image = await world.open(name)
     begin = image.record.shown.metadata_size
-    await image.read(begin, 4 * BLOCK)
-    assert image.fetcher is not None
-    await image.fetcher.written()
+    await world.read(image, begin, 4 * BLOCK)
+    assert image.filling is not None
+    await image.filling.reader.written()
     await world.close(image)
     return image
 
@@ -143,7 +144,7 @@ async def test_prefetch_of_a_failed_image() -> None:
     world = world_with("disk", populate=False)
     async with world.daemon(populate=True):
         image = await partial(world)
-        await image.fail(errors.UserError("it went wrong"))
+        await image.fail(Cause.EXPORT_CHANGED, errors.UserError("it went wrong"))
         with pytest.raises(CommandError, match="disk has failed: it went wrong"):
             await world.command("prefetch", path="disk")
 
@@ -161,7 +162,7 @@ async def test_evict(make: Callable[[World], Awaitable[Image]], format_: str, op
         begin = old.record.shown.metadata_size
         plain = old.record.state is State.WHOLE
         if opened:
-            await world.filesystem.open(old, plain=plain)
+            await world.open_image(old, plain)
         path = old.record.path
         assert await world.command("evict", path=path) == {"images": 1}
         new = world.image("disk")
@@ -174,16 +175,16 @@ async def test_evict(make: Callable[[World], Awaitable[Image]], format_: str, op
         if opened:
             content = world.repository.exports["disk"].content
             for start in (0, 20 * BLOCK, 0):  # what was there, what was not, and again
-                assert await old.read(begin + start, BLOCK, plain) == content[start : start + BLOCK]
+                assert await world.read(old, begin + start, BLOCK, plain) == content[start : start + BLOCK]
             (row,) = [row for row in await world.command("query-images") if row["replaced"]]
             assert row["open_count"] == 1
-            await world.filesystem.release(old, plain)
+            await world.close(old, plain)
         assert not world.stores.open_files
         assert world.filesystem.names.node(old.inode) is None
         assert [row["replaced"] for row in await world.command("query-images")] == [False]
         # It begins anew.
         await world.open("disk")
-        assert await new.read(begin, BLOCK) == world.repository.exports["disk"].content[:BLOCK]
+        assert await world.read(new, begin, BLOCK) == world.repository.exports["disk"].content[:BLOCK]
         await world.close(new)
     async with world.daemon():
         assert states(world) == {path: "partial"}
@@ -251,10 +252,10 @@ async def test_no_reader_fails_because_of_evictions(thread_s: float, format_: st
                 begin = image.record.shown.metadata_size
                 for k in range(3):
                     start = (seed * 7 + n * 3 + k) * BLOCK % (SIZE - BLOCK)
-                    assert await image.read(begin + start, BLOCK, plain) == content[start : start + BLOCK]
+                    assert await world.read(image, begin + start, BLOCK, plain) == content[start : start + BLOCK]
                     reads += 1
                     await trio.sleep(0.05)
-                await world.filesystem.release(image, plain)
+                await world.close(image, plain)
 
         async def opened() -> tuple[Image, bool]:
             # As the kernel does: ESTALE means look the name up again.
@@ -262,7 +263,7 @@ async def test_no_reader_fails_because_of_evictions(thread_s: float, format_: st
                 image = world.image("disk")
                 plain = image.record.state is State.WHOLE
                 try:
-                    await world.filesystem.open(image, plain)
+                    await world.open_image(image, plain)
                 except OSError as error:
                     if error.errno != errno.ESTALE:
                         raise
@@ -329,7 +330,7 @@ async def test_an_image_whose_eviction_fails_half_way_goes_on_and_can_be_evicted
     async with world.daemon(populate=True):
         image = await make(world)
         if opened:
-            await world.filesystem.open(image)
+            await world.open_image(image)
         world.catalog.error = OSError(errno.EIO, "the disk is broken")
         with pytest.raises(CommandError, match="the disk is broken"):
             await world.command("evict", path="disk")
@@ -339,7 +340,7 @@ async def test_an_image_whose_eviction_fails_half_way_goes_on_and_can_be_evicted
         assert states(world)["disk"] == image.record.state.value != "remote"
         read = world.repository.bytes_read()
         if not opened:
-            await world.filesystem.open(image)
+            await world.open_image(image)
         await world.check(image, blocks(0, 4))
         assert world.repository.bytes_read() == read, "all is as it was"
         assert len(world.catalog.load()) == 1
@@ -351,7 +352,7 @@ async def test_an_image_whose_eviction_fails_half_way_goes_on_and_can_be_evicted
         assert not world.stores.plain
         assert not world.stores.partials
         await world.check(image, blocks(0, 9))
-        await world.filesystem.release(image)
+        await world.close(image)
         await world.check(await world.open("disk"), blocks(0, 9))
     assert len(world.catalog.load()) == 1
 
@@ -478,7 +479,7 @@ async def test_forget_drops_what_the_repository_does_not_have() -> None:
             await world.command("forget", path="old")  # nobody has looked yet
         await world.filesystem.refresh()
         opened = world.image("opened")
-        await world.filesystem.open(opened, plain=True)
+        await world.open_image(opened, True)
         for name, reason in {"kept": "in the repository", "pinned": "is pinned", "opened": "is open"}.items():
             with pytest.raises(CommandError, match=reason):
                 await world.command("forget", path=name)
@@ -489,7 +490,7 @@ async def test_forget_drops_what_the_repository_does_not_have() -> None:
         with pytest.raises(CommandError, match=r"is (open|pinned).* \(and 1 more; 1 done\)"):
             await world.command("forget", path="")
         assert sorted(states(world)) == ["kept", "opened", "pinned"]
-        await world.filesystem.release(opened, plain=True)
+        await world.close(opened, True)
         await world.command("unpin", path="pinned")
         assert await world.command("forget", path="") == {"images": 2}
         assert sorted(world.stores.plain) == ["kept"]
@@ -645,13 +646,13 @@ async def test_an_image_evicted_while_it_is_opened_is_looked_after_by_nobody() -
     async with world.daemon():
         image = world.image("disk")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.filesystem.open, image)
+            nursery.start_soon(world.open_image, image)
             while image.record.state is State.REMOTE:
                 await trio.lowlevel.checkpoint()
-            assert image.fetcher is None, "it is being opened"
+            assert image.filling is None, "it is being opened"
             nursery.start_soon(world.filesystem.evict, image)
-        await image.read(0, 4096)
-        await world.filesystem.release(image)
+        await world.read(image, 0, 4096)
+        await world.close(image)
         await trio.sleep(60)
         assert image.retired
 
@@ -721,10 +722,12 @@ async def test_sectors_that_the_disk_cannot_read_are_damage(monkeypatch: pytest.
     async with world.daemon():
         image = await whole(world)
 
-        async def broken(offset: int, length: int, plain: bool = False, read: object = None) -> bytes:
+        def broken(self: object, offset: int, length: int) -> bytes:
             raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(image, "read", broken)
+        assert image.record.state is State.WHOLE
+        monkeypatch.setattr(fakes._MemoryReader, "read", broken)
+        monkeypatch.setattr(fakes._MemoryReader, "read_nowait", broken)
         assert "the disk cannot read bytes 0 to " in await verified(world, "disk")
         assert states(world) == {"disk": "remote"}
 

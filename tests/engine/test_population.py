@@ -183,9 +183,9 @@ async def test_waiting_for_the_last_block_of_a_reader_is_not_busy() -> None:
     async with world.daemon(populate=True):
         image = world.image("disk")
         world.population.wake()
-        await world.filesystem.open(image)
-        assert image.fetcher is not None
-        await image.fetcher.learn_next()
+        await world.open_image(image)
+        assert image.filling is not None
+        await image.filling.reader.learn_next()
         world.repository.hang()
         async with trio.open_nursery() as readers:
             readers.start_soon(world.check, image, blocks(0))
@@ -306,7 +306,7 @@ async def test_an_export_that_changes_during_the_fill(replace: bool) -> None:
         await trio.sleep(10)
         await world.check(image, blocks(0), old)
         with pytest.raises(errors.LazyfsError, match="changed in the repository"):
-            await image.read(SIZE - 1, 1)
+            await world.read(image, SIZE - 1, 1)
         assert world.stores.plain == {}
         if replace:
             assert image.retired

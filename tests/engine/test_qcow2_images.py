@@ -32,8 +32,8 @@ def world_with_disk(**options: object) -> tuple[World, bytes]:
     return world, export.content
 
 
-async def whole_file(image: Image) -> bytes:
-    return await image.read(0, 1 << 40)
+async def whole_file(world: World, image: Image) -> bytes:
+    return await world.read(image, 0, 1 << 40)
 
 
 reads = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 5 * BLOCK)), max_size=5)
@@ -64,7 +64,7 @@ def test_reads_are_those_of_the_finished_file_over_restarts_and_crashes(
                 assert image.record.file_size == len(expected)
 
                 async def one(image: Image, start: int, length: int) -> None:
-                    assert await image.read(start, length) == expected[start : start + length]
+                    assert await world.read(image, start, length) == expected[start : start + length]
 
                 async with trio.open_nursery() as nursery:
                     for where, length in wanted:
@@ -72,12 +72,12 @@ def test_reads_are_those_of_the_finished_file_over_restarts_and_crashes(
         async with world.daemon(populate=True):
             image = await world.open("disk")
             await until(lambda: image.record.state is State.WHOLE)
-            assert await whole_file(image) == expected
+            assert await whole_file(world, image) == expected
             assert world.stores.plain == {"disk.qcow2": expected}
             await world.close(image)
-            await image.open(plain=True)
-            assert await image.read(0, 1 << 40, plain=True) == expected
-            await image.release(plain=True)
+            await world.open_image(image, whole=True)
+            assert await world.read(image, 0, 1 << 40, whole=True) == expected
+            await world.close(image, whole=True)
 
     run(scenario)
 
@@ -89,9 +89,9 @@ async def test_metadata_needs_no_repository() -> None:
         image = await world.open("disk")
         world.repository.down = True
         metadata = image.record.shown.metadata_size
-        assert await image.read(0, metadata) == shown(content)[:metadata]
+        assert await world.read(image, 0, metadata) == shown(content)[:metadata]
         end = len(shown(content))
-        assert await image.read(end - 100, 200) == bytes(100), "behind the end of the disk"
+        assert await world.read(image, end - 100, 200) == bytes(100), "behind the end of the disk"
         assert world.repository.reads() == []
 
 
@@ -101,7 +101,7 @@ async def test_a_read_across_the_border_fetches_the_first_cluster_alone() -> Non
     async with world.daemon():
         image = await world.open("disk")
         metadata = image.record.shown.metadata_size
-        assert await image.read(metadata - 100, 200) == shown(content)[metadata - 100 : metadata + 100]
+        assert await world.read(image, metadata - 100, 200) == shown(content)[metadata - 100 : metadata + 100]
         assert world.demand() == [blocks(0)]
 
 
@@ -111,12 +111,12 @@ async def test_the_metadata_counts_as_space_from_the_first_open() -> None:
     async with world.daemon():
         image = world.image("disk")
         assert image.allocated_bytes() == 0
-        await world.filesystem.open(image)
+        await world.open_image(image)
         metadata = image.record.shown.metadata_size
         assert image.allocated_bytes() == metadata > 0
-        await image.read(metadata, BLOCK)
+        await world.read(image, metadata, BLOCK)
         await until(lambda: image.allocated_bytes() == metadata + BLOCK)
-        await whole_file(image)
+        await whole_file(world, image)
         await until(lambda: image.record.state is State.WHOLE)
         data = sum(piece.length for piece in world.repository.exports["disk"].data)
         assert image.allocated_bytes() == metadata + data
@@ -130,13 +130,13 @@ async def test_with_no_room_at_all_it_is_served_and_cached_when_there_is_some() 
     world.stores.full = world.stores.room_low = True
     async with world.daemon(populate=True):
         image = await world.open("disk")
-        assert await whole_file(image) == shown(content)
+        assert await whole_file(world, image) == shown(content)
         assert "disk is full" in image.statistics().error
         assert image.allocated_bytes() == 0
         assert not world.stores.partials
         world.stores.full = world.stores.room_low = False
         await until(lambda: image.record.state is State.WHOLE)
-        assert await whole_file(image) == shown(content)
+        assert await whole_file(world, image) == shown(content)
         assert world.stores.plain["disk.qcow2"] == shown(content)
 
 
@@ -146,8 +146,8 @@ async def test_each_image_keeps_its_format_whatever_the_mount_s_default_is() -> 
     contents = {name: world.repository.add(name, pattern(SIZE, i)).content for i, name in enumerate("abc")}
     async with world.daemon():
         image = await world.open("a")
-        await image.read(0, 100)
-        await whole_file(await world.open("b"))
+        await world.read(image, 0, 100)
+        await whole_file(world, await world.open("b"))
         await until(lambda: world.image("b").record.state is State.WHOLE)
     world.options = replace(world.options, format="qcow2", block_size=BLOCK)
     contents["d"] = world.repository.add("d", pattern(SIZE, 7)).content
@@ -156,9 +156,9 @@ async def test_each_image_keeps_its_format_whatever_the_mount_s_default_is() -> 
             "a": "raw", "b": "raw", "c": "raw", "d.qcow2": "qcow2"
         }  # fmt: skip
         for name in "abc":
-            assert await whole_file(await world.open(name)) == contents[name]
+            assert await whole_file(world, await world.open(name)) == contents[name]
         image = await world.open("d")
-        assert await image.read(0, 100) == shown(contents["d"])[:100]
+        assert await world.read(image, 0, 100) == shown(contents["d"])[:100]
     world.options = replace(world.options, format="raw", block_size=16 * KiB)
     async with world.daemon(populate=True):
         for name in "abcd":
@@ -175,15 +175,15 @@ async def test_a_replaced_version_keeps_format_and_cluster_size() -> None:
     world.repository.add("disk", pattern(SIZE))
     async with world.daemon():
         old = await world.open("disk")
-        before = await old.read(0, 20 * KiB)
+        before = await world.read(old, 0, 20 * KiB)
         world.options = replace(world.options, format="raw", block_size=BLOCK)
         new = world.repository.add("disk", pattern(SIZE + BLOCK, 1)).content
         await world.filesystem.refresh()
         image = await world.open("disk")
         assert image is not old
         assert image.record.path == "disk.qcow2"
-        assert await whole_file(image) == shown(new, 16 * KiB)
-        assert await old.read(0, 20 * KiB) == before
+        assert await whole_file(world, image) == shown(new, 16 * KiB)
+        assert await world.read(old, 0, 20 * KiB) == before
         await world.close(old)
 
 

@@ -193,13 +193,13 @@ async def test_one_that_is_opened_while_overlays_are_scanned_stays() -> None:
             if not opened:
                 # What an open does before it waits for anything; the rest follows when the scan is over.
                 opened.append(world.image("a"))
-                opened[0].open_count += 1
+                opened[0]._opening.add("an open under way")
             return frozenset()
 
         world.backing_files = scan
         await fill(world, "c")
         assert [state(world, name) for name in "abc"] == [State.WHOLE, State.REMOTE, State.WHOLE]
-        opened[0].open_count -= 1
+        opened[0]._opening.clear()
 
 
 @pytest.mark.parametrize("why", ["open", "pinned", "backing files", "overlays unreadable"])
@@ -211,7 +211,7 @@ async def test_with_nobody_to_evict_population_pauses_and_reads_go_on(why: str) 
         held = [await world.open(name) for name in "ab"] if why == "open" else []
         if why == "pinned":
             for name in "ab":
-                await world.image(name).annotate(pinned=True)
+                await world.image(name).annotate(lambda record: record.with_pin(True))
         elif why == "backing files":
             world.backing_files = lambda: frozenset({"a", "b"})
         elif why == "overlays unreadable":
@@ -236,7 +236,7 @@ async def test_with_nobody_to_evict_population_pauses_and_reads_go_on(why: str) 
         if why == "open":
             await world.close(held[0])
         elif why == "pinned":
-            await world.image("b").annotate(pinned=False)
+            await world.operations.pin(world.image("b"), False)
         else:
             world.backing_files = lambda: frozenset({"a"})
         await is_whole(world, "c")
@@ -286,8 +286,8 @@ async def test_one_that_cannot_go_leaves_it_to_others(caplog: pytest.LogCaptureF
         world.stores.plain["a"] = b"mine"
         await fill(world, "c")
         assert [state(world, name) for name in "abc"] == [State.WHOLE, State.REMOTE, State.WHOLE]
-        await world.filesystem.evict(world.image("c"))
-        await world.image("c").annotate(pinned=True)
+        await world.operations.evict(world.image("c"))
+        await world.image("c").annotate(lambda record: record.with_pin(True))
         image = await world.open("c")
         await is_whole(world, "c")
         await world.open("b")
@@ -315,22 +315,23 @@ async def test_waiting_for_room_makes_no_connections() -> None:
     async with world.daemon(populate=True):
         await fill(world, "a", "b")
         held = [await world.open(name) for name in "ab"]
-        others = 0
+        others = []
         for _ in range(3):
-            while world.filesystem.budget.reserve(KiB):
-                others += KiB
+            while reservation := world.filesystem.budget.reserve(KiB):
+                others.append(reservation)
             await trio.sleep(2)  # it is counted again
         image = await world.open("c")
         await world.check(image, blocks(0, 2))
-        fetcher = image.fetcher
+        fetcher = image.filling
         await trio.sleep(100)
-        assert image.fetcher is fetcher
+        assert image.filling is fetcher
         assert "not kept" in image.statistics().error
-        world.filesystem.budget.give_back(others)
+        for reservation in others:
+            reservation.release()
         for one in held:
             await world.close(one)
         await is_whole(world, "c")
-        assert image.fetcher is not fetcher
+        assert image.filling is not fetcher
 
 
 async def test_overlays_alone_are_not_scanned_all_the_time() -> None:
@@ -357,7 +358,7 @@ async def test_an_image_is_not_evicted_for_its_own_rest() -> None:
     world.repository.add("old", pattern(SIZE, 9))
     async with world.daemon(populate=True):
         await fill(world, "old")
-        await world.filesystem.prefetch(world.image("large"), None)
+        await world.operations.prefetch(world.image("large"), None)
         await until(lambda: world.population.paused)
         assert state(world, "old") is State.REMOTE
         await trio.sleep(600)
@@ -376,7 +377,7 @@ async def test_a_prefetch_is_a_use() -> None:
     world = world_with("a", "b", "c")
     async with world.daemon(populate=True):
         await fill(world, "a")
-        await world.filesystem.prefetch(world.image("b"), None)
+        await world.operations.prefetch(world.image("b"), None)
         await is_whole(world, "b")
         await fill(world, "c")
         assert [state(world, name) for name in "abc"] == [State.REMOTE, State.WHOLE, State.WHOLE]
@@ -438,7 +439,7 @@ async def test_failed_requests_do_not_use_up_the_budget() -> None:
         image = await world.open("a")
         for _ in range(60):
             with pytest.raises(errors.RequestFailed):
-                await image.read(0, MiB)
+                await world.read(image, 0, MiB)
         await trio.sleep(600)
         assert world.filesystem.budget._reserved == 0
         world.repository.heal()
@@ -468,7 +469,7 @@ async def test_limits_alone_wake_nobody(blocked: bool) -> None:
         await fill(world, "a", "b")
         if blocked:
             for name in "ab":
-                await world.image(name).annotate(pinned=True)
+                await world.image(name).annotate(lambda record: record.with_pin(True))
     world.limits = replace(world.limits, max_cache=5 * MiB if blocked else LIMIT)
     async with world.daemon(populate=True):
         await trio.sleep(10)
@@ -507,7 +508,7 @@ async def test_who_opens_in_the_moment_of_an_eviction_finds_the_new_inode() -> N
             await trio.sleep(0.5)
             assert world.image("a") is old
             with pytest.raises(OSError, match="Stale file handle"):
-                await world.filesystem.open(old, plain=True)
+                await world.open_image(old, True)
             assert world.image("a") is not old
             threads.delay_s = 0
         await read_all(world, await world.open("a"))

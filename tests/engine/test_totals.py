@@ -19,7 +19,7 @@ pytestmark = pytest.mark.trio(run=run)
 async def read(world: World, image: Image, where: ByteRange) -> None:
     """As the adapter does it."""
     with Read(world.filesystem.totals) as one:
-        await image.read(where.start, where.length, False, one)
+        await world.read(image, where.start, where.length, False, one)
 
 
 def served(world: World) -> dict[str, int]:
@@ -39,7 +39,7 @@ async def test_one_of_eight_readers_fetches_and_the_others_join() -> None:
             assert world.filesystem.totals.waiting == 8
         assert world.filesystem.totals.waiting == 0
         assert served(world) == {FETCHED: 1, JOINED: 7}
-        await image.fetcher.written()
+        await image.filling.reader.written()
         await read(world, image, blocks(3))
         assert served(world) == {PRESENT: 1, FETCHED: 1, JOINED: 7}
         found = world.filesystem.totals.statistics().reads
@@ -77,7 +77,7 @@ async def test_bytes_and_requests_by_kind_survive_eviction() -> None:
             assert sums[totals.ZERO_BYTES] == round_ * 4 * BLOCK
             assert sums[totals.DEMAND_BYTES] == sum(r.length for r in world.demand("disk"))
             assert sums[totals.DEMAND_REQUESTS] == len(world.demand("disk"))
-            await world.filesystem.evict(world.image("disk"))
+            await world.operations.evict(world.image("disk"))
             assert world.filesystem.totals.statistics().sums == sums
 
 

@@ -20,7 +20,7 @@ SIZE = MiB - 512
 async def whole(world: World) -> Image:
     """The image `disk`, whole and closed."""
     image = await world.open("disk")
-    await image.read(0, SIZE)
+    await world.read(image, 0, SIZE)
     await until(lambda: image.record.state is State.WHOLE)
     await world.close(image)
     return image
@@ -39,7 +39,7 @@ async def test_the_name_leads_to_the_second_number_and_the_kernel_is_told() -> N
         world.filesystem.names.on_invalid_entry = lambda folder, name: told.append((folder.path, name))
         image = await world.open("disk")
         assert image.shown_inode == image.inode
-        await image.read(0, SIZE)
+        await world.read(image, 0, SIZE)
         await until(lambda: told)
         assert told == [("", "disk")]
         assert image.record.state is State.WHOLE
@@ -57,18 +57,18 @@ async def test_both_kinds_of_opens_read_the_same_side_by_side() -> None:
     content = world.repository.exports["disk"].content
     async with world.daemon():
         image = await world.open("disk")
-        await image.read(0, SIZE)
+        await world.read(image, 0, SIZE)
         await until(lambda: image.record.state is State.WHOLE)
-        await world.filesystem.open(image, plain=True)
-        await world.filesystem.open(image, plain=True)
+        await world.open_image(image, True)
+        await world.open_image(image, True)
         assert image.open_count == 3
         for plain in (False, True):
             for offset in (0, 70_000, SIZE - 5):
-                assert await image.read(offset, 4096, plain) == content[offset : offset + 4096]
-        await world.filesystem.release(image, plain=True)
-        assert await image.read(9, 9, plain=True) == content[9:18]
-        await world.filesystem.release(image, plain=True)
-        assert await image.read(9, 9) == content[9:18]
+                assert await world.read(image, offset, 4096, plain) == content[offset : offset + 4096]
+        await world.close(image, True)
+        assert await world.read(image, 9, 9, whole=True) == content[9:18]
+        await world.close(image, True)
+        assert await world.read(image, 9, 9) == content[9:18]
         await world.close(image)
         assert not world.stores.open_files, "closed with the last open of each kind"
 
@@ -78,14 +78,14 @@ async def test_files_from_before_may_be_closed_first() -> None:
     content = world.repository.exports["disk"].content
     async with world.daemon():
         image = await world.open("disk")
-        await image.read(0, SIZE)
+        await world.read(image, 0, SIZE)
         await until(lambda: image.record.state is State.WHOLE)
-        await world.filesystem.open(image, plain=True)
+        await world.open_image(image, True)
         await world.close(image)
         assert world.filesystem.open_images() == [image]
         list(world.filesystem.active_images())
-        assert await image.read(0, SIZE, plain=True) == content
-        await world.filesystem.release(image, plain=True)
+        assert await world.read(image, 0, SIZE, whole=True) == content
+        await world.close(image, True)
         assert not world.stores.open_files
         assert world.filesystem.open_images() == []
 
@@ -96,14 +96,14 @@ async def test_an_open_by_the_second_number_of_what_is_not_whole_is_stale(state:
     async with world.daemon():
         image = world.image("disk") if state == "remote" else await world.open("disk")
         if state == "retired":
-            await image.read(0, SIZE)
+            await world.read(image, 0, SIZE)
             await until(lambda: image.record.state is State.WHOLE)
             world.repository.add("disk", pattern(2 * SIZE), [])
             await world.filesystem.refresh()
             await until(lambda: image.retired)
         before = image.open_count
         with pytest.raises(OSError, match=r".") as refused:
-            await world.filesystem.open(image, plain=True)
+            await world.open_image(image, True)
         assert refused.value.errno == errno.ESTALE
         assert image.open_count == before
         if before:
@@ -116,14 +116,14 @@ async def test_a_replaced_whole_image_is_read_until_its_last_close() -> None:
     old = world.repository.exports["disk"].content
     async with world.daemon():
         image = await whole(world)
-        await world.filesystem.open(image, plain=True)
+        await world.open_image(image, True)
         world.repository.add("disk", pattern(2 * SIZE), [])
         await world.filesystem.refresh()
         await until(lambda: world.image("disk") is not image)
         assert "disk" not in world.stores.plain
-        assert await image.read(0, SIZE, plain=True) == old
+        assert await world.read(image, 0, SIZE, whole=True) == old
         assert world.filesystem.names.node(inode_number.whole(image.inode)) is image
-        await world.filesystem.release(image, plain=True)
+        await world.close(image, True)
         assert world.filesystem.names.node(inode_number.whole(image.inode)) is None
         assert not world.stores.open_files
 
@@ -134,11 +134,11 @@ async def test_many_opens_at_once_share_one_file() -> None:
         image = await whole(world)
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(world.filesystem.open, image, True)
+                nursery.start_soon(world.open_image, image, True)
         assert len(world.stores.open_files) == 1
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(world.filesystem.release, image, True)
+                nursery.start_soon(world.close, image, True)
         assert not world.stores.open_files
 
 
@@ -146,5 +146,5 @@ async def test_a_clean_end_closes_what_is_still_open() -> None:
     world = world_with_disk()
     async with world.daemon():
         image = await whole(world)
-        await world.filesystem.open(image, plain=True)
+        await world.open_image(image, True)
     assert not world.stores.open_files

@@ -84,7 +84,7 @@ class Model(RuleBasedStateMachine):
         run = self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1)))
         length = sum(self.length(block) for block in range(*run))
         data_bytes = data.draw(st.one_of(st.just(0), st.just(length), st.integers(0, length)))
-        self.map.keep(run, data_bytes)
+        self.map.mark_present(run, data_bytes)
         self.put(run, DATA if data_bytes else ZERO)
         self.mixed += length - data_bytes if data_bytes else 0
         self.touch(run)
@@ -257,7 +257,7 @@ def test_claims_are_saved_as_missing() -> None:
     blocks = BlockMap(4 * BLOCK, BLOCK)
     blocks.claim(BlockRun(0, 3))
     assert not blocks.dirty
-    blocks.keep(BlockRun(1, 2), BLOCK)
+    blocks.mark_present(BlockRun(1, 2), BLOCK)
     assert blocks.take_dirty() == [(0, bytes([MISSING, DATA, MISSING, MISSING]))]
 
 
@@ -273,7 +273,7 @@ def test_taken_pages_are_copies() -> None:
 def test_a_run_across_pages_dirties_each_of_them() -> None:
     blocks = BlockMap(BLOCKS * BLOCK, BLOCK)
     blocks.claim(BlockRun(PAGE_BLOCKS - 1, 2 * PAGE_BLOCKS + 1))
-    blocks.keep(BlockRun(PAGE_BLOCKS - 1, 2 * PAGE_BLOCKS + 1), BLOCK)
+    blocks.mark_present(BlockRun(PAGE_BLOCKS - 1, 2 * PAGE_BLOCKS + 1), BLOCK)
     assert [(index, len(content)) for index, content in blocks.take_dirty()] == [
         (0, PAGE_BLOCKS),
         (1, PAGE_BLOCKS),
@@ -284,7 +284,7 @@ def test_a_run_across_pages_dirties_each_of_them() -> None:
 # -- misuse is our own bug
 
 FORBIDDEN = [("claim", DATA), ("claim", ZERO), ("claim", CLAIMED)] + [
-    (operation, state) for operation in ("release", "keep") for state in (MISSING, DATA, ZERO)
+    (operation, state) for operation in ("release", "mark_present") for state in (MISSING, DATA, ZERO)
 ]
 
 
@@ -294,7 +294,7 @@ def test_a_change_from_any_other_state_is_refused_and_changes_nothing(operation:
     if state == CLAIMED:
         blocks.claim(BlockRun(1, 2))
     before = list(blocks.runs()), blocks.present_bytes, blocks.zero_bytes
-    arguments = (BLOCK,) if operation == "keep" else ()
+    arguments = (BLOCK,) if operation == "mark_present" else ()
     with pytest.raises(AssertionError, match="not all in state"):
         getattr(blocks, operation)(BlockRun(1, 2), *arguments)
     assert (list(blocks.runs()), blocks.present_bytes, blocks.zero_bytes) == before

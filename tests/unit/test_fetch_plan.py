@@ -298,7 +298,7 @@ def test_population_comes_back_to_what_failed(states: list[int], data: st.DataOb
             failures -= 1
             blocks.release(run)
         else:
-            blocks.keep(run, blocks.bytes_of(run).length)
+            blocks.mark_present(run, blocks.bytes_of(run).length)
     assert blocks.complete
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs import errors
-from lazyfs.core.block_map import BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.fetch_plan import ReadAround
+from lazyfs.core.in_flight import Flight, Purpose
 from lazyfs.engine.interfaces import Source
+from lazyfs.engine.pace import ReaderWait
 
 ReadCache = Callable[[ByteRange], bytes]
 """Reads present blocks from the cache file. Blocks."""
@@ -40,28 +41,44 @@ class Timeouts:
 
 @dataclass(eq=False, slots=True)
 class Miss:
-    """When wanted blocks were asked for, and when they came."""
+    """One read that missed while nothing else was under way: how long the repository takes to answer."""
 
     began: float
+    """When its flights were sent; trio's clock."""
     came: float = math.inf
+    """When the wanted blocks came."""
+
+    def wanted_came(self, around: ReadAround, now: float, length: int) -> None:
+        """The wanted blocks, `length` bytes of them, came."""
+        self.came = now
+        around.wanted_came(now - self.began, length)
+
+    def rest_came(self, around: ReadAround, now: float) -> None:
+        """A part of the rest around them came. Before the wanted blocks it says nothing."""
+        if self.came <= now:
+            around.rest_came(self.came - self.began, now - self.came)
 
 
 @dataclass(eq=False, slots=True)
 class DemandFetch:
-    """A demand request: its blocks, and its bytes once `done` is set without an error."""
+    """A flight that fetches for readers: its bytes are good once `done` is set and `failure` is None."""
 
-    run: BlockRun
+    flight: Flight
     span: ByteRange
     parts: Sequence[ByteRange]
     data: bytearray
     began: float
     """When it was asked for; trio's clock."""
-    miss: "Miss | None" = None
-    """If the time is taken: of the wanted blocks themselves, or (`is_rest`) of those that this is the rest around."""
-    is_rest: bool = False
+    wait: ReaderWait
+    miss: Miss | None = None
+    """Of the read that began it, if that is timed."""
     done: trio.Event = field(default_factory=trio.Event)
-    error: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
-    """None once the data is good: an end that nobody foresaw must not look like success."""
+    failure: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
+    """Why there are no bytes: a fact, never raised itself. It is preset, so that an unforeseen end counts as one."""
+    ended: bool = False
+    """It has been answered, or given up."""
+    written: trio.Event = field(default_factory=trio.Event)
+    """Its bytes are in the cache file, or could not be written."""
 
     @property
     def data_bytes(self) -> int:
@@ -75,21 +92,20 @@ class DemandFetch:
             start = part.start - self.span.start
             yield part.start, view[start : start + part.length]
 
-
-def tell(around: ReadAround, fetch: DemandFetch) -> None:
-    """Tell `around` how long it took until `fetch` came, which is now."""
-    miss, now = fetch.miss, trio.current_time()
-    if miss is not None and not fetch.is_rest:
-        miss.came = now
-        around.wanted_came(now - miss.began, fetch.data_bytes)
-    elif miss is not None and miss.came <= now:
-        around.rest_came(miss.came - miss.began, now - miss.came)
+    def note_time(self, around: ReadAround) -> None:
+        """Tell `around` how long the repository took, if this fetch is timed. It has just come."""
+        if self.miss is None:
+            return
+        if self.flight.purpose is Purpose.REST:
+            self.miss.rest_came(around, trio.current_time())
+        else:
+            self.miss.wanted_came(around, trio.current_time(), self.data_bytes)
 
 
 def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch], None]) -> bool:
     """Ask for all parts of `fetch` at once; return whether that could be done (`interfaces.Source.submit`).
 
-    `answered` is called when nothing is under way any more; `fetch.error` says how it ended.
+    `answered` is called when nothing is under way any more; `fetch.failure` says how it ended.
     """
     waiting = 0
     failures: list[errors.LazyfsError] = []
@@ -98,9 +114,9 @@ def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch],
         nonlocal waiting
         waiting -= 1
         if error is not None:
-            failures.append(error)
+            failures.append(error.again())
         if not waiting:
-            fetch.error = failures[0] if failures else None
+            fetch.failure = failures[0] if failures else None
             answered(fetch)
 
     for offset, piece in fetch.pieces():
@@ -126,7 +142,7 @@ async def receive(fetch: DemandFetch, source: Source) -> None:
         try:
             await source.pread(offset, piece)
         except errors.LazyfsError as error:
-            failures.append(error)
+            failures.append(error.again())
 
     if len(fetch.parts) == 1:  # a nursery costs as much as half the rest
         await one(*next(fetch.pieces()))

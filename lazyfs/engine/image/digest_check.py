@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from lazyfs import errors
-from lazyfs.core.lifecycle import State
+from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.interfaces import ImageRecord, Store
 from lazyfs.units import MiB
 
@@ -20,8 +20,6 @@ PIECE = 16 * MiB
 """Hashed in one call of a thread: how late the daemon's end can interrupt it, 0.05 s at sha256's 300 MB/s without
 hardware support."""
 
-_WRONG = "its bytes do not have the digest "
-
 
 class WrongDigest(errors.LazyfsError):
     """A complete image is not what it should be."""
@@ -31,12 +29,10 @@ class WrongDigest(errors.LazyfsError):
         self.digest = digest
 
     def __str__(self) -> str:
-        return f"{_WRONG}{self.digest}: evict it to fetch it again without one, or verify --digest the right one"
-
-
-def is_mismatch(record: ImageRecord) -> bool:
-    """Whether an image has failed because its bytes have another digest."""
-    return record.state is State.FAILED and record.error.startswith(_WRONG)
+        return (
+            f"its bytes do not have the digest {self.digest}: "
+            "evict it to fetch it again without one, or verify --digest the right one"
+        )
 
 
 class DigestCheck:
@@ -45,7 +41,7 @@ class DigestCheck:
     def __init__(
         self,
         record: Callable[[], ImageRecord],
-        fail: Callable[[errors.LazyfsError], Awaitable[None]],
+        fail: Callable[[Cause, errors.LazyfsError], Awaitable[None]],
         recover: Callable[[], Awaitable[None]],
         limiter: trio.CapacityLimiter,
     ) -> None:
@@ -69,7 +65,7 @@ class DigestCheck:
         Cancellation: takes effect between two pieces.
         """
         record = self._record()
-        if record.state is State.FAILED and not is_mismatch(record):
+        if record.state is State.FAILED and record.cause is not Cause.WRONG_DIGEST:
             return False
         if record.digest != self._wanted:
             try:
@@ -79,7 +75,7 @@ class DigestCheck:
                 return False
             self._wanted = record.digest
         if self._found != self._wanted:
-            await self._fail(WrongDigest(self._wanted))
+            await self._fail(Cause.WRONG_DIGEST, WrongDigest(self._wanted))
             return False
         if record.state is State.FAILED:
             await self._recover()

@@ -1,51 +1,74 @@
-"""One image: its state, its cache file, and reads of it.
+"""One image: its state, its catalog row, what is open of it, and the task that attends to its cache.
+
+What is open is one of four variants, and holds just what it needs:
+
+    Closed                  nothing
+    Filling, Unkept         a cache file that is being filled, or none for want of room
+    Whole                   the plain file
 
 Invariants (more in `doc/CONCURRENCY.md`):
 
-- `_changing` serialises every change of state; `record` is replaced, never edited, and the catalog knows a
-  state before anybody relies on it.
-- The bytes behind one Image never change version: when the export changes, a new Image with a new inode
-  takes the name (`filesystem.py`), and this one serves what it has to those who have it open.
-- `_file` stays open while anybody reads: it is closed only with no open count and no population.
-- Opens of the whole image (by its second inode number) use `_plain`; those from before go on with `_file`.
+- `_changing` serialises every change of state and of what is open. `record` is replaced, never edited, and the catalog
+  knows a state before anybody relies on it.
+- The bytes behind one Image never change version: when the export changes, a new Image with a new inode takes the name
+  (`engine/filesystem.py`), and this one serves what it has to those who have it open.
+- Everybody who has the image open holds a handle (`handles.py`). What a handle reads from stays open as long as it.
+- An image that has lost its name is given up by `Context.on_unused` as soon as nobody has it open, on every path.
 """
 
-# Longer than 500 lines: it is about to be split by idea.
+# Longer than 500 lines: opens, changes of state and the image's task all change what is open, under one lock.
 
 import errno
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import trio
 
 from lazyfs import errors
-from lazyfs.core import inode_number, lifecycle
-from lazyfs.core.block_map import BlockMap
-from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.lifecycle import State
-from lazyfs.core.shown_file import ShownFile
+from lazyfs.core import inode_number
+from lazyfs.core.lifecycle import Cause, State
+from lazyfs.core.pacing import Backoff
+from lazyfs.core.shown_file import RAW
+from lazyfs.engine.budget import UNKEPT
 from lazyfs.engine.context import Context
-from lazyfs.engine.fetch.fetcher import Fetcher
-from lazyfs.engine.image import image_statistics, partial_cache, reading
+from lazyfs.engine.image import partial_cache
 from lazyfs.engine.image.digest_check import DigestCheck
+from lazyfs.engine.image.filling import Filling, make_filling
+from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
+from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.image.populating import Populating
-from lazyfs.engine.interfaces import Export, FetchCounters, ImageFile, ImageRecord, PlainFile, Store
+from lazyfs.engine.interfaces import Export, FetchCounters, ImageFile, ImageRecord, PlainFile, Stores
 from lazyfs.engine.pace import Pace
-from lazyfs.engine.totals import Read
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+HandleT = TypeVar("HandleT", PartialHandle, WholeHandle, PartialHandle | WholeHandle)
 
 CHECKPOINT_S = 5.0
 """Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
 
 ROOM_CHECK_S = 5.0
-"""Between looks for room for an image that is read without being kept."""
+"""Between attempts to begin the cache of an image that is read without being kept."""
+
+MAX_RETRY_S = 60.0
+"""Between attempts to hand off a complete image, or to go on after a bug. Unmeasured: an attempt costs an fsync."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Nothing is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The plain file is open, for whoever has opened the image since it is whole."""
+
+    file: PlainFile
 
 
 class Image:
@@ -53,25 +76,23 @@ class Image:
 
     def __init__(self, record: ImageRecord, context: "Context[Image]") -> None:
         self.record = record
-        self.open_count = 0
         self.gone = False
         """The repository does not list it any more."""
         self.retired = False
         """Another inode has the name now; this one lives until it is closed."""
         self.populating = Populating(Pace(context.pace), context.populate)
-        self.fetcher: Fetcher | None = None
         self._context = context
-        self._shown: ShownFile | None = None
-        """Set by the first open; from then on the size is fixed."""
-        self._file: ImageFile | None = None
-        self._plain: PlainFile | None = None
-        self._plain_opens = 0
-        self._store: Store | None = None
+        self._content: Closed | Filling | Whole = Closed()
+        self._handles: set[PartialHandle | WholeHandle] = set()
+        self._opening: set[object] = set()
+        """A token for each open under way: what it is about to use stays open."""
         self._unkept = False
-        """There was no room even for a map: `_store` keeps nothing."""
-        self._digest_check = DigestCheck(lambda: self.record, self.fail, self.recover, context.syncs)
+        """There was no room for a map when the cache was to be begun, and there is none yet."""
+        self._bug = ""
+        """What is said of a task of this image that has failed by a bug, until it works again."""
         self._open_trouble = ""
         """Why the cache file cannot be opened, if the user can mend that."""
+        self._digest_check = DigestCheck(lambda: self.record, self.fail, self.recover, context.syncs)
         self._changing = trio.Lock()
         self._scope = trio.CancelScope()
 
@@ -88,134 +109,164 @@ class Image:
         whole = self.record.state is State.WHOLE
         return inode_number.whole(self.record.inode) if whole else self.record.inode
 
+    @property
+    def open_count(self) -> int:
+        """How many have it open, or are opening it."""
+        return len(self._handles) + len(self._opening)
+
+    @property
+    def filling(self) -> Filling | None:
+        """The open cache file that is being filled; None if there is none, as of an image that is whole."""
+        return self._content if isinstance(self._content, Filling) else None
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes of data in the cache file: live while it is open to be filled, else as of the last checkpoint."""
+        return self.record.present_bytes if self.filling is None else self.filling.table.present_bytes
+
     def allocated_bytes(self) -> int:
         """Return what the cache file takes of the disk, as `du` shows it: data, and a qcow2's metadata."""
-        metadata = 0 if self.record.state is State.REMOTE or self._unkept else self.record.shown.metadata_size
-        return image_statistics.present_bytes(self.record, self.fetcher) + metadata
+        nothing = self.record.state is State.REMOTE or self._unkept
+        return self.present_bytes + (0 if nothing else self.record.shown.metadata_size)
+
+    def cached_bytes(self) -> int:
+        """Return all that the image takes of the disk: as `allocated_bytes`, and the map of a raw one."""
+        record = self.record
+        if record.state is State.REMOTE:
+            return 0
+        has_map = record.state is not State.WHOLE and record.format == RAW
+        return self.allocated_bytes() + (partial_cache.map_bytes(record) if has_map else 0)
 
     @property
     def fillable(self) -> bool:
         """Whether population could do something here."""
-        kept = self.record.state is State.PARTIAL and not (self.gone or self.retired or self._unkept)
-        return kept and self.populating.goes_on and self.fetcher is not None and self.fetcher.can_be_filled
+        if self.record.state is not State.PARTIAL or self.gone or self.retired or self._bug:
+            return False
+        filling = self.filling
+        return filling is not None and filling.kept and filling.table.may_be_filled and self.populating.goes_on
 
-    @property
-    def plain_fd(self) -> int:
-        """The descriptor of the plain file, while the whole image is open."""
-        assert self._plain is not None
-        return self._plain.fileno()
-
-    async def open(self, plain: bool = False) -> None:
-        """Count an opener, and begin the cache if this is the first one ever; `plain`: as a whole image only.
+    async def open(self) -> Handle:
+        """Open it as it is now: as a whole image, or through its cache, which begins with the first open ever.
 
         The size must be known (`Filesystem.describe`).
 
         Raises:
-            CacheCorrupt, OSError: it cannot be used (ESTALE: retired, or not whole any more), and does not count.
+            CacheCorrupt, OSError: it cannot be opened (ESTALE: it is retired).
+        Cancellation: it is not open.
         """
-        self.open_count += 1
-        try:
-            async with self._changing:
-                if self.retired or (plain and self.record.state is not State.WHOLE):
-                    # Its files are gone; the kernel looks the name up again and finds the new inode.
-                    if self.retired and self.open_count == 1:  # `retire` left the file open for us
-                        await self._close_file()
-                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                if plain:
-                    await self._open_plain()
-                elif self._file is None:
-                    await self._open_file()
-                if self._context.populate and self.open_count == 1:
-                    self.populating.want()
-                self._shown = self.record.shown
-        except BaseException:
-            self.open_count -= 1
-            raise
-        self._touch()
-        self._context.on_fillable()
+        return await self._opened(self._whole_handle_or_partial)
 
-    def _touch(self) -> None:
-        """Note the use; the catalog hears of it with the next change, or from `Filesystem.save_uses`."""
-        self.record = replace(self.record, last_used_ns=time.time_ns())
-
-    async def release(self, plain: bool = False) -> None:
-        """Uncount an opener. No read of this opener may be under way."""
-        self.open_count -= 1
-        self._touch()
-        if plain:
-            self._plain_opens -= 1
-        if self.open_count and self._plain_opens:
-            return
-        async with self._changing:
-            await self._close_plain_if_unused()
-            if self.open_count:
-                return
-            if self.record.state is State.WHOLE or self.retired or self._unkept:
-                await self._close_file()
-            elif self.fetcher is not None:
-                await self.fetcher.rest()
-
-    def read_now(self, offset: int, length: int, plain: bool) -> bytes | None:
-        """Return what `read` would, if the host's page cache has all of it; None if not, or if anything is wrong."""
-        fetcher = None if plain or self._store is None else self.fetcher
-        return reading.read_now(self._shown, self._plain if plain else self._file, fetcher, offset, length)
-
-    async def read(self, offset: int, length: int, plain: bool = False, read: Read | None = None) -> bytes:
-        """Return the bytes at `offset` of the file shown, fewer at its end. The image must be open in the same way.
+    async def open_whole(self) -> WholeHandle:
+        """Open it as a whole image, by its second inode number.
 
         Raises:
-            RequestFailed, ExportChanged, UserError: a missing range cannot be had.
-            OSError, CacheCorrupt: the cache file cannot be read.
-        Cancellation: nothing is lost. `read` learns how it was served.
+            CacheCorrupt, OSError: it cannot be opened (ESTALE: it is retired, or not whole any more).
+        Cancellation: it is not open.
         """
-        shown = self._shown
-        assert shown is not None
-        wanted = ByteRange(min(offset, shown.size), min(offset + length, shown.size))
-        if plain or self._store is None:
-            return await reading.read_file(self._plain if plain else self._file, wanted)
-        return await reading.read_partial(shown, wanted, self._cache, read)
+        return await self._opened(self._whole_handle)
 
-    def _cache(self) -> tuple[Fetcher, Store]:
-        """Both change when room is found for an image that had none."""
-        assert self.fetcher is not None and self._store is not None  # noqa: PT018
-        return self.fetcher, self._store
+    async def _opened(self, make: Callable[[], Awaitable[HandleT]]) -> HandleT:
+        self._opening.add(opening := object())
+        try:
+            async with self._changing:
+                if self.retired:  # its files are gone; the kernel looks the name up again and finds the new inode
+                    raise _stale()
+                handle = await make()
+                self._handles.add(handle)
+        except BaseException:
+            self._opening.remove(opening)
+            await self._close_unused()
+            raise
+        self._opening.remove(opening)
+        self.note_use(time.time_ns())
+        self._context.on_fillable()
+        return handle
+
+    async def _whole_handle_or_partial(self) -> PartialHandle | WholeHandle:
+        if self.record.state is State.WHOLE:
+            return await self._whole_handle()
+        filling = self.filling or await self._begin()
+        return PartialHandle(self.record.shown, filling, self._closed)
+
+    async def _whole_handle(self) -> WholeHandle:
+        if self.record.state is not State.WHOLE:
+            raise _stale()
+        if not isinstance(self._content, Whole):
+            assert isinstance(self._content, Closed)
+            self._content = Whole(await self._open_plain_file())
+        return WholeHandle(self.record.shown, self._content.file, self._closed)
+
+    async def _closed(self, handle: PartialHandle | WholeHandle) -> None:
+        self._handles.remove(handle)
+        self.note_use(time.time_ns())
+        old = handle.filling if isinstance(handle, PartialHandle) else None
+        await self._close_unused(old)
+
+    async def _close_unused(self, old: Filling | None = None) -> None:
+        """Close what nobody has open any more; `old`: what a handle that was closed has read from."""
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                await self._close_unused_locked(old)
+
+    async def _close_unused_locked(self, old: Filling | None = None) -> None:
+        content = self._content
+        used: set[object] = {h.filling if isinstance(h, PartialHandle) else h.file for h in self._handles}
+        if old is not None and old is not content and old not in used:
+            await self._close(old)
+        if self._opening:
+            return
+        if isinstance(content, Whole) and content.file not in used:
+            await self._close(content)
+        elif isinstance(content, Filling) and content not in used:
+            if self.retired or not content.kept:
+                await self._close(content)
+            else:
+                content.reader.rest()
+        if self.retired and not self._handles:
+            self._context.on_unused(self)
+
+    def note_use(self, at_ns: int) -> None:
+        """Note a use, in ns since the epoch; it is saved with the next change, or by `Filesystem.save_uses`."""
+        self.record = self.record.used(at_ns)
 
     # -- the life of an image
 
     async def resume(self) -> None:
-        """Open what an earlier daemon left of a partial or failed image, so that population can go on."""
-        async with self._changing:
-            if self._file is None:
-                await self._open_file()
+        """Open what an earlier daemon left of a partial or failed image, so that population can go on.
 
-    async def fail(self, reason: errors.LazyfsError) -> None:
-        """Fetch nothing more; present ranges stay readable."""
+        Raises:
+            OSError, CacheCorrupt, UserError: it cannot be opened.
+        """
         async with self._changing:
-            if self.fetcher is not None:
-                self.fetcher.failure = reason
+            if isinstance(self._content, Closed):
+                await self._begin()
+
+    async def fail(self, cause: Cause, reason: errors.LazyfsError) -> None:
+        """Fetch nothing more; present ranges stay readable. A failed image keeps its first reason."""
+        async with self._changing:
+            if self.filling is not None:
+                self.filling.table.stop_fetching(reason)
             if self.record.state is State.WHOLE and self.record.error != str(reason):
-                await self._save(error=str(reason))
-            elif self.record.state is State.PARTIAL:  # a failed image keeps its first reason
+                await self._save(lambda record: record.troubled(cause, str(reason)))
+            elif self.record.state is State.PARTIAL:
                 logger.warning("image failed: image=%s reason=%s", self.record.export, reason)
-                await self._save(state=State.FAILED, error=str(reason))
+                await self._save(lambda record: record.failed(cause, str(reason)))
                 await self._disown()
 
     async def recover(self) -> None:
         """The cause of a failure is gone: the export is again what the cache was filled from."""
         async with self._changing:
-            if self.record.state is State.FAILED:
-                await self._save(state=State.PARTIAL, error="")
-                if self.fetcher is not None:
-                    self.fetcher.failure = None
-            elif self.record.error:
-                await self._save(error="")
+            if self.record.state is State.FAILED or self.record.error:
+                await self._save(ImageRecord.recovered)
+                if self.filling is not None:
+                    self.filling.table.go_on_fetching()
         self._context.on_fillable()
 
     async def describe(self, size: int, identity: str) -> None:
         """Take over what the repository says of an image that has nothing cached."""
         async with self._changing:
-            if self.record.state is State.REMOTE and self._file is None:
-                self.record = replace(self.record, size=size, identity=identity)
+            if self.record.state is State.REMOTE and isinstance(self._content, Closed):
+                self.record = self.record.described(size, identity)
 
     async def prefetch(self) -> None:
         """Begin the cache without a reader, and let population work on it whatever the mount's default.
@@ -223,31 +274,38 @@ class Image:
         The size must be known.
 
         Raises:
-            OSError, CacheCorrupt, UserError: it cannot be begun.
+            OSError, CacheCorrupt, UserError: it cannot be begun (UserError: it has failed).
         """
         async with self._changing:
             if self.record.state is State.FAILED:
                 raise errors.UserError(f"{self.record.path} has failed: {self.record.error}")
             if self.record.state is not State.WHOLE:
                 self.populating.want()
-                if self._file is None:
-                    await self._open_file()
-                self._touch()
+                if isinstance(self._content, Closed):
+                    await self._begin()
+                self.note_use(time.time_ns())
         self._context.on_fillable()
 
-    async def annotate(self, **changes: object) -> None:
-        """Keep what an operator says of the image: `pinned`, `digest`."""
+    async def annotate(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
+        """Keep what an operator says of the image: its pin, its digest, its use.
+
+        Raises:
+            OSError: ESTALE, it is retired: what has its name now is another image.
+        """
         async with self._changing:
-            if replace(self.record, **changes) != self.record:  # type: ignore[arg-type]
-                await self._save(**changes)
+            if self.retired:
+                raise _stale()
+            if change(self.record) != self.record:
+                await self._save(change)
 
     async def retire(self, reason: errors.LazyfsError | None, take_over: Callable[[], T]) -> T:
         """Give up the name, and remove what is cached; return what `take_over` returns.
 
-        Who has it open keeps what was present. With a `reason` the rest is not fetched any more; without, readers still
-        fetch: the export is the same.
+        Who has it open keeps what was present.
 
-        `take_over` puts another image in this one's place in the catalog; it is called in a thread.
+        Args:
+            reason: why the rest is not fetched any more; None if readers still fetch, as the export is the same.
+            take_over: puts another image in this one's place in the catalog; called in a thread.
 
         Raises:
             UserError, OSError, and what `take_over` raises: all is as it was.
@@ -258,12 +316,10 @@ class Image:
             self.retired = True
             self.populating.stop()
             self._scope.cancel()
-            if self.fetcher is not None and reason is not None:
-                self.fetcher.failure = reason
-                await self.fetcher.aclose()
-            if not self.open_count:
-                await self._close_plain_if_unused()
-                await self._close_file()
+            if self.filling is not None and reason is not None:
+                self.filling.table.stop_fetching(reason)
+                self.filling.reader.drop_connection()
+            await self._close_unused_locked()
         return taken_over
 
     async def aclose(self) -> None:
@@ -271,31 +327,34 @@ class Image:
         self._scope.cancel()
         async with self._changing:
             self._scope.cancel()  # again: an open that was under way has begun another
-            if self.fetcher is not None and self.record.state in (State.PARTIAL, State.FAILED) and not self.retired:
-                await self.fetcher.written()
-                if not await self._become_whole(self.fetcher):  # its task may not have begun, or was cancelled
-                    await self._checkpoint()
-            self._plain_opens = 0
-            await self._close_plain_if_unused()
-            await self._close_file()
+            filling = self.filling
+            if filling is not None and filling.kept and not self.retired and self.record.state is not State.WHOLE:
+                await filling.reader.written()
+                if not await self._become_whole(filling):  # its task may not have begun, or was cancelled
+                    await self._checkpoint(filling)
+            left = {handle.filling for handle in self._handles if isinstance(handle, PartialHandle)}
+            self._handles.clear()
+            for old in left - {self._content}:
+                await self._close(old)
+            if not isinstance(self._content, Closed):
+                await self._close(self._content)
 
     # -- inside; all with `_changing` held
 
-    async def _open_file(self) -> None:
-        if self.record.state is State.WHOLE:
-            self._file = await self._open_whole()
-            return
-        assert self.record.size is not None
+    async def _begin(self) -> Filling:
+        """Open the cache file, or begin it."""
+        assert isinstance(self._content, Closed)
         if trouble := partial_cache.too_large(self.record):
             raise errors.UserError(trouble)
         fresh = self.record.state is State.REMOTE
         if fresh:
-            await self._save(state=State.PARTIAL)
+            await self._save(ImageRecord.begun)
             self._context.on_attributes_changed(self)
-        self._use(*await self._load(fresh or self._unkept))
+        filling = self._fill(await self._load(fresh or self._unkept))
         await self._disown()  # a crash may have come before it; last, as this may be cancelled
+        return filling
 
-    async def _load(self, fresh: bool) -> tuple[Store, BlockMap, bool]:
+    async def _load(self, fresh: bool) -> partial_cache.Loaded:
         load = partial(partial_cache.load, self._context.stores, self.record, self._context.budget, fresh)
         self._open_trouble = ""
         try:
@@ -304,34 +363,52 @@ class Image:
             self._open_trouble = str(error)
             raise
 
-    def _use(self, store: Store, blocks: BlockMap, kept: bool) -> None:
-        """Serve from this store from now on, and look after it."""
-        self._store, self._file, self._unkept = store, store, not kept
-        self.fetcher = self._make_fetcher(store, blocks)
+    def _fill(self, loaded: partial_cache.Loaded) -> Filling:
+        """Serve from this store from now on, and attend to it."""
+        record = self.record
+        assert record.size is not None
+        filling = self._content = make_filling(
+            Export(record.export, record.size, record.identity),
+            loaded,
+            self._context,
+            pace=self.populating.pace,
+            counters=self._counters(),
+            on_changed=lambda error: self._context.on_export_changed(self, error),
+            is_open=lambda: self.open_count > 0,
+        )
+        self._unkept = not loaded.kept
         if self.record.state is State.FAILED:
-            self.fetcher.failure = errors.UserError(self.record.error)
+            filling.table.stop_fetching(errors.UserError(self.record.error))
         self._scope = trio.CancelScope()
-        task = self._attend if kept else self._wait_for_room
-        self._context.nursery.start_soon(task, self.fetcher)
+        self._context.nursery.start_soon(self._carry_on, filling, self._scope)
+        return filling
 
     async def _disown(self) -> None:
-        if self._store is not None and self.record.state is State.FAILED:
-            disown = partial(partial_cache.disown, self._store, self.record)
+        filling = self.filling
+        if filling is not None and self.record.state is State.FAILED:
+            disown = partial(partial_cache.disown, filling.store, self.record)
             trouble = await trio.to_thread.run_sync(disown, limiter=self._context.syncs)
-            if self.fetcher is not None and trouble is not None:
-                self.fetcher.distrust = trouble
+            if trouble is not None:
+                filling.table.stop_reading(trouble)
 
-    async def _open_plain(self) -> None:
-        if self._plain is None:
-            self._plain = await self._open_whole()
-        self._plain_opens += 1
+    async def _open_plain_file(self) -> PlainFile:
+        try:
+            return await trio.to_thread.run_sync(self._context.stores.whole, self.record)
+        except errors.CacheCorrupt as error:
+            advice = f"{error}; remove what is there, and mount anew to fetch it again"
+            self.record = self.record.troubled(Cause.PLAIN_FILE, advice)
+            raise
 
-    async def _close_plain_if_unused(self) -> None:
-        if self._plain is not None and not self._plain_opens:
-            file, self._plain = self._plain, None
-            await self._close(file)
+    async def _close(self, content: Filling | Whole) -> None:
+        if content is self._content:
+            self._content = Closed()
+        if isinstance(content, Whole):
+            await self._close_file(content.file)
+        else:
+            content.reader.drop_connection()
+            await self._close_file(content.store)
 
-    async def _close(self, file: ImageFile) -> None:
+    async def _close_file(self, file: ImageFile) -> None:
         """Close in a thread what nothing else holds: the kernel frees its blocks meanwhile, which takes seconds."""
         if not self.retired:
             file.close()
@@ -339,56 +416,17 @@ class Image:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(file.close, limiter=self._context.syncs)
 
-    async def _open_whole(self) -> PlainFile:
-        try:
-            return await trio.to_thread.run_sync(self._context.stores.whole, self.record)
-        except errors.CacheCorrupt as error:
-            self.record = replace(self.record, error=f"{error}; remove what is there, and mount anew to fetch it again")
-            raise
-
-    def _make_fetcher(self, store: Store, blocks: BlockMap) -> Fetcher:
-        record, context = self.record, self._context
-        assert record.size is not None
-        export = Export(record.export, record.size, record.identity)
-        return Fetcher(
-            export,
-            context.repository.source(export),
-            store,
-            blocks,
-            nursery=context.nursery,
-            pace=self.populating.pace,
-            io_timeout_s=context.io_timeout_s,
-            counters=self._counters(),
-            totals=context.totals,
-            writes=context.writes,
-            budget=context.budget,
-            on_changed=lambda error: context.on_export_changed(self, error),
-            is_open=lambda: self.open_count > 0,
-        )
-
     def _counters(self) -> FetchCounters:
-        if self.fetcher is not None:
-            return self.fetcher.counters()
+        if self.filling is not None:
+            return self.filling.table.counters()
         return FetchCounters(self.record.demand_bytes, self.record.populated_bytes, self.record.requests)
 
-    async def _close_file(self) -> None:
-        fetcher, file = self.fetcher, self._file
-        self.fetcher = self._store = self._file = None
-        if file is not None:
-            await self._close(file)  # first: what follows may be cancelled
-        if fetcher is not None:
-            await fetcher.aclose()
-
-    async def _save(self, **changes: object) -> None:
+    async def _save(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
         """Change the record, catalog first."""
-        if isinstance(state := changes.get("state"), State) and state is not self.record.state:
-            lifecycle.check(self.record.state, state)
-        counters: dict[str, object] = {}
-        if self.fetcher is not None:
-            now = self._counters()
-            counters = {n: getattr(now, n) for n in ("demand_bytes", "populated_bytes", "requests")}
-            counters["present_bytes"] = self.fetcher.present_bytes
-        record = replace(self.record, **(counters | changes))  # type: ignore[arg-type]
+        counted = self.record
+        if self.filling is not None:
+            counted = counted.counted(self.filling.table.present_bytes, self._counters())
+        record = change(counted)
         if not self.retired:
             try:
                 await trio.to_thread.run_sync(self._context.catalog.update, [record])
@@ -398,106 +436,168 @@ class Image:
                 # It catches up with the next change; at worst a restart asks or counts again.
                 logger.warning("the catalog could not be written: %s", error)
         before, self.record = self.record, record
-        if "last_used_ns" not in changes:  # the image may have been closed meanwhile
-            self.record = replace(record, last_used_ns=max(record.last_used_ns, before.last_used_ns))
+        if record.last_used_ns == counted.last_used_ns:  # the image may have been closed meanwhile
+            self.record = record.used(max(record.last_used_ns, before.last_used_ns))
         if record.state is not before.state:
             self._context.on_state_changed(self)
 
     # -- the task of an image that is being filled
 
-    async def _attend(self, fetcher: Fetcher) -> None:
+    async def _carry_on(self, filling: Filling, scope: trio.CancelScope) -> None:
+        """Attend to a cache file until it is handed off. A bug is reported, and costs a pause; it ends nothing."""
+        retry = Backoff(first=1.0, limit=MAX_RETRY_S)
+        with scope:
+            while True:
+                try:
+                    await (self._attend(filling) if filling.kept else self._wait_for_room(filling))
+                except Exception as error:
+                    logger.exception("attending to an image failed, a bug in lazyfs: image=%s", self.record.export)
+                    self._bug = f"a bug in lazyfs: {error!r}; it is tried again, and the log has the details"
+                else:
+                    return
+                await trio.sleep(retry.next())
+                self._bug = ""
+                self._context.on_fillable()
+
+    async def _attend(self, filling: Filling) -> None:
         """Checkpoint while it fills; hand off when it is complete."""
-        with self._scope:
-            await fetcher.until_complete(CHECKPOINT_S, self._checkpoint_locked)
-            while not await self._hand_off(fetcher):  # noqa: ASYNC110 - a disk or a file in the way tells nobody
-                await trio.sleep(CHECKPOINT_S)
+        while not filling.table.completed.is_set():
+            await filling.table.until_changed()
+            with trio.move_on_after(CHECKPOINT_S):
+                await filling.table.completed.wait()
+            async with self._changing:
+                await self._checkpoint(filling)
+            if filling.table.distrust is not None:
+                return
+        retry = Backoff(first=CHECKPOINT_S, limit=MAX_RETRY_S)
+        while not await self._hand_off(filling):
+            if filling.table.distrust is not None:
+                return
+            await trio.sleep(retry.next())
 
-    async def _checkpoint_locked(self) -> None:
-        async with self._changing:
-            await self._checkpoint()
-
-    async def _wait_for_room(self, unkept: Fetcher) -> None:
+    async def _wait_for_room(self, unkept: Filling) -> None:
         """Begin to cache an image that was opened with no room for its map, once there is room."""
-        with self._scope:
-            while self.fetcher is unkept:
-                await trio.sleep(ROOM_CHECK_S)
-                async with self._changing:
-                    if self.fetcher is unkept and not self._context.stores.nearly_full():
-                        await self._try_to_keep()
-            while not await unkept.rest():  # noqa: ASYNC110 - readers that had begun with it end with it
-                await trio.sleep(ROOM_CHECK_S)
+        while self._content is unkept:
+            await trio.sleep(ROOM_CHECK_S)
+            async with self._changing:
+                if self._content is unkept and not _nearly_full(self._context.stores):
+                    await self._try_to_keep(unkept)
 
-    async def _try_to_keep(self) -> None:
+    async def _try_to_keep(self, unkept: Filling) -> None:
         try:
-            store, blocks, kept = await self._load(fresh=True)
+            loaded = await self._load(fresh=True)
         except (errors.LazyfsError, OSError) as error:
             logger.warning("still no room: image=%s reason=%s", self.record.export, error)
             return
-        if kept:
-            self._use(store, blocks, kept)
-            self._context.on_fillable()
+        if not loaded.kept:
+            return
+        filling = self._fill(loaded)
+        for handle in self._handles:
+            if isinstance(handle, PartialHandle) and handle.filling is unkept:
+                handle.filling = filling
+        unkept.reader.rest()  # readers that had begun with it end with it
+        self._context.on_fillable()
 
-    async def _checkpoint(self) -> None:
-        assert self.fetcher is not None
+    async def _checkpoint(self, filling: Filling) -> None:
         try:
-            await self.fetcher.checkpoint(self._context.syncs)
+            await filling.checkpoint(self._context.syncs)
         except errors.CacheCorrupt as error:
             logger.critical("reads fail until lazyfs is mounted anew: image=%s reason=%s", self.record.export, error)
         except (errors.NoSpace, OSError) as error:
             logger.warning("checkpoint failed, to be repeated: image=%s reason=%s", self.record.export, error)
         else:
-            await self._save()
+            await self._save(lambda record: record)
 
-    async def _hand_off(self, fetcher: Fetcher) -> bool:
+    async def _hand_off(self, filling: Filling) -> bool:
         """Turn the complete image into a plain file, and tell the kernel; False if it is worth another try later."""
         # The digest takes minutes; no open waits for that.
-        if self._store is None or not await self._digest_check.passes(self._store):
+        if not await self._digest_check.passes(filling.store):
             return False
         async with self._changing:
-            if not await self._become_whole(fetcher):
+            if not await self._become_whole(filling):
                 return False
-            await fetcher.aclose()
-            if self.open_count == 0:
-                await self._close_file()
+            filling.reader.drop_connection()
+            self._content = Closed()
+            if not any(isinstance(handle, PartialHandle) for handle in self._handles):
+                await self._close(filling)
         self._context.on_attributes_changed(self)
         return True
 
-    async def _become_whole(self, fetcher: Fetcher) -> bool:
-        missing = fetcher.export.size - fetcher.present_bytes - fetcher.zero_bytes
-        if missing or self._store is None or self._unkept or self.record.state is State.FAILED:
+    async def _become_whole(self, filling: Filling) -> bool:
+        if not filling.kept or not filling.table.complete or self.record.state is State.FAILED:
             return False
         if not self._digest_check.is_current(self.record):  # at the daemon's end, which does not wait for it
             return False
         try:
-            await fetcher.checkpoint(self._context.syncs)
-            await trio.to_thread.run_sync(self._store.finish, limiter=self._context.syncs)
+            await filling.checkpoint(self._context.syncs)
+            await trio.to_thread.run_sync(filling.store.finish, limiter=self._context.syncs)
             with trio.CancelScope(shield=True):  # else the partial name would stay until the next start
-                await self._save(state=State.WHOLE, error="")
-                await trio.to_thread.run_sync(self._store.remove)
+                await self._save(ImageRecord.became_whole)
+                await trio.to_thread.run_sync(filling.store.remove)
         except (errors.LazyfsError, OSError) as error:
             if self.record.error != str(error):
                 logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)
-                self.record = replace(self.record, error=str(error))
+                self.record = self.record.troubled(Cause.HAND_OFF, str(error))
             return False
         logger.info("image is whole: image=%s size=%d", self.record.export, self.record.size)
         return True
 
     # -- reporting
 
-    def statistics(self) -> image_statistics.ImageStatistics:
+    def statistics(self) -> ImageStatistics:
         """Return what `status` shows, as of now."""
-        # Nobody looks for room for one that is closed.
-        unkept = self._unkept and (self.fetcher is not None or self._context.stores.nearly_full())
-        return image_statistics.of(
-            self.record,
-            self.fetcher,
-            self._counters(),
+        record, counters, filling = self.record, self._counters(), self.filling
+        if filling is not None:
+            zero = filling.table.zero_bytes
+        else:
+            zero = (record.size or 0) - record.present_bytes if record.state is State.WHOLE else 0
+        goes_on = filling is not None and record.state is State.PARTIAL and not filling.writer.refused
+        return ImageStatistics(
+            name=record.export,
+            path=record.path,
             inode=self.shown_inode,
+            size=record.size,
+            file_size=record.file_size,
+            format=record.format,
+            state=record.state.value,
+            present_bytes=self.present_bytes,
+            zero_bytes=zero,
+            fetched_bytes=counters.demand_bytes + counters.populated_bytes,
+            demand_bytes=counters.demand_bytes,
+            populated_bytes=counters.populated_bytes,
+            requests=counters.requests,
             open_count=self.open_count,
             replaced=self.retired,
-            messages=[
-                self.record.error or partial_cache.too_large(self.record) or self._open_trouble,
-                "not in the repository any more" if self.gone else "",
-                image_statistics.filling_trouble(self.record, self.fetcher, unkept, self.populating.trouble),
-            ],
+            fill_rate=filling.table.rate() if filling is not None and goes_on else 0.0,
+            pinned=record.pinned,
+            last_used_ns=record.last_used_ns,
+            error="; ".join(filter(None, self._messages())),
         )
+
+    def _messages(self) -> list[str]:
+        return [
+            self.record.error or partial_cache.too_large(self.record) or self._open_trouble,
+            self._bug,
+            "not in the repository any more" if self.gone else "",
+            self._filling_message(),
+        ]
+
+    def _filling_message(self) -> str:
+        """Return what hinders an image that is not whole; "" if nothing does."""
+        if self.record.state is not State.PARTIAL:
+            return ""
+        # Nobody waits for room for an image that is closed.
+        if self._unkept and (self.filling is not None or _nearly_full(self._context.stores)):
+            return UNKEPT
+        return (self.filling.message() if self.filling is not None else "") or self.populating.trouble
+
+
+def _nearly_full(stores: Stores) -> bool:
+    try:
+        return stores.nearly_full()
+    except OSError:  # whoever writes says what is wrong
+        return False
+
+
+def _stale() -> OSError:
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -10,6 +10,7 @@ from lazyfs import errors
 from lazyfs.core import block_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
+from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import Image
 
 
@@ -35,10 +36,25 @@ async def entries(image: Image) -> list[MapEntry]:
     if size is None:
         raise errors.UserError(f"the size of {image.record.path} is not known: open it, or ls -l")
     if image.record.state is State.WHOLE:
-        return await _whole(image, size)
-    if image.fetcher is None:
+        handle = await image.open()
+        try:
+            return await entries_of(image, handle)
+        finally:
+            await handle.aclose()
+    if image.filling is None:
         return [MapEntry(0, size, False, False, False)] if size else []
-    return list(_joined(image.fetcher.runs()))
+    return list(_joined(image.filling.table.runs()))
+
+
+async def entries_of(image: Image, handle: Handle) -> list[MapEntry]:
+    """Return the map of an image that is open. Raises OSError if the plain file cannot be looked at."""
+    size = image.record.size
+    assert size is not None
+    if isinstance(handle, WholeHandle):
+        begin = image.record.shown.metadata_size
+        return await trio.to_thread.run_sync(_segments, handle.file.fileno(), begin, begin + size)
+    assert isinstance(handle, PartialHandle)
+    return list(_joined(handle.filling.table.runs()))
 
 
 def _joined(runs: list[tuple[ByteRange, int]]) -> Iterator[MapEntry]:
@@ -55,15 +71,6 @@ def _joined(runs: list[tuple[ByteRange, int]]) -> Iterator[MapEntry]:
         last = entry
     if last is not None:
         yield last
-
-
-async def _whole(image: Image, size: int) -> list[MapEntry]:
-    await image.open(plain=True)
-    try:
-        begin = image.record.shown.metadata_size
-        return await trio.to_thread.run_sync(_segments, image.plain_fd, begin, begin + size)
-    finally:
-        await image.release(plain=True)
 
 
 def _segments(fd: int, begin: int, end: int) -> list[MapEntry]:

@@ -3,12 +3,13 @@
 import errno
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from lazyfs import errors
 from lazyfs.core import map_file, shown_file
 from lazyfs.core.block_map import BlockMap
-from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.interfaces import ImageRecord, PlainFile, Store, Stores
 from lazyfs.units import MiB
@@ -40,37 +41,57 @@ def map_bytes(record: ImageRecord) -> int:
     return map_file.page_offset(-(-blocks // map_file.PAGE))
 
 
-def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> tuple[Store, BlockMap, bool]:
-    """Return the store, what it holds, and whether it keeps anything: without room for a map it cannot.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The cache file of a partial image, open."""
 
-    What is on disk and cannot be trusted is discarded. `fresh`: nothing is there yet. Blocks.
+    store: Store
+    blocks: BlockMap
+    kept: bool
+    """False if there was no room even for a map: the store keeps nothing."""
+
+
+def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Loaded:
+    """Open what is on disk of an image, or begin it. Blocks; meant for a thread.
+
+    What is on disk and cannot be trusted is discarded.
+
+    Args:
+        fresh: nothing is there yet, so the map takes its share of the budget now.
 
     Raises:
         OSError, CacheCorrupt, UserError: it can be neither used nor begun anew.
     """
     assert record.size is not None
-    store, room = stores.partial(record), map_bytes(record) if fresh else 0
-    if not budget.reserve(room):
-        return stores.unkept(), BlockMap(record.size, record.block_size), False
-    budget.keep(room)  # at once: it counts from the moment that the image is partial
+    unkept = Loaded(stores.unkept(), BlockMap(record.size, record.block_size), False)
+    reservation = budget.reserve(map_bytes(record) if fresh else 0)
+    if reservation is None:
+        return unkept
+    reservation.keep()  # at once: whoever adds up what all images take counts the map of a partial one
     try:
         try:
-            return store, store.load(), True
+            return _opened(stores, record)
         except errors.CacheCorrupt as error:
             logger.warning("cached part discarded: image=%s reason=%s", record.export, error)
-            store.close()
-            store.unfinish()
-            store.remove()
-            store = stores.partial(record)
-            return store, store.load(), True
+        damaged = stores.partial(record)
+        damaged.unfinish()
+        damaged.remove()
+        return _opened(stores, record)
     except errors.NoSpace:
         logger.warning("no room to cache: image=%s; it is served from the repository", record.export)
-        store.close()
-        return stores.unkept(), BlockMap(record.size, record.block_size), False
-    except BaseException as error:
-        store.close()
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return unkept
+    except OSError as error:
+        if error.errno == errno.EFBIG:
             raise errors.UserError(f"the cache's file system cannot hold a file of {record.file_size} bytes") from error
+        raise
+
+
+def _opened(stores: Stores, record: ImageRecord) -> Loaded:
+    store = stores.partial(record)
+    try:
+        return Loaded(store, store.load(), True)
+    except BaseException:
+        store.close()
         raise
 
 
@@ -111,7 +132,7 @@ def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
 
 
 def _plain_file(stores: Stores, record: ImageRecord) -> PlainFile | None:
-    if record.error == CHANGED_BY_HAND:
+    if record.cause is Cause.CHANGED_BY_HAND:
         raise errors.UserError(f"{record.path}: {CHANGED_BY_HAND}")
     if record.state is not State.WHOLE:
         return None

@@ -1,0 +1,144 @@
+"""The in-flight table of one image: which request fetches which block, and who waits for it.
+
+    MISSING --plan, claim--> CLAIMED by one flight --settle--> DATA or ZERO (kept), or MISSING again (not kept)
+
+A *flight* is one request under way, a reader's or population's. Invariants:
+
+- A block is CLAIMED in the map exactly while one flight has it, so no byte is fetched twice at once.
+- Every flight ends by exactly one `settle`, which returns everybody who waits for it.
+
+The table decides and remembers; it neither waits nor fetches. It is not thread-safe: the caller holds a lock.
+"""
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from lazyfs.core.block_map import BlockMap, BlockRun
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.fetch_plan import FillCursor, plan_read, plan_rest
+
+WaiterT = TypeVar("WaiterT")
+
+
+class Purpose(enum.Enum):
+    """What a flight is for."""
+
+    DEMAND = enum.auto()
+    """A reader waits for it, or it reads ahead of one."""
+    REST = enum.auto()
+    """It brings the rest of the unit around what a reader waits for."""
+    POPULATION = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """One request under way. Two flights are never equal, and never share a block."""
+
+    run: BlockRun
+    purpose: Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a reader has to do, and to wait for."""
+
+    new: tuple[Flight, ...]
+    """Flights that this reader has to begin, the most urgent first."""
+    joined: tuple[Flight, ...]
+    """Every flight that has a block which the reader wants, new ones included, in the order of the blocks."""
+
+
+class InFlight(Generic[WaiterT]):
+    """The flights over one block map. `WaiterT` is any token that stands for somebody who waits."""
+
+    def __init__(self, blocks: BlockMap) -> None:
+        """Begin with nothing under way: no block of `blocks` may be CLAIMED."""
+        self._blocks = blocks
+        self._at: dict[int, Flight] = {}
+        self._waiters: dict[Flight, list[WaiterT]] = {}
+        self._cursor = FillCursor()
+
+    def __iter__(self) -> Iterator[Flight]:
+        """Iterate over the flights under way, the oldest first."""
+        return iter(tuple(self._waiters))
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def plan(self, wanted: ByteRange, ahead: int, unit: int) -> Plan:
+        """Claim what is missing for a read of `wanted`, and say what the reader has to wait for.
+
+        Args:
+            ahead: how many bytes behind `wanted` to fetch as well, if the read itself misses something.
+            unit: as of `fetch_plan.plan_rest`; the block size for no rest.
+        """
+        new = [self._begin(run, Purpose.DEMAND) for run in plan_read(self._blocks, wanted, ahead)]
+        if new:
+            new += [self._begin(run, Purpose.REST) for run in plan_rest(self._blocks, wanted, unit)]
+        own = self._blocks.blocks_of(wanted)
+        self._cursor.jump(own.end)
+        joined = dict.fromkeys(self._at[block] for block in range(own.first, own.end) if block in self._at)
+        return Plan(tuple(new), tuple(joined))
+
+    def claim(self, limit: int, known_until: Callable[[ByteRange], int]) -> Flight | None:
+        """Claim the next missing blocks for population, or return None if there are none that may be fetched now.
+
+        Args:
+            limit: the most bytes to claim; at least one block is claimed.
+            known_until: returns up to which byte of a range it is known what the export holds.
+        """
+        run = self.next_missing(limit)
+        if run is None:
+            return None
+        span = self._blocks.bytes_of(run)
+        known = known_until(span)
+        if known < span.end:  # what is known ends at the border of a block
+            run = BlockRun(run.first, known // self._blocks.block_size)
+        if run.first == run.end:
+            return None
+        self._cursor.jump(run.end)
+        return self._begin(run, Purpose.POPULATION)
+
+    def next_missing(self, limit: int = 1) -> BlockRun | None:
+        """Return the run that population would fetch next, at most `limit` bytes or one block."""
+        return self._cursor.peek(self._blocks, limit)
+
+    def wait(self, flight: Flight, waiter: WaiterT) -> bool:
+        """Have `settle` return `waiter` when `flight` ends; False if it has ended already."""
+        waiters = self._waiters.get(flight)
+        if waiters is None:
+            return False
+        waiters.append(waiter)
+        return True
+
+    def forget(self, flight: Flight, waiter: WaiterT) -> None:
+        """Undo `wait`: the waiter gave up. Does nothing if the flight has ended."""
+        waiters = self._waiters.get(flight, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+
+    def settle(self, flight: Flight, kept_bytes: int | None) -> list[WaiterT]:
+        """End a flight, and return who waited for it.
+
+        Args:
+            kept_bytes: how many bytes of data are in the cache file now, the rest of the run being zeroes; None if
+                nothing was kept.
+        """
+        waiters = self._waiters.pop(flight)
+        if kept_bytes is None:
+            self._blocks.release(flight.run)
+        else:
+            self._blocks.mark_present(flight.run, kept_bytes)
+        for block in range(flight.run.first, flight.run.end):
+            del self._at[block]
+        return waiters
+
+    def _begin(self, run: BlockRun, purpose: Purpose) -> Flight:
+        self._blocks.claim(run)
+        flight = Flight(run, purpose)
+        self._waiters[flight] = []
+        for block in range(run.first, run.end):
+            self._at[block] = flight
+        return flight

@@ -1,0 +1,305 @@
+"""The readers' side of one image: fetches what a read misses, and joins what others fetch already.
+
+A fetch belongs to the mount's nursery and not to the reader who began it: a reader that is cancelled does not cancel
+what others have joined, and what was asked for is kept. A reader is answered when its bytes have arrived; they are
+written to the cache file afterwards.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import trio
+
+from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.fetch_plan import Readahead, ReadAround
+from lazyfs.core.in_flight import Flight, Plan, Purpose
+from lazyfs.engine import totals
+from lazyfs.engine.fetch import demand_fetch
+from lazyfs.engine.fetch.block_table import BlockTable
+from lazyfs.engine.fetch.cache_writer import CacheWriter
+from lazyfs.engine.fetch.demand_fetch import DemandFetch, Miss, ReadCache, assemble
+from lazyfs.engine.fetch.extents import ExtentQuestions
+from lazyfs.engine.fetch.write_queue import WriteQueue
+from lazyfs.engine.interfaces import Export, Source
+from lazyfs.engine.pace import Pace
+from lazyfs.engine.totals import Read, Totals
+
+
+class DemandReader:
+    """Reads of ranges that are missing from the cache of one image. Trio thread only."""
+
+    def __init__(
+        self,
+        export: Export,
+        source: Source,
+        table: BlockTable,
+        writer: CacheWriter,
+        *,
+        nursery: trio.Nursery,
+        pace: Pace,
+        io_timeout_s: float,
+        totals: Totals,
+        writes: WriteQueue,
+        on_changed: Callable[[errors.ExportChanged], None],
+    ) -> None:
+        """Connect when first needed.
+
+        Args:
+            nursery: runs the fetches.
+            io_timeout_s: how long a read waits before it fails.
+            on_changed: called when a connection finds another version of the export.
+        """
+        self.export = export
+        self._source = source
+        self._table = table
+        self._writer = writer
+        self._nursery = nursery
+        self._pace = pace
+        self._io_timeout_s = io_timeout_s
+        self._totals = totals
+        self._writes = writes
+        self._on_changed = on_changed
+        self._questions = ExtentQuestions(source, table)
+        self._fetches: dict[Flight, DemandFetch] = {}
+        self._timeouts = demand_fetch.Timeouts()
+        self._readahead = Readahead()
+        self._read_around = ReadAround(table.block_size)
+        self._ahead_until = 0
+        """Up to which byte `learn_ahead` has learned the windows with missing blocks."""
+        self._resting = False
+        """The connection is to be dropped as soon as nothing is under way on it."""
+        self._token = trio.lowlevel.current_trio_token()
+
+    async def read_missing(self, wanted: ByteRange, read_cache: ReadCache, read: Read | None = None) -> bytes | None:
+        """Return the bytes of `wanted`, fetching what is missing; None if all of it is in the cache now.
+
+        Args:
+            read_cache: reads present blocks from the cache file; called in a thread.
+            read: learns how it was served.
+
+        Raises:
+            RequestFailed: the repository refused, or (TimedOut) gave no answer in the time allowed.
+            LazyfsError: the image may not fetch (`BlockTable.failure`).
+
+        Cancellation: the fetch goes on, and what comes is kept.
+        """
+        if self._timeouts.is_again(wanted.start, trio.current_time()):
+            raise self._timed_out(wanted)
+        self._resting = False
+        self._totals.waiting += 1
+        try:
+            with trio.fail_at(trio.current_time() + self._io_timeout_s):
+                ahead: int | None = None
+                while not self._table.present(wanted):
+                    if (failure := self._table.failure) is not None:
+                        raise failure.again()
+                    await self._learn_extents(wanted, read or Read(self._totals))
+                    if ahead is None:  # once: another attempt of one read must not look like a sequential stream
+                        ahead = 0 if self._writer.refused else self._readahead.window(wanted)
+                    data = await self._try_missing(wanted, ahead, read_cache, read or Read(self._totals))
+                    if data is not None:
+                        return data
+        except trio.TooSlowError:
+            self._timeouts.note(wanted.start, trio.current_time())
+            raise self._timed_out(wanted) from None
+        finally:
+            self._totals.waiting -= 1
+        return None
+
+    async def _learn_extents(self, wanted: ByteRange, read: Read) -> None:
+        while (window := self._table.first_unknown(self._table.whole_blocks(wanted))) is not None:
+            read.waits(asks=not self._questions.is_asked(window))
+            await self.learn(window)
+
+    async def _try_missing(self, wanted: ByteRange, ahead: int, read_cache: ReadCache, read: Read) -> bytes | None:
+        """Make one attempt; None if the state has changed meanwhile, and the caller should try again.
+
+        What the blocks of `wanted` hold is known.
+        """
+        kept = not self._writer.refused
+        alone = not self._fetches  # beside others, the time would say nothing of the distance
+        plan = self._table.plan(wanted, ahead, self._read_around.unit if kept else self._table.block_size)
+        read.waits(asks=bool(plan.new))
+        begun = self._begin(plan, timed=alone and kept)
+        # Before anything is awaited: a fetch that has ended is not in the table any more.
+        joined = [self._fetches[flight] for flight in plan.joined if flight.purpose is not Purpose.POPULATION]
+        await self._send(begun)
+        for flight in plan.joined:
+            if flight.purpose is Purpose.POPULATION:  # its bytes are in the cache file then, or nowhere
+                await self._table.until_settled(flight)
+                return None
+        own = self._table.whole_blocks(wanted)
+        for fetch in joined:
+            await fetch.done.wait()
+            if isinstance(fetch.failure, errors.TimedOut):
+                return None  # its time was up, ours may not be
+            if isinstance(fetch.failure, errors.RequestFailed) and fetch.span.clip(own) != fetch.span:
+                return None  # others' blocks may be to blame: ask for our own
+            if fetch.failure is not None:
+                raise fetch.failure.again()
+        return await assemble(wanted, joined, self._table.present, read_cache)
+
+    # -- fetches
+
+    def _begin(self, plan: Plan, timed: bool) -> list[DemandFetch]:
+        """Make the fetches of a plan. If that fails, as for want of memory, none of its flights is left."""
+        begun: list[DemandFetch] = []
+        now = trio.current_time()
+        miss = Miss(now) if timed else None
+        try:
+            for flight in plan.new:
+                span = self._table.span_of(flight)
+                parts = self._table.data_ranges(span)
+                fetch = DemandFetch(flight, span, parts, bytearray(span.length), now, self._pace.reader_waits())
+                if flight.purpose is Purpose.REST or flight is plan.new[0]:
+                    fetch.miss = miss
+                begun.append(fetch)
+        except BaseException:
+            for fetch in begun:
+                fetch.wait.end()
+            for flight in plan.new:
+                self._table.settle(flight, None)
+            raise
+        self._fetches.update((fetch.flight, fetch) for fetch in begun)
+        requests = sum(len(fetch.parts) for fetch in begun)
+        self._table.count_requests(requests)
+        self._totals.add(totals.DEMAND_REQUESTS, requests)
+        return begun
+
+    async def _send(self, fetches: list[DemandFetch]) -> None:
+        """Send requests, or have tasks do it that connect first. Cannot be cancelled; every fetch ends."""
+        unsent = deque(fetches)
+        try:
+            while unsent:
+                fetch = unsent[0]
+                if not demand_fetch.submit(fetch, self._source, self._answered):
+                    self._nursery.start_soon(self._carry_out, fetch)
+                    # Most urgent first: trio would run what starts together in random order.
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                unsent.popleft()
+        finally:
+            for fetch in unsent:  # by a bug, or when the daemon has ended
+                self._end(fetch)
+
+    def _answered(self, fetch: DemandFetch) -> None:
+        """The connection has done what it could for `fetch`."""
+        if isinstance(fetch.failure, errors.ConnectionLost):
+            self._nursery.start_soon(self._carry_out, fetch)
+        else:
+            self._end(fetch)
+
+    async def _carry_out(self, fetch: DemandFetch) -> None:
+        """Fetch with as many attempts as the time allows."""
+        try:
+            with trio.fail_at(fetch.began + self._io_timeout_s):
+                await demand_fetch.receive(fetch, self._source)
+            fetch.failure = None
+        except trio.TooSlowError:
+            fetch.failure = self._timed_out(fetch.span)
+        except errors.LazyfsError as error:
+            fetch.failure = error.again()
+            if isinstance(error, errors.ExportChanged):
+                self.changed(error)
+        finally:
+            self._end(fetch)
+
+    def _end(self, fetch: DemandFetch) -> None:
+        """Let the readers go, and have what they were given written to the cache."""
+        if fetch.ended:
+            return
+        fetch.ended = True
+        fetch.wait.end(fetch.data_bytes if fetch.failure is None else 0)
+        if fetch.failure is not None:
+            self._table.settle(fetch.flight, None)
+            fetch.done.set()
+            self._forget(fetch)
+            return
+        fetch.note_time(self._read_around)
+        self._table.count_demand(fetch.data_bytes)
+        if not self._writes.full:
+            fetch.done.set()
+        self._writes.put(fetch.span.length, partial(self._write, fetch))
+
+    def _write(self, fetch: DemandFetch) -> None:
+        """Write a fetch to the cache file, if that can be done; in a thread."""
+        kept = False
+        try:
+            kept = self._writer.write(fetch.pieces(), fetch.data_bytes)
+        finally:
+            self._table.settle(fetch.flight, fetch.data_bytes if kept else None)
+            with suppress(trio.RunFinishedError):  # the daemon's loop may have ended
+                self._token.run_sync_soon(self._written, fetch)
+
+    def _written(self, fetch: DemandFetch) -> None:
+        fetch.done.set()
+        fetch.written.set()
+        self._forget(fetch)
+
+    def _forget(self, fetch: DemandFetch) -> None:
+        del self._fetches[fetch.flight]
+        self._drop_if_resting()
+
+    def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
+        what = f"reading {self.export.name} at {wanted.start}"
+        why = "the cache's disk does not take what came" if self._writes.full else "the repository does not answer"
+        return errors.TimedOut(what, self._io_timeout_s, why)
+
+    # -- extents
+
+    async def learn(self, window: ByteRange) -> None:
+        """As `ExtentQuestions.ask`."""
+        try:
+            await self._questions.ask(window)
+        except errors.ExportChanged as error:
+            self.changed(error)
+            raise
+        finally:
+            self._drop_if_resting()
+
+    async def learn_next(self) -> None:
+        """Learn windows from where population goes on, until one has something to fetch. Raises as `learn`."""
+        while (window := self._table.next_unknown()) is not None:
+            await self.learn(window)
+
+    async def learn_ahead(self) -> None:
+        """Learn every window with missing blocks: so population never stops at one, and its time to go is right.
+
+        Goes on where an earlier call ended. A failure ends it silently: whoever needs the window asks again, and
+        reports the failure.
+        """
+        with suppress(errors.LazyfsError):
+            while (found := self._table.missing_window(self._ahead_until)) is not None:
+                window, known = found
+                if not known:
+                    await self.learn(window)
+                self._ahead_until = window.end
+                await trio.lowlevel.checkpoint()
+
+    # -- the connection
+
+    def changed(self, error: errors.ExportChanged) -> None:
+        """A connection found another version of the export: fetch nothing more, and report it."""
+        self._table.stop_fetching(error)
+        self._on_changed(error.again())
+
+    async def written(self) -> None:
+        """Wait until what has arrived is written: its readers were let go before."""
+        while (fetch := next((one for one in self._fetches.values() if one.failure is None), None)) is not None:
+            await fetch.written.wait()
+
+    def rest(self) -> None:
+        """Nobody reads any more: drop the connection once nothing is under way on it, unless a read comes before."""
+        self._resting = True
+        self._drop_if_resting()
+
+    def _drop_if_resting(self) -> None:
+        if self._resting and not self._fetches and not self._questions:
+            self._resting = False
+            self._source.drop_connection()
+
+    def drop_connection(self) -> None:
+        """Close the connection to the repository now. A later fetch connects again."""
+        self._source.drop_connection()

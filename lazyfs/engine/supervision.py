@@ -1,0 +1,48 @@
+"""Background tasks of a mount: one that fails is reported, and started again after a pause; it never ends the mount."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from lazyfs.core.pacing import Backoff
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 1.0
+MAX_PAUSE_S = 60.0
+"""Between two starts of a task that fails: the pause doubles from the first to the last. Unmeasured; a task that fails
+at once again costs one log line and one traceback each time."""
+
+
+class Supervisor:
+    """The background tasks of one mount. Trio thread only."""
+
+    def __init__(self) -> None:
+        self._troubles: dict[str, str] = {}
+
+    @property
+    def message(self) -> str:
+        """What an operator should know of tasks that have failed and are not running again; "" if all run."""
+        return "; ".join(self._troubles.values())
+
+    async def keep_running(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work` until it returns. If it fails, log that, and run it again after a pause.
+
+        Args:
+            what: names the task in messages, as in "population".
+        """
+        pause = Backoff(first=FIRST_PAUSE_S, limit=MAX_PAUSE_S)
+        while True:
+            began = trio.current_time()
+            try:
+                await work()
+            except Exception as error:
+                logger.exception("%s failed, to be started again", what)
+                self._troubles[what] = f"{what} failed, and is started again: {error!r}"
+            else:
+                return
+            if trio.current_time() - began > MAX_PAUSE_S:
+                pause.reset()
+            await trio.sleep(pause.next())
+            del self._troubles[what]
