@@ -26,7 +26,9 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a size; write bytes or a suffix, such as 65536, 64K, 50M or 1GiB")
+        raise ValueError(
+            f"{text!r} is not a size; write bytes or a suffix, such as 65536, 64K, 50M or 1GiB"
+        )
     number, letter, ending = match.groups()
     base = 1000 if (ending or "").upper() == "B" else 1024
     factor = base ** (_LETTERS.index(letter.upper()) + 1) if letter else 1
@@ -39,7 +41,11 @@ def format_size(size: int) -> str:
     while value >= 1024 and len(units) > 1:
         value /= 1024
         del units[0]
-    return f"{value:.0f} {units[0]}" if value >= 100 or value == int(value) else f"{value:.1f} {units[0]}"
+    return (
+        f"{value:.0f} {units[0]}"
+        if value >= 100 or value == int(value)
+        else f"{value:.1f} {units[0]}"
+    )
 
 
 def format_duration(seconds: float) -> str:

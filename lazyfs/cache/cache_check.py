@@ -54,7 +54,9 @@ class Finding:
         start = f"{'warning: ' if self.warning else ''}{self.path}: {self.problem}; "
         if self.error:
             return f"{start}could not be {self.remedy}: {self.error}"
-        return start + (self.remedy if self.repaired or not self.repairable else f"would be {self.remedy}")
+        return start + (
+            self.remedy if self.repaired or not self.repairable else f"would be {self.remedy}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +92,23 @@ def run(path: str, repair: bool) -> Report:
         try:
             return _Check(path, repair, stack).run()
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            what = (
+                f"{error.filename}: {error.strerror}"
+                if error.filename
+                else str(error.strerror or error)
+            )
             raise errors.UserError(f"cannot check {path}: {what}") from error
         except errors.NoSpace as error:
-            raise errors.UserError(f"cannot check {path}: {error}, or for a copy of its catalog") from error
+            raise errors.UserError(
+                f"cannot check {path}: {error}, or for a copy of its catalog"
+            ) from error
 
 
 def _refuse_mounted(path: str) -> None:
     if mount := mounts.mount_of(path):
-        raise errors.UserError(f"the cache {path} is under the lazyfs on {mount.mountpoint}; unmount that first")
+        raise errors.UserError(
+            f"the cache {path} is under the lazyfs on {mount.mountpoint}; unmount that first"
+        )
 
 
 class _Check:
@@ -131,7 +141,12 @@ class _Check:
         return Report(self._path, len(self._records), self._findings)
 
     def _found(
-        self, path: str, problem: str, remedy: str, repair: Callable[[], None] | None = None, warning: bool = False
+        self,
+        path: str,
+        problem: str,
+        remedy: str,
+        repair: Callable[[], None] | None = None,
+        warning: bool = False,
     ) -> None:
         repaired, trouble = False, ""
         if self._repair and repair is not None:
@@ -140,7 +155,9 @@ class _Check:
                 repaired = True
             except (errors.LazyfsError, OSError) as error:
                 trouble = str(error)
-        self._findings.append(Finding(path, problem, remedy, repair is not None, repaired, warning, trouble))
+        self._findings.append(
+            Finding(path, problem, remedy, repair is not None, repaired, warning, trouble)
+        )
 
     def _stat(self, name: str) -> os.stat_result | None:
         try:
@@ -155,7 +172,9 @@ class _Check:
         if found is None or not stat.S_ISDIR(found.st_mode):
             raise errors.UserError(f"{self._path} is no cache of lazyfs: it has no folder {STATE}")
         if found.st_uid != os.geteuid():
-            raise errors.UserError(f"the cache {self._path} is user {found.st_uid}'s; check it as that user")
+            raise errors.UserError(
+                f"the cache {self._path} is user {found.st_uid}'s; check it as that user"
+            )
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if self._repair else 0)
         try:
             lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self._root_fd)
@@ -172,15 +191,26 @@ class _Check:
         for name in (STATE, PARTIAL):
             found = self._stat(name)
             if found is None:
-                self._found(name, "missing", "made", partial(os.mkdir, name, _MODE, dir_fd=self._root_fd))
+                self._found(
+                    name, "missing", "made", partial(os.mkdir, name, _MODE, dir_fd=self._root_fd)
+                )
             elif not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise errors.UserError(f"{self._path}/{name} is not a folder of this user; remove it")
+                raise errors.UserError(
+                    f"{self._path}/{name} is not a folder of this user; remove it"
+                )
             elif stat.S_IMODE(found.st_mode) != _MODE:
                 mode = stat.S_IMODE(found.st_mode)
-                self._found(name, f"its mode is {mode:04o}", f"set to {_MODE:04o}", partial(self._chmod, name))
+                self._found(
+                    name,
+                    f"its mode is {mode:04o}",
+                    f"set to {_MODE:04o}",
+                    partial(self._chmod, name),
+                )
 
     def _chmod(self, name: str) -> None:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+        fd = os.open(
+            name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd
+        )
         try:
             os.fchmod(fd, _MODE)
         finally:
@@ -202,7 +232,12 @@ class _Check:
         except errors.CacheCorrupt as error:
             self._take(saved := catalog.salvage(copy))
             remedy = f"kept aside and made anew, with the {len(saved)} images that could be read"
-            self._found(CATALOG, str(error).replace(copy, "catalog.sqlite"), remedy, lambda: self._begin_anew(saved))
+            self._found(
+                CATALOG,
+                str(error).replace(copy, "catalog.sqlite"),
+                remedy,
+                lambda: self._begin_anew(saved),
+            )
             self._go_on_only_with_a_catalog()
             return
         records, damaged = opened.load_each()
@@ -222,7 +257,9 @@ class _Check:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-check-"))
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):
-                shutil.copyfile(os.path.join(self._path, CATALOG + suffix), f"{folder}/catalog.sqlite{suffix}")
+                shutil.copyfile(
+                    os.path.join(self._path, CATALOG + suffix), f"{folder}/catalog.sqlite{suffix}"
+                )
         return f"{folder}/catalog.sqlite"
 
     def _take(self, records: list[ImageRecord]) -> None:
@@ -237,7 +274,12 @@ class _Check:
             aside = f"{CATALOG}.damaged-{number}"
         for suffix in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
-                os.rename(CATALOG + suffix, aside + suffix, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+                os.rename(
+                    CATALOG + suffix,
+                    aside + suffix,
+                    src_dir_fd=self._root_fd,
+                    dst_dir_fd=self._root_fd,
+                )
         self._catalog = SqliteCatalog(os.path.join(self._path, CATALOG))
         self._stack.callback(self._catalog.close)
         self._catalog.restore(records)
@@ -260,7 +302,9 @@ class _Check:
     def _check_paths(self) -> None:
         """Two images of one name, or at one path, cannot be shown; the one with more to lose stays."""
         taken, exports = TakenNames(NameTree().root), set()
-        by_worth = sorted(self._records.values(), key=lambda r: (r.state is not State.WHOLE, r.inode))
+        by_worth = sorted(
+            self._records.values(), key=lambda r: (r.state is not State.WHOLE, r.inode)
+        )
         for record in by_worth:
             if record.export in exports or not taken.is_free(record.path):
                 self._forget(record.inode, f"row {record.inode} is another one for {record.path}")
@@ -303,7 +347,9 @@ class _Check:
             blocks = store.inspect()
             faults, holes = store.faults(), store.data_in_holes(blocks)
         except errors.CacheCorrupt as error:
-            self._found(data, str(error), "discarded, to be fetched again", lambda: self._discard(record))
+            self._found(
+                data, str(error), "discarded, to be fetched again", lambda: self._discard(record)
+            )
             return
         except OSError as error:
             self._found(data, f"cannot be read: {error.strerror}", "left alone")
@@ -318,14 +364,23 @@ class _Check:
                 "left alone", warning=True,
             )  # fmt: skip
         if linked and blocks.complete and record.state is State.PARTIAL:
-            self._found(record.path, "its hand-off was interrupted", "finished", lambda: self._finish(record))
+            self._found(
+                record.path,
+                "its hand-off was interrupted",
+                "finished",
+                lambda: self._finish(record),
+            )
         elif linked:
             self._found(record.path, "another name of an image that is not whole", "removed, the image kept",
                         lambda: self._undo(record))  # fmt: skip
 
-    def _store(self, record: ImageRecord, attributes: FileAttributes | None = None) -> RawStore | Qcow2Store:
+    def _store(
+        self, record: ImageRecord, attributes: FileAttributes | None = None
+    ) -> RawStore | Qcow2Store:
         attributes = attributes or FileAttributes(0o444, os.geteuid(), os.getegid())
-        return cache_dir.partial_file(self._root_fd, record, attributes, "")  # none is created: it needs no repository
+        return cache_dir.partial_file(
+            self._root_fd, record, attributes, ""
+        )  # none is created: it needs no repository
 
     def _names(self, record: ImageRecord) -> list[str]:
         suffixes = ("raw", "map") if record.format == shown_file.RAW else ("qcow2",)
@@ -351,11 +406,15 @@ class _Check:
     def _finish(self, record: ImageRecord) -> None:
         found = self._stat(record.path)  # it had its look before it had its name
         assert found is not None
-        store = self._store(record, FileAttributes(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid))
+        store = self._store(
+            record, FileAttributes(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        )
         try:
             blocks = store.load()
             store.finish()
-            self._save(replace(record, state=State.WHOLE, error="", present_bytes=blocks.present_bytes))
+            self._save(
+                replace(record, state=State.WHOLE, error="", present_bytes=blocks.present_bytes)
+            )
             store.remove()
         finally:
             store.close()
@@ -369,7 +428,11 @@ class _Check:
         # Of a changed image, too, nothing partial is there.
         filling = [r for r in records if r.state in (State.PARTIAL, State.FAILED)]
         wanted = {name for record in filling for name in self._names(record)}
-        whole = {(s.st_dev, s.st_ino) for r in records if r.state is State.WHOLE and (s := self._stat(r.path))}
+        whole = {
+            (s.st_dev, s.st_ino)
+            for r in records
+            if r.state is State.WHOLE and (s := self._stat(r.path))
+        }
         for name in sorted(cache_dir.list_folder(self._root_fd, PARTIAL)):
             path = f"{PARTIAL}/{name}"
             found = self._stat(path)
@@ -383,5 +446,9 @@ class _Check:
                 self._found(path, "lazyfs did not put it there", LEFT_ALONE)
                 continue
             handed_off = (found.st_dev, found.st_ino) in whole
-            problem = "left over from the hand-off of a whole image" if handed_off else "no image needs it"
+            problem = (
+                "left over from the hand-off of a whole image"
+                if handed_off
+                else "no image needs it"
+            )
             self._found(path, problem, "removed", partial(os.unlink, path, dir_fd=self._root_fd))

@@ -44,14 +44,18 @@ def load(path: str, keys: Sequence[Key]) -> dict[str, object]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         shown = config_file.printable(path)
-        raise errors.UserError(f"cannot read the configuration {shown}: {reason}{_others(path)}") from error
+        raise errors.UserError(
+            f"cannot read the configuration {shown}: {reason}{_others(path)}"
+        ) from error
     if len(content) > MAX_SIZE:
         raise errors.WrongConfiguration(path, "", f"is larger than {MAX_SIZE} bytes")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise errors.WrongConfiguration(path, f"line {line}", "not TOML: this is not UTF-8") from error
+        raise errors.WrongConfiguration(
+            path, f"line {line}", "not TOML: this is not UTF-8"
+        ) from error
     return config_file.parse(text, keys, path)
 
 
@@ -60,10 +64,16 @@ def _others(path: str) -> str:
     if os.path.dirname(path) != FOLDER or os.path.exists(path):
         return ""
     try:
-        names = sorted(name.removesuffix(".toml") for name in os.listdir(FOLDER) if name.endswith(".toml"))
+        names = sorted(
+            name.removesuffix(".toml") for name in os.listdir(FOLDER) if name.endswith(".toml")
+        )
     except OSError:
         names = []
-    return f" (there are: {', '.join(names)})" if names else f" (there is no configuration in {FOLDER})"
+    return (
+        f" (there are: {', '.join(names)})"
+        if names
+        else f" (there is no configuration in {FOLDER})"
+    )
 
 
 def settings(options: argparse.Namespace, keys: Sequence[Key]) -> tuple[config_file.Setting, ...]:
@@ -84,9 +94,17 @@ def apply(options: argparse.Namespace, keys: Sequence[Key]) -> None:
         UsageError: neither it nor the command line says what to mount, or where.
     """
     effective = settings(options, keys)
-    missing = [setting.key.metavar for setting in effective if setting.key.required and setting.value is None]
+    missing = [
+        setting.key.metavar
+        for setting in effective
+        if setting.key.required and setting.value is None
+    ]
     if missing:
-        where = "the configuration has none" if options.config is not None else "see lazyfs mount --help, also --config"
+        where = (
+            "the configuration has none"
+            if options.config is not None
+            else "see lazyfs mount --help, also --config"
+        )
         raise errors.UsageError(f"required: {', '.join(missing)} ({where})")
     for setting in effective:
         setattr(options, setting.key.dest, setting.value)
@@ -99,6 +117,7 @@ def show(options: argparse.Namespace, keys: Sequence[Key]) -> str:
     if not options.json:
         return config_file.render(effective, file)
     values = {
-        setting.key.name: {"value": config_file.plain(setting), "origin": setting.origin.value} for setting in effective
+        setting.key.name: {"value": config_file.plain(setting), "origin": setting.origin.value}
+        for setting in effective
     }
     return json.dumps({"file": file, "keys": values}, indent=2) + "\n"

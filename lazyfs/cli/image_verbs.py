@@ -80,7 +80,9 @@ def prefetch(options: argparse.Namespace) -> int:
     begun: list[Target] = []
 
     def begin(target: Target) -> dict[str, Any]:
-        result = _command("prefetch", target, **({"format": options.format} if options.format else {}))
+        result = _command(
+            "prefetch", target, **({"format": options.format} if options.format else {})
+        )
         begun.extend((target[0], path) for path in result["paths"])
         return result
 
@@ -102,7 +104,9 @@ def pause(options: argparse.Namespace) -> int:
     """Pause population."""
     return _each(
         options,
-        lambda target: _jobs("job-pause", target, lambda job: _populates(job) and job["status"] != "paused"),
+        lambda target: _jobs(
+            "job-pause", target, lambda job: _populates(job) and job["status"] != "paused"
+        ),
     )
 
 
@@ -110,14 +114,19 @@ def resume(options: argparse.Namespace) -> int:
     """Resume population."""
     return _each(
         options,
-        lambda target: _jobs("job-resume", target, lambda job: _populates(job) and job["status"] == "paused"),
+        lambda target: _jobs(
+            "job-resume", target, lambda job: _populates(job) and job["status"] == "paused"
+        ),
     )
 
 
 def cancel(options: argparse.Namespace) -> int:
     """End population, and verify jobs."""
     return _each(
-        options, lambda target: _jobs("job-cancel", target, lambda job: job["status"] not in ("concluded", "null"))
+        options,
+        lambda target: _jobs(
+            "job-cancel", target, lambda job: job["status"] not in ("concluded", "null")
+        ),
     )
 
 
@@ -139,7 +148,9 @@ def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]
     ids = [job["id"] for job in concerned if wanted(job)]
     if not ids and inside and not any(map(_populates, concerned)):
         control_client.query(mount, inside)  # raises if there is no such image
-        raise errors.UserError(f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that")
+        raise errors.UserError(
+            f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that"
+        )
     return {"jobs": [job for job in ids if _applied(command, mount, job, must=job == inside)]}
 
 
@@ -191,7 +202,9 @@ def _verified(target: Target, arguments: dict[str, Any], quiet: bool) -> dict[st
     images = control_client.query(mount, inside)["images"]
     single = len(images) == 1 and images[0]["path"] == f"{mount.mountpoint}/{inside}"
     names = [
-        image["path"].removeprefix(f"{mount.mountpoint}/") for image in images if single or image["state"] != "remote"
+        image["path"].removeprefix(f"{mount.mountpoint}/")
+        for image in images
+        if single or image["state"] != "remote"
     ]
     damaged = []
     for name in names:

@@ -9,7 +9,12 @@ from rich.text import Text
 
 from lazyfs.units import format_size
 
-_CELLS = {"data": ("█", "green"), "some": ("▒", "yellow"), "zero": ("·", "dim"), "missing": ("░", "red")}
+_CELLS = {
+    "data": ("█", "green"),
+    "some": ("▒", "yellow"),
+    "zero": ("·", "dim"),
+    "missing": ("░", "red"),
+}
 _PIPE_WIDTH = 80
 
 

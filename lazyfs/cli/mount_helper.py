@@ -60,8 +60,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="options of lazyfs mount without dashes, such as config=main,fill-rate=50M")  # fmt: skip
     parser.add_argument("-t", dest="type", metavar="TYPE", help="ignored")
     parser.add_argument("-n", dest="no_mtab", action="store_true", help="ignored")
-    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore options that are not known")
-    parser.add_argument("-f", dest="fake", action="store_true", help="check the options, and mount nothing")
+    parser.add_argument(
+        "-s", dest="sloppy", action="store_true", help="ignore options that are not known"
+    )
+    parser.add_argument(
+        "-f", dest="fake", action="store_true", help="check the options, and mount nothing"
+    )
     parser.add_argument("-v", dest="verbose", action="store_true", help="say what is run")
     return parser
 

@@ -13,7 +13,16 @@ from lazyfs.units import format_duration, format_size
 MountStatus = Mapping[str, Any]
 
 _STYLES = {"whole": "green", "partial": "yellow", "failed": "red", "remote": "dim"}
-_COLUMNS = {"size": 8, "present": 7, "bar": 10, "state": 7, "fetched": 8, "rate": 11, "to go": 11, "open": 4}
+_COLUMNS = {
+    "size": 8,
+    "present": 7,
+    "bar": 10,
+    "state": 7,
+    "fetched": 8,
+    "rate": 11,
+    "to go": 11,
+    "open": 4,
+}
 """With their widths: together they fill a terminal of 80."""
 _WIDE = 100
 """Columns of a terminal from where names fit on the same line."""
@@ -39,7 +48,11 @@ def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
 
 def _job(job: Mapping[str, Any]) -> Text:
     """A populate job is seen in its image's line; others have one of their own."""
-    done = f" {_percent(job['current-progress'], job['total-progress'])} %" if job["status"] == "running" else ""
+    done = (
+        f" {_percent(job['current-progress'], job['total-progress'])} %"
+        if job["status"] == "running"
+        else ""
+    )
     text = Text(f"  job {_printable(job['id'])}: {job['status']}{done}")
     return text.append(f", {_printable(job['error'])}", style="red") if job.get("error") else text
 
@@ -52,7 +65,8 @@ def _heading(mount: MountStatus) -> Text:
     if mount.get("detached"):
         text.append(f"  detached, pid {mount['pid']} serves what is still open", style="yellow")
     text.append(
-        "  connected" if mount["connected"] else "  not connected", style="green" if mount["connected"] else "red"
+        "  connected" if mount["connected"] else "  not connected",
+        style="green" if mount["connected"] else "red",
     )
     if mount.get("room"):
         text.append(f"\n  {_room(mount['room'])}", style="dim not bold")
@@ -82,7 +96,9 @@ def _table(mount: MountStatus, width: int) -> Group:
     parts.append(table)
     for image in mount["images"]:
         replaced = " (replaced)" if image.get("replaced") else ""
-        name = Text(f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold")
+        name = Text(
+            f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold"
+        )
         row = _row(image, jobs.get(image["path"].removeprefix(prefix), ""))
         if width >= _WIDE:
             table.add_row(name, *row.values())
@@ -93,7 +109,8 @@ def _table(mount: MountStatus, width: int) -> Group:
     for image in mount["images"]:
         if image["error"]:
             name = Text(
-                f"  {_printable(image['path'].removeprefix(prefix))}: {_printable(image['error'])}", style="red"
+                f"  {_printable(image['path'].removeprefix(prefix))}: {_printable(image['error'])}",
+                style="red",
             )
             parts.append(name)
     return Group(*parts)
@@ -120,12 +137,18 @@ def _row(image: Mapping[str, Any], job: str) -> dict[str, RenderableType]:
     return {
         "size": "?" if size is None else format_size(size),
         "present": f"{_percent(here, size)} %" if touched else "",
-        "bar": ProgressBar(total=max(size or 0, 1), completed=here if size else 1, width=_COLUMNS["bar"])
+        "bar": ProgressBar(
+            total=max(size or 0, 1), completed=here if size else 1, width=_COLUMNS["bar"]
+        )
         if touched
         else "",
         "state": Text(image["state"], style=_STYLES.get(image["state"], "")),
         "fetched": format_size(image["fetched_bytes"]) if image["fetched_bytes"] else "",
-        "rate": f"{format_size(round(rate))}/s" if filling else job if job in ("paused", "standby") else "",
+        "rate": f"{format_size(round(rate))}/s"
+        if filling
+        else job
+        if job in ("paused", "standby")
+        else "",
         "to go": format_duration(missing / rate) if filling else "",
         "open": str(image["open_count"] or ""),
     }

@@ -34,7 +34,9 @@ def _mounted_at(path: str) -> mounts.Mount:
             return mount
     for gone in control_client.query_detached():
         if gone["mountpoint"] == os.path.realpath(path):
-            raise errors.UserError(f"{path} is detached already; pid {gone['pid']} ends with its last open file")
+            raise errors.UserError(
+                f"{path} is detached already; pid {gone['pid']} ends with its last open file"
+            )
     raise errors.UserError(f"no lazyfs is mounted on {path}")
 
 
@@ -64,7 +66,9 @@ def umount(path: str) -> None:
                 f"{mount.mountpoint} is in use; close what is open there (see fuser -vm), or lazyfs detach it"
             ) from error
         if error.errno != errno.EINVAL:  # else somebody was faster
-            raise errors.UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}") from error
+            raise errors.UserError(
+                f"cannot unmount {mount.mountpoint}: {error.strerror}"
+            ) from error
     if pidfd is None:
         with suppress(OSError):  # what the dead daemon could not clear away itself
             os.unlink(mounts.socket_path(mount.mountpoint))
@@ -146,7 +150,11 @@ def detach(path: str, wait: bool) -> str:
 
 def _filling(mount: mounts.Mount) -> list[dict[str, Any]]:
     """Return the images that are open and not whole."""
-    return [i for i in control_client.query(mount)["images"] if i["open_count"] and i["state"] != "whole"]
+    return [
+        i
+        for i in control_client.query(mount)["images"]
+        if i["open_count"] and i["state"] != "whole"
+    ]
 
 
 def _refuse_if_filling(mount: mounts.Mount) -> None:
@@ -162,10 +170,15 @@ def _refuse_if_filling(mount: mounts.Mount) -> None:
         time.sleep(0.05)
 
 
-def _why_not(images: Sequence[dict[str, Any]], readers: Mapping[int, Sequence[open_files.Reader]]) -> str:
+def _why_not(
+    images: Sequence[dict[str, Any]], readers: Mapping[int, Sequence[open_files.Reader]]
+) -> str:
     reasons = []
     for image in images:
-        who = ", ".join(map(str, readers.get(image["inode"], []))) or "a process that cannot be seen from here"
+        who = (
+            ", ".join(map(str, readers.get(image["inode"], [])))
+            or "a process that cannot be seen from here"
+        )
         state = "was replaced before it was whole" if image.get("replaced") else "is not whole"
         reasons.append(f"{image['path']} {state} and is open in {who}")
     return f"cannot detach: {'; '.join(reasons)}; use --wait, or close it"

@@ -27,21 +27,30 @@ def until_whole(filling: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(True),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars = {}
         while images:
             for image in images:
                 path = image["path"]
                 if image.get("replaced"):
-                    raise errors.UserError(f"{path} was replaced and will not become whole: close what has it open")
+                    raise errors.UserError(
+                        f"{path} was replaced and will not become whole: close what has it open"
+                    )
                 if image["state"] == "failed":
                     raise errors.UserError(f"{path} will not become whole: {image['error']}")
                 if path not in bars:
                     _populate(path)
                     bars[path] = progress.add_task(path, total=image["size"])
                     if not console.is_terminal:
-                        console.print(f"waiting for {path} to become whole", markup=False, soft_wrap=True)
+                        console.print(
+                            f"waiting for {path} to become whole", markup=False, soft_wrap=True
+                        )
                 progress.update(bars[path], completed=image["present_bytes"] + image["zero_bytes"])
             time.sleep(POLL_S)
             images = filling()
@@ -61,7 +70,12 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(True),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -72,7 +72,9 @@ async def _watch(query: Callable[[], Mounts], draw: Callable[[Mounts], None], ke
             news.clear()
 
 
-async def _listen(path: str, lines: deque[str], news: asyncio.Event, greeted: asyncio.Event) -> None:
+async def _listen(
+    path: str, lines: deque[str], news: asyncio.Event, greeted: asyncio.Event
+) -> None:
     """Add to `lines` what happens, until the daemon hangs up. Sets `greeted` once connected, or given up."""
     from qemu.qmp import QMPClient, QMPError
 

@@ -26,7 +26,9 @@ class ByteRange(NamedTuple):
 
     def align_out(self, block_size: int, size: int) -> "ByteRange":
         """Return the range widened to whole blocks, the last one cut at `size`."""
-        return ByteRange(self.start - self.start % block_size, min(-(-self.end // block_size) * block_size, size))
+        return ByteRange(
+            self.start - self.start % block_size, min(-(-self.end // block_size) * block_size, size)
+        )
 
     def split(self, limit: int) -> Iterator["ByteRange"]:
         """Yield the range in pieces of at most `limit` bytes, in order."""

@@ -14,5 +14,7 @@ def parse(text: str) -> str:
     """
     match = _DIGEST.fullmatch(text.lower())
     if match is None or len(match[2]) != 2 * hashlib.new(match[1]).digest_size:
-        raise ValueError(f"{text[:200]!r} is not a digest such as sha256:9f86d0... with all its digits")
+        raise ValueError(
+            f"{text[:200]!r} is not a digest such as sha256:9f86d0... with all its digits"
+        )
     return match[0]

@@ -68,7 +68,11 @@ def _qemu_server(parts: SplitResult) -> dict[str, str] | None:
                 return {"type": "unix", "path": unquote(value, errors="surrogateescape")}
     if parts.scheme == "nbd" and parts.hostname is not None:
         with suppress(ValueError):  # a port that is none
-            return {"type": "inet", "host": unquote(parts.hostname), "port": str(parts.port or _NBD_PORT)}
+            return {
+                "type": "inet",
+                "host": unquote(parts.hostname),
+                "port": str(parts.port or _NBD_PORT),
+            }
     return None
 
 
@@ -81,7 +85,9 @@ def shown_path(export: str, names: str, is_free: Callable[[str], bool], suffix: 
     return file_name(export, is_free, suffix)
 
 
-def file_name(export: str, is_free: Callable[[str], bool] = lambda path: True, suffix: str = "") -> str:
+def file_name(
+    export: str, is_free: Callable[[str], bool] = lambda path: True, suffix: str = ""
+) -> str:
     """Return the path, relative to the mountpoint, under which `export` is shown.
 
     Args:
@@ -120,7 +126,9 @@ def _flat(export: str, suffix: str) -> str:
 
 
 def _encode(text: str) -> str:
-    return "".join(_encode_byte(c) if c == "%" or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    return "".join(
+        _encode_byte(c) if c == "%" or unicodedata.category(c) in ("Cc", "Cs") else c for c in text
+    )
 
 
 def _encode_byte(character: str) -> str:

@@ -23,7 +23,9 @@ COUNTERS_OFFSET = PAGE
 _MAGIC = b"LAZYFSMP"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sII")  # magic, version, CRC-32 of what follows
-_BODY = struct.Struct("<QQI32s32s")  # inode, size, block size, sha256 of export name, sha256 of identity
+_BODY = struct.Struct(
+    "<QQI32s32s"
+)  # inode, size, block size, sha256 of export name, sha256 of identity
 _COUNTERS = struct.Struct("<IQ")  # CRC-32 of what follows, mixed_zero_bytes
 
 
@@ -39,7 +41,9 @@ class MapHeader:
 
     def encode(self) -> bytes:
         """Return page 0."""
-        body = _BODY.pack(self.inode, self.size, self.block_size, _digest(self.export), _digest(self.identity))
+        body = _BODY.pack(
+            self.inode, self.size, self.block_size, _digest(self.export), _digest(self.identity)
+        )
         return (_PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(body)) + body).ljust(PAGE, b"\0")
 
     def check(self, page: bytes) -> None:
@@ -54,7 +58,9 @@ class MapHeader:
         if magic != _MAGIC:
             raise CacheCorrupt("not a map")
         if version != _VERSION:
-            raise CacheCorrupt(f"a map of format version {version}; this lazyfs knows version {_VERSION}")
+            raise CacheCorrupt(
+                f"a map of format version {version}; this lazyfs knows version {_VERSION}"
+            )
         if zlib.crc32(page[_PREFIX.size : _PREFIX.size + _BODY.size]) != crc:
             raise CacheCorrupt("the map's header is damaged")
         if page[: _PREFIX.size + _BODY.size] != self.encode()[: _PREFIX.size + _BODY.size]:

@@ -20,7 +20,9 @@ HEADER_SIZE = 4096
 """Bytes to read of a file at first: the header, its extensions, and as a rule the name behind them."""
 
 _MAGIC = b"QFI\xfb"
-_START = struct.Struct(">4sIQII")  # magic, version, offset and length of the name, (version 2 on) cluster bits
+_START = struct.Struct(
+    ">4sIQII"
+)  # magic, version, offset and length of the name, (version 2 on) cluster bits
 _EXTENSION = struct.Struct(">II")
 _VERSION_2_LENGTH = 72
 _LENGTH_OFFSET = 100  # of header_length, in version 3
@@ -46,10 +48,17 @@ def find_name(header: bytes) -> NameAt | None:
     if len(header) < _START.size:
         return None
     magic, version, offset, length, cluster_bits = _START.unpack_from(header)
-    if magic != _MAGIC or version not in (1, 2, 3) or offset == 0 or not 0 < length <= MAX_BACKING_NAME:
+    if (
+        magic != _MAGIC
+        or version not in (1, 2, 3)
+        or offset == 0
+        or not 0 < length <= MAX_BACKING_NAME
+    ):
         return None
     if version == 1:
-        if offset + length >= 1 << 63:  # a guest's disk may begin like that, and no file reaches so far
+        if (
+            offset + length >= 1 << 63
+        ):  # a guest's disk may begin like that, and no file reaches so far
             return None
         return NameAt(offset, length, "")
     # QEMU: the name lies in the first cluster, of 512 bytes to 2 MiB.
@@ -111,5 +120,7 @@ def _file_names(options: Any, depth: int) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _file_names(value, depth - 1)
         elif isinstance(value, str) and key.rpartition(".")[2] in ("filename", "backing", "file"):
-            with suppress(UnicodeEncodeError):  # a lone surrogate that is no byte: no name of a file
+            with suppress(
+                UnicodeEncodeError
+            ):  # a lone surrogate that is no byte: no name of a file
                 yield from paths_of(value.encode("utf-8", "surrogateescape"))

@@ -86,7 +86,9 @@ class OpenFile:
         key = inode_number.key(self.inode)
         if self.device == place.device:
             return key == inode_number.key(place.inode)
-        return (self.size, self.mtime_ns) == (place.size, place.mtime_ns) and (image is None or image.key == key)
+        return (self.size, self.mtime_ns) == (place.size, place.mtime_ns) and (
+            image is None or image.key == key
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,9 @@ def choose(
     nodes: Sequence[FileNode], images: Sequence[Image], opened: Sequence[OpenFile]
 ) -> tuple[list[Choice], list[OpenFile]]:
     """Return a choice for each node that has to do with lazyfs, and the open files of images that no node explains."""
-    choices = [choice for node in nodes if (choice := _choose(node, nodes, images, opened)) is not None]
+    choices = [
+        choice for node in nodes if (choice := _choose(node, nodes, images, opened)) is not None
+    ]
     explained = {file.fd for choice in choices for file in choice.explains}
     unexplained = [file for file in _on_old_places(images, opened) if file.fd not in explained]
     # A path that leads nowhere, and is not the image's own (relative, or by way of a symbolic link): its size tells.
@@ -155,7 +159,9 @@ def choose(
         if files:
             choices.append(Choice(node, Action.SKIPPED, node.trouble, (), files))
             explained |= {file.fd for file in files}
-    orphans = {file.fd for file in unexplained if file.orphan}  # of another FUSE file system, perhaps
+    orphans = {
+        file.fd for file in unexplained if file.orphan
+    }  # of another FUSE file system, perhaps
     return choices, [file for file in unexplained if file.fd not in explained | orphans]
 
 
@@ -165,7 +171,11 @@ def _choose(
     image = _image_named(node, images)
     of_images = [(file, one) for file in opened if (one := _image_of(file, images)) is not None]
     mine = [file for file, one in of_images if image is not None and one.identity == image.identity]
-    others = [(file, one) for file, one in of_images if file not in mine and one.path == (image or node).path]
+    others = [
+        (file, one)
+        for file, one in of_images
+        if file not in mine and one.path == (image or node).path
+    ]
     orphans = [file for file in opened if file.orphan and _was_named(file, node)]
     explains = (*mine, *(file for file, _ in others), *orphans)
     now = node.now
@@ -185,15 +195,26 @@ def _choose(
         return None  # every node of this path is there; what is open besides only has the same name
     if node.on_detached:
         where = "the path leads QEMU to a lazyfs that is detached elsewhere"
-        return choice(Action.SKIPPED, f"{where}: through a bind mount, or in a mount namespace; unmount it there")
+        return choice(
+            Action.SKIPPED,
+            f"{where}: through a bind mount, or in a mount namespace; unmount it there",
+        )
     if others and not mine and not settled:
         return choice(Action.SKIPPED, _other_version(others, image))
     if image is not None and image.state == "failed":
         return choice(Action.SKIPPED, f"the image failed: {image.error}")
     if image is not None and image.state != "whole":
         return choice(Action.PARTIAL, "not whole yet")
-    below = [file for file in opened if file.plain and file.is_image_at(now, None)] if node.on_lazyfs else []
-    if below and not explains and len(at_target) + len(below) >= sum(one.now == now for one in nodes):
+    below = (
+        [file for file in opened if file.plain and file.is_image_at(now, None)]
+        if node.on_lazyfs
+        else []
+    )
+    if (
+        below
+        and not explains
+        and len(at_target) + len(below) >= sum(one.now == now for one in nodes)
+    ):
         return choice(Action.ALREADY, "it has the plain file below the mount open")
     if not explains and not at_target:
         message = "cannot be checked: the process that made the socket does not have this file open"
@@ -212,18 +233,27 @@ def _image_named(node: FileNode, images: Sequence[Image]) -> Image | None:
     """Return the image that the node's path names now."""
     now = node.now
     if now is None:
-        return next((image for image in images if image.path == node.path and not image.replaced), None)
-    on_mount = {(image.device, image.key): image for image in images}.get((now.device, inode_number.key(now.inode)))
+        return next(
+            (image for image in images if image.path == node.path and not image.replaced), None
+        )
+    on_mount = {(image.device, image.key): image for image in images}.get(
+        (now.device, inode_number.key(now.inode))
+    )
     if on_mount is not None:
         return on_mount
     there = (now.device, now.inode)
-    return next((one for one in images if one.now is not None and (one.now.device, one.now.inode) == there), None)
+    return next(
+        (one for one in images if one.now is not None and (one.now.device, one.now.inode) == there),
+        None,
+    )
 
 
 def _image_of(file: OpenFile, images: Sequence[Image]) -> Image | None:
     """Return the image that was opened, on whichever mount it was then."""
     key = inode_number.key(file.inode)
-    return next((image for image in images if (image.device, image.key) == (file.device, key)), None)
+    return next(
+        (image for image in images if (image.device, image.key) == (file.device, key)), None
+    )
 
 
 def _on_old_places(images: Sequence[Image], opened: Sequence[OpenFile]) -> list[OpenFile]:
@@ -266,7 +296,9 @@ def _why_not(
     for file in stale:
         size = file.size if image is None or image.size is None else image.size
         if now.size != size or _sectors(now.size) * SECTOR != node.size:
-            return f"the file has {now.size} bytes now, the image {size} and QEMU's node {node.size}"
+            return (
+                f"the file has {now.size} bytes now, the image {size} and QEMU's node {node.size}"
+            )
     if others:
         return _other_version(others, image)
     if not all(file.is_image_at(now, image) for file in stale):

@@ -58,7 +58,13 @@ def held(command_line: Sequence[Disk], names: Sequence[str]) -> set[str]:
     """
     ours = {name for name in names if name.startswith(NEW_NAMES)}
     ours -= {name for disk in command_line for name, _ in disk.named()}
-    tops = {name for disk in command_line if disk.kind == "blockdev" for name, prefix in disk.named() if not prefix}
+    tops = {
+        name
+        for disk in command_line
+        if disk.kind == "blockdev"
+        for name, prefix in disk.named()
+        if not prefix
+    }
     return (tops & set(names)) | ours
 
 
@@ -79,7 +85,9 @@ class _Reader:
         self.options: dict[str, dict[str, Any]] = {}
         self.strange: dict[str, str] = {}
         self._graph = graph
-        self._named = {name: (disk, prefix) for disk in command_line for name, prefix in disk.named()}
+        self._named = {
+            name: (disk, prefix) for disk in command_line for name, prefix in disk.named()
+        }
 
     def read(self, disk: Disk, name: str, prefix: str) -> None:
         """Take the options of node `name`, and of what is below it, that begin with `prefix`."""
@@ -92,7 +100,9 @@ class _Reader:
         for role, child in self._graph.children(name).items():
             key = prefix + role
             word = disk.options.get(key)
-            if word is None or (disk.kind == "drive" and key == "file"):  # there it is a file's name
+            if word is None or (
+                disk.kind == "drive" and key == "file"
+            ):  # there it is a file's name
                 self.read(disk, child, f"{key}.")
             elif child.startswith(NEW_NAMES) and isinstance(word, str) and word in self._named:
                 other, start = self._named[word]
@@ -115,7 +125,9 @@ class _Reader:
             else:
                 folder, _, last = own.rpartition(".")
                 (options.setdefault(folder, {}) if folder else options)[last] = read
-        if "encrypt" in options:  # QMP wants the format; block/qcow2.c: a system emulator opens no other
+        if (
+            "encrypt" in options
+        ):  # QMP wants the format; block/qcow2.c: a system emulator opens no other
             options["encrypt"].setdefault("format", "luks")
 
 
@@ -139,7 +151,9 @@ def _number(value: object) -> int:
     """util/cutils.c, qemu_strtosz, without fractions."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)([bkmgtpe]?)", value, re.ASCII | re.IGNORECASE)):
+    if isinstance(value, str) and (
+        found := re.fullmatch(r"(\d+)([bkmgtpe]?)", value, re.ASCII | re.IGNORECASE)
+    ):
         return int(found[1]) << 10 * max("bkmgtpe".find(found[2].lower()), 0)
     raise ValueError(value)
 
@@ -156,7 +170,16 @@ def _discard(value: object) -> str:
 
 _ROLES = frozenset({"file", "backing", "data-file"})
 _REPORTED = frozenset(
-    {"driver", "node-name", "filename", "read-only", "detect-zeroes", "cache", "cache.direct", "cache.no-flush"}
+    {
+        "driver",
+        "node-name",
+        "filename",
+        "read-only",
+        "detect-zeroes",
+        "cache",
+        "cache.direct",
+        "cache.no-flush",
+    }
 )
 """QEMU reports them, and what it reports is repeated."""
 
@@ -212,5 +235,9 @@ def _json(text: str) -> dict[str, object]:
 
 def _flat(prefix: str, value: object) -> list[tuple[str, object]]:
     if isinstance(value, dict):
-        return [pair for key, below in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else key, below)]
+        return [
+            pair
+            for key, below in value.items()
+            for pair in _flat(f"{prefix}.{key}" if prefix else key, below)
+        ]
     return [(prefix, value)]

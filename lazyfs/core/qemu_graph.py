@@ -95,13 +95,20 @@ class Graph:
         above = self.above(name)
         return bool(above) and all(
             edge.parent_type == _NODE_TYPE
-            and (edge.role == "backing" or (edge.parent in self.nodes and self.is_only_read(edge.parent)))
+            and (
+                edge.role == "backing"
+                or (edge.parent in self.nodes and self.is_only_read(edge.parent))
+            )
             for edge in above
         )
 
     def children(self, name: str) -> dict[str, str]:
         """Return the children of this node by their roles."""
-        return {edge.role: edge.child for edge in self.edges if edge.parent == name and edge.parent_type == _NODE_TYPE}
+        return {
+            edge.role: edge.child
+            for edge in self.edges
+            if edge.parent == name and edge.parent_type == _NODE_TYPE
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,12 @@ def _parse(nodes: Any, graph: Any) -> Graph:
         )  # fmt: skip
     known = {one["id"]: one for one in graph["nodes"]}
     edges = (
-        Edge(known[edge["parent"]]["name"], known[edge["parent"]]["type"], edge["name"], known[edge["child"]]["name"])
+        Edge(
+            known[edge["parent"]]["name"],
+            known[edge["parent"]]["type"],
+            edge["name"],
+            known[edge["child"]]["name"],
+        )
         for edge in graph["edges"]
     )
     return Graph(found, tuple(edges))
@@ -196,7 +208,9 @@ class _Planner:
         self._graph = graph
         self._known = known
         self._old = graph.nodes[old]
-        self._used = set(graph.nodes) | {edge.parent for edge in graph.edges}  # nodes and devices share one name space
+        self._used = set(graph.nodes) | {
+            edge.parent for edge in graph.edges
+        }  # nodes and devices share one name space
         self.new_file = self._new_name()
         self._adds = [self._file_options(filename)]
         self._made: dict[str, str] = {}
@@ -222,8 +236,14 @@ class _Planner:
         for name, swaps in self._swaps.items():
             now.append(self._options(self._graph.nodes[name], name, swaps))
             before.append(self._options(self._graph.nodes[name], name, {}))
-        reopen = Change("blockdev-reopen", {"options": now}, ("blockdev-reopen", {"options": before}))
-        dropped = [self._graph.children(name)[role] for name, swaps in self._swaps.items() for role in swaps]
+        reopen = Change(
+            "blockdev-reopen", {"options": now}, ("blockdev-reopen", {"options": before})
+        )
+        dropped = [
+            self._graph.children(name)[role]
+            for name, swaps in self._swaps.items()
+            for role in swaps
+        ]
         return self._plan([reopen], dropped)
 
     def with_hmp(self) -> Plan:
@@ -239,7 +259,10 @@ class _Planner:
         return self._plan(reopens, [self._old.name])
 
     def _plan(self, reopens: Sequence[Change], dropped: Sequence[str]) -> Plan:
-        adds = [Change("blockdev-add", add, ("blockdev-del", {"node-name": add["node-name"]})) for add in self._adds]
+        adds = [
+            Change("blockdev-add", add, ("blockdev-del", {"node-name": add["node-name"]}))
+            for add in self._adds
+        ]
         return Plan((*adds, *reopens), tuple(dict.fromkeys(dropped)), self._old.name)
 
     def _format_node(self, edge: Edge) -> Node:
@@ -250,9 +273,13 @@ class _Planner:
                 f"{kind} {edge.parent!r} uses node {edge.child} directly; give it a named raw node above the file"
             )
         if edge.role not in _FORMATS.get(parent.driver, ()):
-            raise errors.UserError(f"the {parent.driver} node {parent.name} above it cannot be reopened by lazyfs")
+            raise errors.UserError(
+                f"the {parent.driver} node {parent.name} above it cannot be reopened by lazyfs"
+            )
         if parent.driver == "raw" and parent.size != self._graph.nodes[edge.child].size:
-            raise errors.UserError(f"the raw node {parent.name} shows a part of the file only (offset= or size=)")
+            raise errors.UserError(
+                f"the raw node {parent.name} shows a part of the file only (offset= or size=)"
+            )
         return parent
 
     def _file_options(self, filename: str) -> dict[str, Any]:
@@ -294,7 +321,14 @@ class _Planner:
     def _advice(self) -> str:
         """Say which command line names the node above the file, and the top of its chain."""
         up = list(way_up(self._graph, self._old.name))
-        device = next((edge.parent for edge in self._graph.above(up[-1].node) if edge.parent_type != _NODE_TYPE), "")
+        device = next(
+            (
+                edge.parent
+                for edge in self._graph.above(up[-1].node)
+                if edge.parent_type != _NODE_TYPE
+            ),
+            "",
+        )
         if len(up) > 2 and self._is_temporary(up[-1].node):
             up.pop()  # the names go to what is below it
         top = up[-1]
@@ -307,7 +341,9 @@ class _Planner:
         if filename.startswith("json:"):
             drive = f"{names} added to its -drive"
         else:
-            drive = f"-drive file={filename.replace(',', ',,')},{names} (and the options it has now)"
+            drive = (
+                f"-drive file={filename.replace(',', ',,')},{names} (and the options it has now)"
+            )
         return (
             f"all nodes above it have automatic names, which QEMU does not reopen; next time start it with {drive}, "
             "or use --allow-hmp"
@@ -332,7 +368,9 @@ def way_up(graph: Graph, name: str) -> Sequence[Ancestor]:
     found = [Ancestor(name, "")]
     while True:
         last = found[-1]
-        edge = next((edge for edge in graph.above(last.node) if edge.parent_type == _NODE_TYPE), None)
+        edge = next(
+            (edge for edge in graph.above(last.node) if edge.parent_type == _NODE_TYPE), None
+        )
         if edge is None:
             return found
         found.append(Ancestor(edge.parent, f"{edge.role}.{last.roles}"))

@@ -157,15 +157,22 @@ class ServerSession:
         if not isinstance(arguments, dict):
             raise CommandError("QMP input member 'arguments' must be an object")
         if not self.negotiated and name != "qmp_capabilities":
-            raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+            raise CommandError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+            )
         if name == "qmp_capabilities":
             if self.negotiated:
-                raise CommandError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+                raise CommandError(
+                    "Capabilities negotiation is already complete, command ignored",
+                    "CommandNotFound",
+                )
             enable = arguments.get("enable", [])
             if not isinstance(enable, list):
                 raise CommandError("Invalid parameter type for 'enable', expected: array")
             if enable:
-                raise CommandError("Parameter 'enable' must be empty: this server has no capabilities")
+                raise CommandError(
+                    "Parameter 'enable' must be empty: this server has no capabilities"
+                )
             if unexpected := set(arguments) - {"enable"}:
                 raise CommandError(f"Parameter '{min(unexpected)}' is unexpected")
             self.negotiated = True
@@ -185,7 +192,11 @@ def failed(message: JsonObject, error: CommandError) -> JsonObject:
 def event(name: str, data: JsonObject, time_us: int) -> JsonObject:
     """Return an event that happened `time_us` microseconds after the epoch."""
     seconds, microseconds = divmod(time_us, 1_000_000)
-    return {"event": name, "data": data, "timestamp": {"seconds": seconds, "microseconds": microseconds}}
+    return {
+        "event": name,
+        "data": data,
+        "timestamp": {"seconds": seconds, "microseconds": microseconds},
+    }
 
 
 def _with_id(answer: JsonObject, message: JsonObject) -> JsonObject:

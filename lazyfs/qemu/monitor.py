@@ -60,7 +60,9 @@ class Monitor:
         except ExecuteError as error:
             raise StepFailed(f"{command}: {error}") from error
         except TimeoutError:
-            raise Lost(f"{command}: no answer in {COMMAND_S:g} s; run pivot again when QEMU answers") from None
+            raise Lost(
+                f"{command}: no answer in {COMMAND_S:g} s; run pivot again when QEMU answers"
+            ) from None
         except (QMPError, OSError, EOFError) as error:
             raise Lost(f"{command}: QEMU hung up, or has ended") from error
         if command == "human-monitor-command" and answer:

@@ -85,7 +85,9 @@ class _Scan:
                         elif entry.is_file(follow_symlinks=False):
                             yield path
             except OSError as error:
-                if error.errno != errno.ENOENT or folder == top:  # or it was removed since its parent was read
+                if (
+                    error.errno != errno.ENOENT or folder == top
+                ):  # or it was removed since its parent was read
                     raise _unreadable(folder, error) from error
 
     def _backings_of(self, path: str, only_files: bool) -> list[str]:
@@ -98,7 +100,9 @@ class _Scan:
             raise _unreadable(path, error) from error
         paths = [os.path.join(os.path.dirname(path), name) for name in names]
         for backing in paths:
-            self._note(os.path.normpath(backing))  # as it reads, too: somebody may have moved a symlink
+            self._note(
+                os.path.normpath(backing)
+            )  # as it reads, too: somebody may have moved a symlink
         if raw:  # what a guest wrote there is no header
             for backing in paths:
                 self._lead_to(backing)
@@ -144,7 +148,9 @@ class _Scan:
         return done
 
     def _is_no_go(self, path: str) -> bool:
-        return any(path == place or path.startswith(place.rstrip("/") + "/") for place in self._no_go)
+        return any(
+            path == place or path.startswith(place.rstrip("/") + "/") for place in self._no_go
+        )
 
 
 def _read_names(path: str, only_files: bool) -> tuple[list[str], bool]:

@@ -76,7 +76,9 @@ class Report:
     def lines(self) -> list[str]:
         """Say for people what is well: a line for each node."""
         if self.good and not self.nodes:
-            return [_one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")]
+            return [
+                _one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")
+            ]
         return [self._line(node) for node in self.nodes if node.action in GOOD]
 
     def complaints(self) -> list[str]:
@@ -88,12 +90,16 @@ class Report:
 
     def _line(self, node: NodeReport) -> str:
         reason = f": {node.message}" if node.message else ""
-        return _one_line(f"{self.socket}: {node.action} {node.path} (node {node.node or '-'}, pid {self.pid}){reason}")
+        return _one_line(
+            f"{self.socket}: {node.action} {node.path} (node {node.node or '-'}, pid {self.pid}){reason}"
+        )
 
 
 def _one_line(text: str) -> str:
     """Return it with escapes for what would end the line or steer the terminal: names have any bytes."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,9 @@ def sockets(paths: Sequence[str], folder: str | None) -> list[str]:
     """
     found = list(paths)
     if "" in found or folder == "":
-        raise errors.UsageError("an empty name: name a QMP socket, or a folder of them with --all-in")
+        raise errors.UsageError(
+            "an empty name: name a QMP socket, or a folder of them with --all-in"
+        )
     if folder is not None:
         try:
             inside = sorted(os.path.join(folder, name) for name in os.listdir(folder))
@@ -165,7 +173,10 @@ def run(
 def _merge(first: Report, second: Report) -> Report:
     """Return the first report on a QEMU, with what the second says of the nodes that waited then."""
     later = {node.node: node for node in second.nodes}
-    nodes = (later.get(node.node, node) if node.action is Action.PARTIAL else node for node in first.nodes)
+    nodes = (
+        later.get(node.node, node) if node.action is Action.PARTIAL else node
+        for node in first.nodes
+    )
     return replace(second, pid=first.pid, nodes=tuple(nodes))
 
 
@@ -188,7 +199,11 @@ def _filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
             with suppress(errors.UserError):  # it is gone; the next pivot says so
                 inside = os.path.relpath(os.path.realpath(path), mount.mountpoint)
                 images = control_client.query(mount, inside)["images"]
-                found += [image for image in images if image["state"] != "failed" and not _is_there(image, mount)]
+                found += [
+                    image
+                    for image in images
+                    if image["state"] != "failed" and not _is_there(image, mount)
+                ]
     return found
 
 
@@ -200,7 +215,9 @@ def _is_there(image: Mapping[str, Any], mount: mounts.Mount) -> bool:
         now = process_files.place_of(image["path"])
     except OSError:
         return True
-    return now.device != process_files.device_number(mount.device) or inode_number.is_whole(now.inode)
+    return now.device != process_files.device_number(mount.device) or inode_number.is_whole(
+        now.inode
+    )
 
 
 # -- one QEMU
@@ -232,7 +249,11 @@ async def _pivot(path: str, lazyfs: pivot_survey.Lazyfs, options: Options) -> Re
     except Exception as error:
         logger.debug("a bug in lazyfs: socket=%s", path, exc_info=True)
         trouble = f"the pivot failed, a bug in lazyfs: {error!r}"
-    return Report(path, qemu.pid, trouble, tuple(qemu.reports)) if qemu else Report(path, None, trouble, (), is_qemu)
+    return (
+        Report(path, qemu.pid, trouble, tuple(qemu.reports))
+        if qemu
+        else Report(path, None, trouble, (), is_qemu)
+    )
 
 
 @dataclass(slots=True)
@@ -277,11 +298,15 @@ class _Qemu:
             return report
         assert choice.node.now is not None
         try:
-            await _to_its_end(pivot_steps.Steps(self.monitor, self.pid).carry_out(plan, choice.node.now))
+            await _to_its_end(
+                pivot_steps.Steps(self.monitor, self.pid).carry_out(plan, choice.node.now)
+            )
         except qemu_monitor.StepFailed as error:
             return replace(report, action=Action.FAILED, message=str(error))
         except BaseException as error:
-            self.reports.append(replace(report, action=Action.FAILED, message=str(error) or repr(error)))
+            self.reports.append(
+                replace(report, action=Action.FAILED, message=str(error) or repr(error))
+            )
             raise
         return replace(report, action=Action.PIVOTED)
 
@@ -321,7 +346,9 @@ class _Qemu:
             ]
             if left and action[choice.node.name] is Action.PIVOTED:
                 message = f"the old file is still open (descriptor {left[0]}): something besides this node uses it"
-                self.reports[number] = replace(self.reports[number], action=Action.FAILED, message=message)
+                self.reports[number] = replace(
+                    self.reports[number], action=Action.FAILED, message=message
+                )
 
 
 async def _to_its_end(steps: Coroutine[Any, Any, None]) -> None:

@@ -55,7 +55,9 @@ class Steps:
             except qemu_monitor.StepFailed as error:
                 trouble.append(str(error))
             except qemu_monitor.Lost as error:
-                raise qemu_monitor.Lost("; ".join([f"{failed}; undoing it failed: {error}", *trouble])) from error
+                raise qemu_monitor.Lost(
+                    "; ".join([f"{failed}; undoing it failed: {error}", *trouble])
+                ) from error
         return f"undoing it failed: {'; '.join(trouble)}" if trouble else "the VM is as it was"
 
     async def _remove(self, name: str) -> None:

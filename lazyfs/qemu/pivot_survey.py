@@ -30,7 +30,9 @@ async def survey() -> Lazyfs:
     """Ask every daemon."""
     commands: list[control_client.Command] = [("query-mount", {}), ("query-images", {})]
     sockets = mounts.control_sockets()
-    answers = await asyncio.gather(*(control_client.ask(path, commands) for path in sockets), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(control_client.ask(path, commands) for path in sockets), return_exceptions=True
+    )
     images: dict[tuple[int, int], Image] = {}
     devices = set()
     detached = set()
@@ -83,10 +85,16 @@ async def look(pid: int, graph: Graph, lazyfs: Lazyfs) -> View:
     # In a thread, as it takes its time where a file system hangs: other QEMUs go on.
     dead = await asyncio.to_thread(process_files.dead_devices, pid, opened, lazyfs.devices)
     opened = [
-        replace(file, orphan=file.device in dead, plain=_is_plain(file, pid, {*lazyfs.devices, *dead}))
+        replace(
+            file, orphan=file.device in dead, plain=_is_plain(file, pid, {*lazyfs.devices, *dead})
+        )
         for file in opened
     ]
-    found = [node for node in graph.nodes.values() if node.driver == "file" and graph.is_only_read(node.name)]
+    found = [
+        node
+        for node in graph.nodes.values()
+        if node.driver == "file" and graph.is_only_read(node.name)
+    ]
     nodes = [_file_node(node, pid, lazyfs) for node in found]
     return View(opened, nodes, _images(nodes, opened, lazyfs))
 
@@ -111,13 +119,19 @@ def _file_node(node: Node, pid: int, lazyfs: Lazyfs) -> FileNode:
         except OSError as error:
             trouble = f"the path leads nowhere now: {error.strerror}"
     on_detached = now is not None and now.device in lazyfs.detached
-    return FileNode(node.name, node.filename, node.size, now, trouble, mount is not None, on_detached)
+    return FileNode(
+        node.name, node.filename, node.size, now, trouble, mount is not None, on_detached
+    )
 
 
 def _images(nodes: Sequence[FileNode], opened: Sequence[OpenFile], lazyfs: Lazyfs) -> list[Image]:
     """Return the images with such identities or paths: all that this QEMU can have to do with."""
     places = {(file.device, inode_number.key(file.inode)) for file in opened}
-    places |= {(node.now.device, inode_number.key(node.now.inode)) for node in nodes if node.now is not None}
+    places |= {
+        (node.now.device, inode_number.key(node.now.inode))
+        for node in nodes
+        if node.now is not None
+    }
     paths = {node.path for node in nodes}
     return [
         image if image.replaced else replace(image, now=_place_or_none(image.path))

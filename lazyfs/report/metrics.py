@@ -66,7 +66,10 @@ class Mount:
                 "demand": sums.sums[totals.DEMAND_REQUESTS],
                 "population": sums.sums[totals.POPULATION_REQUESTS],
             },
-            "lazyfs_opens_total": {"daemon": sums.opens - self.backings.opens, "passthrough": self.backings.opens},
+            "lazyfs_opens_total": {
+                "daemon": sums.opens - self.backings.opens,
+                "passthrough": self.backings.opens,
+            },
             "lazyfs_errors_total": {
                 "read": sums.reads[totals.FAILED].count,
                 "open": sums.errors[totals.OPEN],
@@ -78,12 +81,16 @@ class Mount:
             "lazyfs_queue_length": {
                 "readers": sums.waiting,
                 "population": population.waiting,
-                "threads": trio.to_thread.current_default_thread_limiter().statistics().tasks_waiting,
+                "threads": trio.to_thread.current_default_thread_limiter()
+                .statistics()
+                .tasks_waiting,
             },
             "lazyfs_images": {state.value: states[state.value] for state in State},
             "lazyfs_open_images": {"": len(self.filesystem.open_images())},
             "lazyfs_filling_images": {"": population.working},
-            "lazyfs_present_bytes": {"": sum(image_statistics.present_bytes(i.record, i.fetcher) for i in images)},
+            "lazyfs_present_bytes": {
+                "": sum(image_statistics.present_bytes(i.record, i.fetcher) for i in images)
+            },
             "lazyfs_room_size_bytes": {"": room.total},
             "lazyfs_room_used_bytes": {"": room.used},
             "lazyfs_room_max_cache_bytes": {"": room.max_cache or 0},
@@ -117,7 +124,9 @@ class Collector:
                     family.add_metric((value,), _buckets(histogram), histogram.total)
             else:
                 for key, number in picture.values[metric.name].items():
-                    family.add_metric(key if isinstance(key, tuple) else (key,) if metric.labels else (), number)
+                    family.add_metric(
+                        key if isinstance(key, tuple) else (key,) if metric.labels else (), number
+                    )
             yield family
 
 
@@ -127,11 +136,15 @@ _Family: TypeAlias = core.CounterMetricFamily | core.GaugeMetricFamily | core.Hi
 def _family(metric: metric_schema.Metric) -> _Family:
     if metric.kind == metric_schema.HISTOGRAM:
         return core.HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
-    made = core.CounterMetricFamily if metric.kind == metric_schema.COUNTER else core.GaugeMetricFamily
+    made = (
+        core.CounterMetricFamily if metric.kind == metric_schema.COUNTER else core.GaugeMetricFamily
+    )
     return made(metric.name, metric.help, labels=metric.labels)
 
 
 def _buckets(histogram: HistogramStatistics) -> list[tuple[str, float]]:
     """Return upper bounds, and how many observations are at most that: Prometheus wants them added up."""
     sums = itertools.accumulate(histogram.counts)
-    return [(str(bound), below) for bound, below in zip([*histogram.bounds, "+Inf"], sums, strict=True)]
+    return [
+        (str(bound), below) for bound, below in zip([*histogram.bounds, "+Inf"], sums, strict=True)
+    ]

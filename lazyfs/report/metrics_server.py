@@ -49,16 +49,24 @@ class MetricsServer:
         try:
             family, _, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
             both = where[0] == "::" and socket.has_dualstack_ipv6()
-            listening = socket.create_server(where[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
+            listening = socket.create_server(
+                where[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both
+            )
         except UnicodeError as error:  # of names that cannot be one, such as "a..b"
             raise errors.UserError(f"cannot serve metrics on {address}: no such host") from error
         except socket.gaierror as error:
-            raise errors.UserError(f"cannot serve metrics on {address}: {error.strerror}") from error
+            raise errors.UserError(
+                f"cannot serve metrics on {address}: {error.strerror}"
+            ) from error
         except OSError as error:
-            raise errors.UserError(f"cannot serve metrics on {address}: {os.strerror(error.errno or 0)}") from error
+            raise errors.UserError(
+                f"cannot serve metrics on {address}: {os.strerror(error.errno or 0)}"
+            ) from error
         bound = listening.getsockname()
         self._socket = trio.socket.from_stdlib_socket(listening)
-        self.address = f"[{bound[0]}]:{bound[1]}" if family == socket.AF_INET6 else f"{bound[0]}:{bound[1]}"
+        self.address = (
+            f"[{bound[0]}]:{bound[1]}" if family == socket.AF_INET6 else f"{bound[0]}:{bound[1]}"
+        )
         """Where it listens; "" once it does not."""
         self._scope = trio.CancelScope()
         self._limiter = trio.CapacityLimiter(MAX_SCRAPES)
@@ -81,7 +89,9 @@ class MetricsServer:
                         _serve, connection, app, limiter=self._limiter, abandon_on_cancel=True
                     )
             finally:
-                with suppress(OSError):  # it is closed, as it should be; if not, this ends its thread's waiting
+                with suppress(
+                    OSError
+                ):  # it is closed, as it should be; if not, this ends its thread's waiting
                     connection.shutdown(socket.SHUT_RDWR)
 
         with self._scope:
@@ -112,13 +122,20 @@ class _Application:
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self._app = app
-        self.base_environ = {"SERVER_NAME": "", "SERVER_PORT": "", "SCRIPT_NAME": "", "GATEWAY_INTERFACE": "CGI/1.1"}
+        self.base_environ = {
+            "SERVER_NAME": "",
+            "SERVER_PORT": "",
+            "SCRIPT_NAME": "",
+            "GATEWAY_INTERFACE": "CGI/1.1",
+        }
 
     def get_app(self) -> Callable[..., Any]:
         """Return the WSGI application."""
         return self._answer
 
-    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def _answer(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
         try:
             answer: Iterable[bytes] = self._app(environ, start_response)
         except trio.RunFinishedError:

@@ -57,7 +57,9 @@ class ServiceManager:
                     await trio.sleep(STATUS_S if self.watchdog_s is None else self.watchdog_s / 2)
                     was, told = told, status()
                     lines = [] if self.watchdog_s is None else ["WATCHDOG=1"]
-                    await self._send(sender, logging.DEBUG, *lines, *([f"STATUS={told}"] if told != was else []))
+                    await self._send(
+                        sender, logging.DEBUG, *lines, *([f"STATUS={told}"] if told != was else [])
+                    )
             finally:
                 with trio.move_on_after(LAST_WORD_S, shield=True):
                     await self._send(sender, logging.DEBUG, "STOPPING=1")

@@ -58,7 +58,9 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
     while len(data) < length:
         more = os.pread(fd, length - len(data), offset + len(data))
         if not more:
-            raise errors.CacheCorrupt(f"the cache file ends at {offset + len(data)}, inside the image")
+            raise errors.CacheCorrupt(
+                f"the cache file ends at {offset + len(data)}, inside the image"
+            )
         data += more
     return data
 
@@ -92,7 +94,9 @@ class FileReader:
         """Return exactly `length` bytes; the kernel reads those around them as well, for the next reader."""
         position = self._data_offset + offset
         if length < READ_AROUND:
-            os.posix_fadvise(self._fd, position - position % READ_AROUND, READ_AROUND, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                self._fd, position - position % READ_AROUND, READ_AROUND, os.POSIX_FADV_WILLNEED
+            )
         return read_exactly(self._fd, position, length)
 
 
@@ -122,7 +126,9 @@ class PartialFile(FileReader):
             return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
         except PermissionError:
             # `finish` gave it its mode, and the catalog was not told before the daemon ended.
-            fd = os.open(self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+            fd = os.open(
+                self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd
+            )
             try:
                 os.chmod(f"/proc/self/fd/{fd}", 0o600)
             finally:
@@ -161,7 +167,11 @@ class PartialFile(FileReader):
 
     def _open_to_inspect(self, name: str) -> int:
         try:
-            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._root_fd)
+            return os.open(
+                name,
+                os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                dir_fd=self._root_fd,
+            )
         except FileNotFoundError:
             raise errors.CacheCorrupt(f"{name} is missing") from None
 
@@ -195,7 +205,9 @@ class PartialFile(FileReader):
             os.fdatasync(self._fd)
         except OSError as error:
             # Linux reports it once and may count the lost pages as clean: syncing again proves nothing.
-            raise errors.CacheCorrupt(f"the cache's disk could not take the data ({error.strerror})") from error
+            raise errors.CacheCorrupt(
+                f"the cache's disk could not take the data ({error.strerror})"
+            ) from error
 
     def disown(self) -> None:
         """Most formats name no source."""
@@ -215,7 +227,11 @@ class PartialFile(FileReader):
                         os.mkdir(folder, 0o755, dir_fd=self._root_fd)
                 # A link, not a rename: it never replaces a file, and the partial name stays until the catalog is told.
                 os.link(
-                    self._data_name, path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd, follow_symlinks=False
+                    self._data_name,
+                    path,
+                    src_dir_fd=self._root_fd,
+                    dst_dir_fd=self._root_fd,
+                    follow_symlinks=False,
                 )
             except FileExistsError:
                 if not self._is_ours(path):
@@ -307,7 +323,9 @@ class WholeFile(FileReader):
 
     def set_aside(self) -> None:
         """Move the plain file to where partial files are, from which a mount sweeps it if nobody removes it before."""
-        with suppress(FileNotFoundError):  # else, as another name of the same file, it would stay where it is
+        with suppress(
+            FileNotFoundError
+        ):  # else, as another name of the same file, it would stay where it is
             os.unlink(self._aside, dir_fd=self._root_fd)
         os.rename(self._path, self._aside, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
         self._name = self._aside

@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from lazyfs import errors
-from lazyfs.cache.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
+from lazyfs.cache.store.cache_file import (
+    OPEN_FLAGS,
+    PARTIAL,
+    PartialFile,
+    read_exactly,
+    space_errors,
+    write_all,
+)
 from lazyfs.core import block_map, map_file, qcow2_layout
 from lazyfs.core.block_map import BlockMap
 from lazyfs.engine.interfaces import FileAttributes, ImageRecord
@@ -31,7 +38,9 @@ _CHUNK = 1 * MiB
 class Qcow2Store(PartialFile):
     """A qcow2 image being filled. Implements `interfaces.Store`; offsets are those of the virtual disk."""
 
-    def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes, backing: str) -> None:
+    def __init__(
+        self, root_fd: int, record: ImageRecord, attributes: FileAttributes, backing: str
+    ) -> None:
         """`backing`: the export, as QEMU opens it, for the header of a new file."""
         super().__init__(root_fd, record, attributes)
         self._backing = backing
@@ -40,7 +49,9 @@ class Qcow2Store(PartialFile):
         self._faults: list[str] = []
         self._leaks = 0
         """Of `inspect`: refcounts that are not what the L2 tables say."""
-        self._own = map_file.MapHeader(record.inode, self._size, record.block_size, record.export, record.identity)
+        self._own = map_file.MapHeader(
+            record.inode, self._size, record.block_size, record.export, record.identity
+        )
         self._finished = False
         """The header names no backing file any more, and has no place for counters."""
 
@@ -62,10 +73,16 @@ class Qcow2Store(PartialFile):
     def _load_map(self, mend: bool) -> BlockMap:
         header = read_exactly(self._fd, 0, self._at.cluster_size)
         self._finished = qcow2_layout.is_finished_header(self._at, header)
-        mixed_zero_bytes = 0 if self._finished else qcow2_layout.check_partial_header(self._at, self._own, header)
+        mixed_zero_bytes = (
+            0 if self._finished else qcow2_layout.check_partial_header(self._at, self._own, header)
+        )
         if (found := os.fstat(self._fd).st_size) != self._at.file_size:
-            raise errors.CacheCorrupt(f"the cache file has {found} bytes, expected {self._at.file_size}")
-        for (offset, expected), name in zip(qcow2_layout.initial_tables(self._at), _TABLES, strict=True):
+            raise errors.CacheCorrupt(
+                f"the cache file has {found} bytes, expected {self._at.file_size}"
+            )
+        for (offset, expected), name in zip(
+            qcow2_layout.initial_tables(self._at), _TABLES, strict=True
+        ):
             if self._differs(offset, expected, mend):
                 self._faults.append(f"{name} is damaged")
         states = b"".join(self._load_page(first, end, mend) for first, end in self._pages())
@@ -120,7 +137,9 @@ class Qcow2Store(PartialFile):
         offset, expected = qcow2_layout.encode_refcounts(self._at, first, states)
         if self._differs(offset, expected, mend):
             counted = read_exactly(self._fd, offset, len(expected))
-            self._leaks += sum(counted[i : i + 2] != expected[i : i + 2] for i in range(0, len(expected), 2))
+            self._leaks += sum(
+                counted[i : i + 2] != expected[i : i + 2] for i in range(0, len(expected), 2)
+            )
         return states
 
     def _differs(self, offset: int, expected: bytes, mend: bool) -> bool:
@@ -145,7 +164,9 @@ class Qcow2Store(PartialFile):
             for first, states in changed:
                 offset, table = qcow2_layout.encode_l2(self._at, first, states)
                 write_all(self._fd, table, offset)
-            write_all(self._fd, qcow2_layout.counters(mixed_zero_bytes), qcow2_layout.COUNTERS_OFFSET)
+            write_all(
+                self._fd, qcow2_layout.counters(mixed_zero_bytes), qcow2_layout.COUNTERS_OFFSET
+            )
             self._sync_data()
 
     def disown(self) -> None:

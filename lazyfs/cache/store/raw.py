@@ -8,7 +8,14 @@ import os
 from collections.abc import Iterable
 
 from lazyfs import errors
-from lazyfs.cache.store.cache_file import OPEN_FLAGS, PARTIAL, PartialFile, read_exactly, space_errors, write_all
+from lazyfs.cache.store.cache_file import (
+    OPEN_FLAGS,
+    PARTIAL,
+    PartialFile,
+    read_exactly,
+    space_errors,
+    write_all,
+)
 from lazyfs.core import map_file
 from lazyfs.core.block_map import BlockMap
 from lazyfs.engine.interfaces import FileAttributes, ImageRecord
@@ -21,7 +28,9 @@ class RawStore(PartialFile):
         """`root_fd`: the cache directory, opened before anything was mounted over it."""
         super().__init__(root_fd, record, attributes)
         self._map_name = f"{PARTIAL}/{record.inode}.map"
-        self._header = map_file.MapHeader(record.inode, self._size, record.block_size, record.export, record.identity)
+        self._header = map_file.MapHeader(
+            record.inode, self._size, record.block_size, record.export, record.identity
+        )
         self._map_fd = -1
 
     def load(self) -> BlockMap:
@@ -48,7 +57,9 @@ class RawStore(PartialFile):
             return False
         # Not emptied and used again: the file may be the plain file already, by another name.
         if data.st_size != self._size:
-            raise errors.CacheCorrupt(f"the cache file has {data.st_size} bytes, the image {self._size}")
+            raise errors.CacheCorrupt(
+                f"the cache file has {data.st_size} bytes, the image {self._size}"
+            )
         if saved.st_size == 0:
             raise errors.CacheCorrupt("the map is missing")
         return True
@@ -76,7 +87,9 @@ class RawStore(PartialFile):
             states = read_exactly(self._map_fd, map_file.STATES_OFFSET, blocks)
         except errors.CacheCorrupt as error:
             raise errors.CacheCorrupt("the map is cut short") from error
-        return BlockMap(self._size, self._record.block_size, states, map_file.decode_counters(counters))
+        return BlockMap(
+            self._size, self._record.block_size, states, map_file.decode_counters(counters)
+        )
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         """Data, fdatasync, map, fdatasync."""
@@ -84,7 +97,9 @@ class RawStore(PartialFile):
         with space_errors():
             for index, content in pages:
                 write_all(self._map_fd, content, map_file.page_offset(index))
-            write_all(self._map_fd, map_file.encode_counters(mixed_zero_bytes), map_file.COUNTERS_OFFSET)
+            write_all(
+                self._map_fd, map_file.encode_counters(mixed_zero_bytes), map_file.COUNTERS_OFFSET
+            )
             os.fdatasync(self._map_fd)
 
     def _names(self) -> list[str]:

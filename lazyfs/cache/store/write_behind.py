@@ -16,7 +16,9 @@ from lazyfs.units import MiB
 BEHIND = 32 * MiB
 """How far behind the writer pages are given up: the disk has them by then, or they stay. 8 to 64 MiB were alike."""
 
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h: begins to write, waits for nothing: so it takes no error from fdatasync
+_SYNC_FILE_RANGE_WRITE = (
+    2  # linux/fs.h: begins to write, waits for nothing: so it takes no error from fdatasync
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,7 +33,9 @@ class WriteBehind:
 
     def wrote(self, fd: int, offset: int, length: int) -> None:
         """Begin to bring what was just written to the disk. Cannot fail: it is but advice to the kernel."""
-        _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+        _libc.sync_file_range(
+            fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
+        )
         for old_offset, old_length in self._passed(offset, length):
             os.posix_fadvise(fd, old_offset, old_length, os.POSIX_FADV_DONTNEED)
 
