@@ -78,7 +78,13 @@ class World:
         path.symlink_to(old)
         size = len(self.bytes[name])
         inode = old.stat().st_ino
-        self.rows[name] = {"path": str(path), "inode": inode, "state": state, "size": size, "error": None}
+        self.rows[name] = {
+            "path": str(path),
+            "inode": inode,
+            "state": state,
+            "size": size,
+            "error": None,
+        }
         return path
 
     def to_plain(self, *names: str) -> None:
@@ -120,8 +126,12 @@ class World:
 
     def pivot(self, *qemus: Any, **options: Any) -> list[pivot.Report]:
         """Pivot, and see that no overlay was written."""
-        headers = {path: path.read_bytes() for path in self.folder.glob("*.qcow2") if not path.is_symlink()}
-        reports = pivot.run([str(getattr(one, "socket", one)) for one in qemus], pivot.Options(**options))
+        headers = {
+            path: path.read_bytes() for path in self.folder.glob("*.qcow2") if not path.is_symlink()
+        }
+        reports = pivot.run(
+            [str(getattr(one, "socket", one)) for one in qemus], pivot.Options(**options)
+        )
         assert {path: path.read_bytes() for path in headers} == headers
         return reports
 
@@ -160,12 +170,19 @@ def test_without_a_pivot_a_poisoned_file_is_noticed(world: World) -> None:
 
 
 def _names_with_blockdev(world: World, disk: Path, overlay: Path) -> list[str]:
-    nodes = file_node("base-file", disk), raw_node("base", "base-file"), overlay_node("vm", overlay, "base")
+    nodes = (
+        file_node("base-file", disk),
+        raw_node("base", "base-file"),
+        overlay_node("vm", overlay, "base"),
+    )
     return blockdevs(*nodes)
 
 
 def _named_base_only(world: World, disk: Path, overlay: Path) -> list[str]:
-    return blockdevs(raw_node("base", {"driver": "file", "filename": str(disk)}), overlay_node("vm", overlay, "base"))
+    return blockdevs(
+        raw_node("base", {"driver": "file", "filename": str(disk)}),
+        overlay_node("vm", overlay, "base"),
+    )
 
 
 def _overlay_on_file(world: World, disk: Path, overlay: Path) -> list[str]:
@@ -174,7 +191,9 @@ def _overlay_on_file(world: World, disk: Path, overlay: Path) -> list[str]:
 
 def _inline_raw(world: World, disk: Path, overlay: Path) -> list[str]:
     file = {"driver": "file", "filename": str(disk), "cache": {"direct": True}}
-    return blockdevs(overlay_node("vm", overlay, {"driver": "raw", "file": file, "read-only": True}))
+    return blockdevs(
+        overlay_node("vm", overlay, {"driver": "raw", "file": file, "read-only": True})
+    )
 
 
 def _no_aio_known(world: World, disk: Path, overlay: Path) -> list[str]:
@@ -207,7 +226,12 @@ def _libvirt(raw: dict[str, Any]) -> Callable[[World, Path, Path], list[str]]:
 
 
 def _auto_read_only(world: World, disk: Path, overlay: Path) -> list[str]:
-    file = {"driver": "file", "auto-read-only": True, "filename": str(disk), "node-name": "base-file"}
+    file = {
+        "driver": "file",
+        "auto-read-only": True,
+        "filename": str(disk),
+        "node-name": "base-file",
+    }
     return blockdevs(file, overlay_node("vm", overlay, "base-file"))
 
 
@@ -246,12 +270,18 @@ def test_every_shape_moves_while_it_is_read(world: World, shape: str) -> None:
     }
     direct = bool(re.search("cache=none|direct", " ".join(SHAPES[shape](world, disk, overlay))))
     nodes = qemu.qmp("query-named-block-nodes", flat=True)
-    files = [node for node in nodes if node["drv"] == "file" and node["image"]["filename"] == str(disk)]
-    assert [(node["ro"], node["cache"]["direct"]) for node in files] == [(True, direct)], "one, as the old one was"
+    files = [
+        node for node in nodes if node["drv"] == "file" and node["image"]["filename"] == str(disk)
+    ]
+    assert [(node["ro"], node["cache"]["direct"]) for node in files] == [(True, direct)], (
+        "one, as the old one was"
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(world: World, shape: str) -> None:
+def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(
+    world: World, shape: str
+) -> None:
     """QEMU 7.2 dies of the others. Nobody reads during the move, as its NBD server, not what is tested here, dies of
     a drain under load in an I/O thread ("nbd_client_put: Assertion `client->closing' failed")."""
     disk = world.image("disk")
@@ -313,7 +343,12 @@ def test_discard_is_kept_when_the_overlay_is_reopened(world: World) -> None:
     assert overlay.stat().st_blocks < used - MiB // 2 // 512
 
 
-QCOW2 = {"l2-cache-size": 256 * MiB, "lazy-refcounts": True, "pass-discard-request": False, "overlap-check": "all"}
+QCOW2 = {
+    "l2-cache-size": 256 * MiB,
+    "lazy-refcounts": True,
+    "pass-discard-request": False,
+    "overlap-check": "all",
+}
 
 
 def _with_drive(overlay: Path, disk: Path) -> list[str]:
@@ -333,7 +368,9 @@ def test_options_of_the_overlay_are_kept_when_it_is_reopened(
     """Told by what each does: the cache's address space, the dirty bit in the header, blocks that are not freed."""
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
-    subprocess.run(["qemu-img", "resize", "-q", overlay, "2T"], check=True, timeout=20)  # so a large cache is of use
+    subprocess.run(
+        ["qemu-img", "resize", "-q", overlay, "2T"], check=True, timeout=20
+    )  # so a large cache is of use
     qemu = world.qemu(*words(overlay, disk))
     world.to_plain()
     before = qemu.address_space()
@@ -356,9 +393,28 @@ def test_an_encrypted_overlay_stays_readable(world: World) -> None:
     secret = ["--object", "secret,id=sec0,data=swordfish"]
     # QEMU times its key derivation by the thread's CPU time, and gives up when a step seems to take none: likely
     # with SHA-256 on a fast host (6 of 10 times here), rare with the slower SHA-512, so it may try again.
-    how = "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
-    command = ["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", how, "-b", disk, "-F", "raw", overlay]
-    tries = (subprocess.run(command, capture_output=True, text=True, check=False, timeout=60) for _ in range(10))
+    how = (
+        "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
+    )
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        *secret,
+        "-f",
+        "qcow2",
+        "-o",
+        how,
+        "-b",
+        disk,
+        "-F",
+        "raw",
+        overlay,
+    ]
+    tries = (
+        subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        for _ in range(10)
+    )
     made = next(one for one in tries if "Unable to get accurate CPU usage" not in one.stderr)
     assert made.returncode == 0, made.stderr
     drive = f"file={overlay},if=none,node-name=vm,encrypt.key-secret=sec0"
@@ -394,7 +450,12 @@ def test_several_disks_and_several_overlays_on_one_base(world: World) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    ["node-name=vm", "backing.node-name=mid", "backing.backing.node-name=base", "node-name=vm,backing.node-name=mid"],
+    [
+        "node-name=vm",
+        "backing.node-name=mid",
+        "backing.backing.node-name=base",
+        "node-name=vm,backing.node-name=mid",
+    ],
 )
 def test_a_chain_of_three_with_any_of_its_nodes_named(world: World, names: str) -> None:
     disk = world.image("disk")
@@ -406,7 +467,9 @@ def test_a_chain_of_three_with_any_of_its_nodes_named(world: World, names: str) 
         assert actions(world.pivot(qemu)) == ["pivoted"]
         assert world.is_moved(qemu)
         world.poison()
-    assert {(path.stat().st_dev, path.stat().st_ino) for path in (disk, middle, top)} <= qemu.files()
+    assert {
+        (path.stat().st_dev, path.stat().st_ino) for path in (disk, middle, top)
+    } <= qemu.files()
 
 
 def test_two_images_in_one_chain_with_only_the_top_named(world: World) -> None:
@@ -436,7 +499,9 @@ def test_an_image_that_is_itself_qcow2(world: World, backing: bool) -> None:
     image = world.image("image.qcow2", made.read_bytes())
     overlay = make_overlay(world.folder / "vm.qcow2", image, "qcow2")
     base = {"driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": True}
-    qemu = world.qemu(*blockdevs(file_node("base-file", image), base, overlay_node("vm", overlay, "base")))
+    qemu = world.qemu(
+        *blockdevs(file_node("base-file", image), base, overlay_node("vm", overlay, "base"))
+    )
     world.to_plain()
     with reading(qemu.export("vm"), plain.read_bytes()):
         assert actions(world.pivot(qemu)) == ["pivoted"]
@@ -465,7 +530,9 @@ def test_automatic_names_are_refused_with_a_command_line_that_works(world: World
     assert world.is_moved(again)
 
 
-def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(world: World) -> None:
+def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(
+    world: World,
+) -> None:
     """Its name is json, of a file that is deleted; names go to the node below it."""
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
@@ -532,11 +599,20 @@ def test_dry_run_only_asks(world: World) -> None:
 
 def _refusals(world: World, disk: Path, overlay: Path) -> dict[str, tuple[list[str], str]]:
     part = raw_node("base", "base-file", offset=0, size=MiB // 2)
-    throttle = {"driver": "throttle", "node-name": "slow", "throttle-group": "group", "file": "base-file"}
+    throttle = {
+        "driver": "throttle",
+        "node-name": "slow",
+        "throttle-group": "group",
+        "file": "base-file",
+    }
     return {
         "part": (blockdevs(file_node("base-file", disk), part), "a part of the file only"),
         "throttle": (
-            ["-object", "throttle-group,id=group", *blockdevs(file_node("base-file", disk), throttle)],
+            [
+                "-object",
+                "throttle-group,id=group",
+                *blockdevs(file_node("base-file", disk), throttle),
+            ],
             "the throttle node slow above it cannot be reopened",
         ),
         "device": (["-drive", f"file={disk},if=none,id=cd,format=file,readonly=on"], "uses node"),
@@ -582,7 +658,9 @@ def test_only_a_whole_file_of_the_same_size_is_moved_to(world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["relative", "symbolic link"])
-def test_a_path_that_is_not_the_images_own_and_leads_nowhere_is_no_success(world: World, how: str) -> None:
+def test_a_path_that_is_not_the_images_own_and_leads_nowhere_is_no_success(
+    world: World, how: str
+) -> None:
     disk = world.image("disk")
     link = world.folder / "link"
     link.symlink_to(disk)
@@ -710,7 +788,9 @@ def test_undoing_that_fails_is_said(world: World) -> None:
     qemu = scripted(world)
     qemu.fails, qemu.failure = {"blockdev-del": 0}, refuse
     node = only(world.pivot(qemu.server.path))
-    assert node.message == "blockdev-del: no such luck; undoing it failed: blockdev-del: no such luck"
+    assert (
+        node.message == "blockdev-del: no such luck; undoing it failed: blockdev-del: no such luck"
+    )
 
 
 def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) -> None:
@@ -722,7 +802,9 @@ def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) 
 
     qemu.fails, qemu.failure = {"blockdev-reopen": 0}, once
     (report,) = world.pivot(qemu.server.path)
-    said = "blockdev-reopen: no such luck; undoing it failed: blockdev-del: QEMU hung up, or has ended"
+    said = (
+        "blockdev-reopen: no such luck; undoing it failed: blockdev-del: QEMU hung up, or has ended"
+    )
     assert ([node.message for node in report.nodes], report.error) == ([said], said)
 
 
@@ -744,14 +826,23 @@ def test_a_process_that_cannot_be_looked_at_any_more_is_undone(
 
     monkeypatch.setattr(process_files, "open_files", open_files)
     node = only(world.pivot(qemu.server.path))
-    assert (node.action, node.message) == ("failed", f"process {os.getpid()} has ended; the VM is as it was")
+    assert (node.action, node.message) == (
+        "failed",
+        f"process {os.getpid()} has ended; the VM is as it was",
+    )
     assert (qemu.child, list(qemu.fds)) == ("base-file", ["base-file"])
 
 
-def test_a_bug_in_one_pivot_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_one_pivot_does_not_stop_the_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     qemu = scripted(world)
     two = world.image("two")
-    other = world.qemu("-drive", f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm", name="two")
+    other = world.qemu(
+        "-drive",
+        f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm",
+        name="two",
+    )
     world.to_plain("two")
     really = pivot_steps.Steps._remove
 
@@ -767,12 +858,18 @@ def test_a_bug_in_one_pivot_does_not_stop_the_others(world: World, monkeypatch: 
     assert reports[1].good
 
 
-@pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"])
+@pytest.mark.parametrize(
+    "step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"]
+)
 def test_a_qemu_that_ends_at_any_step_is_one_line(world: World, step: str) -> None:
     qemu = scripted(world)
     qemu.fails, qemu.failure = {step: 0}, hang_up
     two = world.image("two")
-    other = world.qemu("-drive", f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm", name="two")
+    other = world.qemu(
+        "-drive",
+        f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm",
+        name="two",
+    )
     world.to_plain("two")
     reports = world.pivot(qemu.server.path, other)
     assert reports[0].error == f"{step}: QEMU hung up, or has ended"
@@ -782,7 +879,9 @@ def test_a_qemu_that_ends_at_any_step_is_one_line(world: World, step: str) -> No
 
 
 @pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes"])
-def test_a_step_without_an_answer_times_out(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_an_answer_times_out(
+    world: World, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qemu_monitor, "COMMAND_S", 0.2)
     qemu = scripted(world)
     ends, _stays = socket.socketpair()
@@ -818,7 +917,10 @@ def test_a_socket_that_somebody_else_made_cannot_be_checked(world: World) -> Non
     qemu.fds["base-file"] = os.open(os.devnull, os.O_RDONLY)
     node = only(world.pivot(qemu.server.path))
     assert node.action == "skipped"
-    assert "cannot be checked: the process that made the socket does not have this file open" in node.message
+    assert (
+        "cannot be checked: the process that made the socket does not have this file open"
+        in node.message
+    )
     assert not any(command in CHANGING for command, _ in qemu.server.commands)
 
 
@@ -843,7 +945,9 @@ def test_an_interrupt_lets_the_node_end_first(world: World) -> None:
     assert (qemu.child, list(qemu.fds)) == ("lazyfs-1", ["lazyfs-1"])
 
 
-def test_sockets_without_a_qemu_are_one_line_each(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_without_a_qemu_are_one_line_each(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qemu_monitor, "CONNECT_S", 0.2)
     folder = world.folder
     (folder / "file").write_text("no socket")
@@ -857,13 +961,15 @@ def test_sockets_without_a_qemu_are_one_line_each(world: World, monkeypatch: pyt
         waiting.connect(str(folder / "full"))
         said = {
             os.path.basename(report.socket): report.error
-            for report in world.pivot(*(folder / name for name in ("file", "gone", "none", "silent", "full")))
+            for report in world.pivot(
+                *(folder / name for name in ("file", "gone", "none", "silent", "full"))
+            )
         }
     assert said == {
-        "file": "this is no socket",
+        "file": "this is not a socket",
         "gone": "nobody listens: its QEMU has ended",
         "none": "No such file or directory",
-        "silent": "no QMP greeting in 0.2 s: no QEMU, one that hangs, or another client is connected",
+        "silent": "no QMP greeting in 0.2 s: this is not a QEMU, or it hangs, or another client is connected",
         "full": "other clients wait for this QEMU already",
     }
 
@@ -876,11 +982,11 @@ def test_a_qmp_server_that_is_no_qemu_is_one_line(world: World) -> None:
 @pytest.mark.parametrize(
     ("greeting", "reason"),
     [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "this is no QMP server: it greets otherwise"),
-        (b"[1,2]\n", "this is no QMP server: it greets otherwise"),
-        (b"\xff\xfe\n", "this is no QMP server: it greets otherwise"),
-        (b"x" * MiB, "this is no QMP server: it greets otherwise"),
-        (b"", "this is no QMP server: it hung up"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "this is not a QMP server: its greeting is not QMP's"),
+        (b"[1,2]\n", "this is not a QMP server: its greeting is not QMP's"),
+        (b"\xff\xfe\n", "this is not a QMP server: its greeting is not QMP's"),
+        (b"x" * MiB, "this is not a QMP server: its greeting is not QMP's"),
+        (b"", "this is not a QMP server: it hung up"),
         (
             b'{"QMP": {"version": {"qemu": {}, "package": "lazyfs"}, "capabilities": []}}\n',
             "this is lazyfs's own control socket; name the QMP sockets of QEMUs",
@@ -914,7 +1020,9 @@ def test_a_server_that_is_no_qemu_is_one_line(
     assert report.complaints() == [f"{world.folder}/a\\nb\\x1b[31m\u00e9: {reason}"]
 
 
-def test_what_is_no_qemu_is_a_failure_only_where_it_was_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_qemu_is_a_failure_only_where_it_was_named(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = world.folder / "sockets"
     folder.mkdir()
     assert cli.main(["pivot", "--all-in", str(folder)]) == 0
@@ -929,14 +1037,20 @@ def test_what_is_no_qemu_is_a_failure_only_where_it_was_named(world: World, caps
 
 
 @pytest.mark.parametrize("words", [[""], ["--all-in", ""]])
-def test_an_empty_name_is_said(world: World, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_name_is_said(
+    world: World, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["pivot", *words]) == 2
     assert capsys.readouterr().err.startswith("lazyfs: an empty name: ")
 
 
-def test_a_daemon_that_hangs_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_hangs_is_not_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(control_client, "TIMEOUT_S", 0.2)
-    silent = ScriptedQmp(world.folder / "run" / "silent.sock", lambda command, arguments: {}, greets=False)
+    silent = ScriptedQmp(
+        world.folder / "run" / "silent.sock", lambda command, arguments: {}, greets=False
+    )
     world.stack.callback(silent.kill)
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(world.folder / "run" / "gone.sock"))
@@ -946,7 +1060,9 @@ def test_a_daemon_that_hangs_is_not_waited_for(world: World, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("answer", [{}, [], None, {"device": "x", "cache_dir": "/"}])
-def test_a_daemon_of_another_version_is_said(world: World, answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_of_another_version_is_said(
+    world: World, answer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strange = ScriptedQmp(world.folder / "run" / "strange.sock", lambda command, arguments: answer)
     world.stack.callback(strange.kill)
     qemu = world.named()
@@ -966,10 +1082,16 @@ def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
     qemu = world.named()
     disk = world.folder / "disk"
     plain = disk.readlink()
-    here = mounts.Mount(str(world.folder), "nbd://host", f"{os.major(world.device)}:{os.minor(world.device)}")
+    here = mounts.Mount(
+        str(world.folder), "nbd://host", f"{os.major(world.device)}:{os.minor(world.device)}"
+    )
     monkeypatch.setattr(mounts, "mount_of", lambda path: here)
-    monkeypatch.setattr(control_client, "query", lambda mount, path: {"images": [world.rows["disk"]]})
-    monkeypatch.setattr(inode_number, "key", lambda inode: world.rows["disk"]["inode"])  # of both files
+    monkeypatch.setattr(
+        control_client, "query", lambda mount, path: {"images": [world.rows["disk"]]}
+    )
+    monkeypatch.setattr(
+        inode_number, "key", lambda inode: world.rows["disk"]["inode"]
+    )  # of both files
     monkeypatch.setattr(inode_number, "is_whole", lambda inode: inode != plain.stat().st_ino)
     assert actions(world.pivot(qemu)) == ["partial"]
     assert "the path does not lead to the whole image yet" in only(world.pivot(qemu)).message
@@ -1019,7 +1141,9 @@ def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) 
 
 def test_a_detached_file_system_that_hangs_stops_nobody(world: World, hanging: HangingFuse) -> None:
     """It could be a dead lazyfs, so it is asked; the answer never comes, and who asks cannot be killed."""
-    qemu = ScriptedQemu(world.folder / "vm.qmp", world.folder / "disk", hanging.path, hanging_fuse.SIZE)
+    qemu = ScriptedQemu(
+        world.folder / "vm.qmp", world.folder / "disk", hanging.path, hanging_fuse.SIZE
+    )
     world.stack.callback(qemu.close)
     (world.folder / "disk").write_bytes(bytes(MiB))
     hanging.detach()
@@ -1048,6 +1172,13 @@ def test_reports_are_json(world: World) -> None:
         "socket": str(qemu.socket),
         "pid": qemu.pid,
         "error": "",
-        "nodes": [{"node": "base-file", "path": str(world.folder / "disk"), "action": "pivoted", "message": ""}],
+        "nodes": [
+            {
+                "node": "base-file",
+                "path": str(world.folder / "disk"),
+                "action": "pivoted",
+                "message": "",
+            }
+        ],
         "qemu": True,
     }
