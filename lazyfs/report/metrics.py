@@ -1,7 +1,11 @@
-"""The numbers of a mount, for Prometheus: what the engine's `statistics()` say, as `core/metric_schema.py` names it.
+"""Gives the numbers of a mount to Prometheus.
 
-prometheus_client writes the text (names, escaping, versions of the format); it holds no numbers, as its own counters
-are global and cost a lock for each read. `Collector` asks for a `Picture` at each scrape and keeps none.
+The numbers come from the `statistics()` of the engine, and their names from
+`core/metric_schema.py`.
+
+prometheus_client only writes the text (names, escaping, versions of the format). It holds no
+numbers, because its own counters are global and cost a lock for each read. `Collector` takes a
+`Picture` at each scrape and keeps none.
 """
 
 import itertools
@@ -28,7 +32,11 @@ from lazyfs.kernel.passthrough import Backings
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """All numbers at one moment: what each metric is, by the value of its label (all of them; "" if it has none)."""
+    """Holds the values of all metrics at one moment.
+
+    The values are by the metric's name and then by the value of its label. The key is a tuple if
+    a metric has several labels, and "" if it has none.
+    """
 
     values: Mapping[str, Mapping[str | tuple[str, ...], float]]
     histograms: Mapping[str, Mapping[str, HistogramStatistics]]
@@ -36,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Where the numbers of one mount come from."""
+    """Holds the objects from which the numbers of one mount come."""
 
     mountpoint: str
     filesystem: Filesystem
@@ -46,14 +54,17 @@ class Mount:
     room: Room
 
     def picture(self) -> Picture:
-        """Return all numbers as of now. In the trio thread: 4 ms for 10,000 images."""
+        """Return all numbers as of now.
+
+        Only the trio thread may call this. It takes 4 ms for 10,000 images.
+        """
         sums, population, repository = (
             self.filesystem.totals.statistics(), self.population.statistics(), self.repository()
         )  # fmt: skip
         images = list(self.filesystem.names.images())
         states = Counter(image.record.state.value for image in images)
         room = self.room.statistics()
-        # A mountpoint is any bytes, and the text is UTF-8.
+        # A mountpoint can contain any bytes, but the text must be UTF-8.
         mountpoint = self.mountpoint.encode("utf-8", "backslashreplace").decode()
         values: dict[str, dict[str | tuple[str, ...], float]] = {
             "lazyfs_mount_info": {(mountpoint, lazyfs.__version__): 1},
@@ -104,18 +115,21 @@ class Mount:
 
 
 class Collector:
-    """A collector of prometheus_client."""
+    """Implements a collector of prometheus_client."""
 
     def __init__(self, picture: Callable[[], Picture]) -> None:
-        """`picture`: called at each scrape, in the thread of the scrape."""
+        """`picture` is called at each scrape, in the scrape's thread."""
         self._picture = picture
 
     def describe(self) -> Iterable[core.Metric]:
-        """Return every metric of the schema, without numbers: so that a scrape may choose some (`name[]=`)."""
+        """Return every metric of the schema without numbers.
+
+        prometheus_client needs this so that a scrape can choose some metrics (`name[]=`).
+        """
         return [_family(metric) for metric in metric_schema.METRICS]
 
     def collect(self) -> Iterable[core.Metric]:
-        """Return every metric of the schema."""
+        """Yield every metric of the schema with its numbers."""
         picture = self._picture()
         for metric in metric_schema.METRICS:
             family = _family(metric)
@@ -143,7 +157,10 @@ def _family(metric: metric_schema.Metric) -> _Family:
 
 
 def _buckets(histogram: HistogramStatistics) -> list[tuple[str, float]]:
-    """Return upper bounds, and how many observations are at most that: Prometheus wants them added up."""
+    """Return each upper bound, and the number of observations that do not exceed it.
+
+    Prometheus requires cumulative counts.
+    """
     sums = itertools.accumulate(histogram.counts)
     return [
         (str(bound), below) for bound, below in zip([*histogram.bounds, "+Inf"], sums, strict=True)
