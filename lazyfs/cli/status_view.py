@@ -1,4 +1,4 @@
-"""What `lazyfs status` prints: tables and bars, made with rich."""
+"""Makes the tables and bars that `lazyfs status` prints, with rich."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -23,13 +23,16 @@ _COLUMNS = {
     "to go": 11,
     "open": 4,
 }
-"""With their widths: together they fill a terminal of 80."""
+"""The columns with their widths, which together fill a terminal of 80 columns."""
 _WIDE = 100
-"""Columns of a terminal from where names fit on the same line."""
+"""In a terminal with at least so many columns, an image's name is on the same line as the rest."""
 
 
 def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
-    """Return all mounts, as `status --json` has them, for a console of `width` columns to print."""
+    """Return something that a console of `width` columns can print.
+
+    `mounts` has the form of `status --json`.
+    """
     if not mounts:
         return Text("no lazyfs mount")
     parts: list[RenderableType] = []
@@ -47,7 +50,7 @@ def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
 
 
 def _job(job: Mapping[str, Any]) -> Text:
-    """A populate job is seen in its image's line; others have one of their own."""
+    """Return the line for a job. Populate jobs are not shown so, but in their image's line."""
     done = (
         f" {_percent(job['current-progress'], job['total-progress'])} %"
         if job["status"] == "running"
@@ -88,7 +91,7 @@ def _room(room: Mapping[str, Any]) -> str:
 
 
 def _table(mount: MountStatus, width: int) -> Group:
-    """One line for each image, two where the terminal is narrow; what is wrong with some of them below."""
+    """Return a line for each image, or two where the terminal is narrow, and the errors below."""
     prefix = mount["mountpoint"].rstrip("/") + "/"
     parts: list[RenderableType] = []
     jobs = {job["id"]: job["status"] for job in mount.get("jobs", []) if job["type"] == "populate"}
@@ -127,7 +130,7 @@ def _grid(first: str | None, header: bool = True) -> Table:
 
 
 def _row(image: Mapping[str, Any], job: str) -> dict[str, RenderableType]:
-    """`job`: the status of its populate job, "" if it has none."""
+    """Return the columns for an image. `job` is the status of its populate job, or ""."""
     size = image["size"]
     here = image["present_bytes"] + image["zero_bytes"]
     missing = 0 if size is None else size - here
@@ -155,7 +158,7 @@ def _row(image: Mapping[str, Any], job: str) -> dict[str, RenderableType]:
 
 
 def _percent(here: int, size: int | None) -> int:
-    """Whole percents, rounded down: 100 means all of it."""
+    """Return whole percents, rounded down, so that 100 means all of it."""
     return 100 if not size else here * 100 // size
 
 
