@@ -135,7 +135,7 @@ def encode(message: JsonObject) -> bytes:
 
 @dataclass(slots=True)
 class ServerSession:
-    """Is the server's side of one connection.
+    """Handles the server's side of one connection.
 
     It does the negotiation and checks the form of commands.
     """

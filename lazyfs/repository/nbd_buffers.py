@@ -28,7 +28,7 @@ behind."""
 
 
 class NbdBuffer:
-    """Is a piece of memory that libnbd reads into."""
+    """Holds a piece of memory that libnbd reads into."""
 
     def __init__(self, size: int) -> None:
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
