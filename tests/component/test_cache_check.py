@@ -1,4 +1,4 @@
-"""`lazyfs check`: real caches, damaged as disks, crashes and people do it."""
+"""`lazyfs check` with real caches, damaged as disks, crashes and people damage them."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ AT = qcow2_layout.layout(SIZE, BLOCK)
 
 
 class Cache:
-    """A cache directory, used by one daemon after another."""
+    """Plays a cache directory that one daemon after another uses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,10 @@ class Cache:
     def image(
         self, name: str, image_format: str, filled: int, *, finish: bool = False, told: bool = False
     ) -> ImageRecord:
-        """Leave an image with its first `filled` blocks; `finish`: given its name; `told`: the catalog knows."""
+        """Leave an image of which the first `filled` blocks are present.
+
+        With `finish` it is linked to its path, and with `told` the catalog says that it is whole.
+        """
         path = f"team/{name}" + (".qcow2" if image_format == "qcow2" else "")
         with self.open() as opened:
             new = ImageRecord(
@@ -90,7 +93,7 @@ class Cache:
         return cache_check.run(str(self.folder), repair)
 
     def tree(self) -> dict[str, object]:
-        """Everything that there is, as it is."""
+        """Return every file and its content."""
         found: dict[str, object] = {}
         for path in [self.folder, *sorted(self.folder.rglob("*"))]:
             s = path.lstat()
@@ -182,11 +185,11 @@ class Damage:
     path: str
     says: str
     state: State | None
-    """Of the image afterwards; None: its row is gone."""
+    """The image's state afterwards, or None if its row is gone."""
     finish: bool = False
     told: bool = False
     kept: int = -1
-    """Blocks that are present afterwards, for a partial image."""
+    """The number of blocks that are present afterwards, for a partial image."""
 
 
 def _l1(value: bytes) -> Callable[[Cache], object]:

@@ -91,7 +91,8 @@ def _program() -> str:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What a C program has written: each structure with its members 1, 2, 3 ..., then the constants."""
+    """Return what a C program has written: each structure with its members 1, 2, 3 ..., then the
+    constants."""
     servers.requires("gcc")
     folder = tmp_path_factory.mktemp("fuse")
     (folder / "p.c").write_text(_program())
@@ -120,7 +121,7 @@ def test_structures_are_the_kernels(output: bytes) -> None:
 def init_request(
     minor: int, flags: int, *, major: int = 7, short: bool = False, unique: int = 2, flags2: int = 0xFFFFFFFF
 ) -> bytes:
-    """What a kernel sends."""
+    """Return an INIT request as a kernel sends it."""
     readahead = 128 * 1024
     body = (
         INIT_IN_SHORT.pack(major, minor, readahead, flags)

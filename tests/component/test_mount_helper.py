@@ -1,4 +1,4 @@
-"""mount.lazyfs: what mount(8) says, in the words of `lazyfs mount`."""
+"""mount.lazyfs: how it translates mount(8)'s options to those of `lazyfs mount`."""
 
 import subprocess
 import sys

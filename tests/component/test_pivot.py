@@ -1,7 +1,8 @@
-"""`pivot` with every shape of block graph, in real QEMUs; and with scripted ones for what real ones do not do.
+"""`pivot` with every shape of block graph in real QEMUs, and with scripted ones for other cases.
 
-There is no mount here. A folder in /dev/shm plays the lazyfs: QEMU has opened files there, through symbolic links,
-and a scripted daemon says that they are its images. Then the links become plain files, as paths do after a detach.
+There is no mount here. A folder in /dev/shm plays the lazyfs: QEMU has opened files there, through
+symbolic links, and a scripted daemon says that they are its images. Then the links become plain
+files, as paths do after a detach.
 """
 
 import asyncio
@@ -47,7 +48,7 @@ MiB = 1 << 20
 
 
 class World:
-    """Images that QEMUs have open, and a daemon that knows them."""
+    """Has images that QEMUs have open, and a daemon that knows them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -70,7 +71,7 @@ class World:
         return list(self.rows.values())
 
     def image(self, name: str, content: bytes | None = None, state: str = "whole") -> Path:
-        """Make an image; return its path, a link for now."""
+        """Make an image, and return its path, which is a symbolic link at first."""
         self.bytes[name] = os.urandom(1 * MiB) if content is None else content
         old = self.shm / name
         old.write_bytes(self.bytes[name])
@@ -88,7 +89,7 @@ class World:
         return path
 
     def to_plain(self, *names: str) -> None:
-        """Let the paths name plain files, as lazyfs leaves them: with the image's time of change."""
+        """Let the paths name plain files with the image's time of change, as lazyfs leaves them."""
         for name in names or self.bytes:
             new = self.folder / f"{name}.new"
             new.write_bytes(self.bytes[name])
@@ -96,7 +97,7 @@ class World:
             new.rename(self.folder / name)
 
     def to_the_other_side(self, name: str) -> Path:
-        """Let the plain file, as its path is now, be the one on a lazyfs, and the path lead back to /dev/shm."""
+        """Let the plain file at the path be on a lazyfs, and the path lead to /dev/shm again."""
         path, moved, other = self.folder / name, self.folder / "moved", self.shm / name
         path.rename(moved)
         self.device = moved.stat().st_dev
@@ -107,7 +108,7 @@ class World:
         return moved
 
     def poison(self, *names: str) -> None:
-        """Empty the old files: who still reads them gets zeros."""
+        """Empty the old files, so that a process which still reads them gets zeroes."""
         for name in names or self.bytes:
             os.truncate(self.shm / name, 0)
 
@@ -117,7 +118,7 @@ class World:
         return made
 
     def named(self, *, name: str = "vm", cache: dict[str, Any] | None = None) -> BlockQemu:
-        """A QEMU with an overlay on image `disk`; all nodes have names."""
+        """Start a QEMU with an overlay on image `disk`; all nodes have names."""
         options: dict[str, Any] = {"cache": cache} if cache else {}
         disk = self.image("disk") if "disk" not in self.rows else self.folder / "disk"
         overlay = make_overlay(self.folder / f"{name}.qcow2", disk)
@@ -125,7 +126,7 @@ class World:
         return self.qemu(*blockdevs(*nodes, overlay_node("vm", overlay, "base")), name=name)
 
     def pivot(self, *qemus: Any, **options: Any) -> list[pivot.Report]:
-        """Pivot, and see that no overlay was written."""
+        """Pivot, and check that no overlay was written."""
         headers = {
             path: path.read_bytes() for path in self.folder.glob("*.qcow2") if not path.is_symlink()
         }
@@ -136,7 +137,7 @@ class World:
         return reports
 
     def is_moved(self, qemu: BlockQemu) -> bool:
-        """Whether QEMU has no old file open."""
+        """Return whether QEMU has no old file open."""
         return os.stat(self.shm).st_dev not in {device for device, _ in qemu.files()}
 
 
@@ -161,7 +162,7 @@ def only(reports: list[pivot.Report]) -> pivot.NodeReport:
 
 
 def test_without_a_pivot_a_poisoned_file_is_noticed(world: World) -> None:
-    """The negative control of all that follows."""
+    """This shows that the other tests can fail."""
     qemu = world.named()
     world.to_plain()
     assert not world.is_moved(qemu)
@@ -208,7 +209,7 @@ ALL_NAMES = "file.node-name=vm-file,backing.node-name=base,backing.file.node-nam
 
 
 def _libvirt(raw: dict[str, Any]) -> Callable[[World, Path, Path], list[str]]:
-    """As libvirt names them: what it does not want to be written is so in the upper of two nodes."""
+    """Return a function that makes nodes as libvirt does: of two, only the upper one is read-only."""
 
     def words(world: World, disk: Path, overlay: Path) -> list[str]:
         storage = {"driver": "file", "auto-read-only": True, "discard": "unmap"}
@@ -282,8 +283,9 @@ def test_every_shape_moves_while_it_is_read(world: World, shape: str) -> None:
 def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(
     world: World, shape: str
 ) -> None:
-    """QEMU 7.2 dies of the others. Nobody reads during the move, as its NBD server, not what is tested here, dies of
-    a drain under load in an I/O thread ("nbd_client_put: Assertion `client->closing' failed")."""
+    """QEMU 7.2 dies of the others. No process reads during the move, because QEMU's NBD server, which
+    is not tested here, dies of a drain under load in an I/O thread ("nbd_client_put: Assertion
+    `client->closing' failed")."""
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     qemu = world.qemu("-object", "iothread,id=io0", *SHAPES[shape](world, disk, overlay))
@@ -365,7 +367,8 @@ def _with_blockdev(overlay: Path, disk: Path) -> list[str]:
 def test_options_of_the_overlay_are_kept_when_it_is_reopened(
     world: World, words: Callable[[Path, Path], list[str]]
 ) -> None:
-    """Told by what each does: the cache's address space, the dirty bit in the header, blocks that are not freed."""
+    """Each option shows by its effect: the cache's address space, the dirty bit in the header, and
+    blocks that are not freed."""
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     subprocess.run(
@@ -391,8 +394,9 @@ def test_an_encrypted_overlay_stays_readable(world: World) -> None:
     disk = world.image("disk")
     overlay = world.folder / "vm.qcow2"
     secret = ["--object", "secret,id=sec0,data=swordfish"]
-    # QEMU times its key derivation by the thread's CPU time, and gives up when a step seems to take none: likely
-    # with SHA-256 on a fast host (6 of 10 times here), rare with the slower SHA-512, so it may try again.
+    # QEMU measures its key derivation by the thread's CPU time, and gives up when a step seems to
+    # take none. That is likely with SHA-256 on a fast host (6 of 10 times here) and rare with the
+    # slower SHA-512, so it may try again.
     how = (
         "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
     )
@@ -533,7 +537,7 @@ def test_automatic_names_are_refused_with_a_command_line_that_works(world: World
 def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(
     world: World,
 ) -> None:
-    """Its name is json, of a file that is deleted; names go to the node below it."""
+    """The overlay's name is json, of a file that is deleted. So the names go to the node below it."""
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     qemu = world.qemu("-drive", f"file={overlay},if=virtio,snapshot=on")
@@ -675,7 +679,7 @@ def test_a_path_that_is_not_the_images_own_and_leads_nowhere_is_no_success(
 
 
 def test_a_lazyfs_that_is_detached_elsewhere_is_not_moved_to(world: World) -> None:
-    """The path still leads there: through a bind mount, or in QEMU's mount namespace."""
+    """The path still leads there: through a bind mount, or in QEMU's own mount namespace."""
     world.detached = True
     qemu = world.named()
     node = only(world.pivot(qemu))
@@ -812,7 +816,7 @@ def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) 
 def test_a_process_that_cannot_be_looked_at_any_more_is_undone(
     world: World, look: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when another process takes the pid, or the right to look is lost."""
+    """That happens when another process gets the pid, or when the right to inspect it is lost."""
     qemu = scripted(world)
     looks = 0
     really = process_files.open_files
@@ -911,7 +915,7 @@ def test_an_old_file_that_stays_open_is_a_failure(world: World) -> None:
 
 
 def test_a_socket_that_somebody_else_made_cannot_be_checked(world: World) -> None:
-    """As libvirt does: then the process that the kernel names is not the one with the files."""
+    """libvirt does so. Then the process that the kernel names is not the one that has the files."""
     qemu = scripted(world)
     os.close(qemu.fds["base-file"])
     qemu.fds["base-file"] = os.open(os.devnull, os.O_RDONLY)
@@ -1078,7 +1082,7 @@ def test_a_daemon_of_another_version_is_said(
 def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon has it whole, and the kernel still gives out the inode that the daemon serves."""
+    """The daemon has the whole image, but the kernel still gives out the inode that the daemon serves."""
     qemu = world.named()
     disk = world.folder / "disk"
     plain = disk.readlink()
@@ -1117,7 +1121,7 @@ def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
 
 @pytest.fixture
 def hanging(world: World) -> HangingFuse:
-    """Its type says that it is no lazyfs."""
+    """The type of its file system says that it is not a lazyfs."""
     if os.geteuid() != 0:
         pytest.skip("mounts")
     (world.folder / "hanging").mkdir()
@@ -1127,7 +1131,7 @@ def hanging(world: World) -> HangingFuse:
 
 
 def pivot_as_a_user(qemu: ScriptedQemu) -> str:
-    """In a process of its own: it must be able to end, too."""
+    """Run `lazyfs pivot` in a process of its own, because the process must be able to end, too."""
     command = [sys.executable, "-m", "lazyfs", "pivot", str(qemu.server.path)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
 
@@ -1140,7 +1144,8 @@ def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) 
 
 
 def test_a_detached_file_system_that_hangs_stops_nobody(world: World, hanging: HangingFuse) -> None:
-    """It could be a dead lazyfs, so it is asked; the answer never comes, and who asks cannot be killed."""
+    """It could be a dead lazyfs, so it is asked. The answer never comes, and the process that asks
+    cannot be killed."""
     qemu = ScriptedQemu(
         world.folder / "vm.qmp", world.folder / "disk", hanging.path, hanging_fuse.SIZE
     )

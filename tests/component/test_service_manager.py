@@ -1,4 +1,4 @@
-"""What the service manager is told, on a socket like systemd's; and the unit that systemd gets."""
+"""What the service manager is told on a socket like systemd's, and the unit that systemd gets."""
 
 import errno
 import logging

@@ -338,7 +338,7 @@ class PartialFile(FileReader):
 
 
 class WholeFile(FileReader):
-    """Holds the plain file of a whole image, opened read-only. Implements `interfaces.PlainFile`."""
+    """Holds the plain file of a whole image, read-only. Implements `interfaces.PlainFile`."""
 
     def __init__(self, root_fd: int, record: ImageRecord) -> None:
         """Open the file.
