@@ -1,4 +1,5 @@
-"""Fixtures of the component tests: single modules of lazyfs with real servers, sockets and files around them."""
+"""Fixtures of the component tests: single modules of lazyfs with real servers, sockets and files
+around them."""
 
 import gc
 import os

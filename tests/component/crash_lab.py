@@ -198,8 +198,8 @@ class Disk:
 
     files: dict[str, bytearray]
     names: dict[str, str] = field(default_factory=dict)
-    """The files by their names. A name with a "/" is a path in the cache directory; any other is the
-    name of a partial file."""
+    """The files by their names. A name with a "/" is a path in the cache directory; any other is
+    the name of a partial file."""
 
     @property
     def key(self) -> tuple[tuple[str, str, bytes], ...]:
@@ -243,7 +243,8 @@ def torn(event: Event, dice: random.Random) -> list[Event]:
     pieces = []
     start = 0
     while start < len(event.data):
-        end = start + SECTOR - (event.offset + start) % SECTOR  # a sector of the disk is written whole or not at all
+        # a sector of the disk is written whole or not at all
+        end = start + SECTOR - (event.offset + start) % SECTOR
         pieces.append(Event("write", event.name, event.offset + start, event.data[start:end]))
         start = end
     return [piece for piece in pieces if dice.random() < 0.5]

@@ -24,7 +24,8 @@ SIZE = 1 << 20
 # include/uapi/linux/fuse.h
 _LOOKUP, _FORGET, _GETATTR, _OPEN, _STATFS, _RELEASE, _FLUSH = 1, 2, 3, 14, 17, 18, 25
 _ROOT, _FILE = 1, 2
-_ENTRY_OUT = struct.Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, and their nanoseconds
+# nodeid, generation, entry_valid, attr_valid, and their nanoseconds
+_ENTRY_OUT = struct.Struct("=QQQQII")
 _ATTR_OUT = struct.Struct("=QII")  # attr_valid, its nanoseconds, dummy
 _OPEN_OUT = struct.Struct("=QII")
 _ATTR = struct.Struct("=6Q10I")

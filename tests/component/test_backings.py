@@ -1,5 +1,8 @@
-"""Backing ids. There is one for each open inode, which is closed with the last open. If there can be
-none, lazyfs works without, whatever the reason."""
+"""Backing ids.
+
+There is one for each open inode, which is closed with the last open. If there can be none, lazyfs
+works without, whatever the reason.
+"""
 
 import errno
 import os

@@ -1,4 +1,5 @@
-"""What a crash, a power cut or a stranger can leave in the cache directory, and what follows then."""
+"""What a crash, a power cut or a stranger can leave in the cache directory, and what follows
+then."""
 
 import errno
 import os
@@ -521,7 +522,8 @@ def test_a_catalog_that_was_never_finished(cache: Cache) -> None:
 
 
 def test_a_daemon_killed_between_transactions_loses_none(cache: Cache, tmp_path: Path) -> None:
-    """Copied while it is open: what is on disk at that moment is all that a killed daemon leaves."""
+    """Copied while it is open: what is on disk at that moment is all that a killed daemon
+    leaves."""
     copy = Cache(tmp_path / "copy")
     with cache.open() as opened:
         records = opened.catalog.add([NEW])

@@ -1,4 +1,5 @@
-"""The kernel's structures, compared with <linux/fuse.h>, and the answer to every kind of FUSE_INIT."""
+"""The kernel's structures, compared with <linux/fuse.h>, and the answer to every kind of
+FUSE_INIT."""
 
 import os
 import struct
@@ -50,7 +51,8 @@ STRUCTURES = {
 }
 SIZES = {"fuse_in_header": 40, "fuse_out_header": 16, "fuse_init_in": 64, "fuse_init_out": 64}
 
-# Since protocol 7.40; the headers of Debian 12 are older. As include/uapi/linux/fuse.h of Linux 6.9 has them.
+# Since protocol 7.40; the headers of Debian 12 are older. As include/uapi/linux/fuse.h of Linux 6.9
+# has them.
 NEWER = """
 #include <sys/ioctl.h>
 #include <stdint.h>

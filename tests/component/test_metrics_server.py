@@ -1,4 +1,7 @@
-"""The HTTP side of the metrics with clients of every kind. Also checks that the schema is exported."""
+"""The HTTP side of the metrics with clients of every kind.
+
+Also checks that the schema is exported.
+"""
 
 import errno
 import os

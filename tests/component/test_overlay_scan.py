@@ -19,7 +19,8 @@ TIMEOUT_S = 20.0
 
 
 class Host:
-    """Has folders, a "mount" that must not be touched, and a list of every path that was asked for."""
+    """Has folders, a "mount" that must not be touched, and a list of every path that was asked
+    for."""
 
     def __init__(self, top: Path) -> None:
         servers.requires("qemu-img")

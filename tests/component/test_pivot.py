@@ -209,7 +209,8 @@ ALL_NAMES = "file.node-name=vm-file,backing.node-name=base,backing.file.node-nam
 
 
 def _libvirt(raw: dict[str, Any]) -> Callable[[World, Path, Path], list[str]]:
-    """Return a function that makes nodes as libvirt does: of two, only the upper one is read-only."""
+    """Return a function that makes nodes as libvirt does: of two, only the upper one is
+    read-only."""
 
     def words(world: World, disk: Path, overlay: Path) -> list[str]:
         storage = {"driver": "file", "auto-read-only": True, "discard": "unmap"}
@@ -283,9 +284,11 @@ def test_every_shape_moves_while_it_is_read(world: World, shape: str) -> None:
 def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(
     world: World, shape: str
 ) -> None:
-    """QEMU 7.2 dies of the others. No process reads during the move, because QEMU's NBD server, which
-    is not tested here, dies of a drain under load in an I/O thread ("nbd_client_put: Assertion
-    `client->closing' failed")."""
+    """QEMU 7.2 dies of the others.
+
+    No process reads during the move, because QEMU's NBD server, which is not tested here, dies of a
+    drain under load in an I/O thread ("nbd_client_put: Assertion `client->closing' failed").
+    """
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     qemu = world.qemu("-object", "iothread,id=io0", *SHAPES[shape](world, disk, overlay))
@@ -537,7 +540,10 @@ def test_automatic_names_are_refused_with_a_command_line_that_works(world: World
 def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(
     world: World,
 ) -> None:
-    """The overlay's name is json, of a file that is deleted. So the names go to the node below it."""
+    """The overlay's name is json, of a file that is deleted.
+
+    So the names go to the node below it.
+    """
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     qemu = world.qemu("-drive", f"file={overlay},if=virtio,snapshot=on")
@@ -1082,7 +1088,8 @@ def test_a_daemon_of_another_version_is_said(
 def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon has the whole image, but the kernel still gives out the inode that the daemon serves."""
+    """The daemon has the whole image, but the kernel still gives out the inode that the daemon
+    serves."""
     qemu = world.named()
     disk = world.folder / "disk"
     plain = disk.readlink()

@@ -140,7 +140,8 @@ class Lab:
             store.finish()
 
     def go_on(self) -> set[int]:
-        """Load, check, fill the rest, finish, and compare with what it must become; return what was there."""
+        """Load, check, fill the rest, finish, and compare with what it must become; return what was
+        there."""
         with self.opened() as store:
             blocks = store.load()
             self.check_blocks(store, blocks)
@@ -170,7 +171,8 @@ class Lab:
                 assert store.read(span.start, span.length) == self.content[span.start : span.end], f"wrong in {run}"
 
     def judge(self, leaks: bool = True) -> qcow2_judge.Finding:
-        """Check that the file shows the export and is not corrupt, and has leaks only if allowed."""
+        """Check that the file shows the export and is not corrupt, and has leaks only if
+        allowed."""
         image = self.data.read_bytes()
         found = qcow2_judge.examine(image)
         assert found.corruptions == []
@@ -241,7 +243,8 @@ STEPS = (
 
 
 def test_killed_between_each_pair_of_writes_qemu_finds_the_export(tmp_path: Path, peers: Peers) -> None:
-    """From the creation to the removal of the partial name; the backing file is a real export, as in the header."""
+    """From the creation to the removal of the partial name; the backing file is a real export, as
+    in the header."""
     exports = tmp_path / "exports"
     exports.mkdir()
     raw = exports / "disk"
@@ -341,7 +344,8 @@ MUCH_LUCK = LUCK * 5
 
 
 def record_a_life(lab: Lab, patch: pytest.MonkeyPatch, steps: int) -> tuple[Recorder, list[int], list[set[int]]]:
-    """Fill in random order and finish; return also after how many events each checkpoint ended, and with what."""
+    """Fill in random order and finish; return also after how many events each checkpoint ended, and
+    with what."""
     recorder = Recorder(patch)
     dice = random.Random(5)
     order = [block for block in range(lab.image.clusters) if not ZEROES.first <= block < ZEROES.end]
@@ -499,8 +503,8 @@ def test_each_kind_is_synced_before_the_next(lab: Lab, monkeypatch: pytest.Monke
 def test_a_failed_sync_may_have_lost_data_whichever_it_was(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """Data and metadata are in one file, so Linux may report with any sync, and only once, that data
-    of other writers was lost."""
+    """Data and metadata are in one file, so Linux may report with any sync, and only once, that
+    data of other writers was lost."""
     syncs = 0
 
     def fail(_fd: int) -> None:
@@ -550,7 +554,8 @@ def test_finishing_where_a_file_is_in_the_way_can_be_tried_again_later(lab: Lab)
 def test_killed_anywhere_in_finish_no_zeroes_count_as_data_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Entries of zeroes are made entries of data, one table at a time, so the map is a mix of both."""
+    """Entries of zeroes are made entries of data, one table at a time, so the map is a mix of
+    both."""
     monkeypatch.setattr(qcow2, "_CHUNK", 4 * KiB)
     zeroes = (BlockRun(8, 108), BlockRun(550, 590))
     image = Image(LARGE.record, zeroes)
@@ -568,7 +573,8 @@ def test_killed_anywhere_in_finish_no_zeroes_count_as_data_afterwards(
         assert lab.go_on() == set(range(image.clusters))
         present, zero = lab.counted
         assert present + zero == image.size
-        # Less by the rest of the last block, and by what ext4 keeps of a file in many pieces besides its content.
+        # Less by the rest of the last block, and by what ext4 keeps of a file in many pieces
+        # besides its content.
         assert 138 * 4 * KiB <= zero <= 140 * 4 * KiB
     assert mixed_seen > 0
 
@@ -686,14 +692,17 @@ def test_each_bit_of_the_header(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_each_bit_of_the_tables(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """L2 entries are refused if lazyfs does not write such ones. All else follows from them and from
-    the size, and is repaired."""
+    """L2 entries are refused if lazyfs does not write such ones.
+
+    All else follows from them and from the size, and is repaired.
+    """
     without_syncs(monkeypatch)
     lab.partial_image(HALF)
     intact = lab.data.read_bytes()
     refused: dict[str, int] = {}
     ends = {"table": 4096 + 8, "refcounts": 8192 + 2 * (5 + 41), "L1": 12288 + 8, "L2": 0}
-    # cluster 1 refcount table, 2 refcounts, 3 L1 table, 4 L2 table; each with some of what follows its entries
+    # cluster 1 refcount table, 2 refcounts, 3 L1 table, 4 L2 table; each with some of what follows
+    # its entries
     for what, start, end in (("table", 4096, 4112), ("refcounts", 8192, 8192 + 100), ("L1", 12288, 12304), ("L2", 16384, 16384 + 344)):  # fmt: skip
         for offset in range(start, end):
             for bit in range(8):

@@ -50,7 +50,8 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def finished_file(path: Path, size: int, cluster_size: int, data: dict[int, bytes] | None = None) -> Layout:
-    """Write the file that the mount shows for an export: its metadata, and `data` at its offsets."""
+    """Write the file that the mount shows for an export: its metadata, and `data` at its
+    offsets."""
     at = qcow2_layout.layout(size, cluster_size)
     shown = shown_file.of(shown_file.QCOW2, size, cluster_size)
     with path.open("wb") as file:

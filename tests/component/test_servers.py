@@ -528,7 +528,8 @@ async def test_a_read_answered_without_data_fails(peers: Peers, repository_of: A
     def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
         answers.append(offset)
         if len(answers) % 2:
-            chunk = struct.pack(">IHH8sIQ", 0x668E33EF, 1, 1, handle, 8 + length, offset)  # NBD_REPLY_TYPE_OFFSET_DATA
+            # NBD_REPLY_TYPE_OFFSET_DATA
+            chunk = struct.pack(">IHH8sIQ", 0x668E33EF, 1, 1, handle, 8 + length, offset)
             conversation.send(chunk + b"a" * length)
         else:
             conversation.send(no_data(handle))
@@ -676,8 +677,10 @@ def _refuse_all(conversation: Conversation, option: int, kind: int) -> None:
 
 async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pytest.LogCaptureFixture,
                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """A name can be any bytes. Names that are not UTF-8 are left out. libnbd's own complaint goes to
-    sys.excepthook."""
+    """A name can be any bytes.
+
+    Names that are not UTF-8 are left out. libnbd's own complaint goes to sys.excepthook.
+    """
     complaints: list[object] = []
     monkeypatch.setattr(sys, "excepthook", lambda *what: complaints.append(what))
     names = [b"a", b"", b"\xff\xfe", b"..", b"a/b", b"\n", "\U0001f600".encode(), b"a", b"x" * 4096, b"\xed\xa0\x80"]
@@ -795,7 +798,8 @@ async def test_a_lost_connection_in_a_read_is_made_again(peers: Peers, repositor
         began.append(1)
         transmission(SIZE, misdeed if len(began) <= 2 else _answers_right)(conversation)
 
-    repository = repository_of(peers.scripted(script), io_timeout_s=1.5)  # silence counts as lost after a third of it
+    # silence counts as lost after a third of it
+    repository = repository_of(peers.scripted(script), io_timeout_s=1.5)
     source = repository.source(Export("", SIZE, ""))
     assert await read(source, 4096, 100_000) == content()[4096:104_096]
     assert len(began) == 3

@@ -406,7 +406,10 @@ async def test_a_source_waits_for_an_export_that_is_gone(lab: Lab) -> None:
 
 
 class Work:
-    """Implements `interfaces.FillWork`. Checks that each claim comes back once, and nothing else."""
+    """Implements `interfaces.FillWork`.
+
+    Checks that each claim comes back once, and nothing else.
+    """
 
     def __init__(self, export: Export, data: list[ByteRange]) -> None:
         self.export = export

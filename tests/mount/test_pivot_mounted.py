@@ -1,4 +1,5 @@
-"""`lazyfs pivot` with real mounts and a real QEMU; every shape of block graph is in component/test_pivot.py."""
+"""`lazyfs pivot` with real mounts and a real QEMU; every shape of block graph is in
+component/test_pivot.py."""
 
 import json
 import os
@@ -98,7 +99,7 @@ def test_from_partial_to_whole_to_detached_while_it_reads(
 
 
 def test_without_a_pivot_a_killed_daemon_is_noticed(lab: Lab, stack: ExitStack) -> None:
-    """The negative control of the next test: there is something to lose."""
+    """This shows that the next test can fail: there is something to lose."""
     lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri, "--no-populate")
     qemu = start(lab, stack, cache={"direct": True})
@@ -208,7 +209,8 @@ def become_whole(lab: Lab, name: str = "disk") -> None:
 def test_another_repository_with_an_image_of_the_same_name_and_size(
     lab: Lab, stack: ExitStack
 ) -> None:
-    """Detached from the first, with the second mounted there: the path leads to other bytes."""
+    """The first mount is detached and the second mounted there, so the path leads to other
+    bytes."""
     expected = lab.image("disk", 1 * MiB).read_bytes()
     lab.mount(lab.serve().uri, "--cache-dir", lab.folder / "cache-a")
     qemu = start(lab, stack, cache={"direct": True})
@@ -237,7 +239,7 @@ def test_another_repository_with_an_image_of_the_same_name_and_size(
 
 @pytest.mark.parametrize("killed", [False, True], ids=["detached", "killed"])
 def test_any_other_file_where_the_image_was(lab: Lab, stack: ExitStack, killed: bool) -> None:
-    """With the cache elsewhere the path is free. A copy of the image is told by its time."""
+    """With the cache elsewhere, the path is free. A copy of the image is recognised by its time."""
     expected = lab.image("disk", 1 * MiB).read_bytes()
     cache = lab.folder / "cache"
     lab.mount(lab.serve().uri, "--cache-dir", cache)
