@@ -11,7 +11,7 @@ that every shown name is a safe path and no two exports share one:
     .lazyfs             %2Elazyfs             reserved
     (empty)             %00                   the default export: an empty C string is only its NUL
     tab<TAB>            tab%09                control characters
-    (over 255 bytes)    <start>%~<sha256>     too long for the name of a file
+    (over 255 bytes)    <start>%~<sha256>     too long for a file's name; 32 digits of the SHA-256
     a/b beside a        a%2Fb                 a clash: `a` is a file already
     a beside a/b        %61                   a clash: `a` is a folder already
     % beside %/b        %25%00                the same clash, where "%" is encoded in any case

@@ -379,9 +379,9 @@ class _Qemu:
 
 
 async def _to_its_end(steps: Coroutine[Any, Any, None]) -> None:
-    """Run `steps` to their end, even if this task is cancelled meanwhile.
+    """Run `steps` to their end, even if this task is cancelled once meanwhile.
 
-    The cancellation takes effect after the steps.
+    The cancellation takes effect after the steps. A second cancellation does not wait for them.
     """
     task = asyncio.ensure_future(steps)
     try:
