@@ -1,7 +1,7 @@
-"""Units and the text forms of sizes: "50M", "1GiB", "64 KiB".
+"""Units of size, and the text forms of sizes such as "50M", "1GiB" and "64 KiB".
 
-As qemu-img and dd read them: a bare letter and the -iB form are powers of 1024, the -B form
-("MB") is a power of 1000.
+The text forms mean what they mean to qemu-img and dd: a bare letter and the -iB form are powers of
+1024, and the -B form ("MB") is a power of 1000.
 """
 
 import re
@@ -19,14 +19,16 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(iB|B)?|B)?\s*", re.ASCII
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that `text` names.
+    """Return the number of bytes that `text` names.
 
     Raises:
-        ValueError: not a size; the message says what is accepted.
+        ValueError: `text` is not a size. The message says what is accepted.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a size; write bytes or a suffix, such as 65536, 64K, 50M or 1GiB")
+        raise ValueError(
+            f"{text!r} is not a size; write bytes or a suffix, such as 65536, 64K, 50M or 1GiB"
+        )
     number, letter, ending = match.groups()
     base = 1000 if (ending or "").upper() == "B" else 1024
     factor = base ** (_LETTERS.index(letter.upper()) + 1) if letter else 1
@@ -34,16 +36,23 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return `size` in bytes for a person, with at most one decimal: "512 B", "1.5 GiB"."""
+    """Return `size`, which is in bytes, as text for a person: "512 B", "1.5 GiB".
+
+    The text has at most one decimal.
+    """
     value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
     while value >= 1024 and len(units) > 1:
         value /= 1024
         del units[0]
-    return f"{value:.0f} {units[0]}" if value >= 100 or value == int(value) else f"{value:.1f} {units[0]}"
+    return (
+        f"{value:.0f} {units[0]}"
+        if value >= 100 or value == int(value)
+        else f"{value:.1f} {units[0]}"
+    )
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time to go for a person: "8 s", "3 min 20 s", "2 h 5 min"."""
+    """Return a remaining time as text for a person: "8 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -12,7 +12,7 @@ COMPLETERS = {
     "NAME|FILE": {"bash": "_lazyfs_config_files"},
     **dict.fromkeys(("DIR", "MOUNTPOINT"), shtab.DIRECTORY),
 }
-"""By metavar."""
+"""How bash completes an argument, by its metavar."""
 
 PREAMBLE = """
 _lazyfs_config_files() {
@@ -38,5 +38,6 @@ def say_what_is_a_file(parser: argparse.ArgumentParser) -> None:
 parser = arguments.parser(cli._verbs())
 say_what_is_a_file(parser)
 print(shtab.complete(parser, "bash", preamble={"bash": PREAMBLE}).rstrip("\n"))
-# bash parts a URI at its colons, so that a MOUNTPOINT behind it is one word too many for the above: take any file.
+# bash splits a URI at its colons, so a MOUNTPOINT after it is one word more than the parser expects.
+# For such a word, any file is offered.
 print("complete -o bashdefault -o default -F _shtab_lazyfs lazyfs")

@@ -1,11 +1,13 @@
-"""`lazyfs check`: a cache directory without its daemon; catalog, maps and files against each other.
+"""`lazyfs check`: compares the catalog, the maps and the files of a cache directory.
 
-Looks through the same functions and stores as the daemon, under the same lock. Without `repair` nothing is changed: the
-catalog is read from a copy (SQLite would recover its journal, and upgrade it), and stores are inspected, not loaded.
+It works without the directory's daemon. It uses the same functions and stores as the daemon, and
+takes the same lock. Without `repair` it changes nothing: the catalog is read from a copy (SQLite
+would recover its journal, and lazyfs would upgrade it), and stores are inspected, not loaded.
 
-Repair does what mounting would: what cannot be trusted is discarded, to be fetched again, and what a crash interrupted
-is finished or undone. It touches no file that lazyfs did not put there, and no plain file; but the name of one that was
-given to an image that is not whole is taken back.
+A repair does what mounting would do. What cannot be trusted is discarded, so that it is fetched
+again. What a crash interrupted is finished or undone. A repair touches neither files that lazyfs
+did not put there nor plain files, with one exception: if the plain name of an image that is not
+whole leads to its partial file, that name is removed.
 """
 
 import os
@@ -36,30 +38,32 @@ _MODE = 0o700
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, or (`warning`) may be."""
+    """Describes one thing that is wrong, or (with `warning`) may be wrong."""
 
     path: str
-    """Relative to the cache directory."""
+    """The path relative to the cache directory."""
     problem: str
     remedy: str
-    """What repair does with it, as a participle; if it does nothing, what the user can do."""
+    """What a repair does with it, as a participle. If it does nothing, what the user can do."""
     repairable: bool
     repaired: bool
     warning: bool
     error: str
-    """Why the repair failed; "" if it did not."""
+    """The reason why the repair failed, or "" if it did not fail."""
 
     def line(self) -> str:
-        """Return it in words."""
+        """Return the finding as one line for people."""
         start = f"{'warning: ' if self.warning else ''}{self.path}: {self.problem}; "
         if self.error:
             return f"{start}could not be {self.remedy}: {self.error}"
-        return start + (self.remedy if self.repaired or not self.repairable else f"would be {self.remedy}")
+        return start + (
+            self.remedy if self.repaired or not self.repairable else f"would be {self.remedy}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found."""
+    """Holds what a check found."""
 
     cache_dir: str
     images: int
@@ -67,38 +71,48 @@ class Report:
 
     @property
     def problems(self) -> int:
-        """How many things are wrong and have not been repaired."""
+        """Return how many things are wrong and have not been repaired."""
         return sum(not finding.warning and not finding.repaired for finding in self.findings)
 
     def summary(self) -> str:
-        """Return the last line."""
+        """Return the last line of the report."""
         repaired = sum(finding.repaired for finding in self.findings)
         done = f"{repaired} repaired, " if repaired else ""
         return f"{self.cache_dir}: {self.images} images, {done}{self.problems or 'no'} problems"
 
 
 def run(path: str, repair: bool) -> Report:
-    """Check the cache at `path`.
+    """Check the cache at `path`, and repair it if `repair` is set.
 
     Raises:
-        UserError: it cannot be checked: it is in use, or no cache, or a newer lazyfs made it.
+        UserError: the cache cannot be checked, because it is in use, is not a cache, or was made by
+            a newer lazyfs.
     """
-    _refuse_mounted(path)  # first: a hung mount does not even say what is a symlink
+    # This comes before realpath, because a mount that hangs does not even answer about symlinks.
+    _refuse_mounted(path)
     path = os.path.realpath(path)
     _refuse_mounted(path)
     with ExitStack() as stack:
         try:
             return _Check(path, repair, stack).run()
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            what = (
+                f"{error.filename}: {error.strerror}"
+                if error.filename
+                else str(error.strerror or error)
+            )
             raise errors.UserError(f"cannot check {path}: {what}") from error
         except errors.NoSpace as error:
-            raise errors.UserError(f"cannot check {path}: {error}, or for a copy of its catalog") from error
+            raise errors.UserError(
+                f"cannot check {path}: {error}, or for a copy of its catalog"
+            ) from error
 
 
 def _refuse_mounted(path: str) -> None:
     if mount := mounts.mount_of(path):
-        raise errors.UserError(f"the cache {path} is under the lazyfs on {mount.mountpoint}; unmount that first")
+        raise errors.UserError(
+            f"the cache {path} is under the lazyfs on {mount.mountpoint}; unmount that first"
+        )
 
 
 class _Check:
@@ -108,10 +122,11 @@ class _Check:
         self._stack = stack
         self._findings: list[Finding] = []
         self._sweeping = True
-        """What no image needs is removed; not on the word of a catalog that had to be made anew."""
+        """Whether files that no image needs are removed. They are not if the catalog had to be made
+        anew, because then it may lack the images that need them."""
         self._records: dict[int, ImageRecord] = {}
         self._catalog: SqliteCatalog | None = None
-        """The real one, when repairing."""
+        """The real catalog, when repairing."""
         self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, self._root_fd)
 
@@ -131,7 +146,12 @@ class _Check:
         return Report(self._path, len(self._records), self._findings)
 
     def _found(
-        self, path: str, problem: str, remedy: str, repair: Callable[[], None] | None = None, warning: bool = False
+        self,
+        path: str,
+        problem: str,
+        remedy: str,
+        repair: Callable[[], None] | None = None,
+        warning: bool = False,
     ) -> None:
         repaired, trouble = False, ""
         if self._repair and repair is not None:
@@ -140,7 +160,9 @@ class _Check:
                 repaired = True
             except (errors.LazyfsError, OSError) as error:
                 trouble = str(error)
-        self._findings.append(Finding(path, problem, remedy, repair is not None, repaired, warning, trouble))
+        self._findings.append(
+            Finding(path, problem, remedy, repair is not None, repaired, warning, trouble)
+        )
 
     def _stat(self, name: str) -> os.stat_result | None:
         try:
@@ -148,19 +170,21 @@ class _Check:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    # -- the folder of our own
+    # -- lazyfs's own folder
 
     def _lock(self) -> None:
         found = self._stat(STATE)
         if found is None or not stat.S_ISDIR(found.st_mode):
             raise errors.UserError(f"{self._path} is no cache of lazyfs: it has no folder {STATE}")
         if found.st_uid != os.geteuid():
-            raise errors.UserError(f"the cache {self._path} is user {found.st_uid}'s; check it as that user")
+            raise errors.UserError(
+                f"the cache {self._path} is user {found.st_uid}'s; check it as that user"
+            )
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if self._repair else 0)
         try:
             lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self._root_fd)
         except FileNotFoundError:
-            return  # so no daemon has it; the next makes it
+            return  # Without the file, no daemon has the lock. The next daemon makes the file.
         self._stack.callback(os.close, lock_fd)
         if not cache_dir.try_lock(lock_fd):
             owner = cache_dir.owner_of(lock_fd) or "another lazyfs"
@@ -172,15 +196,26 @@ class _Check:
         for name in (STATE, PARTIAL):
             found = self._stat(name)
             if found is None:
-                self._found(name, "missing", "made", partial(os.mkdir, name, _MODE, dir_fd=self._root_fd))
+                self._found(
+                    name, "missing", "made", partial(os.mkdir, name, _MODE, dir_fd=self._root_fd)
+                )
             elif not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise errors.UserError(f"{self._path}/{name} is not a folder of this user; remove it")
+                raise errors.UserError(
+                    f"{self._path}/{name} is not a folder of this user; remove it"
+                )
             elif stat.S_IMODE(found.st_mode) != _MODE:
                 mode = stat.S_IMODE(found.st_mode)
-                self._found(name, f"its mode is {mode:04o}", f"set to {_MODE:04o}", partial(self._chmod, name))
+                self._found(
+                    name,
+                    f"its mode is {mode:04o}",
+                    f"set to {_MODE:04o}",
+                    partial(self._chmod, name),
+                )
 
     def _chmod(self, name: str) -> None:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+        fd = os.open(
+            name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd
+        )
         try:
             os.fchmod(fd, _MODE)
         finally:
@@ -202,7 +237,12 @@ class _Check:
         except errors.CacheCorrupt as error:
             self._take(saved := catalog.salvage(copy))
             remedy = f"kept aside and made anew, with the {len(saved)} images that could be read"
-            self._found(CATALOG, str(error).replace(copy, "catalog.sqlite"), remedy, lambda: self._begin_anew(saved))
+            self._found(
+                CATALOG,
+                str(error).replace(copy, "catalog.sqlite"),
+                remedy,
+                lambda: self._begin_anew(saved),
+            )
             self._go_on_only_with_a_catalog()
             return
         records, damaged = opened.load_each()
@@ -215,14 +255,16 @@ class _Check:
             self._forget(inode, f"row {inode} is damaged: {reason}")
 
     def _go_on_only_with_a_catalog(self) -> None:
-        """Nothing may be swept on the word of a catalog that is not there."""
+        """Stop repairing if there is no catalog: nothing may be removed without one."""
         self._repair = self._repair and self._catalog is not None
 
     def _copy_catalog(self) -> str:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-check-"))
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):
-                shutil.copyfile(os.path.join(self._path, CATALOG + suffix), f"{folder}/catalog.sqlite{suffix}")
+                shutil.copyfile(
+                    os.path.join(self._path, CATALOG + suffix), f"{folder}/catalog.sqlite{suffix}"
+                )
         return f"{folder}/catalog.sqlite"
 
     def _take(self, records: list[ImageRecord]) -> None:
@@ -237,7 +279,12 @@ class _Check:
             aside = f"{CATALOG}.damaged-{number}"
         for suffix in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
-                os.rename(CATALOG + suffix, aside + suffix, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+                os.rename(
+                    CATALOG + suffix,
+                    aside + suffix,
+                    src_dir_fd=self._root_fd,
+                    dst_dir_fd=self._root_fd,
+                )
         self._catalog = SqliteCatalog(os.path.join(self._path, CATALOG))
         self._stack.callback(self._catalog.close)
         self._catalog.restore(records)
@@ -248,7 +295,10 @@ class _Check:
         self._records[record.inode] = record
 
     def _forget(self, inode: int, problem: str) -> None:
-        """Give up a row: the export is taken in anew, and partial files without a row are swept."""
+        """Report a row that must go.
+
+        The next mount finds the export anew, and partial files without a row are removed.
+        """
         self._records.pop(inode, None)
 
         def remove() -> None:
@@ -258,9 +308,14 @@ class _Check:
         self._found(CATALOG, problem, "removed, for the image to be taken in anew", remove)
 
     def _check_paths(self) -> None:
-        """Two images of one name, or at one path, cannot be shown; the one with more to lose stays."""
+        """Find images with the same export or path, of which only one can be shown.
+
+        The image with more to lose stays: a whole one before others.
+        """
         taken, exports = TakenNames(NameTree().root), set()
-        by_worth = sorted(self._records.values(), key=lambda r: (r.state is not State.WHOLE, r.inode))
+        by_worth = sorted(
+            self._records.values(), key=lambda r: (r.state is not State.WHOLE, r.inode)
+        )
         for record in by_worth:
             if record.export in exports or not taken.is_free(record.path):
                 self._forget(record.inode, f"row {record.inode} is another one for {record.path}")
@@ -284,8 +339,10 @@ class _Check:
                 lambda: self._save(now),
             )  # fmt: skip
         elif now != record:
-            self._found(record.path, "the catalog says changed by hand, and it is not", "made whole",
-                        lambda: self._save(now))  # fmt: skip
+            self._found(
+                record.path, "the catalog says changed by hand, and it is not", "made whole",
+                lambda: self._save(now),
+            )  # fmt: skip
 
     def _check_partial(self, record: ImageRecord) -> None:
         data = f"{PARTIAL}/{record.inode}.{record.format}"
@@ -294,8 +351,12 @@ class _Check:
             self._found(record.path, what, "made remote", lambda: self._save(record.remote_again()))
             return
         if not any(self._stat(name) for name in self._names(record)):
-            self._found(record.path, f"the catalog says {record.state.value}, and nothing of it is here", "made remote",
-                        lambda: self._save(record.remote_again()))  # fmt: skip
+            self._found(
+                record.path,
+                f"the catalog says {record.state.value}, and nothing of it is here",
+                "made remote",
+                lambda: self._save(record.remote_again()),
+            )
             return
         linked = cache_dir.is_finished(self._root_fd, record)
         store = self._store(record)
@@ -303,7 +364,9 @@ class _Check:
             blocks = store.inspect()
             faults, holes = store.faults(), store.data_in_holes(blocks)
         except errors.CacheCorrupt as error:
-            self._found(data, str(error), "discarded, to be fetched again", lambda: self._discard(record))
+            self._found(
+                data, str(error), "discarded, to be fetched again", lambda: self._discard(record)
+            )
             return
         except OSError as error:
             self._found(data, f"cannot be read: {error.strerror}", "left alone")
@@ -314,18 +377,31 @@ class _Check:
             self._found(data, "; ".join(faults), "mended", lambda: self._mend(record))
         if holes:
             self._found(
-                data, f"{holes} blocks are data and yet holes; zeroes, or lost (lazyfs verify --against-repository)",
-                "left alone", warning=True,
-            )  # fmt: skip
+                data,
+                f"{holes} blocks are marked as data but are holes in the file; "
+                "they are zeroes, or lost (lazyfs verify --against-repository tells which)",
+                "left alone",
+                warning=True,
+            )
         if linked and blocks.complete and record.state is State.PARTIAL:
-            self._found(record.path, "its hand-off was interrupted", "finished", lambda: self._finish(record))
+            self._found(
+                record.path,
+                "its hand-off was interrupted",
+                "finished",
+                lambda: self._finish(record),
+            )
         elif linked:
-            self._found(record.path, "another name of an image that is not whole", "removed, the image kept",
-                        lambda: self._undo(record))  # fmt: skip
+            self._found(
+                record.path, "another name of an image that is not whole",
+                "removed, the image kept", lambda: self._undo(record),
+            )  # fmt: skip
 
-    def _store(self, record: ImageRecord, attributes: FileAttributes | None = None) -> RawStore | Qcow2Store:
+    def _store(
+        self, record: ImageRecord, attributes: FileAttributes | None = None
+    ) -> RawStore | Qcow2Store:
         attributes = attributes or FileAttributes(0o444, os.geteuid(), os.getegid())
-        return cache_dir.partial_file(self._root_fd, record, attributes, "")  # none is created: it needs no repository
+        # No file is created, so the address of the repository is not needed.
+        return cache_dir.partial_file(self._root_fd, record, attributes, "")
 
     def _names(self, record: ImageRecord) -> list[str]:
         suffixes = ("raw", "map") if record.format == shown_file.RAW else ("qcow2",)
@@ -341,7 +417,8 @@ class _Check:
         store = self._store(record)
         try:
             blocks = store.load()
-            store.checkpoint([], blocks.mixed_zero_bytes)  # what was mended is on the disk now
+            # The checkpoint makes the repairs durable.
+            store.checkpoint([], blocks.mixed_zero_bytes)
         finally:
             store.close()
 
@@ -349,9 +426,11 @@ class _Check:
         self._store(record).unfinish()
 
     def _finish(self, record: ImageRecord) -> None:
-        found = self._stat(record.path)  # it had its look before it had its name
+        found = self._stat(record.path)  # The file got its mode and owner before its name.
         assert found is not None
-        store = self._store(record, FileAttributes(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid))
+        store = self._store(
+            record, FileAttributes(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        )
         try:
             blocks = store.load()
             store.finish()
@@ -366,10 +445,14 @@ class _Check:
         if self._stat(PARTIAL) is None:
             return
         records = self._records.values()
-        # Of a changed image, too, nothing partial is there.
+        # An image whose plain file was changed by hand is among them, but has no partial files.
         filling = [r for r in records if r.state in (State.PARTIAL, State.FAILED)]
         wanted = {name for record in filling for name in self._names(record)}
-        whole = {(s.st_dev, s.st_ino) for r in records if r.state is State.WHOLE and (s := self._stat(r.path))}
+        whole = {
+            (s.st_dev, s.st_ino)
+            for r in records
+            if r.state is State.WHOLE and (s := self._stat(r.path))
+        }
         for name in sorted(cache_dir.list_folder(self._root_fd, PARTIAL)):
             path = f"{PARTIAL}/{name}"
             found = self._stat(path)
@@ -383,5 +466,9 @@ class _Check:
                 self._found(path, "lazyfs did not put it there", LEFT_ALONE)
                 continue
             handed_off = (found.st_dev, found.st_ino) in whole
-            problem = "left over from the hand-off of a whole image" if handed_off else "no image needs it"
+            problem = (
+                "left over from the hand-off of a whole image"
+                if handed_off
+                else "no image needs it"
+            )
             self._found(path, problem, "removed", partial(os.unlink, path, dir_fd=self._root_fd))

@@ -1,7 +1,8 @@
-"""The verbs that ask the daemon for something about images: prefetch, pause, evict, map, verify and the like.
+"""The verbs that ask the daemon for something about images, such as prefetch, evict and verify.
 
-Each takes images by their paths on a mount; a folder, or the mountpoint, means all below it. One that fails does not
-stop the others: its reason goes to stderr, and the exit code is 1.
+Each verb takes images by their paths on a mount. A folder, or the mountpoint, means all images
+below it. If a verb fails for one image, it goes on with the others, the reason goes to stderr, and
+the exit code is 1.
 """
 
 import argparse
@@ -18,14 +19,14 @@ from lazyfs.control import client as control_client
 from lazyfs.host import mounts
 
 POLL_S = 0.3
-"""Between two looks at a verify job."""
+"""The time between two queries about a verify job."""
 
 Target = tuple[mounts.Mount, str]
 """A mount, and a path relative to its mountpoint."""
 
 
 def _each(options: argparse.Namespace, work: Callable[[Target], dict[str, Any]]) -> int:
-    """Do something with each image named; print what came out with --json."""
+    """Call `work` for each image that the user named, and print the results if --json is given."""
     results, failed = [], False
     for path in options.images:
         try:
@@ -48,17 +49,17 @@ def _command(name: str, target: Target, **arguments: Any) -> dict[str, Any]:
 
 
 def evict(options: argparse.Namespace) -> int:
-    """Drop what is cached."""
+    """Evict images: remove what is cached of them."""
     return _each(options, lambda target: _command("evict", target))
 
 
 def forget(options: argparse.Namespace) -> int:
-    """Drop what is gone from the repository."""
+    """Remove images that no longer exist in the repository."""
     return _each(options, lambda target: _command("forget", target))
 
 
 def pin(options: argparse.Namespace) -> int:
-    """Never evict."""
+    """Keep images from being evicted."""
     return _each(options, lambda target: _command("pin", target))
 
 
@@ -68,7 +69,7 @@ def unpin(options: argparse.Namespace) -> int:
 
 
 def set_rate(options: argparse.Namespace) -> int:
-    """Limit population."""
+    """Limit the rate of population."""
     return _each(options, lambda target: _command("set-rate", target, rate=options.rate))
 
 
@@ -76,11 +77,13 @@ def set_rate(options: argparse.Namespace) -> int:
 
 
 def prefetch(options: argparse.Namespace) -> int:
-    """Populate without a reader; with --wait until whole."""
+    """Populate images without a reader. With --wait, wait until they are whole."""
     begun: list[Target] = []
 
     def begin(target: Target) -> dict[str, Any]:
-        result = _command("prefetch", target, **({"format": options.format} if options.format else {}))
+        result = _command(
+            "prefetch", target, **({"format": options.format} if options.format else {})
+        )
         begun.extend((target[0], path) for path in result["paths"])
         return result
 
@@ -99,25 +102,32 @@ def _not_whole(target: Target) -> list[dict[str, Any]]:
 
 
 def pause(options: argparse.Namespace) -> int:
-    """Pause population."""
+    """Pause the population of images."""
     return _each(
         options,
-        lambda target: _jobs("job-pause", target, lambda job: _populates(job) and job["status"] != "paused"),
+        lambda target: _jobs(
+            "job-pause", target, lambda job: _populates(job) and job["status"] != "paused"
+        ),
     )
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Resume population."""
+    """Resume the population of images."""
     return _each(
         options,
-        lambda target: _jobs("job-resume", target, lambda job: _populates(job) and job["status"] == "paused"),
+        lambda target: _jobs(
+            "job-resume", target, lambda job: _populates(job) and job["status"] == "paused"
+        ),
     )
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """End population, and verify jobs."""
+    """End the population of images, and verify jobs."""
     return _each(
-        options, lambda target: _jobs("job-cancel", target, lambda job: job["status"] not in ("concluded", "null"))
+        options,
+        lambda target: _jobs(
+            "job-cancel", target, lambda job: job["status"] not in ("concluded", "null")
+        ),
     )
 
 
@@ -132,19 +142,25 @@ def _image_of(job: dict[str, Any]) -> str:
 
 
 def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Apply a command to the jobs of an image, or of all below a folder."""
+    """Apply a command to the jobs of an image, or to those of all images below a folder."""
     mount, inside = target
     (jobs,) = control_client.execute(mount, [("query-jobs", {})])
     concerned = [job for job in jobs if not inside or f"{_image_of(job)}/".startswith(f"{inside}/")]
     ids = [job["id"] for job in concerned if wanted(job)]
     if not ids and inside and not any(map(_populates, concerned)):
-        control_client.query(mount, inside)  # raises if there is no such image
-        raise errors.UserError(f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that")
+        control_client.query(mount, inside)  # This raises UserError if there is no such image.
+        raise errors.UserError(
+            f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that"
+        )
     return {"jobs": [job for job in ids if _applied(command, mount, job, must=job == inside)]}
 
 
 def _applied(command: str, mount: mounts.Mount, job: str, must: bool) -> bool:
-    """Apply a command to a job; False if it ended, or somebody else was faster, and that is no failure."""
+    """Apply a command to a job; return whether the daemon accepted it.
+
+    The daemon refuses if the job has ended, or if another process was faster. That is an error
+    only with `must`.
+    """
     try:
         control_client.execute(mount, [(command, {"id": job})])
     except control_client.Refused:
@@ -158,7 +174,7 @@ def _applied(command: str, mount: mounts.Mount, job: str, must: bool) -> bool:
 
 
 def map_image(options: argparse.Namespace) -> int:
-    """Show which ranges are here."""
+    """Show which ranges of an image are present."""
     mount, inside = control_client.locate(options.image)
     if not inside:
         raise errors.UserError(f"{options.image} is a mountpoint; name an image on it")
@@ -175,7 +191,7 @@ def map_image(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Read the cache back."""
+    """Read the cached data of images back and check it."""
     if options.digest and len(options.images) > 1:
         raise errors.UsageError("one digest is for one image")
     arguments: dict[str, Any] = {}
@@ -191,7 +207,9 @@ def _verified(target: Target, arguments: dict[str, Any], quiet: bool) -> dict[st
     images = control_client.query(mount, inside)["images"]
     single = len(images) == 1 and images[0]["path"] == f"{mount.mountpoint}/{inside}"
     names = [
-        image["path"].removeprefix(f"{mount.mountpoint}/") for image in images if single or image["state"] != "remote"
+        image["path"].removeprefix(f"{mount.mountpoint}/")
+        for image in images
+        if single or image["state"] != "remote"
     ]
     damaged = []
     for name in names:
@@ -208,7 +226,11 @@ def _verified(target: Target, arguments: dict[str, Any], quiet: bool) -> dict[st
 
 
 def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> str:
-    """Return how it is, if that is good."""
+    """Return the result of verifying one image, if it is good.
+
+    Raises:
+        UserError: the image is damaged, or could not be verified.
+    """
     (begun,) = control_client.execute(mount, [("verify", {"path": name, **arguments})])
     if "id" not in begun:
         return "not whole yet; the digest is kept, and compared once it is"

@@ -1,4 +1,4 @@
-"""What `lazyfs map` prints: a strip of the whole image that fits the terminal, and sums."""
+"""Prints what `lazyfs map` shows: a strip of the whole image as wide as the terminal, and sums."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,17 @@ from rich.text import Text
 
 from lazyfs.units import format_size
 
-_CELLS = {"data": ("█", "green"), "some": ("▒", "yellow"), "zero": ("·", "dim"), "missing": ("░", "red")}
+_CELLS = {
+    "data": ("█", "green"),
+    "some": ("▒", "yellow"),
+    "zero": ("·", "dim"),
+    "missing": ("░", "red"),
+}
 _PIPE_WIDTH = 80
 
 
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Print the map, as `query-map` has it."""
+    """Print a map that has the form of the answer to `query-map`."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     size = sum(entry["length"] for entry in entries)
     if not size:
@@ -38,7 +43,10 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def strip(entries: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    """Return what each of `width` equal parts of the image holds: a key of `_CELLS`; "some" for data and missing."""
+    """Return the content of each of `width` equal parts of the image, as a key of `_CELLS`.
+
+    "some" means that a part is present and a part is missing.
+    """
     size = sum(entry["length"] for entry in entries)
     if not size:
         return []

@@ -1,11 +1,15 @@
-"""`mount.lazyfs`: what mount(8) runs for `mount -t fuse.lazyfs` and for lines of fstab. Makes a `lazyfs mount` of it.
+"""`mount.lazyfs`, which mount(8) runs for `mount -t fuse.lazyfs` and for lines of fstab.
 
-    mount -t fuse.lazyfs SPEC DIR -o ...   runs   /sbin/mount.fuse.lazyfs SPEC DIR [-sfnv] [-N NS] -o ... [-t TYPE]
+It translates the call into a call of `lazyfs mount`:
 
-The exit code is mount(8)'s: 1 for wrong arguments, 32 when the mount failed.
+    mount -t fuse.lazyfs SPEC DIR -o ...
+        runs   /sbin/mount.fuse.lazyfs SPEC DIR [-sfnv] [-N NS] -o ... [-t TYPE]
 
-Source: mount(8), "EXTERNAL HELPERS". What mount passes was seen with util-linux 2.38.1: "-o rw" stands in front also
-where nobody asked for it, quotes are gone (so a value can never hold a comma), and all that `user` implies is there.
+The exit code is mount(8)'s: 1 for wrong arguments, and 32 if the mount failed.
+
+Source: mount(8), "EXTERNAL HELPERS". With util-linux 2.38.1, mount was seen to pass the following:
+"-o rw" comes first even if nobody asked for it; quotes are removed (so a value can never contain a
+comma); and all options that `user` implies are included.
 """
 
 import argparse
@@ -21,20 +25,22 @@ MOUNT_FAILED = 32
 
 IGNORED = frozenset(
     {
-        "ro", "rw", "nosuid", "nodev", "noexec", "nosymfollow",  # it is read-only, nosuid and nodev by itself
-        "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "comment",
-        "atime", "noatime", "relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime",
-        "lazytime", "nolazytime", "async",
+        # The mount is read-only, nosuid and nodev in any case.
+        "ro", "rw", "nosuid", "nodev", "noexec", "nosymfollow",
+        "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner",
+        "group", "comment", "atime", "noatime", "relatime", "norelatime", "strictatime",
+        "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime", "async",
     }
 )  # fmt: skip
-"""Options for mount(8), systemd or any file system, which make no difference here. For "rw" see above."""
+"""Options for mount(8), systemd or any file system that make no difference to lazyfs. The module's
+docstring says why "rw" is among them."""
 
 _NOT_HERE = ("foreground",)
-"""mount(8) waits for its helper to end."""
+"""Options of `lazyfs mount` that are not accepted here: mount(8) waits for its helper to end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the helper; return its exit code."""
+    """Run the helper and return its exit code."""
     try:
         given = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
         words = ["mount", given.spec, given.folder, *translate(given.options, given.sloppy)]
@@ -51,33 +57,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments_of.OneLineParser(
         prog="mount.lazyfs",
-        description="Mount a repository as mount(8) has it done, which finds this as /sbin/mount.fuse.lazyfs.",
-        epilog="example: mount -t fuse.lazyfs nbd://images.example.com /var/lib/imagecache -o config=main",
+        description="Mount a repository for mount(8), "
+        "which runs this program as /sbin/mount.fuse.lazyfs.",
+        epilog="example: mount -t fuse.lazyfs "
+        "nbd://images.example.com /var/lib/imagecache -o config=main",
     )
     parser.add_argument("spec", metavar="REPOSITORY", help="NBD URI without an export name")
     parser.add_argument("folder", metavar="MOUNTPOINT", help="an existing folder")
-    parser.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[],
-                        help="options of lazyfs mount without dashes, such as config=main,fill-rate=50M")  # fmt: skip
+    parser.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="options of lazyfs mount without dashes, such as config=main,fill-rate=50M",
+    )
     parser.add_argument("-t", dest="type", metavar="TYPE", help="ignored")
     parser.add_argument("-n", dest="no_mtab", action="store_true", help="ignored")
-    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore options that are not known")
-    parser.add_argument("-f", dest="fake", action="store_true", help="check the options, and mount nothing")
+    parser.add_argument(
+        "-s", dest="sloppy", action="store_true", help="ignore options that are not known"
+    )
+    parser.add_argument(
+        "-f", dest="fake", action="store_true", help="check the options, and mount nothing"
+    )
     parser.add_argument("-v", dest="verbose", action="store_true", help="say what is run")
     return parser
 
 
 def translate(options: Sequence[str], sloppy: bool = False) -> list[str]:
-    """Return the words for `lazyfs mount` that mount's options stand for.
+    """Return the words for `lazyfs mount` to which mount's options translate.
 
     Args:
-        options: each a text after -o, such as "ro,_netdev,config=main".
-        sloppy: leave out those that are not known.
+        options: the texts after each -o, such as "ro,_netdev,config=main".
+        sloppy: whether unknown options are left out instead of refused.
 
     Raises:
-        UsageError: an option is not known, or has a value and must not, or the other way round.
+        UsageError: an option is not known, lacks a value, or has a value and must not.
     """
     known: dict[str, bool] = {"config": True}
-    """Whether it takes a value."""
+    """Whether an option takes a value, by its name."""
     known |= {key.name: not key.is_flag for key in arguments_of.mount_keys() if not key.required}
     words = []
     for option in filter(None, ",".join(options).split(",")):
@@ -98,9 +116,12 @@ def translate(options: Sequence[str], sloppy: bool = False) -> list[str]:
 
 def _advice(name: str, known: Mapping[str, bool]) -> str:
     if name == "remount":
-        return ": lazyfs cannot change a mount; lazyfs umount it and mount it again"
+        return ": lazyfs cannot change a mount; unmount it with lazyfs umount, then mount it again"
     allowed = ", ".join(sorted(known.keys() - set(_NOT_HERE)))
-    return f"; there are {allowed} (a value with a comma cannot be given here: put it in a file, and say config=NAME)"
+    return (
+        f"; there are {allowed} "
+        "(a value with a comma cannot be given here: put it in a file, and say config=NAME)"
+    )
 
 
 if __name__ == "__main__":

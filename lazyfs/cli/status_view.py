@@ -1,4 +1,4 @@
-"""What `lazyfs status` prints: tables and bars, made with rich."""
+"""Makes the tables and bars that `lazyfs status` prints, with rich."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,14 +13,26 @@ from lazyfs.units import format_duration, format_size
 MountStatus = Mapping[str, Any]
 
 _STYLES = {"whole": "green", "partial": "yellow", "failed": "red", "remote": "dim"}
-_COLUMNS = {"size": 8, "present": 7, "bar": 10, "state": 7, "fetched": 8, "rate": 11, "to go": 11, "open": 4}
-"""With their widths: together they fill a terminal of 80."""
+_COLUMNS = {
+    "size": 8,
+    "present": 7,
+    "bar": 10,
+    "state": 7,
+    "fetched": 8,
+    "rate": 11,
+    "to go": 11,
+    "open": 4,
+}
+"""The columns with their widths, which together fill a terminal of 80 columns."""
 _WIDE = 100
-"""Columns of a terminal from where names fit on the same line."""
+"""In a terminal with at least so many columns, an image's name is on the same line as the rest."""
 
 
 def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
-    """Return all mounts, as `status --json` has them, for a console of `width` columns to print."""
+    """Return something that a console of `width` columns can print.
+
+    `mounts` has the form of `status --json`.
+    """
     if not mounts:
         return Text("no lazyfs mount")
     parts: list[RenderableType] = []
@@ -38,8 +50,12 @@ def render(mounts: Sequence[MountStatus], width: int) -> RenderableType:
 
 
 def _job(job: Mapping[str, Any]) -> Text:
-    """A populate job is seen in its image's line; others have one of their own."""
-    done = f" {_percent(job['current-progress'], job['total-progress'])} %" if job["status"] == "running" else ""
+    """Return the line for a job. Populate jobs are not shown so, but in their image's line."""
+    done = (
+        f" {_percent(job['current-progress'], job['total-progress'])} %"
+        if job["status"] == "running"
+        else ""
+    )
     text = Text(f"  job {_printable(job['id'])}: {job['status']}{done}")
     return text.append(f", {_printable(job['error'])}", style="red") if job.get("error") else text
 
@@ -52,7 +68,8 @@ def _heading(mount: MountStatus) -> Text:
     if mount.get("detached"):
         text.append(f"  detached, pid {mount['pid']} serves what is still open", style="yellow")
     text.append(
-        "  connected" if mount["connected"] else "  not connected", style="green" if mount["connected"] else "red"
+        "  connected" if mount["connected"] else "  not connected",
+        style="green" if mount["connected"] else "red",
     )
     if mount.get("room"):
         text.append(f"\n  {_room(mount['room'])}", style="dim not bold")
@@ -74,7 +91,7 @@ def _room(room: Mapping[str, Any]) -> str:
 
 
 def _table(mount: MountStatus, width: int) -> Group:
-    """One line for each image, two where the terminal is narrow; what is wrong with some of them below."""
+    """Return a line for each image, or two where the terminal is narrow, and the errors below."""
     prefix = mount["mountpoint"].rstrip("/") + "/"
     parts: list[RenderableType] = []
     jobs = {job["id"]: job["status"] for job in mount.get("jobs", []) if job["type"] == "populate"}
@@ -82,7 +99,9 @@ def _table(mount: MountStatus, width: int) -> Group:
     parts.append(table)
     for image in mount["images"]:
         replaced = " (replaced)" if image.get("replaced") else ""
-        name = Text(f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold")
+        name = Text(
+            f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold"
+        )
         row = _row(image, jobs.get(image["path"].removeprefix(prefix), ""))
         if width >= _WIDE:
             table.add_row(name, *row.values())
@@ -93,7 +112,8 @@ def _table(mount: MountStatus, width: int) -> Group:
     for image in mount["images"]:
         if image["error"]:
             name = Text(
-                f"  {_printable(image['path'].removeprefix(prefix))}: {_printable(image['error'])}", style="red"
+                f"  {_printable(image['path'].removeprefix(prefix))}: {_printable(image['error'])}",
+                style="red",
             )
             parts.append(name)
     return Group(*parts)
@@ -110,7 +130,7 @@ def _grid(first: str | None, header: bool = True) -> Table:
 
 
 def _row(image: Mapping[str, Any], job: str) -> dict[str, RenderableType]:
-    """`job`: the status of its populate job, "" if it has none."""
+    """Return the columns for an image. `job` is the status of its populate job, or ""."""
     size = image["size"]
     here = image["present_bytes"] + image["zero_bytes"]
     missing = 0 if size is None else size - here
@@ -120,19 +140,25 @@ def _row(image: Mapping[str, Any], job: str) -> dict[str, RenderableType]:
     return {
         "size": "?" if size is None else format_size(size),
         "present": f"{_percent(here, size)} %" if touched else "",
-        "bar": ProgressBar(total=max(size or 0, 1), completed=here if size else 1, width=_COLUMNS["bar"])
+        "bar": ProgressBar(
+            total=max(size or 0, 1), completed=here if size else 1, width=_COLUMNS["bar"]
+        )
         if touched
         else "",
         "state": Text(image["state"], style=_STYLES.get(image["state"], "")),
         "fetched": format_size(image["fetched_bytes"]) if image["fetched_bytes"] else "",
-        "rate": f"{format_size(round(rate))}/s" if filling else job if job in ("paused", "standby") else "",
+        "rate": f"{format_size(round(rate))}/s"
+        if filling
+        else job
+        if job in ("paused", "standby")
+        else "",
         "to go": format_duration(missing / rate) if filling else "",
         "open": str(image["open_count"] or ""),
     }
 
 
 def _percent(here: int, size: int | None) -> int:
-    """Whole percents, rounded down: 100 means all of it."""
+    """Return whole percents, rounded down, so that 100 means all of it."""
     return 100 if not size else here * 100 // size
 
 

@@ -1,4 +1,4 @@
-"""Waits until images are whole, and shows how far they are."""
+"""Waits until images are whole, and shows the progress."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,16 +9,19 @@ from lazyfs import errors
 from lazyfs.control import client as control_client
 
 POLL_S = 0.5
-"""Between two questions: a person does not notice, and an answer takes a daemon a millisecond."""
+"""The time between two queries. A person does not notice it, and an answer takes the daemon a
+millisecond."""
 
 
 def until_whole(filling: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
-    """Wait until `filling`, which returns images as `query-images` has them, returns none; have each populated.
+    """Have images populated, and wait until all are whole.
 
-    Progress goes to stderr: bars on a terminal, else a line for each image.
+    `filling` returns the images that are still waited for, as `query-images` describes them. When
+    it returns none, the wait ends. Progress goes to stderr: bars on a terminal, otherwise a line
+    for each image.
 
     Raises:
-        UserError: one of them has failed and will not become whole.
+        UserError: one of the images has failed and will not become whole.
     """
     images = filling()
     if not images:
@@ -27,28 +30,40 @@ def until_whole(filling: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(True),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars = {}
         while images:
             for image in images:
                 path = image["path"]
                 if image.get("replaced"):
-                    raise errors.UserError(f"{path} was replaced and will not become whole: close what has it open")
+                    raise errors.UserError(
+                        f"{path} was replaced and will not become whole: close what has it open"
+                    )
                 if image["state"] == "failed":
                     raise errors.UserError(f"{path} will not become whole: {image['error']}")
                 if path not in bars:
                     _populate(path)
                     bars[path] = progress.add_task(path, total=image["size"])
                     if not console.is_terminal:
-                        console.print(f"waiting for {path} to become whole", markup=False, soft_wrap=True)
+                        console.print(
+                            f"waiting for {path} to become whole", markup=False, soft_wrap=True
+                        )
                 progress.update(bars[path], completed=image["present_bytes"] + image["zero_bytes"])
             time.sleep(POLL_S)
             images = filling()
 
 
 def _populate(path: str) -> None:
-    """On a mount with --no-populate nothing else would. If it cannot be begun, the image's state soon says why."""
+    """Ask the daemon to populate an image. With --no-populate nothing else would do that.
+
+    A refusal is ignored here, because the image's state will soon show the reason.
+    """
     mount, inside = control_client.locate(path)
     with suppress(errors.UserError):
         control_client.execute(mount, [("prefetch", {"path": inside})])
@@ -56,12 +71,21 @@ def _populate(path: str) -> None:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show one bar on a terminal; yields what is to be called with bytes done and bytes in all."""
+    """Show one bar on a terminal.
+
+    Yields:
+        A function to call with the number of bytes that are done and the number of all bytes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(True),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

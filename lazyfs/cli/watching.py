@@ -1,7 +1,8 @@
-"""`lazyfs status --watch`: one picture after another, at once when something has happened, and what that was.
+"""`lazyfs status --watch`: draws the status again and again, with the latest events.
 
-An asyncio loop has a task for each daemon, which listens to its events; the questions for a picture run in a thread.
-A daemon that ends takes its task along; one that comes gets one with the next picture.
+A picture follows at once when something has happened. An asyncio loop has a task for each daemon,
+which listens to the daemon's events. The queries for a picture run in a thread. When a daemon ends,
+its task ends; a new daemon gets a task with the next picture.
 """
 
 import asyncio
@@ -14,16 +15,17 @@ from typing import Any
 from lazyfs import errors
 
 WATCH_S = 1.0
-"""Between two pictures while nothing happens."""
+"""The time between two pictures while nothing happens."""
 
 MIN_S = 0.1
-"""Between two pictures at least: a hundred images that are evicted are not a hundred pictures."""
+"""The least time between two pictures, so that a hundred evictions do not cause a hundred
+pictures."""
 
 CONNECT_S = 10.0
-"""For a daemon to greet; one that hangs is tried again with the next picture."""
+"""The deadline for a daemon's greeting. If a daemon hangs, the next picture tries it again."""
 
 MAX_LINES = 5
-"""Events shown below the table of a mount."""
+"""How many events are shown below the table of a mount."""
 
 EVENTS = ("JOB_STATUS_CHANGE", "IMAGE_STATE_CHANGE")
 
@@ -31,20 +33,24 @@ Mounts = list[dict[str, Any]]
 
 
 def watch(query: Callable[[], Mounts], draw: Callable[[Mounts], None], keep: bool) -> None:
-    """Draw what `query` returns, with the latest events of each mount as its `events`, until interrupted.
+    """Draw what `query` returns until interrupted, with each mount's latest events in `events`.
 
     Args:
-        keep: show events again and again while they are among the latest; if not, each once.
+        query: returns the mounts. It is called in a thread.
+        draw: draws a picture of the mounts.
+        keep: whether an event is shown in each picture while it is among the latest. If not, it is
+            shown once.
 
     Raises:
-        UserError: of `query`.
+        UserError: `query` raised it.
     """
     try:
         asyncio.run(_watch(query, draw, keep))
     except BaseExceptionGroup as group:
         if (found := group.subgroup(errors.UserError)) is None:
             raise
-        raise found.exceptions[0] from None  # of the one task group, so not nested
+        # The group is from the one task group, so it contains no other groups.
+        raise found.exceptions[0] from None
 
 
 async def _watch(query: Callable[[], Mounts], draw: Callable[[Mounts], None], keep: bool) -> None:
@@ -60,7 +66,8 @@ async def _watch(query: Callable[[], Mounts], draw: Callable[[Mounts], None], ke
                     heard = lines.setdefault(socket, deque(maxlen=MAX_LINES))
                     greeted = asyncio.Event()
                     listening[socket] = tasks.create_task(_listen(socket, heard, news, greeted))
-                    await greeted.wait()  # whoever sees the picture misses nothing from then on
+                    # From the first picture on, no event may be missed.
+                    await greeted.wait()
                 mount["events"] = list(lines.get(socket, ()))
                 if not keep:
                     lines.get(socket, deque()).clear()
@@ -72,12 +79,17 @@ async def _watch(query: Callable[[], Mounts], draw: Callable[[Mounts], None], ke
             news.clear()
 
 
-async def _listen(path: str, lines: deque[str], news: asyncio.Event, greeted: asyncio.Event) -> None:
-    """Add to `lines` what happens, until the daemon hangs up. Sets `greeted` once connected, or given up."""
+async def _listen(
+    path: str, lines: deque[str], news: asyncio.Event, greeted: asyncio.Event
+) -> None:
+    """Add the daemon's events to `lines` until the daemon hangs up.
+
+    `greeted` is set once the connection is made or given up.
+    """
     from qemu.qmp import QMPClient, QMPError
 
     client = QMPClient("lazyfs")
-    # The listener first: nothing that happens once we are connected is missed.
+    # The listener exists before the connection, so that no event is missed.
     with suppress(QMPError, OSError, EOFError, TimeoutError), client.listener(EVENTS) as listener:
         try:
             async with asyncio.timeout(CONNECT_S):
@@ -102,7 +114,7 @@ async def _hear(listener: Any, lines: deque[str], news: asyncio.Event) -> None:
 
 
 def describe(event: Mapping[str, Any]) -> str:
-    """Return one line about an event, as of the control socket."""
+    """Return one line about an event of the control socket."""
     at = time.strftime("%H:%M:%S", time.localtime(event["timestamp"]["seconds"]))
     data = event["data"]
     if event["event"] == "JOB_STATUS_CHANGE":

@@ -1,1 +1,5 @@
-"""Decisions and formats without input or output: no async, no threads, no operating system, no clock."""
+"""Decisions and formats, without any input or output.
+
+The modules here use neither async functions nor threads, and neither the operating system nor a
+clock.
+"""

@@ -1,6 +1,7 @@
-"""Counts of observations in fixed buckets: cheap enough for every read of a mount.
+"""Histograms: counts of observations in fixed buckets.
 
-An observation is one binary search and two additions (0.2 us), whatever the number of buckets.
+An observation costs one binary search and two additions (0.2 us), however many buckets there are.
+That is cheap enough for every read of a mount.
 """
 
 import itertools
@@ -11,28 +12,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class HistogramStatistics:
-    """A histogram at one moment."""
+    """Describes a histogram at one moment."""
 
     bounds: tuple[float, ...]
-    """The upper bound of each bucket, itself included; one more bucket takes what is above all."""
+    """The upper bound of each bucket. A bucket includes its bound. One more bucket counts what is
+    above all bounds."""
     counts: tuple[int, ...]
-    """Observations in each bucket alone; one more than there are bounds."""
+    """The number of observations in each bucket alone. There is one count more than bounds."""
     total: float
     """The sum of all observations."""
 
     @property
     def count(self) -> int:
-        """The number of all observations."""
+        """Return the number of all observations."""
         return sum(self.counts)
 
 
 class Histogram:
-    """Observations of one kind. Not thread-safe."""
+    """Counts observations of one kind. Not thread-safe."""
 
     __slots__ = ("_bounds", "_counts", "_total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """`bounds` rise strictly."""
+        """Start with no observations. The `bounds` must rise strictly."""
         assert all(low < high for low, high in itertools.pairwise(bounds)), bounds
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
@@ -44,5 +46,5 @@ class Histogram:
         self._total += value
 
     def statistics(self) -> HistogramStatistics:
-        """Return what has been observed."""
+        """Return what has been observed so far."""
         return HistogramStatistics(self._bounds, tuple(self._counts), self._total)

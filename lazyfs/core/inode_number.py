@@ -1,13 +1,16 @@
-"""Inode numbers: each follows from the catalog or from a path, so any process can go on with a connection.
+"""Inode numbers on the mount.
+
+Each number follows from the catalog or from a path, so any process can go on with a FUSE
+connection:
 
     1                    the root
-    2 ...                an image, by its key in the catalog, until it is whole
-    key | WHOLE_BIT      the same image once it is whole: the plain file
-    FOLDER_BIT | hash    a folder, by its path
+    2 ...                an image until it is whole; the number is its key in the catalog
+    key | WHOLE_BIT      the same image once it is whole (a plain file)
+    FOLDER_BIT | hash    a folder; the hash is of its path
 
-An image changes its number when it becomes whole, because the kernel refuses to mix reads through the daemon and
-reads of the plain file (passthrough) on one inode: files that were opened earlier stay on the old number. The
-bytes are the same.
+An image gets another number when it becomes whole. The reason is that the kernel refuses to mix
+reads through the daemon with reads of the plain file (passthrough) on one inode. Files that were
+opened earlier keep the old number. Both numbers give the same bytes.
 """
 
 import hashlib
@@ -29,10 +32,10 @@ def whole(key: int) -> int:
 
 
 def is_whole(inode: int) -> bool:
-    """Whether this is the number of a whole image."""
+    """Return whether this is the number of a whole image."""
     return not inode & FOLDER_BIT and inode & WHOLE_BIT != 0
 
 
 def key(inode: int) -> int:
-    """Return an image's key in the catalog, whichever of its two numbers `inode` is."""
+    """Return an image's key in the catalog; `inode` may be either of the image's two numbers."""
     return inode & ~WHOLE_BIT if is_whole(inode) else inode

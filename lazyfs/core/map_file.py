@@ -1,11 +1,13 @@
-"""The `.map` file beside a partial raw image: which blocks of it are true. All numbers little-endian.
+"""The `.map` file beside a partial raw image, which says which blocks of that file hold data.
 
-    page 0   header: magic, format version, CRC-32 of the rest of the header, the image it belongs to
-    page 1   counters: CRC-32, mixed_zero_bytes (reporting only; a torn page reads as 0)
+All numbers are little-endian.
+
+    page 0   header: magic, format version, CRC-32 of the rest of the header, the image
+    page 1   counters: CRC-32, mixed_zero_bytes (for reporting only; a torn page counts as 0)
     page 2.. one byte per block (see `block_map.py`), 4096 blocks a page
 
-The header is written once, before the first block is marked. A header that does not match the catalog
-(other inode, size, block size or export) means the map says nothing about this image.
+The header is written once, before the first block is marked. If the header does not match the
+catalog (another inode, size, block size or export), the map is not this image's and cannot be used.
 """
 
 import hashlib
@@ -23,13 +25,14 @@ COUNTERS_OFFSET = PAGE
 _MAGIC = b"LAZYFSMP"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sII")  # magic, version, CRC-32 of what follows
-_BODY = struct.Struct("<QQI32s32s")  # inode, size, block size, sha256 of export name, sha256 of identity
+# inode, size, block size, SHA-256 of the export's name, SHA-256 of its identity
+_BODY = struct.Struct("<QQI32s32s")
 _COUNTERS = struct.Struct("<IQ")  # CRC-32 of what follows, mixed_zero_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MapHeader:
-    """The image that a map belongs to."""
+    """Names the image that a map belongs to. `size` and `block_size` are in bytes."""
 
     inode: int
     size: int
@@ -38,15 +41,18 @@ class MapHeader:
     identity: str
 
     def encode(self) -> bytes:
-        """Return page 0."""
-        body = _BODY.pack(self.inode, self.size, self.block_size, _digest(self.export), _digest(self.identity))
+        """Return the header as page 0 of the file."""
+        body = _BODY.pack(
+            self.inode, self.size, self.block_size, _digest(self.export), _digest(self.identity)
+        )
         return (_PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(body)) + body).ljust(PAGE, b"\0")
 
     def check(self, page: bytes) -> None:
-        """Compare with a page 0 read from disk.
+        """Check that a page 0 which was read from disk is the header of this image.
 
         Raises:
-            CacheCorrupt: it is damaged, of another version of lazyfs, or another image's.
+            CacheCorrupt: the page is damaged, is of another format version, or belongs to another
+                image.
         """
         if len(page) < _PREFIX.size + _BODY.size:
             raise CacheCorrupt("the map is cut short")
@@ -54,7 +60,9 @@ class MapHeader:
         if magic != _MAGIC:
             raise CacheCorrupt("not a map")
         if version != _VERSION:
-            raise CacheCorrupt(f"a map of format version {version}; this lazyfs knows version {_VERSION}")
+            raise CacheCorrupt(
+                f"a map of format version {version}; this lazyfs knows version {_VERSION}"
+            )
         if zlib.crc32(page[_PREFIX.size : _PREFIX.size + _BODY.size]) != crc:
             raise CacheCorrupt("the map's header is damaged")
         if page[: _PREFIX.size + _BODY.size] != self.encode()[: _PREFIX.size + _BODY.size]:
@@ -62,13 +70,13 @@ class MapHeader:
 
 
 def encode_counters(mixed_zero_bytes: int) -> bytes:
-    """Return the start of page 1."""
+    """Return the counters as the first bytes of page 1."""
     body = struct.pack("<Q", mixed_zero_bytes)
     return struct.pack("<I", zlib.crc32(body)) + body
 
 
 def decode_counters(page: bytes) -> int:
-    """Return mixed_zero_bytes, 0 if the page is damaged."""
+    """Return mixed_zero_bytes, or 0 if the page is damaged."""
     if len(page) < _COUNTERS.size:
         return 0
     crc, mixed_zero_bytes = _COUNTERS.unpack_from(page)
@@ -76,7 +84,7 @@ def decode_counters(page: bytes) -> int:
 
 
 def page_offset(index: int) -> int:
-    """Return where page `index` of the block states lies in the file."""
+    """Return the offset in the file of page `index` of the block states."""
     return STATES_OFFSET + index * block_map.PAGE_BLOCKS
 
 

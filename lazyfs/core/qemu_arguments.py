@@ -1,19 +1,24 @@
-"""What QEMU's command line says of its block nodes: options that no QMP command reports, and a reopen resets.
+"""Reads what QEMU's command line says of its block nodes.
 
-Of `-drive` and `-blockdev`, the words are read as dotted keys ("backing.file.aio"), as QEMU itself reads them. From
-each node that a key names, the graph is followed downwards, and the options of a child are those below its role:
+This is needed for options which no QMP command reports, and which a reopen sets back to their
+defaults.
 
-    vm                     l2-cache-size=64M        -drive file=vm.qcow2,node-name=vm,l2-cache-size=64M,\\
-      | backing                                            backing.file.aio=native
-    #block1 (or lazyfs-2)
+The words of `-drive` and `-blockdev` are read as dotted keys ("backing.file.aio"), as QEMU itself
+reads them. Each key that names a node gives a start in the graph. From there the graph is followed
+downwards, and the options of a child are those whose keys begin with the child's role:
+
+    vm                     l2-cache-size=64M        -drive file=vm.qcow2,node-name=vm,\\
+      | backing                                            l2-cache-size=64M,\\
+    #block1 (or lazyfs-2)                                  backing.file.aio=native
       | file
     #block2 (or lazyfs-1)  aio=native
 
-A node that was added later is not there, and then its options are not known; so are options that were changed since.
-An option that is there and not in the tables below is told (`Known.strange`), so that no node is reopened without it.
+The command line does not have nodes that were added later, so their options are not known. Nor are
+options known that were changed since QEMU started. If the command line gives a node an option which
+the tables below do not have, `Known.strange` names it, so that no node is reopened without it.
 
-Source: QEMU 7.2, util/keyval.c, blockdev.c (qemu_common_drive_opts, drive_new), qapi/block-core.json
-(BlockdevOptionsQcow2, BlockdevOptionsFile, BlockdevOptionsRaw).
+Source: QEMU 7.2, util/keyval.c, blockdev.c (qemu_common_drive_opts, drive_new),
+qapi/block-core.json (BlockdevOptionsQcow2, BlockdevOptionsFile, BlockdevOptionsRaw).
 """
 
 import itertools
@@ -28,21 +33,27 @@ from lazyfs.core.qemu_graph import NEW_NAMES, Graph, Known
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """One -drive or -blockdev."""
+    """Holds one -drive or -blockdev option of the command line."""
 
     kind: str
     options: Mapping[str, object]
-    """By dotted keys. The values are words, or what JSON has."""
+    """The options by their dotted keys. The values are words, or what JSON has."""
 
     def named(self) -> Iterator[tuple[str, str]]:
-        """Yield the name of each node that is named here, with what stands before its options: "backing." or ""."""
+        """Yield (name, prefix) for each node that is named here.
+
+        The keys of the node's options begin with the prefix, such as "backing." or "".
+        """
         for key, value in self.options.items():
             if isinstance(value, str) and (key == "node-name" or key.endswith(".node-name")):
                 yield value, key.removesuffix("node-name")
 
 
 def disks(words: Sequence[str]) -> list[Disk]:
-    """Read the words of a command line; what is not understood is left out."""
+    """Return the disks that the words of a command line describe.
+
+    A value that cannot be parsed gives a disk without options.
+    """
     found = []
     for option, value in itertools.pairwise(words):
         kind = option.lstrip("-")
@@ -52,18 +63,26 @@ def disks(words: Sequence[str]) -> list[Disk]:
 
 
 def held(command_line: Sequence[Disk], names: Sequence[str]) -> set[str]:
-    """Return which nodes the monitor is known to hold: each that is a -blockdev of its own, and those made by lazyfs.
+    """Return the nodes that QEMU's monitor is known to hold.
 
-    Those of blockdev-add are held, too, but nothing tells them from the children they were added with.
+    These are the nodes that are a -blockdev of their own, and the nodes made by lazyfs. The monitor
+    also holds the nodes that blockdev-add made, but they cannot be told from the children that were
+    added with them.
     """
     ours = {name for name in names if name.startswith(NEW_NAMES)}
     ours -= {name for disk in command_line for name, _ in disk.named()}
-    tops = {name for disk in command_line if disk.kind == "blockdev" for name, prefix in disk.named() if not prefix}
+    tops = {
+        name
+        for disk in command_line
+        if disk.kind == "blockdev"
+        for name, prefix in disk.named()
+        if not prefix
+    }
     return (tops & set(names)) | ours
 
 
 def known(command_line: Sequence[Disk], graph: Graph) -> Known:
-    """Return the options of all nodes that can be found from the command line."""
+    """Return the options of all nodes of the graph that can be found from the command line."""
     reader = _Reader(command_line, graph)
     for disk in command_line:
         for name, prefix in disk.named():
@@ -79,10 +98,12 @@ class _Reader:
         self.options: dict[str, dict[str, Any]] = {}
         self.strange: dict[str, str] = {}
         self._graph = graph
-        self._named = {name: (disk, prefix) for disk in command_line for name, prefix in disk.named()}
+        self._named = {
+            name: (disk, prefix) for disk in command_line for name, prefix in disk.named()
+        }
 
     def read(self, disk: Disk, name: str, prefix: str) -> None:
-        """Take the options of node `name`, and of what is below it, that begin with `prefix`."""
+        """Take the options that begin with `prefix`, for node `name` and all nodes below it."""
         node = self._graph.nodes.get(name)
         if node is None:
             return
@@ -92,15 +113,17 @@ class _Reader:
         for role, child in self._graph.children(name).items():
             key = prefix + role
             word = disk.options.get(key)
-            if word is None or (disk.kind == "drive" and key == "file"):  # there it is a file's name
+            # In a -drive the value of "file" is the name of a file, not of a node.
+            if word is None or (disk.kind == "drive" and key == "file"):
                 self.read(disk, child, f"{key}.")
             elif child.startswith(NEW_NAMES) and isinstance(word, str) and word in self._named:
                 other, start = self._named[word]
-                self.read(other, child, start)  # it was made in the place of that one
+                self.read(other, child, start)  # lazyfs made `child` in the place of node `word`.
 
     def _take(self, disk: Disk, name: str, prefix: str, table: Mapping[str, "_Read"]) -> None:
         options = self.options.setdefault(name, {})
-        if disk.kind == "drive" and table is _FILE and "aio" in disk.options:  # the whole chain's
+        if disk.kind == "drive" and table is _FILE and "aio" in disk.options:
+            # The aio= of a -drive holds for all file nodes of its chain.
             options.setdefault("aio", disk.options["aio"])
         for key, value in disk.options.items():
             own = key.removeprefix(prefix)
@@ -115,17 +138,18 @@ class _Reader:
             else:
                 folder, _, last = own.rpartition(".")
                 (options.setdefault(folder, {}) if folder else options)[last] = read
-        if "encrypt" in options:  # QMP wants the format; block/qcow2.c: a system emulator opens no other
+        if "encrypt" in options:
+            # QMP requires the format. A system emulator opens no other (block/qcow2.c).
             options["encrypt"].setdefault("format", "luks")
 
 
-# -- options, and what QMP wants of their values
+# -- options, and the types of value that QMP requires for them
 
 _Read = Callable[[object], Any]
 
 
 def _flag(value: object) -> bool:
-    """qapi/qapi-util.c, qapi_bool_parse."""
+    """Read a boolean as qapi/qapi-util.c, qapi_bool_parse, does."""
     if isinstance(value, bool):
         return value
     if value in ("on", "yes", "true", "y"):
@@ -136,10 +160,12 @@ def _flag(value: object) -> bool:
 
 
 def _number(value: object) -> int:
-    """util/cutils.c, qemu_strtosz, without fractions."""
+    """Read a size as util/cutils.c, qemu_strtosz, does, but without fractions."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)([bkmgtpe]?)", value, re.ASCII | re.IGNORECASE)):
+    if isinstance(value, str) and (
+        found := re.fullmatch(r"(\d+)([bkmgtpe]?)", value, re.ASCII | re.IGNORECASE)
+    ):
         return int(found[1]) << 10 * max("bkmgtpe".find(found[2].lower()), 0)
     raise ValueError(value)
 
@@ -156,41 +182,55 @@ def _discard(value: object) -> str:
 
 _ROLES = frozenset({"file", "backing", "data-file"})
 _REPORTED = frozenset(
-    {"driver", "node-name", "filename", "read-only", "detect-zeroes", "cache", "cache.direct", "cache.no-flush"}
+    {
+        "driver",
+        "node-name",
+        "filename",
+        "read-only",
+        "detect-zeroes",
+        "cache",
+        "cache.direct",
+        "cache.no-flush",
+    }
 )
-"""QEMU reports them, and what it reports is repeated."""
+"""Options that QEMU reports. A reopen repeats what QEMU reports, so they are not read here."""
 
 _COMMON: Mapping[str, _Read] = {"discard": _discard, "force-share": _flag, "auto-read-only": _flag}
 _RAW: Mapping[str, _Read] = {**_COMMON, "offset": _number, "size": _number}
 _FILE: Mapping[str, _Read] = {
-    **_COMMON, "aio": _word, "aio-max-batch": _number, "locking": _word, "pr-manager": _word, "drop-cache": _flag,
-    "x-check-cache-dropped": _flag,
+    **_COMMON, "aio": _word, "aio-max-batch": _number, "locking": _word, "pr-manager": _word,
+    "drop-cache": _flag, "x-check-cache-dropped": _flag,
 }  # fmt: skip
 _SECTIONS = (
-    "main-header", "active-l1", "active-l2", "refcount-table", "refcount-block", "snapshot-table", "inactive-l1",
-    "inactive-l2", "bitmap-directory",
+    "main-header", "active-l1", "active-l2", "refcount-table", "refcount-block", "snapshot-table",
+    "inactive-l1", "inactive-l2", "bitmap-directory",
 )  # fmt: skip
 _QCOW2: Mapping[str, _Read] = {
-    **_COMMON, "lazy-refcounts": _flag, "pass-discard-request": _flag, "pass-discard-snapshot": _flag,
-    "pass-discard-other": _flag, "discard-no-unref": _flag, "overlap-check": _word, "overlap-check.template": _word,
+    **_COMMON, "lazy-refcounts": _flag, "pass-discard-request": _flag,
+    "pass-discard-snapshot": _flag, "pass-discard-other": _flag, "discard-no-unref": _flag,
+    "overlap-check": _word, "overlap-check.template": _word,
     **{f"overlap-check.{section}": _flag for section in _SECTIONS},
-    "cache-size": _number, "l2-cache-size": _number, "l2-cache-entry-size": _number, "refcount-cache-size": _number,
-    "cache-clean-interval": _number, "encrypt.format": _word, "encrypt.key-secret": _word,
+    "cache-size": _number, "l2-cache-size": _number, "l2-cache-entry-size": _number,
+    "refcount-cache-size": _number, "cache-clean-interval": _number, "encrypt.format": _word,
+    "encrypt.key-secret": _word,
 }  # fmt: skip
 _TABLES = {"raw": _RAW, "file": _FILE, "qcow2": _QCOW2}
 
 _OF_DRIVES = re.compile(
-    r"id|if|bus|unit|index|media|snapshot|format|aio|werror|rerror|readonly|copy-on-read|group|cache\.writeback|"
-    r"stats-.*|throttling\..*|iops.*|bps.*|serial|addr|cyls|heads|secs|trans"
+    r"id|if|bus|unit|index|media|snapshot|format|aio|werror|rerror|readonly|copy-on-read|group|"
+    r"cache\.writeback|stats-.*|throttling\..*|iops.*|bps.*|serial|addr|cyls|heads|secs|trans"
 )
-"""What is said of a -drive itself, not of its top node."""
+"""Options of the -drive itself, which are not options of its top node."""
 
 
 # -- words
 
 
 def _pairs(text: str) -> dict[str, object]:
-    """`a=b,c=d`, where a comma in a value is doubled; the first may be a driver alone, others are switched on."""
+    """Read `a=b,c=d`, where a comma in a value is doubled.
+
+    The first word may be the name of a driver alone. Any other word without "=" means "on".
+    """
     found: dict[str, object] = {}
     for number, pair in enumerate(text.replace(",,", "\0").split(",")):
         key, equals, value = pair.replace("\0", ",").partition("=")
@@ -212,5 +252,9 @@ def _json(text: str) -> dict[str, object]:
 
 def _flat(prefix: str, value: object) -> list[tuple[str, object]]:
     if isinstance(value, dict):
-        return [pair for key, below in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else key, below)]
+        return [
+            pair
+            for key, below in value.items()
+            for pair in _flat(f"{prefix}.{key}" if prefix else key, below)
+        ]
     return [(prefix, value)]

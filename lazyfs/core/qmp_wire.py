@@ -1,14 +1,16 @@
-"""The QMP wire, both roles, without I/O: bytes in, messages out.
+"""The QMP protocol for servers and clients, without input or output: bytes in, messages out.
 
-Source: QEMU's "QEMU Machine Protocol Specification" (docs/interop/qmp-spec). One JSON object after
-another; a server writes each on a line of its own ending in CR LF and greets first; a client negotiates
-with `qmp_capabilities` before any other command.
+A message is a JSON object, and messages follow one another. A server writes each message on a line
+of its own that ends in CR LF, and begins with a greeting. A client must negotiate with
+`qmp_capabilities` before it sends any other command.
 
     S: {"QMP": {"version": {...}, "capabilities": []}}
     C: {"execute": "qmp_capabilities"}
     S: {"return": {}}
     C: {"execute": "query-images", "id": 1}
     S: {"return": [...], "id": 1}     or     {"error": {"class": ..., "desc": ...}, "id": 1}
+
+Source: QEMU's "QEMU Machine Protocol Specification" (docs/interop/qmp-spec).
 """
 
 import json
@@ -18,13 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_MESSAGE = 64 * 1024
-"""Bytes of the longest message a server accepts: a command is a few hundred; more is a mistake or an attack."""
+"""The longest message in bytes that a server accepts. A command has a few hundred bytes, so a
+longer message is a mistake or an attack."""
 
 JsonObject = dict[str, Any]
 
 
 class WireError(Exception):
-    """What arrived is not a QMP message; `desc` goes back to the peer as a GenericError."""
+    """What arrived is not a QMP message. `desc` is sent back to the peer as a GenericError."""
 
     def __init__(self, desc: str) -> None:
         super().__init__(desc)
@@ -42,7 +45,7 @@ class CommandError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One `execute`."""
+    """Holds one command that a client sent (`execute`)."""
 
     name: str
     arguments: JsonObject
@@ -51,7 +54,10 @@ class Command:
 
 
 class Decoder:
-    """Cuts a byte stream into JSON objects. QMP clients may put white space, or nothing, between objects."""
+    """Cuts a stream of bytes into JSON objects.
+
+    QMP clients may put white space, or nothing, between two objects.
+    """
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         self._max_message = max_message
@@ -65,8 +71,8 @@ class Decoder:
         """Yield each object that `data` completes.
 
         Raises:
-            WireError: not JSON, not an object, or longer than allowed. The stream cannot be resynchronised:
-                close it.
+            WireError: the bytes are not JSON, not an object, or longer than allowed. The start of
+                the next message cannot be found after that, so the stream must be closed.
         """
         self._pending += data
         while (end := self._find_end()) is not None:
@@ -115,7 +121,7 @@ class Decoder:
 
 
 def _finite(number: str) -> float:
-    # Python reads NaN, Infinity and 1e999, and would write them back, as no other JSON parser does.
+    # Python reads NaN, Infinity and 1e999, and writes them back. No other JSON parser accepts them.
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number} is not a JSON number")
@@ -123,29 +129,33 @@ def _finite(number: str) -> float:
 
 
 def encode(message: JsonObject) -> bytes:
-    """Return one message as a line."""
+    """Return one message as a line that ends in CR LF."""
     return json.dumps(message, separators=(", ", ": ")).encode() + b"\r\n"
 
 
 @dataclass(slots=True)
 class ServerSession:
-    """The server's side of one connection: negotiation and the shape of commands and answers."""
+    """Handles the server's side of one connection.
+
+    It does the negotiation and checks the form of commands.
+    """
 
     package: str
     version: tuple[int, int, int]
     negotiated: bool = field(default=False, init=False)
 
     def greeting(self) -> JsonObject:
-        """Return the first message."""
+        """Return the first message, which the server sends without being asked."""
         major, minor, micro = self.version
         qemu = {"major": major, "minor": minor, "micro": micro}
         return {"QMP": {"version": {"qemu": qemu, "package": self.package}, "capabilities": []}}
 
     def command(self, message: JsonObject) -> Command:
-        """Return the command that `message` is.
+        """Return the command that `message` contains, and note a successful negotiation.
 
         Raises:
-            CommandError: it is none, or capabilities negotiation has to come first (CommandNotFound, as in QEMU).
+            CommandError: the message is not a command, or capabilities must be negotiated first
+                (the error class is CommandNotFound then, as in QEMU).
         """
         unknown = set(message) - {"execute", "arguments", "id"}
         if unknown:
@@ -157,15 +167,22 @@ class ServerSession:
         if not isinstance(arguments, dict):
             raise CommandError("QMP input member 'arguments' must be an object")
         if not self.negotiated and name != "qmp_capabilities":
-            raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+            raise CommandError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+            )
         if name == "qmp_capabilities":
             if self.negotiated:
-                raise CommandError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+                raise CommandError(
+                    "Capabilities negotiation is already complete, command ignored",
+                    "CommandNotFound",
+                )
             enable = arguments.get("enable", [])
             if not isinstance(enable, list):
                 raise CommandError("Invalid parameter type for 'enable', expected: array")
             if enable:
-                raise CommandError("Parameter 'enable' must be empty: this server has no capabilities")
+                raise CommandError(
+                    "Parameter 'enable' must be empty: this server has no capabilities"
+                )
             if unexpected := set(arguments) - {"enable"}:
                 raise CommandError(f"Parameter '{min(unexpected)}' is unexpected")
             self.negotiated = True
@@ -173,19 +190,23 @@ class ServerSession:
 
 
 def returned(message: JsonObject, value: object) -> JsonObject:
-    """Return the answer to the command `message`."""
+    """Return the answer to the command in `message`, with the same id."""
     return _with_id({"return": value}, message)
 
 
 def failed(message: JsonObject, error: CommandError) -> JsonObject:
-    """Return the failure of the command `message`."""
+    """Return the answer which says that the command in `message` failed, with the same id."""
     return _with_id({"error": {"class": error.kind, "desc": error.desc}}, message)
 
 
 def event(name: str, data: JsonObject, time_us: int) -> JsonObject:
     """Return an event that happened `time_us` microseconds after the epoch."""
     seconds, microseconds = divmod(time_us, 1_000_000)
-    return {"event": name, "data": data, "timestamp": {"seconds": seconds, "microseconds": microseconds}}
+    return {
+        "event": name,
+        "data": data,
+        "timestamp": {"seconds": seconds, "microseconds": microseconds},
+    }
 
 
 def _with_id(answer: JsonObject, message: JsonObject) -> JsonObject:

@@ -1,7 +1,10 @@
-"""The file that the mount shows for an image: which of its bytes are made up, and which are the export's.
+"""The file that the mount shows for an image.
 
-raw      the export as it is
-qcow2    the finished qcow2: metadata computed from the size, then the export, then zeroes up to a whole cluster
+Some of its bytes are computed, and the rest are the export's:
+
+    raw      the export as it is
+    qcow2    the finished qcow2: metadata that is computed from the size, then the export, then
+             zeroes up to a whole cluster
 """
 
 from dataclasses import dataclass
@@ -14,31 +17,39 @@ from lazyfs.units import MiB
 RAW, QCOW2 = "raw", "qcow2"
 FORMATS = (RAW, QCOW2)
 SUFFIX = {RAW: "", QCOW2: ".qcow2"}
-"""Of the file's name."""
+"""The suffix of the shown file's name, by format."""
 MAX_BLOCK_SIZE = {RAW: 4 * MiB, QCOW2: qcow2_layout.MAX_CLUSTER_SIZE}
-"""Of an image's blocks. For raw no more, as a reader waits for a whole block."""
+"""The largest size of an image's blocks in bytes, by format. Blocks of raw images are not larger,
+because a reader waits for a whole block."""
 
 
 class ShownFile(Protocol):
-    """A file that never changes, whatever of it is present."""
+    """Describes the file that is shown for an image.
+
+    The file is the same whether its data is present or missing.
+    """
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
+        """Return the size of the whole file in bytes."""
         ...
 
     @property
     def metadata_size(self) -> int:
-        """Bytes that are made up and take room on the disk."""
+        """Return how many bytes are computed and also need space on the disk."""
         ...
 
     def split(self, wanted: ByteRange) -> list[bytes | ByteRange]:
-        """Return the bytes of `wanted`, which lies in the file, in order: as they are, or as a range of the export."""
+        """Return the parts of `wanted` in order.
+
+        A part is either the bytes themselves or a range of the export. `wanted` must lie inside
+        the file.
+        """
         ...
 
 
 def of(image_format: str, export_size: int, cluster_size: int) -> ShownFile:
-    """Return the file for an export of `export_size` bytes."""
+    """Return the file that is shown for an export of `export_size` bytes."""
     if image_format == RAW:
         return RawFile(export_size)
     return Qcow2File(export_size, qcow2_layout.layout(export_size, cluster_size))
@@ -46,35 +57,35 @@ def of(image_format: str, export_size: int, cluster_size: int) -> ShownFile:
 
 @dataclass(frozen=True, slots=True)
 class RawFile:
-    """The export, byte for byte."""
+    """Shows the export byte for byte."""
 
     size: int
     metadata_size: int = 0
 
     def split(self, wanted: ByteRange) -> list[bytes | ByteRange]:
-        """Return all as one range."""
+        """Return all of `wanted` as one range of the export."""
         return [wanted] if wanted.length else []
 
 
 @dataclass(frozen=True, slots=True)
 class Qcow2File:
-    """The finished qcow2."""
+    """Shows the finished qcow2."""
 
     export_size: int
     layout: qcow2_layout.Layout
 
     @property
     def size(self) -> int:
-        """Whole clusters."""
+        """Return the size of the whole file in bytes, which is a number of whole clusters."""
         return self.layout.file_size
 
     @property
     def metadata_size(self) -> int:
-        """All before the data."""
+        """Return the size of everything before the data, in bytes."""
         return self.layout.data_offset
 
     def split(self, wanted: ByteRange) -> list[bytes | ByteRange]:
-        """Return metadata, a range of the export, and zeroes: any of them."""
+        """Return up to three parts: metadata, a range of the export, and zeroes."""
         data = self.layout.data_offset
         data_end = data + self.export_size
         parts: list[bytes | ByteRange] = []

@@ -1,1 +1,4 @@
-"""What lazyfs knows of QEMU: moving running guests to plain files, and the overlays that need an image."""
+"""What lazyfs does with QEMU.
+
+It moves running guests to plain files, and finds the overlays that need an image.
+"""

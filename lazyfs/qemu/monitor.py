@@ -1,4 +1,8 @@
-"""QEMU's monitor: connecting, with deadlines, and commands whose failures are told apart by what may be done then."""
+"""QEMU's monitor: connects to it, and runs commands, with a deadline for each.
+
+The errors of a command say whether QEMU still answers, and so whether earlier commands can be
+undone.
+"""
 
 import asyncio
 import logging
@@ -14,43 +18,52 @@ from lazyfs.host import process_files
 from lazyfs.units import MiB
 
 CONNECT_S = 5.0
-"""For connecting and the greeting. QEMU greets within milliseconds; it keeps a second client of one socket waiting for
-ever, and other programs' sockets never greet."""
+"""The deadline for connecting and the greeting. QEMU greets within milliseconds. But it keeps a
+second client of one socket waiting for ever, and the sockets of other programs never greet."""
 
 COMMAND_S = 30.0
-"""For each command: blockdev-reopen waits for all requests in flight, so for the slowest disk of the VM."""
+"""The deadline for each command. A blockdev-reopen waits for all requests in flight, and so for the
+slowest disk of the VM."""
 
 OWN_PACKAGE = "lazyfs"
-"""What lazyfs's own control sockets say in their greeting."""
+"""The package that lazyfs's own control sockets name in their greeting."""
 
 MAX_ANSWER = 64 * MiB
-"""Bytes of the longest answer: about 1 KiB for each block node."""
+"""The longest accepted answer in bytes. An answer has about 1 KiB for each block node."""
 
 
 class NoQemu(errors.UserError):
-    """No QEMU is at the socket: nobody listens, or a program that does not speak its protocol."""
+    """No QEMU is at the socket.
+
+    Either no process listens there, or it is a program that does not speak QEMU's protocol.
+    """
 
 
 class StepFailed(errors.UserError):
-    """QEMU refused one command, or a check of ours failed; QEMU goes on. The text begins with the step's name."""
+    """QEMU refused one command, or a check of ours failed. QEMU still answers.
+
+    The message begins with the name of the step.
+    """
 
 
 class Lost(errors.UserError):
-    """QEMU answers no more: nothing can be undone."""
+    """QEMU no longer answers, so nothing can be undone."""
 
 
 class Monitor:
-    """Runs QMP commands, with a deadline for each."""
+    """Runs QMP commands, with a deadline of COMMAND_S for each."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
 
     async def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
-        """Return what the command returned. A debugging command that prints something has failed.
+        """Run a command and return its result.
+
+        A debugging command (human-monitor-command) that prints something counts as failed.
 
         Raises:
-            StepFailed: QEMU refused.
-            Lost: no answer.
+            StepFailed: QEMU refused the command.
+            Lost: QEMU did not answer in time, or the connection has ended.
         """
         from qemu.qmp import ExecuteError, QMPError
 
@@ -60,7 +73,9 @@ class Monitor:
         except ExecuteError as error:
             raise StepFailed(f"{command}: {error}") from error
         except TimeoutError:
-            raise Lost(f"{command}: no answer in {COMMAND_S:g} s; run pivot again when QEMU answers") from None
+            raise Lost(
+                f"{command}: no answer in {COMMAND_S:g} s; run pivot again when QEMU answers"
+            ) from None
         except (QMPError, OSError, EOFError) as error:
             raise Lost(f"{command}: QEMU hung up, or has ended") from error
         if command == "human-monitor-command" and answer:
@@ -70,10 +85,14 @@ class Monitor:
 
 @asynccontextmanager
 async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
-    """Connect to a QMP socket; yield the monitor and the process that made the socket.
+    """Connect to the QMP socket at `path`, and disconnect at the end.
+
+    Yields:
+        The monitor, and the id of the process that made the socket.
 
     Raises:
-        UserError: there is no QMP server, or it is silent.
+        NoQemu: there is no QMP server, or it is lazyfs's own control socket.
+        UserError: the server does not greet in time, or cannot be reached.
     """
     from qemu.qmp import QMPClient, QMPError
 
@@ -86,12 +105,13 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
                 await client.connect(connection)
         except TimeoutError:
             raise errors.UserError(
-                f"no QMP greeting in {CONNECT_S:g} s: no QEMU, one that hangs, or another client is connected"
+                f"no QMP greeting in {CONNECT_S:g} s: this is not a QEMU, or it hangs, "
+                "or another client is connected"
             ) from None
         except (QMPError, OSError, EOFError, ValueError) as error:
             hung_up = isinstance(getattr(error, "exc", error), EOFError | OSError)
-            reason = "it hung up" if hung_up else "it greets otherwise"
-            raise NoQemu(f"this is no QMP server: {reason}") from error
+            reason = "it hung up" if hung_up else "its greeting is not QMP's"
+            raise NoQemu(f"this is not a QMP server: {reason}") from error
         if _package(client) == OWN_PACKAGE:
             await _disconnect(client)
             raise NoQemu("this is lazyfs's own control socket; name the QMP sockets of QEMUs")
@@ -110,14 +130,14 @@ async def _disconnect(client: Any) -> None:
 
 
 def _package(client: Any) -> object:
-    """Return what the greeting says of the program."""
+    """Return the package that the greeting names, or None."""
     return client.greeting.QMP.version.get("package") if client.greeting else None
 
 
 def _connect(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.settimeout(CONNECT_S)  # only so that a full queue is an error at once
+        connection.settimeout(CONNECT_S)  # With a timeout, connect() to a full queue fails at once.
         connection.connect(path)
     except OSError as error:
         connection.close()
@@ -125,7 +145,7 @@ def _connect(path: str) -> socket.socket:
         if isinstance(error, ConnectionRefusedError):
             if is_socket(path):
                 raise NoQemu("nobody listens: its QEMU has ended") from error
-            reason = "this is no socket"
+            reason = "this is not a socket"
         elif isinstance(error, BlockingIOError):
             reason = "other clients wait for this QEMU already"
         raise errors.UserError(reason) from error
@@ -133,7 +153,7 @@ def _connect(path: str) -> socket.socket:
 
 
 def is_socket(path: str) -> bool:
-    """Whether `path` names a UNIX socket."""
+    """Return whether `path` names a UNIX socket."""
     try:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:

@@ -1,8 +1,9 @@
 """Finds which images are backing files of the qcow2 files below some folders, by reading headers.
 
-Runs beside a mount that it must never ask (doc/CONCURRENCY.md): paths are resolved by hand, one part after the other,
-and what lies at or below a lazyfs mount is taken by its name only. Symlinks below the folders are not followed; those
-in the names of backing files are, as QEMU does.
+The scan runs in the daemon, so it must never ask the daemon's own mount (doc/CONCURRENCY.md). For
+this reason it resolves paths itself, one component after the other, and of a file at or below a
+lazyfs mount it uses only the name. It does not follow symlinks below the folders. It follows
+symlinks in the names of backing files, as QEMU does.
 """
 
 import errno
@@ -15,14 +16,18 @@ from lazyfs.core import overlay
 from lazyfs.host import mounts
 
 _MAX_LINKS = 40
-"""Symlinks in one path, as in Linux."""
+"""The largest number of symlinks in one path, as in Linux."""
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL})
-"""Of a name that leads nowhere: QEMU could not open it either. Or it was removed while we looked."""
+"""Errors for a name that leads nowhere. QEMU could not open it either, or it was removed during the
+scan."""
 
 
 class OverlayScan:
-    """The overlays of one host, as far as they concern one mount. Blocks; any thread."""
+    """Finds the overlays on one host that concern one mount.
+
+    Its method blocks, and any thread may call it.
+    """
 
     def __init__(
         self,
@@ -31,24 +36,31 @@ class OverlayScan:
         cache_dir: str,
         lazyfs_mounts: Callable[[], Iterable[mounts.Mount]] = mounts.lazyfs_mounts,
     ) -> None:
-        """All paths absolute and without symlinks; `cache_dir` has the same images, as plain files."""
+        """All paths are absolute and have no symlinks.
+
+        Args:
+            folders: where to look for overlays.
+            mountpoint: where the mount shows the images.
+            cache_dir: the folder that has the same images as plain files.
+            lazyfs_mounts: returns all lazyfs mounts of the host.
+        """
         self._folders = folders
         self._mountpoint = mountpoint
         self._cache_dir = cache_dir
         self._lazyfs_mounts = lazyfs_mounts
 
     def backing_files(self) -> frozenset[str]:
-        """Return the images that overlays need, by their path relative to the mountpoint.
+        """Return the images that overlays need, as paths relative to the mountpoint.
 
         Raises:
-            UserError: a folder or a file cannot be read, so there may be more.
+            UserError: a folder or a file cannot be read, so overlays may exist that were not found.
         """
         elsewhere = {mount.mountpoint for mount in self._lazyfs_mounts()}
         return _Scan(self._mountpoint, self._cache_dir, elsewhere).of(self._folders)
 
 
 class _Scan:
-    """One scan: what has been seen, and what was found."""
+    """Does one scan, and holds which files it has seen and which images it has found."""
 
     def __init__(self, mountpoint: str, cache_dir: str, lazyfs_mounts: set[str]) -> None:
         self._ours = dict.fromkeys([mountpoint, cache_dir])
@@ -78,18 +90,22 @@ class _Scan:
                 with os.scandir(folder) as entries:
                     for entry in entries:
                         path = os.path.join(folder, entry.name)
-                        if path in self._no_go:  # before any question about it
+                        if path in self._no_go:  # A stat or open there would ask the mount.
                             continue
                         if entry.is_dir(follow_symlinks=False):
                             pending.append(path)
                         elif entry.is_file(follow_symlinks=False):
                             yield path
             except OSError as error:
-                if error.errno != errno.ENOENT or folder == top:  # or it was removed since its parent was read
+                # A folder that is gone was removed after its parent was read.
+                if error.errno != errno.ENOENT or folder == top:
                     raise _unreadable(folder, error) from error
 
     def _backings_of(self, path: str, only_files: bool) -> list[str]:
-        """Return the paths of what a file says it lies upon, images noted and left out where that ends the chain."""
+        """Return the paths of the backing files that a file names, and note those that are images.
+
+        The result is empty if the chain ends there, because the backing file is raw.
+        """
         try:
             names, raw = _read_names(path, only_files)
         except OSError as error:
@@ -98,15 +114,19 @@ class _Scan:
             raise _unreadable(path, error) from error
         paths = [os.path.join(os.path.dirname(path), name) for name in names]
         for backing in paths:
-            self._note(os.path.normpath(backing))  # as it reads, too: somebody may have moved a symlink
-        if raw:  # what a guest wrote there is no header
+            # The path as it is written counts, too: a symlink in it may have been changed.
+            self._note(os.path.normpath(backing))
+        if raw:  # A guest wrote the content of a raw file, so a header in it means nothing.
             for backing in paths:
                 self._lead_to(backing)
             return []
         return paths
 
     def _lead_to(self, path: str) -> str | None:
-        """Return the file that a path leads to; note it if it is an image. None if it may not, or cannot, be opened."""
+        """Return the file that a path leads to, and note it if it is an image.
+
+        The result is None if the file does not exist, or must not be opened.
+        """
         try:
             resolved = self._resolve(path)
         except OSError as error:
@@ -122,7 +142,7 @@ class _Scan:
                 self._found.add(path[len(place.rstrip("/")) + 1 :])
 
     def _resolve(self, path: str) -> str:
-        """realpath(3), except that nothing at or below a lazyfs mount is asked for."""
+        """Return what realpath(3) does, but without asking anything at or below a lazyfs mount."""
         done = "/"
         parts = [part for part in reversed(path.split("/")) if part not in ("", ".")]
         links = 0
@@ -144,14 +164,18 @@ class _Scan:
         return done
 
     def _is_no_go(self, path: str) -> bool:
-        return any(path == place or path.startswith(place.rstrip("/") + "/") for place in self._no_go)
+        return any(
+            path == place or path.startswith(place.rstrip("/") + "/") for place in self._no_go
+        )
 
 
 def _read_names(path: str, only_files: bool) -> tuple[list[str], bool]:
-    """Read what a file says its backing file is, and whether that is raw; ([], False) if it has none or is no qcow2.
+    """Return the names in a file's header for its backing file, and whether that file is raw.
+
+    The result is ([], False) if the file names no backing file or is not a qcow2.
 
     Raises:
-        OSError.
+        OSError: the file cannot be read.
     """
     if not _has_header(os.lstat(path).st_mode, only_files):
         return [], False
@@ -168,7 +192,11 @@ def _read_names(path: str, only_files: bool) -> tuple[list[str], bool]:
 
 
 def _has_header(mode: int, only_files: bool) -> bool:
-    """A chain may lead to a block device; anything else is not even opened, as that may do something."""
+    """Return whether the file may be opened to look for a header.
+
+    A chain of backing files may lead to a block device. Other kinds of file are not opened, because
+    opening them can have effects.
+    """
     return stat.S_ISREG(mode) or (stat.S_ISBLK(mode) and not only_files)
 
 

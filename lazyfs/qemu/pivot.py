@@ -4,15 +4,16 @@
     look          what QEMU's block nodes and descriptors are          \\
     choose        which nodes to move (core.pivot_choice)               | for each QEMU
     plan          with which QMP commands (core.qemu_graph)             | on its own
-    carry out     step by step; when one fails, undo (pivot_steps)      |
+    carry out     step by step; if a step fails, undo (pivot_steps)     |
     check         /proc/PID/fd shows no old file                       /
 
-A path may lead elsewhere by now, so QEMU is moved only to what is proved to be the image that it has open, by a size
-and a time of change that lazyfs gives the image on every mount and the plain file (core.pivot_choice).
+A path may lead to another file than before. So QEMU is moved only to a file that is proved to be
+the image which QEMU has open. The proof is the size and the time of change, which lazyfs gives to
+the image on every mount and to the plain file (core.pivot_choice).
 
-The guest is neither stopped nor asked, and no overlay's header is written. Commands that changed something are never
-left half done by an interrupt: one node's steps end first. Until then a QEMU is only asked, never told, and a dry run
-ends there.
+The guest is not stopped and notices nothing, and no overlay's header is written. Until the step
+"carry out", QEMU is only asked and nothing is changed; a dry run ends there. An interrupt does not
+leave a node half changed: the steps of that node are finished first.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ from lazyfs.qemu import pivot_steps, pivot_survey
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 16
-"""QEMUs that are moved at the same time: a host has a few descriptors and threads for each."""
+"""How many QEMUs are moved at the same time. Each of them needs a few descriptors and threads."""
 
 GOOD = (Action.PIVOTED, Action.ALREADY, Action.MOVE)
 
@@ -44,7 +45,7 @@ Filling = Callable[[], Sequence[Mapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """What became of one node."""
+    """Says what happened to one node."""
 
     node: str
     path: str
@@ -54,33 +55,35 @@ class NodeReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one QEMU; `error` if not all of its nodes could be seen to."""
+    """Says what happened to one QEMU. `error` is set if not all of its nodes could be handled."""
 
     socket: str
     pid: int | None = None
     error: str = ""
     nodes: tuple[NodeReport, ...] = ()
     qemu: bool = True
-    """False if nobody listens there, or a program that does not speak QEMU's protocol."""
+    """False if no process listens at the socket, or one that does not speak QEMU's protocol."""
 
     @property
     def good(self) -> bool:
-        """Whether every node is on the file that its path names now."""
+        """Return whether every node has the file open that its path names now."""
         return not self.error and all(node.action in GOOD for node in self.nodes)
 
     @property
     def partial(self) -> bool:
-        """Whether nodes wait for images that are not whole."""
+        """Return whether nodes wait for images that are not whole."""
         return any(node.action is Action.PARTIAL for node in self.nodes)
 
     def lines(self) -> list[str]:
-        """Say for people what is well: a line for each node."""
+        """Return a line for people about each node that needs nothing more."""
         if self.good and not self.nodes:
-            return [_one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")]
+            return [
+                _one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")
+            ]
         return [self._line(node) for node in self.nodes if node.action in GOOD]
 
     def complaints(self) -> list[str]:
-        """Say for people what is not: a line for each."""
+        """Return a line for people about each node that was not moved, and about the error."""
         return [
             *(self._line(node) for node in self.nodes if node.action not in GOOD),
             *([_one_line(f"{self.socket}: {self.error}")] if self.error else []),
@@ -88,32 +91,44 @@ class Report:
 
     def _line(self, node: NodeReport) -> str:
         reason = f": {node.message}" if node.message else ""
-        return _one_line(f"{self.socket}: {node.action} {node.path} (node {node.node or '-'}, pid {self.pid}){reason}")
+        return _one_line(
+            f"{self.socket}: {node.action} {node.path} "
+            f"(node {node.node or '-'}, pid {self.pid}){reason}"
+        )
 
 
 def _one_line(text: str) -> str:
-    """Return it with escapes for what would end the line or steer the terminal: names have any bytes."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    """Return `text` with escapes for the characters that would end the line or steer the terminal.
+
+    Names can contain any bytes.
+    """
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user chose."""
+    """Holds what the user chose."""
 
     allow_hmp: bool = False
     dry_run: bool = False
 
 
 def sockets(paths: Sequence[str], folder: str | None) -> list[str]:
-    """Return the QMP sockets that are meant, each once: `paths`, and every UNIX socket in `folder`.
+    """Return the QMP sockets that the user named: `paths`, and every UNIX socket in `folder`.
+
+    A socket that is named twice is returned once.
 
     Raises:
         UserError: the folder cannot be read.
-        UsageError: an empty name.
+        UsageError: a name is empty.
     """
     found = list(paths)
     if "" in found or folder == "":
-        raise errors.UsageError("an empty name: name a QMP socket, or a folder of them with --all-in")
+        raise errors.UsageError(
+            "an empty name: name a QMP socket, or a folder of them with --all-in"
+        )
     if folder is not None:
         try:
             inside = sorted(os.path.join(folder, name) for name in os.listdir(folder))
@@ -132,14 +147,19 @@ def run(
     wait: Callable[[Filling], None] | None = None,
     tell: Callable[[Report], None] = lambda report: None,
 ) -> list[Report]:
-    """Pivot each QEMU, independently of the others. Blocks; interrupted, it ends the node that it is at.
+    """Pivot each QEMU, independently of the others.
+
+    This blocks. When it is interrupted, it first finishes the steps of the nodes that are being
+    moved.
 
     Args:
-        qmp_sockets: Where the QEMUs are.
-        options: What the user chose.
-        wait: Is called when nodes wait for images, and returns when what it is given returns no more images that are
-            not whole; then those QEMUs are pivoted again. None: not waited for.
-        tell: Is called with each report; with one on a QEMU that is waited for before and after.
+        qmp_sockets: where the QEMUs are.
+        options: what the user chose.
+        wait: is called if nodes wait for images. It must return when the function it is given
+            returns no more images. Then the QEMUs of those nodes are pivoted again. If `wait` is
+            None, nothing is waited for.
+        tell: is called with each report. For a QEMU that is waited for it is called twice: with
+            the nodes that did not wait, and later with those that did.
 
     Returns:
         One report for each QEMU.
@@ -163,16 +183,20 @@ def run(
 
 
 def _merge(first: Report, second: Report) -> Report:
-    """Return the first report on a QEMU, with what the second says of the nodes that waited then."""
+    """Return the first report on a QEMU, with the second one's results for nodes that waited."""
     later = {node.node: node for node in second.nodes}
-    nodes = (later.get(node.node, node) if node.action is Action.PARTIAL else node for node in first.nodes)
+    nodes = (
+        later.get(node.node, node) if node.action is Action.PARTIAL else node
+        for node in first.nodes
+    )
     return replace(second, pid=first.pid, nodes=tuple(nodes))
 
 
 def _filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Return the images, as `query-images` has them, that nodes of living QEMUs wait for and that may become whole.
+    """Return the images that nodes of living QEMUs wait for and that may become whole.
 
-    Also those whose path does not lead to the whole image yet.
+    They are described as `query-images` does. A whole image counts, too, while its path does not
+    lead to the whole image yet.
     """
     wanted = {
         node.path: None
@@ -185,22 +209,31 @@ def _filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
     for path in wanted:
         mount = mounts.mount_of(os.path.realpath(path))
         if mount is not None:
-            with suppress(errors.UserError):  # it is gone; the next pivot says so
+            with suppress(errors.UserError):  # The daemon has ended. The next pivot reports it.
                 inside = os.path.relpath(os.path.realpath(path), mount.mountpoint)
                 images = control_client.query(mount, inside)["images"]
-                found += [image for image in images if image["state"] != "failed" and not _is_there(image, mount)]
+                found += [
+                    image
+                    for image in images
+                    if image["state"] != "failed" and not _is_there(image, mount)
+                ]
     return found
 
 
 def _is_there(image: Mapping[str, Any], mount: mounts.Mount) -> bool:
-    """Whether the path leads to the whole image, or elsewhere: then there is nothing to wait for."""
+    """Return whether there is nothing to wait for.
+
+    That is so if the path leads to the whole image, or to something else than this mount.
+    """
     if image["state"] != "whole":
         return False
     try:
         now = process_files.place_of(image["path"])
     except OSError:
         return True
-    return now.device != process_files.device_number(mount.device) or inode_number.is_whole(now.inode)
+    return now.device != process_files.device_number(mount.device) or inode_number.is_whole(
+        now.inode
+    )
 
 
 # -- one QEMU
@@ -218,7 +251,7 @@ async def _run(qmp_sockets: Sequence[str], options: Options) -> list[Report]:
 
 
 async def _pivot(path: str, lazyfs: pivot_survey.Lazyfs, options: Options) -> Report:
-    """Pivot one QEMU; whatever happens there is its report, so that the others go on."""
+    """Pivot one QEMU. Any failure becomes part of its report, so that the other QEMUs go on."""
     qemu, is_qemu = None, True
     try:
         async with qemu_monitor.connected(path) as (monitor, pid):
@@ -232,7 +265,11 @@ async def _pivot(path: str, lazyfs: pivot_survey.Lazyfs, options: Options) -> Re
     except Exception as error:
         logger.debug("a bug in lazyfs: socket=%s", path, exc_info=True)
         trouble = f"the pivot failed, a bug in lazyfs: {error!r}"
-    return Report(path, qemu.pid, trouble, tuple(qemu.reports)) if qemu else Report(path, None, trouble, (), is_qemu)
+    return (
+        Report(path, qemu.pid, trouble, tuple(qemu.reports))
+        if qemu
+        else Report(path, None, trouble, (), is_qemu)
+    )
 
 
 @dataclass(slots=True)
@@ -244,10 +281,10 @@ class _Qemu:
     reports: list[NodeReport] = field(default_factory=list)
 
     async def pivot(self) -> None:
-        """Move what is to be moved, and add to `reports`.
+        """Move the nodes that are to be moved, and add to `reports`.
 
         Raises:
-            UserError: this QEMU cannot be looked at, or answers no more.
+            UserError: this QEMU cannot be inspected, or no longer answers.
         """
         view = await pivot_survey.look(self.pid, await self._graph(), self.lazyfs)
         choices, unexplained = pivot_choice.choose(view.nodes, view.images, view.opened)
@@ -263,7 +300,10 @@ class _Qemu:
         return qemu_graph.parse(nodes, await self.monitor.execute("x-debug-query-block-graph", {}))
 
     async def _see_to(self, choice: Choice) -> NodeReport:
-        """Do what was chosen; if that loses QEMU, report the node before raising."""
+        """Do what was chosen for a node, and report it.
+
+        If QEMU is lost meanwhile, the node's report is added before the error is raised.
+        """
         report = NodeReport(choice.node.name, choice.node.path, choice.action, choice.message)
         if choice.action is not Action.MOVE:
             return report
@@ -277,32 +317,41 @@ class _Qemu:
             return report
         assert choice.node.now is not None
         try:
-            await _to_its_end(pivot_steps.Steps(self.monitor, self.pid).carry_out(plan, choice.node.now))
+            await _to_its_end(
+                pivot_steps.Steps(self.monitor, self.pid).carry_out(plan, choice.node.now)
+            )
         except qemu_monitor.StepFailed as error:
             return replace(report, action=Action.FAILED, message=str(error))
         except BaseException as error:
-            self.reports.append(replace(report, action=Action.FAILED, message=str(error) or repr(error)))
+            self.reports.append(
+                replace(report, action=Action.FAILED, message=str(error) or repr(error))
+            )
             raise
         return replace(report, action=Action.PIVOTED)
 
     async def _plan(self, node: FileNode) -> Plan:
-        graph = await self._graph()  # again: another node's pivot has changed it
+        graph = await self._graph()  # Moving another node has changed the graph.
         if node.name not in graph.nodes:
-            raise errors.UserError("the node is gone meanwhile")
+            raise errors.UserError("the node no longer exists")
         disks = qemu_arguments.disks(process_files.command_line(self.pid))
         known = qemu_arguments.known(disks, graph)
         plan = qemu_graph.plan(graph, node.name, node.path, known, allow_hmp=self.options.allow_hmp)
         unsafe = sorted(set(plan.dropped) - qemu_arguments.held(disks, list(graph.nodes)))
         if unsafe and await self.monitor.execute("query-iothreads", {}):
             raise errors.UserError(
-                f"QEMU has I/O threads, and could die of losing node {unsafe[0]}, which its command line does not make "
-                "with a -blockdev of its own (a node that was added later cannot be told from an unsafe one); "
-                "next time start it with a named -blockdev for the file and one for the node above it"
+                f"QEMU has I/O threads, and could die of losing node {unsafe[0]}, "
+                "which its command line does not make with a -blockdev of its own "
+                "(a node that was added later cannot be told from an unsafe one); "
+                "next time start it with a named -blockdev for the file "
+                "and one for the node above it"
             )
         return plan
 
     def _check(self, choices: Sequence[Choice]) -> None:
-        """Turn success into failure where an old file is still open and no node's failure explains that."""
+        """Turn success into failure where an old file is still open.
+
+        A file that is still open because another node has not been moved does not count.
+        """
         if self.options.dry_run:
             return
         still = {(file.device, file.inode): file.fd for file in process_files.open_files(self.pid)}
@@ -320,12 +369,20 @@ class _Qemu:
                 if (place := (file.device, file.inode)) in still.keys() - explained
             ]
             if left and action[choice.node.name] is Action.PIVOTED:
-                message = f"the old file is still open (descriptor {left[0]}): something besides this node uses it"
-                self.reports[number] = replace(self.reports[number], action=Action.FAILED, message=message)
+                message = (
+                    f"the old file is still open (descriptor {left[0]}): "
+                    "something besides this node uses it"
+                )
+                self.reports[number] = replace(
+                    self.reports[number], action=Action.FAILED, message=message
+                )
 
 
 async def _to_its_end(steps: Coroutine[Any, Any, None]) -> None:
-    """Run steps that a cancellation must not tear apart; it takes effect after them."""
+    """Run `steps` to their end, even if this task is cancelled once meanwhile.
+
+    The cancellation takes effect after the steps. A second cancellation does not wait for them.
+    """
     task = asyncio.ensure_future(steps)
     try:
         await asyncio.shield(task)

@@ -1,9 +1,11 @@
-"""Carries out a plan in one QEMU, step by step; when a step fails, those before it are undone.
+"""Carries out a plan in one QEMU, step by step. When a step fails, the earlier steps are undone.
 
-before                    the descriptors of the target are counted
-plan.changes              add nodes ...; the first one opens the target: one descriptor more, or undo
-                          reopen the nodes above: from here on QEMU reads the target
-remove plan.old           refused while something else uses it: undo
+before            The descriptors of the target that QEMU has open are counted.
+plan.changes      Nodes are added. The first one opens the target, so QEMU must have one
+                  descriptor more; if it has not, the changes are undone.
+                  The nodes above are reopened. From here on QEMU reads the target.
+remove plan.old   QEMU refuses this while something else uses the node; then the changes are
+                  undone.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from lazyfs.qemu import monitor as qemu_monitor
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Of one QEMU."""
+    """Carries out plans in one QEMU."""
 
     monitor: qemu_monitor.Monitor
     pid: int
@@ -27,8 +29,9 @@ class Steps:
         """Run a plan that exchanges a file for `target`.
 
         Raises:
-            StepFailed: the text says which step, and how undoing went.
-            Lost: QEMU answers no more; the text says what failed first.
+            StepFailed: a step failed. The message says which, and whether it could be undone.
+            Lost: QEMU no longer answers. If it was lost while undoing, the message says first
+                which step had failed.
         """
         undo: list[Step] = []
         try:
@@ -38,7 +41,8 @@ class Steps:
                 undo.append(change.undo)
                 if len(undo) == 1 and self._count(target) <= there:
                     raise qemu_monitor.StepFailed(
-                        "check of the new node: QEMU has opened another file than the path names here"
+                        "check of the new node: "
+                        "QEMU has opened another file than the path names here"
                     )
             await self._remove(plan.old)
         except qemu_monitor.Lost:
@@ -55,15 +59,20 @@ class Steps:
             except qemu_monitor.StepFailed as error:
                 trouble.append(str(error))
             except qemu_monitor.Lost as error:
-                raise qemu_monitor.Lost("; ".join([f"{failed}; undoing it failed: {error}", *trouble])) from error
+                raise qemu_monitor.Lost(
+                    "; ".join([f"{failed}; undoing it failed: {error}", *trouble])
+                ) from error
         return f"undoing it failed: {'; '.join(trouble)}" if trouble else "the VM is as it was"
 
     async def _remove(self, name: str) -> None:
-        """Delete the old node, if the monitor owns it; one that -drive made goes by itself."""
+        """Delete the old node if the monitor owns it. A node that -drive made goes by itself."""
         nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
         if any(node["node-name"] == name for node in nodes):
             await self.monitor.execute("blockdev-del", {"node-name": name})
 
     def _count(self, place: Place) -> int:
-        """Return how many descriptors of the file there QEMU has; there is no other way to know what a node opened."""
+        """Return how many descriptors QEMU has of the file at `place`.
+
+        There is no other way to know which file a node has opened.
+        """
         return sum(file.is_at(place) for file in process_files.open_files(self.pid))

@@ -1,4 +1,7 @@
-"""What `pivot` sees: the images of all daemons that answer, and what one QEMU has of them. Nothing is changed here."""
+"""What `pivot` finds out before it changes anything.
+
+This is the images of all daemons that answer, and which of them one QEMU has open.
+"""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
@@ -15,29 +18,31 @@ from lazyfs.host import mounts, process_files
 
 @dataclass(frozen=True, slots=True)
 class Lazyfs:
-    """All images of all daemons that answered."""
+    """Holds the images of all daemons that answered."""
 
     images: Mapping[tuple[int, int], Image]
-    """By device and key; where their paths lead now is not looked at."""
+    """The images by device and key. Where their paths lead now has not been looked up."""
     devices: Collection[int]
     detached: Collection[int]
     """Those of the devices that are detached from their mountpoints."""
     foreign: Collection[str]
-    """The control sockets of daemons that answer as this version of lazyfs does not."""
+    """The control sockets of daemons whose answers this version of lazyfs does not understand."""
 
 
 async def survey() -> Lazyfs:
-    """Ask every daemon."""
+    """Ask every daemon for its images."""
     commands: list[control_client.Command] = [("query-mount", {}), ("query-images", {})]
     sockets = mounts.control_sockets()
-    answers = await asyncio.gather(*(control_client.ask(path, commands) for path in sockets), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(control_client.ask(path, commands) for path in sockets), return_exceptions=True
+    )
     images: dict[tuple[int, int], Image] = {}
     devices = set()
     detached = set()
     foreign = set()
     for path, answer in zip(sockets, answers, strict=True):
         if isinstance(answer, OSError | errors.UserError):
-            continue  # killed, or ending just now, or it hangs
+            continue  # The daemon was killed, is ending just now, or hangs.
         if isinstance(answer, BaseException):
             raise answer
         try:
@@ -56,8 +61,8 @@ def _read(mount: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, l
     device, cache = process_files.device_number(mount["device"]), mount["cache_dir"]
     return device, [
         Image(
-            row["path"], cache, device, inode_number.key(row["inode"]), row["state"], row.get("file_size", row["size"]),
-            row["error"],
+            row["path"], cache, device, inode_number.key(row["inode"]), row["state"],
+            row.get("file_size", row["size"]), row["error"],
             replaced=row.get("replaced", False),
         )
         for row in rows
@@ -66,7 +71,7 @@ def _read(mount: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, l
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one QEMU has open, and its file nodes with the images that can have to do with them."""
+    """Holds what one QEMU has open, its file nodes, and the images that can belong to them."""
 
     opened: Sequence[OpenFile]
     nodes: Sequence[FileNode]
@@ -74,19 +79,25 @@ class View:
 
 
 async def look(pid: int, graph: Graph, lazyfs: Lazyfs) -> View:
-    """Look at process `pid`, a QEMU with these block nodes.
+    """Return what process `pid` has open. It is a QEMU with the block nodes of `graph`.
 
     Raises:
-        UserError: it cannot be looked at.
+        UserError: the process cannot be inspected.
     """
     opened = process_files.open_files(pid)
-    # In a thread, as it takes its time where a file system hangs: other QEMUs go on.
+    # This runs in a thread, because it is slow where a file system hangs, and other QEMUs go on.
     dead = await asyncio.to_thread(process_files.dead_devices, pid, opened, lazyfs.devices)
     opened = [
-        replace(file, orphan=file.device in dead, plain=_is_plain(file, pid, {*lazyfs.devices, *dead}))
+        replace(
+            file, orphan=file.device in dead, plain=_is_plain(file, pid, {*lazyfs.devices, *dead})
+        )
         for file in opened
     ]
-    found = [node for node in graph.nodes.values() if node.driver == "file" and graph.is_only_read(node.name)]
+    found = [
+        node
+        for node in graph.nodes.values()
+        if node.driver == "file" and graph.is_only_read(node.name)
+    ]
     nodes = [_file_node(node, pid, lazyfs) for node in found]
     return View(opened, nodes, _images(nodes, opened, lazyfs))
 
@@ -101,23 +112,35 @@ def _file_node(node: Node, pid: int, lazyfs: Lazyfs) -> FileNode:
     mount = mounts.mount_of(node.filename) if node.filename.startswith("/") else None
     now, trouble = None, ""
     if mount is not None and process_files.device_number(mount.device) not in lazyfs.devices:
-        # Looking there could take for ever.
+        # Looking at a path of a daemon that does not answer could take for ever.
         trouble = f"the daemon of {mount.mountpoint} does not answer; if it was killed, mount again"
         if mounts.socket_path(mount.mountpoint) in lazyfs.foreign:
-            trouble = f"the daemon of {mount.mountpoint} is of another version of lazyfs; use that one's pivot"
+            trouble = (
+                f"the daemon of {mount.mountpoint} is of another version of lazyfs; "
+                "use that one's pivot"
+            )
     else:
         try:
             now = process_files.place_of(node.filename, pid or None)
         except OSError as error:
             trouble = f"the path leads nowhere now: {error.strerror}"
     on_detached = now is not None and now.device in lazyfs.detached
-    return FileNode(node.name, node.filename, node.size, now, trouble, mount is not None, on_detached)
+    return FileNode(
+        node.name, node.filename, node.size, now, trouble, mount is not None, on_detached
+    )
 
 
 def _images(nodes: Sequence[FileNode], opened: Sequence[OpenFile], lazyfs: Lazyfs) -> list[Image]:
-    """Return the images with such identities or paths: all that this QEMU can have to do with."""
+    """Return the images that this QEMU has open or whose paths its nodes name or lead to.
+
+    No other image can have to do with this QEMU.
+    """
     places = {(file.device, inode_number.key(file.inode)) for file in opened}
-    places |= {(node.now.device, inode_number.key(node.now.inode)) for node in nodes if node.now is not None}
+    places |= {
+        (node.now.device, inode_number.key(node.now.inode))
+        for node in nodes
+        if node.now is not None
+    }
     paths = {node.path for node in nodes}
     return [
         image if image.replaced else replace(image, now=_place_or_none(image.path))

@@ -1,1 +1,1 @@
-"""What others see of a mount: Prometheus metrics, and the messages to the service manager."""
+"""What lazyfs reports of a mount: Prometheus metrics, and messages to the service manager."""

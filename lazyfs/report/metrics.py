@@ -1,7 +1,11 @@
-"""The numbers of a mount, for Prometheus: what the engine's `statistics()` say, as `core/metric_schema.py` names it.
+"""Gives the numbers of a mount to Prometheus.
 
-prometheus_client writes the text (names, escaping, versions of the format); it holds no numbers, as its own counters
-are global and cost a lock for each read. `Collector` asks for a `Picture` at each scrape and keeps none.
+The numbers come from the `statistics()` of the engine, and their names from
+`core/metric_schema.py`.
+
+prometheus_client only writes the text (names, escaping, versions of the format). It holds no
+numbers, because its own counters are global and cost a lock for each read. `Collector` takes a
+`Picture` at each scrape and keeps none.
 """
 
 import itertools
@@ -27,7 +31,11 @@ from lazyfs.kernel.passthrough import Backings
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """All numbers at one moment: what each metric is, by the value of its label (all of them; "" if it has none)."""
+    """Holds the values of all metrics at one moment.
+
+    The values are by the metric's name and then by the value of its label. The key is a tuple if
+    a metric has several labels, and "" if it has none.
+    """
 
     values: Mapping[str, Mapping[str | tuple[str, ...], float]]
     histograms: Mapping[str, Mapping[str, HistogramStatistics]]
@@ -35,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Where the numbers of one mount come from."""
+    """Holds the objects from which the numbers of one mount come."""
 
     mountpoint: str
     filesystem: Filesystem
@@ -45,14 +53,17 @@ class Mount:
     room: Room
 
     def picture(self) -> Picture:
-        """Return all numbers as of now. In the trio thread: 4 ms for 10,000 images."""
+        """Return all numbers as of now.
+
+        Only the trio thread may call this. It takes 4 ms for 10,000 images.
+        """
         sums, population, repository = (
             self.filesystem.totals.statistics(), self.population.statistics(), self.repository()
         )  # fmt: skip
         images = list(self.filesystem.names.images())
         states = Counter(image.record.state.value for image in images)
         room = self.room.statistics()
-        # A mountpoint is any bytes, and the text is UTF-8.
+        # A mountpoint can contain any bytes, but the text must be UTF-8.
         mountpoint = self.mountpoint.encode("utf-8", "backslashreplace").decode()
         values: dict[str, dict[str | tuple[str, ...], float]] = {
             "lazyfs_mount_info": {(mountpoint, lazyfs.__version__): 1},
@@ -65,7 +76,10 @@ class Mount:
                 "demand": sums.sums[totals.DEMAND_REQUESTS],
                 "population": sums.sums[totals.POPULATION_REQUESTS],
             },
-            "lazyfs_opens_total": {"daemon": sums.opens - self.backings.opens, "passthrough": self.backings.opens},
+            "lazyfs_opens_total": {
+                "daemon": sums.opens - self.backings.opens,
+                "passthrough": self.backings.opens,
+            },
             "lazyfs_errors_total": {
                 "read": sums.reads[totals.FAILED].count,
                 "open": sums.errors[totals.OPEN],
@@ -77,7 +91,9 @@ class Mount:
             "lazyfs_queue_length": {
                 "readers": sums.waiting,
                 "population": population.waiting,
-                "threads": trio.to_thread.current_default_thread_limiter().statistics().tasks_waiting,
+                "threads": trio.to_thread.current_default_thread_limiter()
+                .statistics()
+                .tasks_waiting,
             },
             "lazyfs_images": {state.value: states[state.value] for state in State},
             "lazyfs_open_images": {"": len(self.filesystem.open_images())},
@@ -96,18 +112,21 @@ class Mount:
 
 
 class Collector:
-    """A collector of prometheus_client."""
+    """Implements a collector of prometheus_client."""
 
     def __init__(self, picture: Callable[[], Picture]) -> None:
-        """`picture`: called at each scrape, in the thread of the scrape."""
+        """`picture` is called at each scrape, in the scrape's thread."""
         self._picture = picture
 
     def describe(self) -> Iterable[core.Metric]:
-        """Return every metric of the schema, without numbers: so that a scrape may choose some (`name[]=`)."""
+        """Return every metric of the schema without numbers.
+
+        prometheus_client needs this so that a scrape can choose some metrics (`name[]=`).
+        """
         return [_family(metric) for metric in metric_schema.METRICS]
 
     def collect(self) -> Iterable[core.Metric]:
-        """Return every metric of the schema."""
+        """Yield every metric of the schema with its numbers."""
         picture = self._picture()
         for metric in metric_schema.METRICS:
             family = _family(metric)
@@ -116,7 +135,9 @@ class Collector:
                     family.add_metric((value,), _buckets(histogram), histogram.total)
             else:
                 for key, number in picture.values[metric.name].items():
-                    family.add_metric(key if isinstance(key, tuple) else (key,) if metric.labels else (), number)
+                    family.add_metric(
+                        key if isinstance(key, tuple) else (key,) if metric.labels else (), number
+                    )
             yield family
 
 
@@ -126,11 +147,18 @@ _Family: TypeAlias = core.CounterMetricFamily | core.GaugeMetricFamily | core.Hi
 def _family(metric: metric_schema.Metric) -> _Family:
     if metric.kind == metric_schema.HISTOGRAM:
         return core.HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
-    made = core.CounterMetricFamily if metric.kind == metric_schema.COUNTER else core.GaugeMetricFamily
+    made = (
+        core.CounterMetricFamily if metric.kind == metric_schema.COUNTER else core.GaugeMetricFamily
+    )
     return made(metric.name, metric.help, labels=metric.labels)
 
 
 def _buckets(histogram: HistogramStatistics) -> list[tuple[str, float]]:
-    """Return upper bounds, and how many observations are at most that: Prometheus wants them added up."""
+    """Return each upper bound, and the number of observations that do not exceed it.
+
+    Prometheus requires cumulative counts.
+    """
     sums = itertools.accumulate(histogram.counts)
-    return [(str(bound), below) for bound, below in zip([*histogram.bounds, "+Inf"], sums, strict=True)]
+    return [
+        (str(bound), below) for bound, below in zip([*histogram.bounds, "+Inf"], sums, strict=True)
+    ]

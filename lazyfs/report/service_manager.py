@@ -1,8 +1,9 @@
-"""Tells the service manager how the daemon is: ready, its status, alive, stopping.
+"""Tells the service manager that the daemon is ready, its status, that it lives, and that it stops.
 
-The messages are datagrams to the socket that NOTIFY_SOCKET names. There are libraries for that (sdnotify, without a
-release since 2017; systemd-python, in C, needs libsystemd's headers), but the protocol is these few lines, which
-systemd keeps stable for others to speak.
+The messages are datagrams to the socket that NOTIFY_SOCKET names. Libraries for this exist
+(sdnotify, which has had no release since 2017; systemd-python, which is written in C and needs
+libsystemd's headers). They are not used, because the protocol needs only these few lines, and
+systemd keeps it stable for other implementations.
 
 Source: sd_notify(3), "Notes"; sd_watchdog_enabled(3).
 """
@@ -19,35 +20,41 @@ import trio
 logger = logging.getLogger(__name__)
 
 LAST_WORD_S = 1.0
-"""How long the end of the daemon waits to say so. A service manager that does not listen need not know."""
+"""How long the daemon tries to report that it stops. If the service manager does not receive within
+that time, the daemon ends without the message."""
 
 STATUS_S = 30.0
-"""How late the service manager hears of another status, where there is no watchdog."""
+"""How often the status is sent if it has changed and there is no watchdog."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceManager:
-    """Who started this daemon and wants to know."""
+    """Names the service manager that started this daemon and expects messages from it."""
 
     address: str
-    """Of its socket: a path, or "@" and a name in the abstract namespace."""
+    """The address of its socket: a path, or "@" and a name in the abstract namespace."""
     watchdog_s: float | None
-    """It ends a daemon that it has not heard of for so long; None if it does not watch."""
+    """It ends a daemon from which it has heard nothing for so many seconds. None means that it does
+    not watch."""
 
     async def attend(self, answers: Callable[[], object], status: Callable[[], str]) -> None:
-        """Say that the daemon is ready when `answers` returns, then how it is, until cancelled; then that it stops.
+        """Report the state of the daemon until cancelled.
+
+        The first message says that the daemon is ready, once `answers` has returned. The next ones
+        report the status and that the daemon lives. The last one says that the daemon stops.
 
         Args:
-            answers: called in a thread; returns once the daemon answers, raises OSError if it will not.
-            status: one line for people.
+            answers: is called in a thread. It returns once the mount answers, and raises OSError if
+                the mount never will.
+            status: returns one line for people.
 
-        Cancellation: it is told that the daemon stops. A call of `answers` may go on in its thread.
+        Cancellation: the last message is still sent. A call of `answers` may go on in its thread.
         """
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             try:
                 try:
                     await trio.to_thread.run_sync(answers, abandon_on_cancel=True)
-                except OSError as error:  # unmounted already
+                except OSError as error:  # The mount has been unmounted already.
                     logger.warning("the mount does not answer: %s", error)
                     return
                 told = status()
@@ -57,13 +64,18 @@ class ServiceManager:
                     await trio.sleep(STATUS_S if self.watchdog_s is None else self.watchdog_s / 2)
                     was, told = told, status()
                     lines = [] if self.watchdog_s is None else ["WATCHDOG=1"]
-                    await self._send(sender, logging.DEBUG, *lines, *([f"STATUS={told}"] if told != was else []))
+                    await self._send(
+                        sender, logging.DEBUG, *lines, *([f"STATUS={told}"] if told != was else [])
+                    )
             finally:
                 with trio.move_on_after(LAST_WORD_S, shield=True):
                     await self._send(sender, logging.DEBUG, "STOPPING=1")
 
     async def _send(self, sender: trio.socket.SocketType, level: int, *lines: str) -> None:
-        """Send what is not empty; a failure is logged at `level`, and the next message tried all the same."""
+        """Send `lines` as one message, unless there are none.
+
+        A failure is logged at `level`. Later messages are sent all the same.
+        """
         if not lines:
             return
         message = "\n".join(line.replace("\n", " ") for line in lines).encode(errors="replace")
@@ -71,15 +83,16 @@ class ServiceManager:
         try:
             await sender.sendto(message, address)
         except OSError as error:
-            logger.log(level, "the service manager at %s cannot be told: %s", self.address, error)
+            logger.log(level, "cannot send to the service manager at %s: %s", self.address, error)
 
 
 def from_environment(environment: MutableMapping[str, str], pid: int) -> ServiceManager | None:
-    """Return who wants to hear of this process, if anybody; what it starts shall not speak in its name.
+    """Return the service manager that expects messages from this process, or None.
 
     Args:
-        environment: its variables, from which those for this are removed.
-        pid: of this process.
+        environment: the process's variables. Those for the service manager are removed, so that
+            programs which this process starts do not send messages in its name.
+        pid: the id of this process.
     """
     address = environment.pop("NOTIFY_SOCKET", "")
     interval_us = environment.pop("WATCHDOG_USEC", "")
@@ -101,5 +114,5 @@ def from_environment(environment: MutableMapping[str, str], pid: int) -> Service
 
 
 def own() -> ServiceManager | None:
-    """Return the service manager of this process, if one wants to hear of it."""
+    """Return the service manager that expects messages from this process, or None."""
     return from_environment(os.environ, os.getpid())

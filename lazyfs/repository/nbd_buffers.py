@@ -1,9 +1,10 @@
-"""Buffers for libnbd's `aio_pread`, for the whole process: taken, given back, used again.
+"""Buffers for libnbd's `aio_pread`, which the whole process shares and uses again.
 
-libnbd's Python module never lets go of the buffer of an `aio_pread` (1.14.2: each of 200 requests of 1 MiB takes 1 MiB
-for good, with a buffer of its own or of ours). So buffers are not freed but used again, and the view that a request is
-given is kept as well: then all that a request leaves behind is a reference count. It is also faster: memory that the
-process has not touched yet costs more than the bytes that are read into it.
+libnbd's Python module never releases the buffer of an `aio_pread`. (In version 1.14.2, each of 200
+requests of 1 MiB takes 1 MiB for good, whether the buffer is its own or ours.) So buffers are not
+freed but used again, and the view that a request was given is kept as well. Then all that a request
+leaves behind is a reference count. This is also faster: memory that the process has not touched
+before costs more than reading the bytes into it.
 """
 
 import mmap
@@ -17,15 +18,17 @@ from lazyfs.units import KiB
 SMALLEST = 64 * KiB
 
 MAX_FREE = 16
-"""Of one size that keep their memory; what a storm of readers needed beyond goes back to the system."""
+"""How many free buffers of one size keep their memory. A burst of readers can need more buffers;
+their memory goes back to the system afterwards."""
 
 MAX_VIEWS = 64
-"""Of one buffer: the lengths that its requests have had. More come from exports with many small holes; then views are
-made anew, and each leaves 200 bytes behind."""
+"""How many views of one buffer are kept, one for each length that its requests have had. Exports
+with many small holes have more lengths. Then views are made anew, and each leaves 200 bytes
+behind."""
 
 
 class NbdBuffer:
-    """Memory that libnbd reads into."""
+    """Holds a piece of memory that libnbd reads into."""
 
     def __init__(self, size: int) -> None:
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -33,11 +36,11 @@ class NbdBuffer:
         self._views: dict[tuple[int, int], memoryview] = {}
 
     def let_go(self) -> None:
-        """Give the memory back to the system; the buffer stays, with zeroes in it."""
+        """Give the memory back to the system. The buffer stays usable and contains zeroes."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def target(self, start: int, end: int) -> Any:
-        """Return what `aio_pread` takes for the bytes from `start` to `end`."""
+        """Return the object that `aio_pread` accepts for the bytes from `start` to `end`."""
         view = self._views.get((start, end))
         if view is None:
             if len(self._views) >= MAX_VIEWS:
@@ -51,7 +54,11 @@ _lock = threading.Lock()
 
 
 def take(size: int) -> NbdBuffer:
-    """Return a buffer of at least `size` bytes. From any thread. Raises OSError if there is no memory."""
+    """Return a buffer of at least `size` bytes. Thread-safe.
+
+    Raises:
+        OSError: there is not enough memory.
+    """
     capacity = max(SMALLEST, 1 << (size - 1).bit_length())
     with _lock:
         free = _free.setdefault(capacity, [])
@@ -61,7 +68,7 @@ def take(size: int) -> NbdBuffer:
 
 
 def give(buffer: NbdBuffer) -> None:
-    """Give back a buffer that no request under way writes to. From any thread."""
+    """Give back a buffer to which no request under way writes. Thread-safe."""
     with _lock:
         free = _free[len(buffer.memory)]
         many = len(free) >= MAX_FREE
@@ -70,4 +77,4 @@ def give(buffer: NbdBuffer) -> None:
     if many:
         buffer.let_go()
         with _lock:
-            free.insert(0, buffer)  # taken again last
+            free.insert(0, buffer)  # `take` uses this one last, because it has no memory.

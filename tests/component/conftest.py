@@ -1,4 +1,5 @@
-"""Fixtures of the component tests: single modules of lazyfs with real servers, sockets and files around them."""
+"""Fixtures of the component tests: single modules of lazyfs with real servers, sockets and files
+around them."""
 
 import gc
 import os
@@ -18,9 +19,10 @@ def peers(tmp_path: Path) -> Iterator[Peers]:
 
 @pytest.fixture
 def count_open_files() -> Callable[[], int]:
-    """How many files this process has open.
+    """Return how many files this process has open.
 
-    What earlier tests left to the garbage collector is closed before the first count, not between two.
+    The first call first collects garbage, so that files which earlier tests left open are closed
+    before the first count, not between two counts.
     """
     gc.collect()
     return lambda: len(os.listdir("/proc/self/fd"))

@@ -1,8 +1,8 @@
 """Crashes and power cuts for tests of stores.
 
-A crash (kill -9) loses nothing that was written: `kill_after` ends a child between two calls. A power cut loses any of
-what was written since the last sync: `Recorder` writes down what is done to the files, and `states_after_power_cut`
-makes what may be on the disk then.
+A crash (kill -9) loses nothing that was written: `kill_after` ends a child between two calls. A
+power cut can lose any of what was written since the last sync: `Recorder` records what is done to
+the files, and `states_after_power_cut` makes the states in which the disk can be then.
 """
 
 import errno
@@ -28,18 +28,20 @@ CHANGING_CALLS = (
     "pwrite", "ftruncate", "posix_fallocate", "fdatasync", "fsync", "rename", "link", "unlink", "mkdir",
     "fchmod", "fchown", "utime",
 )  # fmt: skip
-"""Of `os`: all that a store changes the disk with."""
+"""The functions of `os` with which a store changes the disk."""
 
 _SYNCS = ("fdatasync", "fsync")
 
 
 def kill_after(calls: int, run: Callable[[], None]) -> bool:
-    """Run `run` in a child, which kill -9 ends after so many changes of the disk; False if it ended before.
+    """Run `run` in a child that is killed (kill -9) after so many changes of the disk.
 
-    Syncs count, but nothing is synced: the disk keeps its power.
+    Syncs count as changes, but nothing is synced, because the disk keeps its power. The result is
+    False if the child ended before it was killed.
     """
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads, such as trio's idle ones: the child takes none of their locks.
+        # Python 3.12 warns if there are threads, such as trio's idle ones. The child takes none of
+        # their locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -79,18 +81,18 @@ def _die_after(calls: int) -> None:
 
 
 def without_syncs(patch: pytest.MonkeyPatch) -> None:
-    """For copies that no power cut will meet."""
+    """Turn syncs off, for copies that meet no power cut."""
     for name in _SYNCS:
         patch.setattr(os, name, lambda _fd: None)
 
 
 class FullDisk:
-    """Counts the calls that need room, and fails from one of them on, a write after a part of it."""
+    """Counts the calls that need space, and fails from one of them on, a write after part of it."""
 
     CALLS = ("pwrite", "posix_fallocate", "ftruncate", "mkdir", "link", "rename", "fdatasync", "fsync")
 
     def __init__(self, patch: pytest.MonkeyPatch, fail_at: int, calls: tuple[str, ...] = CALLS) -> None:
-        """`fail_at`: the first call that fails, counted from 0."""
+        """`fail_at` is the first call that fails, counted from 0."""
         self.calls = 0
         self._fail_at = fail_at
         for name in calls:
@@ -98,7 +100,7 @@ class FullDisk:
 
     @property
     def met(self) -> bool:
-        """Whether any call failed."""
+        """Return whether any call failed."""
         return self.calls > self._fail_at
 
     def _wrap(self, patch: pytest.MonkeyPatch, name: str, real: Callable[..., object]) -> None:
@@ -121,7 +123,9 @@ class FullDisk:
 
 @dataclass(frozen=True)
 class Event:
-    """One change of a file or of its names, or the promise that all earlier ones are on disk.
+    """Describes one change of a file or of its names, or a sync.
+
+    A sync promises that the earlier changes of that file, or of names, are on disk.
 
     kind            name                        offset, data
     write           the file's                  where, what
@@ -130,7 +134,7 @@ class Event:
     rename, link    the file's                  (target: its new or second name)
     sync of names   ""
 
-    A file keeps the name under which it was first seen, so that a rename loses track of nothing.
+    A file keeps the name under which it was first seen, so that a rename does not lose its track.
     """
 
     kind: str
@@ -141,7 +145,7 @@ class Event:
 
 
 class Recorder:
-    """Writes down what is done to the partial files, in order."""
+    """Records what is done to the partial files, in order."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.events: list[Event] = []
@@ -190,19 +194,20 @@ class Recorder:
 
 @dataclass
 class Disk:
-    """What is on the disk: the files of a cache directory."""
+    """Holds what is on the disk: the files of a cache directory."""
 
     files: dict[str, bytearray]
     names: dict[str, str] = field(default_factory=dict)
-    """Name -> file. With a "/" it is a path in the cache directory, else one of the partial files."""
+    """The files by their names. A name with a "/" is a path in the cache directory; any other is
+    the name of a partial file."""
 
     @property
     def key(self) -> tuple[tuple[str, str, bytes], ...]:
-        """What tells two of them apart."""
+        """Return what makes this state differ from another."""
         return tuple(sorted((name, file, bytes(self.files[file])) for name, file in self.names.items()))
 
     def write(self, folder: Path) -> None:
-        """Make the cache directory `folder` look like this; it may look like another one now."""
+        """Make the cache directory `folder` equal to this state; it may have another state now."""
         partial = folder / PARTIAL
         partial.mkdir(parents=True, exist_ok=True)
         for path in [*folder.glob("*/*"), *partial.iterdir()]:
@@ -232,28 +237,30 @@ def apply(content: bytearray, event: Event) -> None:
 
 
 def torn(event: Event, dice: random.Random) -> list[Event]:
-    """Some of the sectors of a write."""
+    """Return writes of only some of the sectors of a write."""
     if event.kind != "write":
         return [event]
     pieces = []
     start = 0
     while start < len(event.data):
-        end = start + SECTOR - (event.offset + start) % SECTOR  # a sector of the disk is written whole or not at all
+        # a sector of the disk is written whole or not at all
+        end = start + SECTOR - (event.offset + start) % SECTOR
         pieces.append(Event("write", event.name, event.offset + start, event.data[start:end]))
         start = end
     return [piece for piece in pieces if dice.random() < 0.5]
 
 
 LUCK = ("all", "none", "some", "some", "torn", "torn")
-"""What becomes of writes that were not synced."""
+"""What can happen to writes that were not synced."""
 
 
 def states_after_power_cut(
     before: dict[str, bytes], events: list[Event], dice: random.Random, lucks: tuple[str, ...] = LUCK
 ) -> Iterator[tuple[int, Disk]]:
-    """Yield what may be on disk, for a cut after each event (how many there were): what was synced, and any of the rest.
+    """Yield, for a cut after each event, (number of events, state of the disk).
 
-    The file system keeps the order of changes of size and of names, as a journal does; writes it keeps, loses or tears.
+    A state has what was synced, and any part of the rest. The file system keeps the order of
+    changes of size and of names, as a journal does. It keeps, loses or tears writes.
     """
     for cut in range(len(events) + 1):
         for luck in lucks:
@@ -296,5 +303,5 @@ def _replay_names(names: dict[str, str], events: list[Event], luck: str, dice: r
 
 
 def present_in(folder: Path) -> dict[str, bytes]:
-    """What is in the files of a folder."""
+    """Return what is in the files of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

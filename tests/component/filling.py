@@ -1,4 +1,4 @@
-"""A `FillWork` that keeps book of its claims and demands every one back."""
+"""A `FillWork` that records its claims and requires that every one is given back."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -14,10 +14,10 @@ from lazyfs.units import KiB
 
 
 class Work:
-    """Hands out all blocks of an export in order; dropped ones again, once `retry` is called."""
+    """Hands out all blocks of an export in order, and dropped blocks again after `retry`."""
 
     def __init__(self, export: Export, data: Iterable[ByteRange], block_size: int = 64 * KiB) -> None:
-        """`data`: what is not zeroes."""
+        """`data` are the ranges that are not zeroes."""
         self.export = export
         self.file = bytearray(export.size)
         self.kept: list[BookedClaim] = []
@@ -26,7 +26,10 @@ class Work:
         self.limits: set[int] = set()
         self.threads: set[int] = set()
         self.on_claim: Callable[[], float | None] = lambda: 0.0
-        """Seconds to wait, or None for nothing left, instead of a claim; 0.0 for a claim."""
+        """Returns what to give instead of a claim: seconds to wait, or None if nothing is left.
+
+        0.0 means that a claim is given.
+        """
         self.on_write: Callable[[int], None] = lambda offset: None
         self.on_keep: Callable[[BookedClaim], None] = lambda claim: None
         self._blocks = BlockMap(export.size, block_size)
@@ -89,7 +92,7 @@ class Work:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition, not for a time."""
+    """Wait until a condition holds, instead of for a fixed time."""
     with trio.fail_after(servers.DEADLINE_S):
         while not condition():
             await trio.sleep(0.005)

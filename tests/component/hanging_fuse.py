@@ -1,7 +1,9 @@
-"""A FUSE file system with one file, that takes the kernel's question for its state and never answers.
+"""A FUSE file system with one file that receives the kernel's request for the file's attributes and
+never answers it.
 
-Who has asked waits beyond SIGKILL, as with a network file system whose server is gone, until this one's process ends.
-It is a process of its own: a file system in the process that uses it waits for itself.
+The process that asked waits until this file system's process ends. Even SIGKILL does not end that
+wait, as with a network file system whose server is gone. The file system runs in a process of its
+own, because a process that uses its own file system would wait for itself.
 """
 
 import ctypes
@@ -22,7 +24,8 @@ SIZE = 1 << 20
 # include/uapi/linux/fuse.h
 _LOOKUP, _FORGET, _GETATTR, _OPEN, _STATFS, _RELEASE, _FLUSH = 1, 2, 3, 14, 17, 18, 25
 _ROOT, _FILE = 1, 2
-_ENTRY_OUT = struct.Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, and their nanoseconds
+# nodeid, generation, entry_valid, attr_valid, and their nanoseconds
+_ENTRY_OUT = struct.Struct("=QQQQII")
 _ATTR_OUT = struct.Struct("=QII")  # attr_valid, its nanoseconds, dummy
 _OPEN_OUT = struct.Struct("=QII")
 _ATTR = struct.Struct("=6Q10I")
@@ -32,7 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class HangingFuse:
-    """Mounted with the type `kind` until `close`."""
+    """Runs such a file system, mounted with the type `kind` until `close`."""
 
     def __init__(self, mountpoint: Path, kind: str) -> None:
         self.mountpoint = mountpoint
@@ -50,11 +53,11 @@ class HangingFuse:
         subprocess.run(["umount", "-l", self.mountpoint], check=True)
 
     def was_asked(self) -> bool:
-        """Whether it was asked for its state."""
+        """Return whether the file system was asked for the attributes."""
         return bool(select.select([self._process.stdout], [], [], 0)[0])
 
     def close(self) -> None:
-        """End it, so that whoever waits gets an error."""
+        """End the file system, so that processes which wait for it get an error."""
         self._process.kill()
         self._process.communicate()
         if str(self.mountpoint) in Path("/proc/self/mountinfo").read_text():

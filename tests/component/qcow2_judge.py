@@ -1,8 +1,9 @@
-"""A reader of qcow2 files for tests, written from the format's specification and from nothing of lazyfs.
+"""A reader of qcow2 files for tests, written only from the format's specification, not from lazyfs.
 
-It says what `qemu-img check`, `map` and `compare` would, in a millisecond; a test holds the two against each other.
-Source: QEMU, docs/interop/qcow2.txt. Only what lazyfs may use is permitted: version 3, refcounts of 16 bits, no
-compression, snapshots, encryption, external data or extended L2 entries.
+It says what `qemu-img check`, `map` and `compare` would say, but in a millisecond. A test compares
+the two. Source: QEMU, docs/interop/qcow2.txt. It permits only what lazyfs may use: version 3 and
+refcounts of 16 bits, but no compression, snapshots, encryption, external data or extended L2
+entries.
 """
 
 import struct
@@ -20,12 +21,12 @@ _END, _BACKING_FORMAT = 0, 0xE2792ACA
 
 
 class NotQcow2(Exception):
-    """QEMU would not open it."""
+    """QEMU would not open the file."""
 
 
 @dataclass
 class Finding:
-    """What a file is."""
+    """Says what a file contains."""
 
     size: int
     cluster_size: int
@@ -34,7 +35,7 @@ class Finding:
     clusters: list[str] = field(default_factory=list)
     """MISSING, DATA or ZERO, for each cluster of the virtual disk."""
     offsets: list[int] = field(default_factory=list)
-    """Of the clusters of data, 0 for the others."""
+    """The offsets of the data clusters in the file; 0 for the other clusters."""
     corruptions: list[str] = field(default_factory=list)
     leaks: int = 0
 
@@ -52,14 +53,14 @@ def examine(image: bytes | bytearray) -> Finding:
     """Read a whole image.
 
     Raises:
-        NotQcow2: it cannot be opened.
+        NotQcow2: the file cannot be opened.
     """
     found, refcount_table, l1 = _header(image)
     size = found.cluster_size
     used: Counter[int] = Counter([0])
 
     def use(offset: int, what: str) -> bool:
-        """Count a cluster as used; False if there is none."""
+        """Count a cluster as used. Return False if the offset leads to no cluster."""
         if offset % size or offset == 0 or offset + size > len(image):
             found.corruptions.append(f"{what} at {offset:#x}")
             return False
@@ -104,7 +105,11 @@ def examine(image: bytes | bytearray) -> Finding:
 
 
 def differences(found: Finding, image: bytes | bytearray, disk: bytes, backing: bytes | None) -> list[int]:
-    """Return the clusters that do not read as `disk` (zeroes behind its end), with `backing` behind the image."""
+    """Return the clusters that do not read as `disk`.
+
+    Behind the end of `disk` they must be zeroes. Missing clusters are read from `backing`, the
+    content of the backing file.
+    """
     size, wrong = found.cluster_size, []
     for i, (kind, offset) in enumerate(zip(found.clusters, found.offsets, strict=True)):
         length = min(size, found.size - i * size)
@@ -120,7 +125,8 @@ def differences(found: Finding, image: bytes | bytearray, disk: bytes, backing: 
 
 
 def _header(image: bytes | bytearray) -> tuple[Finding, tuple[int, int], tuple[int, int]]:
-    """Return also (offset, clusters) of the refcount table and (offset, entries) of the L1 table."""
+    """Return the header's values, with (offset, clusters) of the refcount table and (offset,
+    entries) of the L1 table."""
     if len(image) < 104:
         raise NotQcow2("too short")
     (

@@ -1,4 +1,4 @@
-"""An NBD server in Python that does what a script says: what no real server can be made to do.
+"""An NBD server in Python that does what a script says, for what no real server can be made to do.
 
 Source: the NBD protocol, "Newstyle negotiation".
 """
@@ -29,7 +29,7 @@ class Conversation:
         self.connection = connection
 
     def greet(self) -> None:
-        """Fixed newstyle, no zeroes."""
+        """Greet: fixed newstyle, no zeroes."""
         self.send(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
         self.receive(4)
 
@@ -59,7 +59,7 @@ class Conversation:
         self.reply(option, kind)
 
     def until_gone(self) -> None:
-        """Say nothing more until the client hangs up."""
+        """Send nothing more until the client hangs up."""
         while self.connection.recv(4096):
             pass
 
@@ -80,7 +80,10 @@ Request = Callable[["Conversation", bytes, int, int], None]
 
 
 def transmission(size: int, answer: Request, structured: bool = False) -> Callable[["Conversation"], None]:
-    """A script that serves one export: `answer` gets each read request's handle, offset and length."""
+    """Return a script that serves one export.
+
+    `answer` gets the handle, offset and length of each read request.
+    """
 
     def script(conversation: Conversation) -> None:
         conversation.greet()
@@ -103,17 +106,17 @@ def transmission(size: int, answer: Request, structured: bool = False) -> Callab
 
 
 def simple_reply(handle: bytes, error: int = 0) -> bytes:
-    """The header of a simple reply."""
+    """Return the header of a simple reply."""
     return b"\x67\x44\x66\x98" + error.to_bytes(4, "big") + handle
 
 
 def no_data(handle: bytes) -> bytes:
-    """A structured reply that ends without a word on the data: a chunk NBD_REPLY_TYPE_NONE, done."""
+    """Return a structured reply that ends without any data: one chunk NBD_REPLY_TYPE_NONE, done."""
     return struct.pack(">IHH8sI", 0x668E33EF, 1, 0, handle, 0)
 
 
 class ScriptedServer:
-    """Runs a script with each client, in a thread of its own; hangs up when the script ends."""
+    """Runs a script with each client, in a thread for each, and hangs up when the script ends."""
 
     def __init__(self, path: Path, script: Callable[[Conversation], None]) -> None:
         self.path = path

@@ -1,4 +1,8 @@
-"""Backing ids: one for each open inode, closed with the last open, and every reason to do without."""
+"""Backing ids.
+
+There is one for each open inode, which is closed with the last open. If there can be none, lazyfs
+works without, whatever the reason.
+"""
 
 import errno
 import os
@@ -15,7 +19,7 @@ from lazyfs.kernel.passthrough import Backings
 
 
 class FakeSession:
-    """A kernel that hands out ids as Linux does: each only once."""
+    """Hands out ids as Linux does: each id only once."""
 
     def __init__(self) -> None:
         self.flags = kernel_session.WANTED
@@ -41,7 +45,10 @@ def session() -> FakeSession:
 
 @pytest.fixture
 def replies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What the C module was told; in this process it may have come too late for pyfuse3, which is not used here."""
+    """Return what the C module was told.
+
+    In this process it may have been loaded too late for pyfuse3, which is not used here.
+    """
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(passthrough, "_NO_MODULE", "")
     monkeypatch.setitem(

@@ -1,4 +1,4 @@
-"""`lazyfs check`: real caches, damaged as disks, crashes and people do it."""
+"""`lazyfs check` with real caches, damaged as disks, crashes and people damage them."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ AT = qcow2_layout.layout(SIZE, BLOCK)
 
 
 class Cache:
-    """A cache directory, used by one daemon after another."""
+    """Plays a cache directory that one daemon after another uses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,10 +54,15 @@ class Cache:
     def image(
         self, name: str, image_format: str, filled: int, *, finish: bool = False, told: bool = False
     ) -> ImageRecord:
-        """Leave an image with its first `filled` blocks; `finish`: given its name; `told`: the catalog knows."""
+        """Leave an image of which the first `filled` blocks are present.
+
+        With `finish` it is linked to its path, and with `told` the catalog says that it is whole.
+        """
         path = f"team/{name}" + (".qcow2" if image_format == "qcow2" else "")
         with self.open() as opened:
-            new = ImageRecord(0, name, path, SIZE, "v1", image_format, State.PARTIAL, "", BLOCK, created_ns=10**18)
+            new = ImageRecord(
+                0, name, path, SIZE, "v1", image_format, State.PARTIAL, "", BLOCK, created_ns=10**18
+            )
             (record,) = opened.catalog.add([new])
             store = opened.partial(record)
             blocks = store.load()
@@ -88,12 +93,22 @@ class Cache:
         return cache_check.run(str(self.folder), repair)
 
     def tree(self) -> dict[str, object]:
-        """Everything that there is, as it is."""
+        """Return every file and its content."""
         found: dict[str, object] = {}
         for path in [self.folder, *sorted(self.folder.rglob("*"))]:
             s = path.lstat()
-            content = hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(s.st_mode) else ""
-            found[str(path)] = (s.st_mode, s.st_ino, s.st_size, s.st_blocks, s.st_mtime_ns, s.st_ctime_ns, content)
+            content = (
+                hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(s.st_mode) else ""
+            )
+            found[str(path)] = (
+                s.st_mode,
+                s.st_ino,
+                s.st_size,
+                s.st_blocks,
+                s.st_mtime_ns,
+                s.st_ctime_ns,
+                content,
+            )
         return found
 
     def states(self) -> dict[str, State]:
@@ -142,11 +157,15 @@ def test_an_empty_cache(cache: Cache) -> None:
     assert cache.check().findings == []
 
 
-def test_what_a_killed_daemon_had_not_moved_from_the_journal_is_seen_and_stays_there(cache: Cache) -> None:
+def test_what_a_killed_daemon_had_not_moved_from_the_journal_is_seen_and_stays_there(
+    cache: Cache,
+) -> None:
     cache.image("partial", "raw", 9)
     killed = Cache(cache.folder.with_name("killed"))
     with cache.open() as opened:
-        opened.catalog.add([replace(opened.records[0], export="new", path="new", state=State.REMOTE)])
+        opened.catalog.add(
+            [replace(opened.records[0], export="new", path="new", state=State.REMOTE)]
+        )
         subprocess.run(["cp", "-a", cache.folder, killed.folder], check=True)
     assert (killed.folder / ".lazyfs/catalog.sqlite-wal").stat().st_size
     before = killed.tree()
@@ -166,11 +185,11 @@ class Damage:
     path: str
     says: str
     state: State | None
-    """Of the image afterwards; None: its row is gone."""
+    """The image's state afterwards, or None if its row is gone."""
     finish: bool = False
     told: bool = False
     kept: int = -1
-    """Blocks that are present afterwards, for a partial image."""
+    """The number of blocks that are present afterwards, for a partial image."""
 
 
 def _l1(value: bytes) -> Callable[[Cache], object]:
@@ -222,14 +241,18 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found_and_repaired(cache: Cache, name: str) -> None:
     damage = DAMAGES[name]
-    record = cache.image("disk", damage.image_format, damage.filled, finish=damage.finish, told=damage.told)
+    record = cache.image(
+        "disk", damage.image_format, damage.filled, finish=damage.finish, told=damage.told
+    )
     assert record.inode == 2
     damage.apply(cache)
     before = cache.tree()
     found = cache.check()
     assert cache.tree() == before, "a check alone changes nothing"
     assert found.problems >= 1
-    (finding,) = [f for f in found.findings if f.path.endswith(damage.path) and damage.says in f.problem]
+    (finding,) = [
+        f for f in found.findings if f.path.endswith(damage.path) and damage.says in f.problem
+    ]
     assert finding.repairable
     assert not finding.repaired
     assert "would be" in finding.line()
@@ -238,7 +261,9 @@ def test_damage_is_found_and_repaired(cache: Cache, name: str) -> None:
     repaired = cache.check(repair=True)
     assert repaired.problems == 0, lines(repaired)
     assert [f for f in repaired.findings if f.path == finding.path and f.repaired]
-    left = [f for f in repaired.findings if f.path.startswith(".lazyfs/partial/") and not f.repaired]
+    left = [
+        f for f in repaired.findings if f.path.startswith(".lazyfs/partial/") and not f.repaired
+    ]
     assert bool(left) == (name in ("no catalog", "no database")), (
         "on the word of a new catalog nothing is swept at once"
     )
@@ -265,13 +290,18 @@ def test_damage_is_found_and_repaired(cache: Cache, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qcow2: a leak", "qcow2: L1", "qcow2: the refcount table", "qcow2: refcounts of metadata"]
+    "name",
+    ["qcow2: a leak", "qcow2: L1", "qcow2: the refcount table", "qcow2: refcounts of metadata"],
 )
 def test_qemu_agrees_about_a_mended_qcow2(cache: Cache, name: str) -> None:
     servers.requires("qemu-img")
     cache.image("disk", "qcow2", 9)
     file = {"driver": "file", "filename": str(cache.partial / "2.qcow2"), "locking": "off"}
-    command = ["qemu-img", "check", "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": file})]
+    command = [
+        "qemu-img",
+        "check",
+        "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": file}),
+    ]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0
     DAMAGES[name].apply(cache)
     assert subprocess.run(command, check=False, capture_output=True).returncode != 0
@@ -284,7 +314,9 @@ def test_a_whole_image_outlives_a_damaged_page_of_the_catalog(cache: Cache) -> N
     with cache.open() as opened:
         opened.catalog.add(
             [
-                ImageRecord(0, f"e{i}" * 30, f"e{i}" * 30, None, "", "raw", State.REMOTE, "", BLOCK, 1)
+                ImageRecord(
+                    0, f"e{i}" * 30, f"e{i}" * 30, None, "", "raw", State.REMOTE, "", BLOCK, 1
+                )
                 for i in range(500)
             ]
         )
@@ -322,7 +354,8 @@ def test_of_two_rows_for_one_image_the_whole_one_stays(cache: Cache) -> None:
     cache.image("b", "raw", BLOCKS, finish=True, told=True)
     cache.image("c", "raw", 9)
     cache.sql(
-        "UPDATE images SET path = 'team/b' WHERE export = 'a'", "UPDATE images SET export = 'b' WHERE export = 'c'"
+        "UPDATE images SET path = 'team/b' WHERE export = 'a'",
+        "UPDATE images SET export = 'b' WHERE export = 'c'",
     )
     report = cache.check()
     assert len([f for f in report.findings if "is another one for" in f.problem]) == 2
@@ -361,7 +394,9 @@ def test_a_whole_image_of_another_size_or_kind_is_left_alone(cache: Cache, what:
     assert cache.states() == {"disk": State.REMOTE}
 
 
-@pytest.mark.parametrize("path", ["stray", "team/stray", "team/disk", "a/b/c", ".lazyfs/partial/folder/x"])
+@pytest.mark.parametrize(
+    "path", ["stray", "team/stray", "team/disk", "a/b/c", ".lazyfs/partial/folder/x"]
+)
 def test_foreign_files_are_named_and_left_alone(cache: Cache, path: str) -> None:
     cache.image("disk", "raw", 9)
     foreign = cache.folder / path
@@ -381,7 +416,7 @@ def test_data_that_lies_in_holes_is_a_warning(cache: Cache) -> None:
             subprocess.run(["fallocate", "--punch-hole", "--offset", str(offset + first * BLOCK), "--length", str(count * BLOCK), name], check=True)  # fmt: skip
     report = cache.check()
     assert [(f.warning, f.problem.split(";")[0]) for f in report.findings] == [
-        (True, "6 blocks are data and yet holes")
+        (True, "6 blocks are marked as data but are holes in the file")
     ] * 2
     assert report.problems == 0
 
@@ -398,9 +433,14 @@ def test_refused_while_somebody_has_the_cache(cache: Cache) -> None:
     assert cache.check().findings == []
 
 
-def test_what_is_no_cache_or_a_newer_one_is_refused_and_not_touched(cache: Cache, tmp_path: Path) -> None:
+def test_what_is_no_cache_or_a_newer_one_is_refused_and_not_touched(
+    cache: Cache, tmp_path: Path
+) -> None:
     (tmp_path / "folder").mkdir()
-    for path, says in ((tmp_path / "absent", "No such file"), (tmp_path / "folder", "no cache of lazyfs")):
+    for path, says in (
+        (tmp_path / "absent", "No such file"),
+        (tmp_path / "folder", "no cache of lazyfs"),
+    ):
         with pytest.raises(errors.UserError, match=says):
             cache_check.run(str(path), repair=True)
     assert os.listdir(tmp_path / "folder") == []
@@ -419,7 +459,9 @@ def test_no_room_for_the_copy_of_the_catalog_is_no_damage_of_the_catalog(cache: 
     command = [sys.executable, "-m", "lazyfs", "check", str(cache.folder), "--repair"]
     size = len(before) // 2
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=limit)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=limit
+    )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(f"lazyfs: cannot check {cache.folder}: ")
     assert cache.catalog.read_bytes() == before
@@ -438,7 +480,9 @@ def test_a_repair_that_fails_is_said(cache: Cache, monkeypatch: pytest.MonkeyPat
         patch.setattr("lazyfs.cache.catalog.SqliteCatalog.update", fail)
         report = cache.check(repair=True)
     assert report.problems == 1
-    assert "could not be discarded, to be fetched again: [Errno 5] Input/output error" in lines(report)
+    assert "could not be discarded, to be fetched again: [Errno 5] Input/output error" in lines(
+        report
+    )
     assert not (cache.partial / "77.raw").exists(), "one that fails does not stop the others"
     assert cache.check(repair=True).problems == 0
 
@@ -473,6 +517,9 @@ def test_the_command(cache: Cache) -> None:
     assert "no image needs it; removed\n" in repaired.stdout
     assert "1 repaired, no problems" in repaired.stdout
     refused = subprocess.run(
-        [sys.executable, "-m", "lazyfs", "check", "/proc"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lazyfs", "check", "/proc"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

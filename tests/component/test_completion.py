@@ -21,7 +21,7 @@ complete -p lazyfs >&2
 _shtab_lazyfs
 printf '%s\\n' "${COMPREPLY[@]}"
 """
-"""What bash does when Tab is pressed behind the last word."""
+"""What bash does when Tab is pressed after the last word."""
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_verbs(folder: Path) -> None:
 
 @pytest.mark.parametrize("verb", verbs())
 def test_every_option_of_every_verb(folder: Path, verb: str) -> None:
-    """Also finds a completion that is older than the options: then run tools/make-docs."""
+    """This also finds a completion that is older than the options. Run tools/make-docs then."""
     shown = [action for action in verbs()[verb]._actions if action.help != argparse.SUPPRESS]
     options = {option for action in shown for option in action.option_strings if option.startswith("--")}
     assert completed(folder, verb, "--") == options, "run tools/make-docs"

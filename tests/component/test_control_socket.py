@@ -78,7 +78,7 @@ async def server(tmp_path: Path, nursery: trio.Nursery) -> ControlServer:
 
 
 class Client:
-    """Raw bytes, with a deadline on every answer."""
+    """Plays a client that sends raw bytes, with a deadline for every answer."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
@@ -88,7 +88,7 @@ class Client:
         await self.stream.send_all(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
 
     async def receive(self) -> dict[str, Any] | None:
-        """The next message; None if the server hung up."""
+        """Return the next message, or None if the server hung up."""
         with trio.fail_after(DEADLINE_S):
             while b"\r\n" not in self._pending:
                 try:
@@ -660,7 +660,7 @@ def _who(n: int) -> Any:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 async def test_another_user_is_turned_away(server: ControlServer, caplog: pytest.LogCaptureFixture) -> None:
-    """Even where the socket's mode would let them in."""
+    """They are refused even where the socket's mode would let them in."""
     folder = os.path.dirname(server.path)
     os.chmod(server.path, 0o666)
     said: list[bytes] = []

@@ -1,4 +1,5 @@
-"""What a crash, a power cut or a stranger may leave in the cache directory, and what is made of it."""
+"""What a crash, a power cut or a stranger can leave in the cache directory, and what follows
+then."""
 
 import errno
 import os
@@ -35,7 +36,7 @@ CONTENT = pattern(SIZE)
 
 
 class Cache:
-    """A cache directory, opened and closed as by one daemon after another."""
+    """Plays a cache directory that one daemon after another opens and closes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +55,7 @@ class Cache:
             return cache.catalog.add(records)
 
     def refused(self) -> str:
-        """Why it cannot be opened."""
+        """Return why the cache directory cannot be opened."""
         with pytest.raises(errors.UserError) as refusal:
             CacheDir(str(self.folder), "/mnt/somewhere", "nbd://example.com", LOOK)
         assert str(refusal.value).count("\n") == 0
@@ -73,7 +74,7 @@ def store_of(cache: CacheDir, record: ImageRecord) -> RawStore:
 
 
 def fill(store: RawStore, blocks: BlockMap, first: int, end: int) -> None:
-    """Write blocks and mark them, as a fetch does."""
+    """Write blocks and mark them in the map, as a fetch does."""
     run = BlockRun(first, end)
     blocks.claim(run)
     span = blocks.bytes_of(run)
@@ -95,7 +96,7 @@ def partial_image(cache: Cache, *runs: tuple[int, int]) -> ImageRecord:
 
 
 def whole_image(cache: Cache) -> ImageRecord:
-    """Leave an image that is whole, as the catalog says too."""
+    """Leave an image that is whole, also according to the catalog."""
     record = partial_image(cache, (0, BLOCKS))
     with cache.open() as opened:
         store = store_of(opened, record)
@@ -109,7 +110,7 @@ def whole_image(cache: Cache) -> ImageRecord:
 
 
 def check_blocks(store: RawStore, blocks: BlockMap) -> None:
-    """Every block that the map calls present has the right bytes."""
+    """Check that every block which the map calls present has the right bytes."""
     for run, state in blocks.runs():
         span = blocks.bytes_of(run)
         if state == DATA:
@@ -253,7 +254,7 @@ DISCARDED: dict[str, Damage] = {
 
 
 def load_or_begin_anew(opened: CacheDir, record: ImageRecord) -> tuple[RawStore, BlockMap]:
-    """As `Image` does it."""
+    """Do what `Image` does."""
     store = store_of(opened, record)
     try:
         return store, store.load()
@@ -521,7 +522,8 @@ def test_a_catalog_that_was_never_finished(cache: Cache) -> None:
 
 
 def test_a_daemon_killed_between_transactions_loses_none(cache: Cache, tmp_path: Path) -> None:
-    """Copied while it is open: what is on disk at that moment is all that a killed daemon leaves."""
+    """Copied while it is open: what is on disk at that moment is all that a killed daemon
+    leaves."""
     copy = Cache(tmp_path / "copy")
     with cache.open() as opened:
         records = opened.catalog.add([NEW])
@@ -596,7 +598,10 @@ def test_power_cut_at_every_write_of_a_fill(cache: Cache, tmp_path: Path, monkey
 
 
 def _slowly(store: RawStore, blocks: BlockMap, order: list[int]) -> Iterator[tuple[int, bytes]]:
-    """The pages of a checkpoint; while it is under way, between its two syncs, another thread writes data."""
+    """Yield the pages of a checkpoint.
+
+    Between the checkpoint's two syncs, another thread writes data.
+    """
     pages = blocks.take_dirty()
     if order:
         block = order.pop()
@@ -647,7 +652,7 @@ def test_data_is_synced_before_its_map_and_the_map_before_the_checkpoint_ends(
 
 
 def test_a_failed_sync_of_the_data_is_not_a_full_disk(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux reports it once: trying again would succeed without the data."""
+    """Linux reports lost data once. A second attempt would succeed without the data."""
     (record,) = cache.add(NEW)
     with cache.open() as opened:
         store = store_of(opened, record)

@@ -1,4 +1,4 @@
-"""Fill connections with real servers: every claim comes back, whatever happens."""
+"""Fill connections with real servers: every claim is given back, whatever happens."""
 
 import functools
 import threading
@@ -33,13 +33,13 @@ BLOCK = 64 * KiB
 
 @pytest.fixture(autouse=True)
 def small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many of them in a small image."""
+    """Make requests small, so that a small image needs many of them."""
     monkeypatch.setattr(fill_thread, "REQUEST", 256 * KiB)
 
 
 @functools.cache
 def pattern(size: int) -> bytes:
-    """What nbdkit's pattern plugin serves: each 8 bytes are their offset."""
+    """Return what nbdkit's pattern plugin serves: each 8 bytes contain their offset."""
     return b"".join(offset.to_bytes(8, "big") for offset in range(0, size, 8))[:size]
 
 
@@ -58,7 +58,7 @@ async def run(filler: Filler, work: Work, duration_s: float = 60.0) -> None:
 
 @asynccontextmanager
 async def running(filler: Filler, work: Work) -> AsyncIterator[list[BaseException]]:
-    """Run beside the block; what it raises is in the list once the block is left."""
+    """Run the filler beside the block. After the block, the list has the errors that it raised."""
     raised: list[BaseException] = []
 
     async def runner() -> None:
@@ -261,7 +261,7 @@ async def test_requests_that_fail_are_dropped_alone(peers: Peers, filler_of: Any
 
 
 async def test_one_bad_part_drops_the_whole_claim(peers: Peers, filler_of: Any, tmp_path: Path) -> None:
-    """Even if its other parts have arrived."""
+    """The claim is dropped even if its other parts have arrived."""
     script = (
         'if [ "$4" -eq 8192 ]; then echo EIO bad sector >&2; exit 1; fi; dd if=/dev/zero bs="$3" count=1 status=none'
     )
@@ -326,7 +326,7 @@ async def test_a_server_that_stops_answering(peers: Peers, filler_of: Any) -> No
 
 
 async def test_cancelled_in_the_middle(peers: Peers, filler_of: Any) -> None:
-    """Requests that take 30 s, and yet it ends at once; what arrives late reaches no buffer."""
+    """The requests take 30 s, but the connection ends at once, and late replies reach no buffer."""
     server = peers.nbdkit("--filter=delay", "pattern", f"size={SIZE}", "rdelay=30")
     work = Work(EXPORT, ALL)
     filler = filler_of(server)
@@ -359,7 +359,7 @@ async def test_cancelled_while_waiting_as_told(peers: Peers, filler_of: Any) -> 
 
 
 async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
-    """A server that answers 13 requests of each connection, the rest never."""
+    """The server answers 13 requests of each connection and no more."""
 
     def script(conversation: Conversation) -> None:
         answered = 0
@@ -391,7 +391,7 @@ async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
 
 
 async def test_requests_answered_without_data_are_dropped(peers: Peers, filler_of: Any) -> None:
-    """What their buffers had before is not the image's."""
+    """What the buffers contained before does not belong to the image."""
 
     def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
         conversation.send(no_data(handle))

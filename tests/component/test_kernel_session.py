@@ -1,4 +1,5 @@
-"""The kernel's structures, compared with <linux/fuse.h>, and the answer to every kind of FUSE_INIT."""
+"""The kernel's structures, compared with <linux/fuse.h>, and the answer to every kind of
+FUSE_INIT."""
 
 import os
 import struct
@@ -50,7 +51,8 @@ STRUCTURES = {
 }
 SIZES = {"fuse_in_header": 40, "fuse_out_header": 16, "fuse_init_in": 64, "fuse_init_out": 64}
 
-# Since protocol 7.40; the headers of Debian 12 are older. As include/uapi/linux/fuse.h of Linux 6.9 has them.
+# Since protocol 7.40; the headers of Debian 12 are older. As include/uapi/linux/fuse.h of Linux 6.9
+# has them.
 NEWER = """
 #include <sys/ioctl.h>
 #include <stdint.h>
@@ -91,7 +93,8 @@ def _program() -> str:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What a C program has written: each structure with its members 1, 2, 3 ..., then the constants."""
+    """Return what a C program has written: each structure with its members 1, 2, 3 ..., then the
+    constants."""
     servers.requires("gcc")
     folder = tmp_path_factory.mktemp("fuse")
     (folder / "p.c").write_text(_program())
@@ -120,7 +123,7 @@ def test_structures_are_the_kernels(output: bytes) -> None:
 def init_request(
     minor: int, flags: int, *, major: int = 7, short: bool = False, unique: int = 2, flags2: int = 0xFFFFFFFF
 ) -> bytes:
-    """What a kernel sends."""
+    """Return an INIT request as a kernel sends it."""
     readahead = 128 * 1024
     body = (
         INIT_IN_SHORT.pack(major, minor, readahead, flags)

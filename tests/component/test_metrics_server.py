@@ -1,4 +1,7 @@
-"""The HTTP side of the metrics, with clients of every kind; and that the schema is what is exported."""
+"""The HTTP side of the metrics with clients of every kind.
+
+Also checks that the schema is exported.
+"""
 
 import errno
 import os
@@ -27,7 +30,7 @@ DEADLINE_S = 20.0
 
 
 def picture(number: float = 7.0, mountpoint: str = "/mnt") -> Picture:
-    """A number for everything that the schema has."""
+    """Return a number for every metric of the schema."""
     values: dict[str, Any] = {}
     histograms = {}
     for metric in metric_schema.METRICS:
@@ -68,7 +71,7 @@ async def get(server: MetricsServer, path: str = "/metrics", **headers: str) -> 
 
 @contextmanager
 def silent(server: MetricsServer) -> Iterator[socket.socket]:
-    """A client that connects and says nothing."""
+    """Plays a client that connects and sends nothing."""
     host, _, port = server.address.rpartition(":")
     with closing(socket.create_connection((host.strip("[]"), int(port)), DEADLINE_S)) as connection:
         yield connection

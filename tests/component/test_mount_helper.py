@@ -1,4 +1,4 @@
-"""mount.lazyfs: what mount(8) says, in the words of `lazyfs mount`."""
+"""mount.lazyfs: how it translates mount(8)'s options to those of `lazyfs mount`."""
 
 import subprocess
 import sys
@@ -35,12 +35,15 @@ def test_options_become_words(options: list[str], words: list[str]) -> None:
     ("options", "says"),
     [
         ("frobnicate", "option 'frobnicate' is not known; there are allow-evict, "),
-        ("cache-dir=/a,b", "a value with a comma cannot be given here: put it in a file, and say config=NAME"),
+        (
+            "cache-dir=/a,b",
+            "a value with a comma cannot be given here: put it in a file, and say config=NAME",
+        ),
         ("foreground", "option 'foreground' is not known"),
         ("ready-fd=3", "not known"),
         ("help", "not known"),
         ("repository=nbd://h", "not known"),
-        ("remount", "cannot change a mount; lazyfs umount it"),
+        ("remount", "cannot change a mount; unmount it with lazyfs umount"),
         ("suid", "not known"),
         ("fill-rate", "option fill-rate needs a value: fill-rate=..."),
         ("no-populate=yes", "option no-populate takes no value"),
@@ -77,7 +80,11 @@ def helper(*words: str) -> "subprocess.CompletedProcess[str]":
         (("http://h", "/mnt", "-o", "rw"), 1, "not an NBD URI"),
         (("nbd://h", "/mnt", "-o", "uid=x"), 1, "not a user or group number"),
         (("nbd://h", "/nonexistent/mnt", "-o", "rw"), 32, "does not exist"),
-        (("nbd://h", "/mnt", "-o", "config=/nonexistent.toml"), 32, "cannot read the configuration"),
+        (
+            ("nbd://h", "/mnt", "-o", "config=/nonexistent.toml"),
+            32,
+            "cannot read the configuration",
+        ),
     ],
 )
 def test_exit_codes_are_those_of_mount(words: tuple[str, ...], code: int, says: str) -> None:
@@ -88,7 +95,10 @@ def test_exit_codes_are_those_of_mount(words: tuple[str, ...], code: int, says: 
 
 def test_fake_mounts_nothing_and_verbose_says_what_it_would() -> None:
     done = helper("nbd://h", "/mnt", "-f", "-v", "-n", "-o", "rw,uid=5", "-t", "fuse.lazyfs")
-    assert (done.returncode, done.stderr) == (0, "mount.lazyfs: lazyfs mount nbd://h /mnt --uid=5\n")
+    assert (done.returncode, done.stderr) == (
+        0,
+        "mount.lazyfs: lazyfs mount nbd://h /mnt --uid=5\n",
+    )
 
 
 def test_the_package_installs_the_helper() -> None:

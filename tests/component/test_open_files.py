@@ -1,4 +1,4 @@
-"""Who has a file open: descriptors and mappings, of this and other processes."""
+"""Which processes have a file open, by descriptors and mappings, in this and other processes."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from lazyfs.host import open_files
 
 
 def device_of(path: Path) -> str:
-    """As mountinfo has it."""
+    """Return the device number as mountinfo shows it."""
     found = path.stat().st_dev
     return f"{os.major(found)}:{os.minor(found)}"
 

@@ -19,7 +19,8 @@ TIMEOUT_S = 20.0
 
 
 class Host:
-    """Folders, a "mount" that nobody may touch, and every path that was asked for."""
+    """Has folders, a "mount" that must not be touched, and a list of every path that was asked
+    for."""
 
     def __init__(self, top: Path) -> None:
         servers.requires("qemu-img")
@@ -87,7 +88,7 @@ def test_both_versions_of_qcow2(host: Host, version: str) -> None:
 
 
 def test_a_header_that_qemu_img_has_rewritten(host: Host) -> None:
-    """With a feature table, bitmaps and a long name that moved."""
+    """The overlay has a feature table, bitmaps, and a long name that was moved."""
     path = host.create("a.qcow2", "/x")
     name = f"{host.mnt}/{'y' * 200}/{'z' * 200}"
     command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", name, "-F", "raw", path]
@@ -97,7 +98,7 @@ def test_a_header_that_qemu_img_has_rewritten(host: Host) -> None:
 
 
 def test_chains(host: Host) -> None:
-    """Through overlays in the folder, in others and behind symlinks; raw ends a chain."""
+    """Overlays in the folder and in others form a chain, also through symlinks; raw ends it."""
     outside = host.top / "outside"
     outside.mkdir()
     host.create(outside / "base.qcow2", f"{host.mnt}/a")
@@ -218,7 +219,7 @@ def test_a_folder_that_is_a_file(host: Host) -> None:
 
 @pytest.mark.parametrize("what", ["folder", "overlay", "chain", "way"])
 def test_what_this_user_may_not_read(what: str) -> None:
-    """As another user, as root may read everything."""
+    """This runs as another user, because root may read everything."""
     top = Path(tempfile.mkdtemp(prefix="lazyfs-overlays-", dir="/tmp"))
     try:
         top.chmod(0o755)

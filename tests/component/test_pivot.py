@@ -1,7 +1,8 @@
-"""`pivot` with every shape of block graph, in real QEMUs; and with scripted ones for what real ones do not do.
+"""`pivot` with every shape of block graph in real QEMUs, and with scripted ones for other cases.
 
-There is no mount here. A folder in /dev/shm plays the lazyfs: QEMU has opened files there, through symbolic links,
-and a scripted daemon says that they are its images. Then the links become plain files, as paths do after a detach.
+There is no mount here. A folder in /dev/shm plays the lazyfs: QEMU has opened files there, through
+symbolic links, and a scripted daemon says that they are its images. Then the links become plain
+files, as paths do after a detach.
 """
 
 import asyncio
@@ -47,7 +48,7 @@ MiB = 1 << 20
 
 
 class World:
-    """Images that QEMUs have open, and a daemon that knows them."""
+    """Has images that QEMUs have open, and a daemon that knows them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -70,7 +71,7 @@ class World:
         return list(self.rows.values())
 
     def image(self, name: str, content: bytes | None = None, state: str = "whole") -> Path:
-        """Make an image; return its path, a link for now."""
+        """Make an image, and return its path, which is a symbolic link at first."""
         self.bytes[name] = os.urandom(1 * MiB) if content is None else content
         old = self.shm / name
         old.write_bytes(self.bytes[name])
@@ -78,11 +79,17 @@ class World:
         path.symlink_to(old)
         size = len(self.bytes[name])
         inode = old.stat().st_ino
-        self.rows[name] = {"path": str(path), "inode": inode, "state": state, "size": size, "error": None}
+        self.rows[name] = {
+            "path": str(path),
+            "inode": inode,
+            "state": state,
+            "size": size,
+            "error": None,
+        }
         return path
 
     def to_plain(self, *names: str) -> None:
-        """Let the paths name plain files, as lazyfs leaves them: with the image's time of change."""
+        """Let the paths name plain files with the image's time of change, as lazyfs leaves them."""
         for name in names or self.bytes:
             new = self.folder / f"{name}.new"
             new.write_bytes(self.bytes[name])
@@ -90,7 +97,7 @@ class World:
             new.rename(self.folder / name)
 
     def to_the_other_side(self, name: str) -> Path:
-        """Let the plain file, as its path is now, be the one on a lazyfs, and the path lead back to /dev/shm."""
+        """Let the plain file at the path be on a lazyfs, and the path lead to /dev/shm again."""
         path, moved, other = self.folder / name, self.folder / "moved", self.shm / name
         path.rename(moved)
         self.device = moved.stat().st_dev
@@ -101,7 +108,7 @@ class World:
         return moved
 
     def poison(self, *names: str) -> None:
-        """Empty the old files: who still reads them gets zeros."""
+        """Empty the old files, so that a process which still reads them gets zeroes."""
         for name in names or self.bytes:
             os.truncate(self.shm / name, 0)
 
@@ -111,7 +118,7 @@ class World:
         return made
 
     def named(self, *, name: str = "vm", cache: dict[str, Any] | None = None) -> BlockQemu:
-        """A QEMU with an overlay on image `disk`; all nodes have names."""
+        """Start a QEMU with an overlay on image `disk`; all nodes have names."""
         options: dict[str, Any] = {"cache": cache} if cache else {}
         disk = self.image("disk") if "disk" not in self.rows else self.folder / "disk"
         overlay = make_overlay(self.folder / f"{name}.qcow2", disk)
@@ -119,14 +126,18 @@ class World:
         return self.qemu(*blockdevs(*nodes, overlay_node("vm", overlay, "base")), name=name)
 
     def pivot(self, *qemus: Any, **options: Any) -> list[pivot.Report]:
-        """Pivot, and see that no overlay was written."""
-        headers = {path: path.read_bytes() for path in self.folder.glob("*.qcow2") if not path.is_symlink()}
-        reports = pivot.run([str(getattr(one, "socket", one)) for one in qemus], pivot.Options(**options))
+        """Pivot, and check that no overlay was written."""
+        headers = {
+            path: path.read_bytes() for path in self.folder.glob("*.qcow2") if not path.is_symlink()
+        }
+        reports = pivot.run(
+            [str(getattr(one, "socket", one)) for one in qemus], pivot.Options(**options)
+        )
         assert {path: path.read_bytes() for path in headers} == headers
         return reports
 
     def is_moved(self, qemu: BlockQemu) -> bool:
-        """Whether QEMU has no old file open."""
+        """Return whether QEMU has no old file open."""
         return os.stat(self.shm).st_dev not in {device for device, _ in qemu.files()}
 
 
@@ -151,7 +162,7 @@ def only(reports: list[pivot.Report]) -> pivot.NodeReport:
 
 
 def test_without_a_pivot_a_poisoned_file_is_noticed(world: World) -> None:
-    """The negative control of all that follows."""
+    """This shows that the other tests can fail."""
     qemu = world.named()
     world.to_plain()
     assert not world.is_moved(qemu)
@@ -160,12 +171,19 @@ def test_without_a_pivot_a_poisoned_file_is_noticed(world: World) -> None:
 
 
 def _names_with_blockdev(world: World, disk: Path, overlay: Path) -> list[str]:
-    nodes = file_node("base-file", disk), raw_node("base", "base-file"), overlay_node("vm", overlay, "base")
+    nodes = (
+        file_node("base-file", disk),
+        raw_node("base", "base-file"),
+        overlay_node("vm", overlay, "base"),
+    )
     return blockdevs(*nodes)
 
 
 def _named_base_only(world: World, disk: Path, overlay: Path) -> list[str]:
-    return blockdevs(raw_node("base", {"driver": "file", "filename": str(disk)}), overlay_node("vm", overlay, "base"))
+    return blockdevs(
+        raw_node("base", {"driver": "file", "filename": str(disk)}),
+        overlay_node("vm", overlay, "base"),
+    )
 
 
 def _overlay_on_file(world: World, disk: Path, overlay: Path) -> list[str]:
@@ -174,7 +192,9 @@ def _overlay_on_file(world: World, disk: Path, overlay: Path) -> list[str]:
 
 def _inline_raw(world: World, disk: Path, overlay: Path) -> list[str]:
     file = {"driver": "file", "filename": str(disk), "cache": {"direct": True}}
-    return blockdevs(overlay_node("vm", overlay, {"driver": "raw", "file": file, "read-only": True}))
+    return blockdevs(
+        overlay_node("vm", overlay, {"driver": "raw", "file": file, "read-only": True})
+    )
 
 
 def _no_aio_known(world: World, disk: Path, overlay: Path) -> list[str]:
@@ -189,7 +209,8 @@ ALL_NAMES = "file.node-name=vm-file,backing.node-name=base,backing.file.node-nam
 
 
 def _libvirt(raw: dict[str, Any]) -> Callable[[World, Path, Path], list[str]]:
-    """As libvirt names them: what it does not want to be written is so in the upper of two nodes."""
+    """Return a function that makes nodes as libvirt does: of two, only the upper one is
+    read-only."""
 
     def words(world: World, disk: Path, overlay: Path) -> list[str]:
         storage = {"driver": "file", "auto-read-only": True, "discard": "unmap"}
@@ -207,7 +228,12 @@ def _libvirt(raw: dict[str, Any]) -> Callable[[World, Path, Path], list[str]]:
 
 
 def _auto_read_only(world: World, disk: Path, overlay: Path) -> list[str]:
-    file = {"driver": "file", "auto-read-only": True, "filename": str(disk), "node-name": "base-file"}
+    file = {
+        "driver": "file",
+        "auto-read-only": True,
+        "filename": str(disk),
+        "node-name": "base-file",
+    }
     return blockdevs(file, overlay_node("vm", overlay, "base-file"))
 
 
@@ -246,14 +272,23 @@ def test_every_shape_moves_while_it_is_read(world: World, shape: str) -> None:
     }
     direct = bool(re.search("cache=none|direct", " ".join(SHAPES[shape](world, disk, overlay))))
     nodes = qemu.qmp("query-named-block-nodes", flat=True)
-    files = [node for node in nodes if node["drv"] == "file" and node["image"]["filename"] == str(disk)]
-    assert [(node["ro"], node["cache"]["direct"]) for node in files] == [(True, direct)], "one, as the old one was"
+    files = [
+        node for node in nodes if node["drv"] == "file" and node["image"]["filename"] == str(disk)
+    ]
+    assert [(node["ro"], node["cache"]["direct"]) for node in files] == [(True, direct)], (
+        "one, as the old one was"
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(world: World, shape: str) -> None:
-    """QEMU 7.2 dies of the others. Nobody reads during the move, as its NBD server, not what is tested here, dies of
-    a drain under load in an I/O thread ("nbd_client_put: Assertion `client->closing' failed")."""
+def test_in_an_iothread_a_node_that_the_monitor_holds_moves_and_others_are_left(
+    world: World, shape: str
+) -> None:
+    """QEMU 7.2 dies of the others.
+
+    No process reads during the move, because QEMU's NBD server, which is not tested here, dies of a
+    drain under load in an I/O thread ("nbd_client_put: Assertion `client->closing' failed").
+    """
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     qemu = world.qemu("-object", "iothread,id=io0", *SHAPES[shape](world, disk, overlay))
@@ -313,7 +348,12 @@ def test_discard_is_kept_when_the_overlay_is_reopened(world: World) -> None:
     assert overlay.stat().st_blocks < used - MiB // 2 // 512
 
 
-QCOW2 = {"l2-cache-size": 256 * MiB, "lazy-refcounts": True, "pass-discard-request": False, "overlap-check": "all"}
+QCOW2 = {
+    "l2-cache-size": 256 * MiB,
+    "lazy-refcounts": True,
+    "pass-discard-request": False,
+    "overlap-check": "all",
+}
 
 
 def _with_drive(overlay: Path, disk: Path) -> list[str]:
@@ -330,10 +370,13 @@ def _with_blockdev(overlay: Path, disk: Path) -> list[str]:
 def test_options_of_the_overlay_are_kept_when_it_is_reopened(
     world: World, words: Callable[[Path, Path], list[str]]
 ) -> None:
-    """Told by what each does: the cache's address space, the dirty bit in the header, blocks that are not freed."""
+    """Each option shows by its effect: the cache's address space, the dirty bit in the header, and
+    blocks that are not freed."""
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
-    subprocess.run(["qemu-img", "resize", "-q", overlay, "2T"], check=True, timeout=20)  # so a large cache is of use
+    subprocess.run(
+        ["qemu-img", "resize", "-q", overlay, "2T"], check=True, timeout=20
+    )  # so a large cache is of use
     qemu = world.qemu(*words(overlay, disk))
     world.to_plain()
     before = qemu.address_space()
@@ -354,11 +397,31 @@ def test_an_encrypted_overlay_stays_readable(world: World) -> None:
     disk = world.image("disk")
     overlay = world.folder / "vm.qcow2"
     secret = ["--object", "secret,id=sec0,data=swordfish"]
-    # QEMU times its key derivation by the thread's CPU time, and gives up when a step seems to take none: likely
-    # with SHA-256 on a fast host (6 of 10 times here), rare with the slower SHA-512, so it may try again.
-    how = "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
-    command = ["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", how, "-b", disk, "-F", "raw", overlay]
-    tries = (subprocess.run(command, capture_output=True, text=True, check=False, timeout=60) for _ in range(10))
+    # QEMU measures its key derivation by the thread's CPU time, and gives up when a step seems to
+    # take none. That is likely with SHA-256 on a fast host (6 of 10 times here) and rare with the
+    # slower SHA-512, so it may try again.
+    how = (
+        "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
+    )
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        *secret,
+        "-f",
+        "qcow2",
+        "-o",
+        how,
+        "-b",
+        disk,
+        "-F",
+        "raw",
+        overlay,
+    ]
+    tries = (
+        subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        for _ in range(10)
+    )
     made = next(one for one in tries if "Unable to get accurate CPU usage" not in one.stderr)
     assert made.returncode == 0, made.stderr
     drive = f"file={overlay},if=none,node-name=vm,encrypt.key-secret=sec0"
@@ -394,7 +457,12 @@ def test_several_disks_and_several_overlays_on_one_base(world: World) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    ["node-name=vm", "backing.node-name=mid", "backing.backing.node-name=base", "node-name=vm,backing.node-name=mid"],
+    [
+        "node-name=vm",
+        "backing.node-name=mid",
+        "backing.backing.node-name=base",
+        "node-name=vm,backing.node-name=mid",
+    ],
 )
 def test_a_chain_of_three_with_any_of_its_nodes_named(world: World, names: str) -> None:
     disk = world.image("disk")
@@ -406,7 +474,9 @@ def test_a_chain_of_three_with_any_of_its_nodes_named(world: World, names: str) 
         assert actions(world.pivot(qemu)) == ["pivoted"]
         assert world.is_moved(qemu)
         world.poison()
-    assert {(path.stat().st_dev, path.stat().st_ino) for path in (disk, middle, top)} <= qemu.files()
+    assert {
+        (path.stat().st_dev, path.stat().st_ino) for path in (disk, middle, top)
+    } <= qemu.files()
 
 
 def test_two_images_in_one_chain_with_only_the_top_named(world: World) -> None:
@@ -436,7 +506,9 @@ def test_an_image_that_is_itself_qcow2(world: World, backing: bool) -> None:
     image = world.image("image.qcow2", made.read_bytes())
     overlay = make_overlay(world.folder / "vm.qcow2", image, "qcow2")
     base = {"driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": True}
-    qemu = world.qemu(*blockdevs(file_node("base-file", image), base, overlay_node("vm", overlay, "base")))
+    qemu = world.qemu(
+        *blockdevs(file_node("base-file", image), base, overlay_node("vm", overlay, "base"))
+    )
     world.to_plain()
     with reading(qemu.export("vm"), plain.read_bytes()):
         assert actions(world.pivot(qemu)) == ["pivoted"]
@@ -465,8 +537,13 @@ def test_automatic_names_are_refused_with_a_command_line_that_works(world: World
     assert world.is_moved(again)
 
 
-def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(world: World) -> None:
-    """Its name is json, of a file that is deleted; names go to the node below it."""
+def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(
+    world: World,
+) -> None:
+    """The overlay's name is json, of a file that is deleted.
+
+    So the names go to the node below it.
+    """
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)
     qemu = world.qemu("-drive", f"file={overlay},if=virtio,snapshot=on")
@@ -532,11 +609,20 @@ def test_dry_run_only_asks(world: World) -> None:
 
 def _refusals(world: World, disk: Path, overlay: Path) -> dict[str, tuple[list[str], str]]:
     part = raw_node("base", "base-file", offset=0, size=MiB // 2)
-    throttle = {"driver": "throttle", "node-name": "slow", "throttle-group": "group", "file": "base-file"}
+    throttle = {
+        "driver": "throttle",
+        "node-name": "slow",
+        "throttle-group": "group",
+        "file": "base-file",
+    }
     return {
         "part": (blockdevs(file_node("base-file", disk), part), "a part of the file only"),
         "throttle": (
-            ["-object", "throttle-group,id=group", *blockdevs(file_node("base-file", disk), throttle)],
+            [
+                "-object",
+                "throttle-group,id=group",
+                *blockdevs(file_node("base-file", disk), throttle),
+            ],
             "the throttle node slow above it cannot be reopened",
         ),
         "device": (["-drive", f"file={disk},if=none,id=cd,format=file,readonly=on"], "uses node"),
@@ -582,7 +668,9 @@ def test_only_a_whole_file_of_the_same_size_is_moved_to(world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["relative", "symbolic link"])
-def test_a_path_that_is_not_the_images_own_and_leads_nowhere_is_no_success(world: World, how: str) -> None:
+def test_a_path_that_is_not_the_images_own_and_leads_nowhere_is_no_success(
+    world: World, how: str
+) -> None:
     disk = world.image("disk")
     link = world.folder / "link"
     link.symlink_to(disk)
@@ -597,7 +685,7 @@ def test_a_path_that_is_not_the_images_own_and_leads_nowhere_is_no_success(world
 
 
 def test_a_lazyfs_that_is_detached_elsewhere_is_not_moved_to(world: World) -> None:
-    """The path still leads there: through a bind mount, or in QEMU's mount namespace."""
+    """The path still leads there: through a bind mount, or in QEMU's own mount namespace."""
     world.detached = True
     qemu = world.named()
     node = only(world.pivot(qemu))
@@ -710,7 +798,9 @@ def test_undoing_that_fails_is_said(world: World) -> None:
     qemu = scripted(world)
     qemu.fails, qemu.failure = {"blockdev-del": 0}, refuse
     node = only(world.pivot(qemu.server.path))
-    assert node.message == "blockdev-del: no such luck; undoing it failed: blockdev-del: no such luck"
+    assert (
+        node.message == "blockdev-del: no such luck; undoing it failed: blockdev-del: no such luck"
+    )
 
 
 def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) -> None:
@@ -722,7 +812,9 @@ def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) 
 
     qemu.fails, qemu.failure = {"blockdev-reopen": 0}, once
     (report,) = world.pivot(qemu.server.path)
-    said = "blockdev-reopen: no such luck; undoing it failed: blockdev-del: QEMU hung up, or has ended"
+    said = (
+        "blockdev-reopen: no such luck; undoing it failed: blockdev-del: QEMU hung up, or has ended"
+    )
     assert ([node.message for node in report.nodes], report.error) == ([said], said)
 
 
@@ -730,7 +822,7 @@ def test_a_qemu_that_ends_while_a_failed_step_is_undone_says_both(world: World) 
 def test_a_process_that_cannot_be_looked_at_any_more_is_undone(
     world: World, look: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when another process takes the pid, or the right to look is lost."""
+    """That happens when another process gets the pid, or when the right to inspect it is lost."""
     qemu = scripted(world)
     looks = 0
     really = process_files.open_files
@@ -744,14 +836,23 @@ def test_a_process_that_cannot_be_looked_at_any_more_is_undone(
 
     monkeypatch.setattr(process_files, "open_files", open_files)
     node = only(world.pivot(qemu.server.path))
-    assert (node.action, node.message) == ("failed", f"process {os.getpid()} has ended; the VM is as it was")
+    assert (node.action, node.message) == (
+        "failed",
+        f"process {os.getpid()} has ended; the VM is as it was",
+    )
     assert (qemu.child, list(qemu.fds)) == ("base-file", ["base-file"])
 
 
-def test_a_bug_in_one_pivot_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_one_pivot_does_not_stop_the_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     qemu = scripted(world)
     two = world.image("two")
-    other = world.qemu("-drive", f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm", name="two")
+    other = world.qemu(
+        "-drive",
+        f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm",
+        name="two",
+    )
     world.to_plain("two")
     really = pivot_steps.Steps._remove
 
@@ -767,12 +868,18 @@ def test_a_bug_in_one_pivot_does_not_stop_the_others(world: World, monkeypatch: 
     assert reports[1].good
 
 
-@pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"])
+@pytest.mark.parametrize(
+    "step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"]
+)
 def test_a_qemu_that_ends_at_any_step_is_one_line(world: World, step: str) -> None:
     qemu = scripted(world)
     qemu.fails, qemu.failure = {step: 0}, hang_up
     two = world.image("two")
-    other = world.qemu("-drive", f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm", name="two")
+    other = world.qemu(
+        "-drive",
+        f"file={make_overlay(world.folder / 'two.ov', two)},if=none,node-name=vm",
+        name="two",
+    )
     world.to_plain("two")
     reports = world.pivot(qemu.server.path, other)
     assert reports[0].error == f"{step}: QEMU hung up, or has ended"
@@ -782,7 +889,9 @@ def test_a_qemu_that_ends_at_any_step_is_one_line(world: World, step: str) -> No
 
 
 @pytest.mark.parametrize("step", [*CHANGING, "query-named-block-nodes"])
-def test_a_step_without_an_answer_times_out(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_an_answer_times_out(
+    world: World, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qemu_monitor, "COMMAND_S", 0.2)
     qemu = scripted(world)
     ends, _stays = socket.socketpair()
@@ -812,13 +921,16 @@ def test_an_old_file_that_stays_open_is_a_failure(world: World) -> None:
 
 
 def test_a_socket_that_somebody_else_made_cannot_be_checked(world: World) -> None:
-    """As libvirt does: then the process that the kernel names is not the one with the files."""
+    """libvirt does so. Then the process that the kernel names is not the one that has the files."""
     qemu = scripted(world)
     os.close(qemu.fds["base-file"])
     qemu.fds["base-file"] = os.open(os.devnull, os.O_RDONLY)
     node = only(world.pivot(qemu.server.path))
     assert node.action == "skipped"
-    assert "cannot be checked: the process that made the socket does not have this file open" in node.message
+    assert (
+        "cannot be checked: the process that made the socket does not have this file open"
+        in node.message
+    )
     assert not any(command in CHANGING for command, _ in qemu.server.commands)
 
 
@@ -843,7 +955,9 @@ def test_an_interrupt_lets_the_node_end_first(world: World) -> None:
     assert (qemu.child, list(qemu.fds)) == ("lazyfs-1", ["lazyfs-1"])
 
 
-def test_sockets_without_a_qemu_are_one_line_each(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_without_a_qemu_are_one_line_each(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qemu_monitor, "CONNECT_S", 0.2)
     folder = world.folder
     (folder / "file").write_text("no socket")
@@ -857,13 +971,15 @@ def test_sockets_without_a_qemu_are_one_line_each(world: World, monkeypatch: pyt
         waiting.connect(str(folder / "full"))
         said = {
             os.path.basename(report.socket): report.error
-            for report in world.pivot(*(folder / name for name in ("file", "gone", "none", "silent", "full")))
+            for report in world.pivot(
+                *(folder / name for name in ("file", "gone", "none", "silent", "full"))
+            )
         }
     assert said == {
-        "file": "this is no socket",
+        "file": "this is not a socket",
         "gone": "nobody listens: its QEMU has ended",
         "none": "No such file or directory",
-        "silent": "no QMP greeting in 0.2 s: no QEMU, one that hangs, or another client is connected",
+        "silent": "no QMP greeting in 0.2 s: this is not a QEMU, or it hangs, or another client is connected",
         "full": "other clients wait for this QEMU already",
     }
 
@@ -876,11 +992,11 @@ def test_a_qmp_server_that_is_no_qemu_is_one_line(world: World) -> None:
 @pytest.mark.parametrize(
     ("greeting", "reason"),
     [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "this is no QMP server: it greets otherwise"),
-        (b"[1,2]\n", "this is no QMP server: it greets otherwise"),
-        (b"\xff\xfe\n", "this is no QMP server: it greets otherwise"),
-        (b"x" * MiB, "this is no QMP server: it greets otherwise"),
-        (b"", "this is no QMP server: it hung up"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "this is not a QMP server: its greeting is not QMP's"),
+        (b"[1,2]\n", "this is not a QMP server: its greeting is not QMP's"),
+        (b"\xff\xfe\n", "this is not a QMP server: its greeting is not QMP's"),
+        (b"x" * MiB, "this is not a QMP server: its greeting is not QMP's"),
+        (b"", "this is not a QMP server: it hung up"),
         (
             b'{"QMP": {"version": {"qemu": {}, "package": "lazyfs"}, "capabilities": []}}\n',
             "this is lazyfs's own control socket; name the QMP sockets of QEMUs",
@@ -914,7 +1030,9 @@ def test_a_server_that_is_no_qemu_is_one_line(
     assert report.complaints() == [f"{world.folder}/a\\nb\\x1b[31m\u00e9: {reason}"]
 
 
-def test_what_is_no_qemu_is_a_failure_only_where_it_was_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_qemu_is_a_failure_only_where_it_was_named(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = world.folder / "sockets"
     folder.mkdir()
     assert cli.main(["pivot", "--all-in", str(folder)]) == 0
@@ -929,14 +1047,20 @@ def test_what_is_no_qemu_is_a_failure_only_where_it_was_named(world: World, caps
 
 
 @pytest.mark.parametrize("words", [[""], ["--all-in", ""]])
-def test_an_empty_name_is_said(world: World, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_name_is_said(
+    world: World, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["pivot", *words]) == 2
     assert capsys.readouterr().err.startswith("lazyfs: an empty name: ")
 
 
-def test_a_daemon_that_hangs_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_hangs_is_not_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(control_client, "TIMEOUT_S", 0.2)
-    silent = ScriptedQmp(world.folder / "run" / "silent.sock", lambda command, arguments: {}, greets=False)
+    silent = ScriptedQmp(
+        world.folder / "run" / "silent.sock", lambda command, arguments: {}, greets=False
+    )
     world.stack.callback(silent.kill)
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(world.folder / "run" / "gone.sock"))
@@ -946,7 +1070,9 @@ def test_a_daemon_that_hangs_is_not_waited_for(world: World, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("answer", [{}, [], None, {"device": "x", "cache_dir": "/"}])
-def test_a_daemon_of_another_version_is_said(world: World, answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_of_another_version_is_said(
+    world: World, answer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strange = ScriptedQmp(world.folder / "run" / "strange.sock", lambda command, arguments: answer)
     world.stack.callback(strange.kill)
     qemu = world.named()
@@ -962,14 +1088,21 @@ def test_a_daemon_of_another_version_is_said(world: World, answer: object, monke
 def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon has it whole, and the kernel still gives out the inode that the daemon serves."""
+    """The daemon has the whole image, but the kernel still gives out the inode that the daemon
+    serves."""
     qemu = world.named()
     disk = world.folder / "disk"
     plain = disk.readlink()
-    here = mounts.Mount(str(world.folder), "nbd://host", f"{os.major(world.device)}:{os.minor(world.device)}")
+    here = mounts.Mount(
+        str(world.folder), "nbd://host", f"{os.major(world.device)}:{os.minor(world.device)}"
+    )
     monkeypatch.setattr(mounts, "mount_of", lambda path: here)
-    monkeypatch.setattr(control_client, "query", lambda mount, path: {"images": [world.rows["disk"]]})
-    monkeypatch.setattr(inode_number, "key", lambda inode: world.rows["disk"]["inode"])  # of both files
+    monkeypatch.setattr(
+        control_client, "query", lambda mount, path: {"images": [world.rows["disk"]]}
+    )
+    monkeypatch.setattr(
+        inode_number, "key", lambda inode: world.rows["disk"]["inode"]
+    )  # of both files
     monkeypatch.setattr(inode_number, "is_whole", lambda inode: inode != plain.stat().st_ino)
     assert actions(world.pivot(qemu)) == ["partial"]
     assert "the path does not lead to the whole image yet" in only(world.pivot(qemu)).message
@@ -995,7 +1128,7 @@ def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
 
 @pytest.fixture
 def hanging(world: World) -> HangingFuse:
-    """Its type says that it is no lazyfs."""
+    """The type of its file system says that it is not a lazyfs."""
     if os.geteuid() != 0:
         pytest.skip("mounts")
     (world.folder / "hanging").mkdir()
@@ -1005,7 +1138,7 @@ def hanging(world: World) -> HangingFuse:
 
 
 def pivot_as_a_user(qemu: ScriptedQemu) -> str:
-    """In a process of its own: it must be able to end, too."""
+    """Run `lazyfs pivot` in a process of its own, because the process must be able to end, too."""
     command = [sys.executable, "-m", "lazyfs", "pivot", str(qemu.server.path)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
 
@@ -1018,8 +1151,11 @@ def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) 
 
 
 def test_a_detached_file_system_that_hangs_stops_nobody(world: World, hanging: HangingFuse) -> None:
-    """It could be a dead lazyfs, so it is asked; the answer never comes, and who asks cannot be killed."""
-    qemu = ScriptedQemu(world.folder / "vm.qmp", world.folder / "disk", hanging.path, hanging_fuse.SIZE)
+    """It could be a dead lazyfs, so it is asked. The answer never comes, and the process that asks
+    cannot be killed."""
+    qemu = ScriptedQemu(
+        world.folder / "vm.qmp", world.folder / "disk", hanging.path, hanging_fuse.SIZE
+    )
     world.stack.callback(qemu.close)
     (world.folder / "disk").write_bytes(bytes(MiB))
     hanging.detach()
@@ -1048,6 +1184,13 @@ def test_reports_are_json(world: World) -> None:
         "socket": str(qemu.socket),
         "pid": qemu.pid,
         "error": "",
-        "nodes": [{"node": "base-file", "path": str(world.folder / "disk"), "action": "pivoted", "message": ""}],
+        "nodes": [
+            {
+                "node": "base-file",
+                "path": str(world.folder / "disk"),
+                "action": "pivoted",
+                "message": "",
+            }
+        ],
         "qemu": True,
     }

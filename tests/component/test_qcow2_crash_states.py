@@ -1,7 +1,8 @@
-"""What a crash, a power cut, a full or a damaged disk leave of a qcow2 that is being filled, as QEMU sees it.
+"""What a crash, a power cut, a full or a damaged disk leave of a qcow2 that is being filled.
 
-Every state is judged by `qemu-img`, or by `qcow2_judge`, which a test here holds against `qemu-img`; then a new store
-loads it, goes on, and ends with the same file as one that was never disturbed.
+Every state is judged as QEMU sees it, by `qemu-img` or by `qcow2_judge`, which a test here compares
+with `qemu-img`. Then a new store loads it, goes on, and ends with the same file as a store that was
+never disturbed.
 """
 
 import errno
@@ -38,12 +39,12 @@ RECORD = ImageRecord(
     2, "disk", "team/disk.qcow2", 40 * 4 * KiB + 1000, "v1", "qcow2", State.PARTIAL, "", 4 * KiB, created_ns=10**18
 )
 ZEROES = BlockRun(8, 13)
-"""Zero in every export."""
+"""Ranges that are zero in every export."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image, and what it must become."""
+    """Describes an image, and what it must become."""
 
     record: ImageRecord = RECORD
     zeroes: tuple[BlockRun, ...] = (ZEROES,)
@@ -59,7 +60,10 @@ class Image:
 
     @property
     def content(self) -> bytes:
-        """Of the export: unlike anywhere, but for the zeroes, and half a cluster of them before its end."""
+        """Return the content of the export.
+
+        All of it is unique but for the zeroes, which include half a cluster before its end.
+        """
         made = bytearray(pattern(self.size))
         unit = self.record.block_size
         holes = [(run.first * unit, run.end * unit) for run in self.zeroes]
@@ -69,7 +73,7 @@ class Image:
 
     @property
     def finished(self) -> bytes:
-        """The whole file, as the mount shows it from the first open."""
+        """Return the whole file, as the mount shows it from the first open."""
         shown, content = self.record.shown, self.content
         parts = shown.split(ByteRange(0, shown.size))
         return b"".join(part if isinstance(part, bytes) else content[part.start : part.end] for part in parts)
@@ -83,14 +87,14 @@ LARGE = Image(replace(RECORD, size=600 * 4 * KiB + 512))
 
 @dataclass
 class Lab:
-    """A cache directory with one image in it."""
+    """Plays a cache directory with one image in it."""
 
     folder: Path
     image: Image = SMALL
     backing: str = NOWHERE
     content: bytes = field(init=False)
     counted: tuple[int, int] = field(init=False)
-    """Bytes of data and of zeroes that the map had when `go_on` finished it."""
+    """The bytes of data and of zeroes that the map had when `go_on` finished the image."""
 
     def __post_init__(self) -> None:
         self.content = self.image.content
@@ -100,7 +104,7 @@ class Lab:
 
     @contextmanager
     def opened(self) -> Iterator[Qcow2Store]:
-        """A store that is not loaded yet."""
+        """Return a store that is not loaded yet."""
         root_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         store = Qcow2Store(root_fd, self.image.record, LOOK, self.backing)
         try:
@@ -110,7 +114,7 @@ class Lab:
             os.close(root_fd)
 
     def fill(self, store: Qcow2Store, blocks: BlockMap, runs: Iterable[BlockRun]) -> None:
-        """Write what is missing of `runs` and mark it, as a fetch does."""
+        """Write what is missing of `runs` and mark it in the map, as a fetch does."""
         for run in runs:
             if run in self.image.zeroes:
                 blocks.mark_zero(run)
@@ -129,14 +133,15 @@ class Lab:
                 save(store, blocks)
 
     def whole_image(self) -> None:
-        """Leave an image that is finished, of which the catalog was not told."""
+        """Leave an image that is finished, but not whole according to the catalog."""
         self.partial_image([*self.image.zeroes, BlockRun(0, self.image.clusters)])
         with self.opened() as store:
             store.load()
             store.finish()
 
     def go_on(self) -> set[int]:
-        """Load, check, fill the rest, finish, and compare with what it must become; return what was there."""
+        """Load, check, fill the rest, finish, and compare with what it must become; return what was
+        there."""
         with self.opened() as store:
             blocks = store.load()
             self.check_blocks(store, blocks)
@@ -159,14 +164,15 @@ class Lab:
         assert list(self.data.parent.iterdir()) == []
 
     def check_blocks(self, store: Qcow2Store, blocks: BlockMap) -> None:
-        """Every block that the map calls present reads as in the export."""
+        """Check that every block which the map calls present reads as in the export."""
         for run, state in blocks.runs():
             span = blocks.bytes_of(run)
             if state in (DATA, ZERO):
                 assert store.read(span.start, span.length) == self.content[span.start : span.end], f"wrong in {run}"
 
     def judge(self, leaks: bool = True) -> qcow2_judge.Finding:
-        """Examine the file: it shows the export, has no corruption, and no leaks unless they are allowed."""
+        """Check that the file shows the export and is not corrupt, and has leaks only if
+        allowed."""
         image = self.data.read_bytes()
         found = qcow2_judge.examine(image)
         assert found.corruptions == []
@@ -204,12 +210,12 @@ def qemu_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def qemu_check(path: Path) -> int:
-    """0 clean, 2 corrupt, 3 leaks; 1 cannot be opened or checked."""
+    """Return 0 for a clean file, 2 for a corrupt one, 3 for leaks, 1 if it cannot be checked."""
     return qemu_img("check", "-f", "qcow2", path).returncode
 
 
 def qemu_map(path: Path, clusters: int, cluster_size: int) -> set[int]:
-    """The clusters that are in the file itself."""
+    """Return the clusters that are in the file itself."""
     result = qemu_img("map", "--output=json", "-f", "qcow2", path)
     assert result.returncode == 0, result.stderr
     found = set()
@@ -233,11 +239,12 @@ STEPS = (
     (ZEROES, BlockRun(21, 22)),
     (BlockRun(0, 41),),
 )
-"""What is filled before each checkpoint."""
+"""The clusters that are filled before each checkpoint."""
 
 
 def test_killed_between_each_pair_of_writes_qemu_finds_the_export(tmp_path: Path, peers: Peers) -> None:
-    """From the creation to the removal of the partial name; the backing file is a real export, as in the header."""
+    """From the creation to the removal of the partial name; the backing file is a real export, as
+    in the header."""
     exports = tmp_path / "exports"
     exports.mkdir()
     raw = exports / "disk"
@@ -268,7 +275,7 @@ def test_killed_between_each_pair_of_writes_qemu_finds_the_export(tmp_path: Path
 
 
 def live(lab: Lab, progress: mmap.mmap) -> None:
-    """The life of an image."""
+    """Make an image from its creation to its end."""
     with lab.opened() as store:
         blocks = store.load()
         for step in STEPS:
@@ -337,7 +344,8 @@ MUCH_LUCK = LUCK * 5
 
 
 def record_a_life(lab: Lab, patch: pytest.MonkeyPatch, steps: int) -> tuple[Recorder, list[int], list[set[int]]]:
-    """Fill in random order and finish; return also after how many events each checkpoint ended, and with what."""
+    """Fill in random order and finish; return also after how many events each checkpoint ended, and
+    with what."""
     recorder = Recorder(patch)
     dice = random.Random(5)
     order = [block for block in range(lab.image.clusters) if not ZEROES.first <= block < ZEROES.end]
@@ -370,7 +378,7 @@ def record_a_life(lab: Lab, patch: pytest.MonkeyPatch, steps: int) -> tuple[Reco
 def pages_with_a_write_between(
     lab: Lab, store: Qcow2Store, blocks: BlockMap, group: list[int]
 ) -> Iterator[tuple[int, bytes]]:
-    """The pages of a checkpoint; while it is under way another thread writes data."""
+    """Yield the pages of a checkpoint. Meanwhile another thread writes data."""
     pages = blocks.take_dirty()
     if group:
         last = group.pop()
@@ -405,7 +413,7 @@ def judge_every_power_cut(
 
 
 def check_after_power_cut(copy: Lab, promised: set[int]) -> None:
-    """Nothing that opens shows a wrong byte, what was promised is there, and it can be gone on with."""
+    """Every state that opens shows no wrong byte, has what was promised, and can be continued."""
     if copy.plain.exists():
         assert copy.plain.read_bytes() == copy.image.finished
     if copy.data.exists():
@@ -451,7 +459,7 @@ def test_power_cut_as_qemu_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_power_cut_while_a_file_is_disowned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its header names one backing file or the other, and the rest of the file is as it was."""
+    """The header names one backing file or the other, and the rest of the file is unchanged."""
     lab, copy = Lab(tmp_path / "cache"), Lab(tmp_path / "copy")
     lab.partial_image(HALF)
     before = lab.data.read_bytes()
@@ -476,7 +484,7 @@ def test_power_cut_while_a_file_is_disowned(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_each_kind_is_synced_before_the_next(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data, refcounts, L2 entries."""
+    """The order is data, refcounts, L2 entries."""
     at = lab.image.record.shown
     with lab.opened() as store:
         blocks = store.load()
@@ -495,7 +503,8 @@ def test_each_kind_is_synced_before_the_next(lab: Lab, monkeypatch: pytest.Monke
 def test_a_failed_sync_may_have_lost_data_whichever_it_was(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """Data and metadata are in one file: Linux may report with any sync, and once, that data of others was lost."""
+    """Data and metadata are in one file, so Linux may report with any sync, and only once, that
+    data of other writers was lost."""
     syncs = 0
 
     def fail(_fd: int) -> None:
@@ -545,7 +554,8 @@ def test_finishing_where_a_file_is_in_the_way_can_be_tried_again_later(lab: Lab)
 def test_killed_anywhere_in_finish_no_zeroes_count_as_data_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where entries of zeroes were made entries of data, a table at a time, the map is a mix of both."""
+    """Entries of zeroes are made entries of data, one table at a time, so the map is a mix of
+    both."""
     monkeypatch.setattr(qcow2, "_CHUNK", 4 * KiB)
     zeroes = (BlockRun(8, 108), BlockRun(550, 590))
     image = Image(LARGE.record, zeroes)
@@ -563,7 +573,8 @@ def test_killed_anywhere_in_finish_no_zeroes_count_as_data_afterwards(
         assert lab.go_on() == set(range(image.clusters))
         present, zero = lab.counted
         assert present + zero == image.size
-        # Less by the rest of the last block, and by what ext4 keeps of a file in many pieces besides its content.
+        # Less by the rest of the last block, and by what ext4 keeps of a file in many pieces
+        # besides its content.
         assert 138 * 4 * KiB <= zero <= 140 * 4 * KiB
     assert mixed_seen > 0
 
@@ -575,7 +586,7 @@ def finish_again(lab: Lab) -> None:
 
 
 def zeroes_in(lab: Lab) -> int:
-    """Clusters that the tables call zeroes."""
+    """Return the clusters that the tables call zeroes."""
     return qcow2_judge.examine(lab.data.read_bytes()).clusters.count(qcow2_judge.ZERO)
 
 
@@ -597,7 +608,7 @@ def flip(path: Path, offset: int, bit: int) -> None:
 
 
 def load_or_refuse(lab: Lab) -> set[int] | None:
-    """Load, and check that the map shows nothing wrong; None if it is refused."""
+    """Load, and check that the map shows nothing wrong. Return None if the file is refused."""
     with lab.opened() as store:
         try:
             blocks = store.load()
@@ -608,7 +619,7 @@ def load_or_refuse(lab: Lab) -> set[int] | None:
 
 
 def foreign(**options: object) -> Callable[[Lab], None]:
-    """Put another image's file in the place of ours."""
+    """Put the file of another image in the place of ours."""
 
     def put(lab: Lab) -> None:
         record = replace(lab.image.record, **options)  # type: ignore[arg-type]
@@ -664,7 +675,7 @@ def test_what_cannot_be_trusted_is_refused_and_begun_anew(lab: Lab, damage: str)
 
 
 def test_each_bit_of_the_header(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not refused can mislead QEMU only: lazyfs neither needs nor believes it."""
+    """Damage that is not refused can mislead only QEMU: lazyfs neither needs nor trusts it."""
     without_syncs(monkeypatch)
     lab.partial_image(HALF)
     intact = lab.data.read_bytes()
@@ -681,13 +692,17 @@ def test_each_bit_of_the_header(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_each_bit_of_the_tables(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """L2 entries are refused if they are none of ours; all else follows from them and from the size, and is mended."""
+    """L2 entries are refused if lazyfs does not write such ones.
+
+    All else follows from them and from the size, and is repaired.
+    """
     without_syncs(monkeypatch)
     lab.partial_image(HALF)
     intact = lab.data.read_bytes()
     refused: dict[str, int] = {}
     ends = {"table": 4096 + 8, "refcounts": 8192 + 2 * (5 + 41), "L1": 12288 + 8, "L2": 0}
-    # cluster 1 refcount table, 2 refcounts, 3 L1 table, 4 L2 table; each with some of what follows its entries
+    # cluster 1 refcount table, 2 refcounts, 3 L1 table, 4 L2 table; each with some of what follows
+    # its entries
     for what, start, end in (("table", 4096, 4112), ("refcounts", 8192, 8192 + 100), ("L1", 12288, 12304), ("L2", 16384, 16384 + 344)):  # fmt: skip
         for offset in range(start, end):
             for bit in range(8):
@@ -704,7 +719,8 @@ def test_each_bit_of_the_tables(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_damage_of_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Zeroed, overwritten, swapped: refused, or right and as good as new when it is finished."""
+    """Metadata is zeroed, overwritten or swapped. It is refused, or is right and becomes as good as
+    new when it is finished."""
     without_syncs(monkeypatch)
     lab = Lab(tmp_path / "cache", LARGE)
     lab.partial_image([BlockRun(0, 4), ZEROES, BlockRun(20, 300), BlockRun(500, 590)])
@@ -760,7 +776,7 @@ def test_a_lost_sector_of_l2_entries_is_fetched_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [600, 4096, 2 * 4096 + 3, 2 * 4096 + 500, 3 * 4096, 4 * 4096 + 40 * 8 + 200])
 def test_damage_of_a_finished_file_is_mended_as_it_is_finished_again(lab: Lab, offset: int) -> None:
-    """The daemon does that when the catalog was not told."""
+    """The daemon does that when the catalog was not updated."""
     lab.whole_image()
     flip(lab.data, offset, 1)
     with lab.opened() as store:
@@ -804,7 +820,7 @@ def test_what_a_crash_left_of_a_creation_is_used_or_removed(lab: Lab) -> None:
 
 
 def fail_everywhere(patch: pytest.MonkeyPatch, calls: tuple[str, ...], act: Callable[[], object]) -> Iterator[int]:
-    """Let `act` find the disk full at its first call, its second, and so on; yield after each failure."""
+    """Let `act` find the disk full at its first call, its second, and so on. Yield after each."""
     for fail_at in range(1000):
         with patch.context() as failing:
             disk = FullDisk(failing, fail_at, calls)

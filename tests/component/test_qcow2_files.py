@@ -1,4 +1,4 @@
-"""QEMU as the judge of the files that lazyfs computes, and of the URI by which they name their export."""
+"""QEMU judges the files that lazyfs computes, and the URI by which they name their export."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def qemu_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """No errors, no leaks, exit code 0."""
+    """Check that there are no errors and no leaks, and that the exit code is 0."""
     done = qemu_img("check", "--output=json", "-f", "qcow2", path)
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
@@ -50,7 +50,8 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def finished_file(path: Path, size: int, cluster_size: int, data: dict[int, bytes] | None = None) -> Layout:
-    """Write the file that the mount shows for an export of `size` bytes: metadata, and `data` at its offsets."""
+    """Write the file that the mount shows for an export: its metadata, and `data` at its
+    offsets."""
     at = qcow2_layout.layout(size, cluster_size)
     shown = shown_file.of(shown_file.QCOW2, size, cluster_size)
     with path.open("wb") as file:
@@ -93,7 +94,7 @@ def test_a_finished_file_is_clean_and_has_the_data(tmp_path: Path, size: int, cl
 
 
 def test_the_layout_of_the_smallest_clusters_with_many_tables(tmp_path: Path) -> None:
-    """Several clusters of everything but the refcount table."""
+    """There are several clusters of everything but the refcount table."""
     at = finished_file(tmp_path / "disk.qcow2", 1100 * MiB + 777, 4 * KiB)
     assert min(at.l1_clusters, at.l2_tables, at.refcount_blocks) > 1
     judge(tmp_path / "disk.qcow2", at)

@@ -1,4 +1,4 @@
-"""The NBD repository with real servers of every kind, and with ones that break every promise."""
+"""The NBD repository with real servers of every kind, and with servers that break every promise."""
 
 import functools
 import gc
@@ -172,7 +172,7 @@ async def test_names_asked_for_twice_are_described_once(peers: Peers, image: Pat
 
 
 async def test_a_server_without_structured_replies(peers: Peers, image: Path, repository_of: Any) -> None:
-    """Then there is no block status: everything counts as data."""
+    """Such a server has no block status, so everything counts as data."""
     repository = repository_of(peers.nbdkit("--no-sr", "file", image))
     found = await repository.describe([""])
     await check_export(repository, found[""], extents=False)
@@ -521,13 +521,15 @@ async def test_nobody_there(tmp_path: Path, repository_of: Any, what: str) -> No
 
 
 async def test_a_read_answered_without_data_fails(peers: Peers, repository_of: Any) -> None:
-    """Else the bytes that its buffer had before, perhaps of another image, would be taken for the answer."""
+    """Otherwise the bytes that the buffer had before, perhaps of another image, would be taken for
+    the answer."""
     answers: list[int] = []
 
     def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
         answers.append(offset)
         if len(answers) % 2:
-            chunk = struct.pack(">IHH8sIQ", 0x668E33EF, 1, 1, handle, 8 + length, offset)  # NBD_REPLY_TYPE_OFFSET_DATA
+            # NBD_REPLY_TYPE_OFFSET_DATA
+            chunk = struct.pack(">IHH8sIQ", 0x668E33EF, 1, 1, handle, 8 + length, offset)
             conversation.send(chunk + b"a" * length)
         else:
             conversation.send(no_data(handle))
@@ -641,7 +643,7 @@ async def test_waiting_for_a_silent_server_can_be_cancelled(peers: Peers, reposi
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_list_that_trickles_in_takes_its_time_and_can_be_cancelled(peers: Peers, repository_of: Any) -> None:
-    """The time limit is on silence, as a list of a million names takes long."""
+    """The time limit is on silence, because a list of a million names takes long."""
 
     def script(conversation: Conversation) -> None:
         option = greeted(conversation)
@@ -675,7 +677,10 @@ def _refuse_all(conversation: Conversation, option: int, kind: int) -> None:
 
 async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pytest.LogCaptureFixture,
                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """Any bytes may be a name; those that are not UTF-8 are left out. libnbd's own complaint goes to sys.excepthook."""
+    """A name can be any bytes.
+
+    Names that are not UTF-8 are left out. libnbd's own complaint goes to sys.excepthook.
+    """
     complaints: list[object] = []
     monkeypatch.setattr(sys, "excepthook", lambda *what: complaints.append(what))
     names = [b"a", b"", b"\xff\xfe", b"..", b"a/b", b"\n", "\U0001f600".encode(), b"a", b"x" * 4096, b"\xed\xa0\x80"]
@@ -692,7 +697,7 @@ async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pyt
 
 
 def info_script(answers: dict[bytes, tuple[int, bytes]], options_per_connection: int = 10**9) -> Any:
-    """Describe exports: name -> (size, description); hang up after so many."""
+    """Describe exports by name -> (size, description), and hang up after so many."""
 
     def script(conversation: Conversation) -> None:
         option = 0
@@ -793,7 +798,8 @@ async def test_a_lost_connection_in_a_read_is_made_again(peers: Peers, repositor
         began.append(1)
         transmission(SIZE, misdeed if len(began) <= 2 else _answers_right)(conversation)
 
-    repository = repository_of(peers.scripted(script), io_timeout_s=1.5)  # silence counts as lost after a third of it
+    # silence counts as lost after a third of it
+    repository = repository_of(peers.scripted(script), io_timeout_s=1.5)
     source = repository.source(Export("", SIZE, ""))
     assert await read(source, 4096, 100_000) == content()[4096:104_096]
     assert len(began) == 3
@@ -819,7 +825,7 @@ async def test_a_request_that_was_submitted_hears_of_a_lost_connection(
 
 
 async def test_what_was_answered_is_not_kept_in_memory(peers: Peers, repository_of: Any) -> None:
-    """Nor left to the garbage collector, which knows nothing of the size of buffers."""
+    """It is not left to the garbage collector, which does not know the size of buffers."""
 
     class Reader:
         def __init__(self) -> None:
@@ -846,7 +852,7 @@ async def test_what_was_answered_is_not_kept_in_memory(peers: Peers, repository_
 
 
 async def test_one_request_without_an_answer_among_others(peers: Peers, repository_of: Any) -> None:
-    """The connection makes progress all the time: what ends is the time that a request may take."""
+    """The connection makes progress all the time. What ends is the time that a request may take."""
 
     def answer(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
         if offset != 4096:

@@ -1,4 +1,4 @@
-"""What the service manager is told, on a socket like systemd's; and the unit that systemd gets."""
+"""What the service manager is told on a socket like systemd's, and the unit that systemd gets."""
 
 import errno
 import logging
@@ -47,17 +47,24 @@ def told(listener: socket.socket) -> list[str]:
 
 
 async def attended(
-    manager: ServiceManager, status: Callable[[], str], seconds: float, answers: Callable[[], object] = lambda: None
+    manager: ServiceManager,
+    status: Callable[[], str],
+    seconds: float,
+    answers: Callable[[], object] = lambda: None,
 ) -> None:
     with trio.move_on_after(seconds):
         await manager.attend(answers, status)
 
 
 def run(manager: ServiceManager, status: Callable[[], str], seconds: float) -> None:
-    trio.run(attended, manager, status, seconds, clock=trio.testing.MockClock(autojump_threshold=0.05))
+    trio.run(
+        attended, manager, status, seconds, clock=trio.testing.MockClock(autojump_threshold=0.05)
+    )
 
 
-def test_ready_then_alive_twice_in_the_time_allowed_then_stopping(listener: tuple[str, socket.socket]) -> None:
+def test_ready_then_alive_twice_in_the_time_allowed_then_stopping(
+    listener: tuple[str, socket.socket],
+) -> None:
     address, heard = listener
     states = iter(["up", "up", "lost\nthe repository", "lost\nthe repository"])
     run(ServiceManager(address, 60.0), lambda: next(states), 100.0)
@@ -72,7 +79,11 @@ def test_without_a_watchdog_only_what_is_new_is_told(listener: tuple[str, socket
     address, heard = listener
     states = iter(["up", "up", "lost", "lost"])
     run(ServiceManager(address, None), lambda: next(states), 3.5 * service_manager.STATUS_S)
-    assert [told(heard) for _ in range(3)] == [["READY=1", "STATUS=up"], ["STATUS=lost"], ["STOPPING=1"]]
+    assert [told(heard) for _ in range(3)] == [
+        ["READY=1", "STATUS=up"],
+        ["STATUS=lost"],
+        ["STOPPING=1"],
+    ]
 
 
 def test_not_ready_before_it_answers(listener: tuple[str, socket.socket]) -> None:
@@ -101,12 +112,14 @@ def test_not_ready_before_it_answers(listener: tuple[str, socket.socket]) -> Non
     assert told(heard) == ["STOPPING=1"]
 
 
-def test_nobody_listens_and_the_daemon_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nobody_listens_and_the_daemon_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(ServiceManager(str(tmp_path / "gone"), 10.0), lambda: "up", 20.0)
-    assert [record.levelno for record in caplog.records if record.name == "lazyfs.report.service_manager"] == [
-        logging.WARNING
-    ]
-    assert "cannot be told" in caplog.text
+    assert [
+        record.levelno for record in caplog.records if record.name == "lazyfs.report.service_manager"
+    ] == [logging.WARNING]
+    assert "cannot send to the service manager" in caplog.text
 
 
 def test_a_mount_that_is_gone_before_it_answered(
@@ -128,15 +141,23 @@ def test_a_mount_that_is_gone_before_it_answered(
         ({"NOTIFY_SOCKET": ""}, None),
         ({"NOTIFY_SOCKET": "/run/n"}, ServiceManager("/run/n", None)),
         ({"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "30000000"}, ServiceManager("@n", 30.0)),
-        ({"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "1500000", "WATCHDOG_PID": "7"}, ServiceManager("@n", 1.5)),
-        ({"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "1500000", "WATCHDOG_PID": "8"}, ServiceManager("@n", None)),
+        (
+            {"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "1500000", "WATCHDOG_PID": "7"},
+            ServiceManager("@n", 1.5),
+        ),
+        (
+            {"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "1500000", "WATCHDOG_PID": "8"},
+            ServiceManager("@n", None),
+        ),
         ({"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "soon"}, ServiceManager("@n", None)),
         ({"NOTIFY_SOCKET": "@n", "WATCHDOG_USEC": "0"}, ServiceManager("@n", None)),
         ({"NOTIFY_SOCKET": "vsock:2:1"}, None),
         ({"NOTIFY_SOCKET": "@"}, None),
     ],
 )
-def test_the_environment_says_whom_to_tell(environment: dict[str, str], expected: ServiceManager | None) -> None:
+def test_the_environment_says_whom_to_tell(
+    environment: dict[str, str], expected: ServiceManager | None
+) -> None:
     environment = {**environment, "HOME": "/"}
     assert service_manager.from_environment(environment, 7) == expected
     assert environment == {"HOME": "/"}  # what the daemon starts must not speak in its name
@@ -158,7 +179,9 @@ def test_the_unit_starts_what_exists() -> None:
     assert float(unit["WatchdogSec"]) / 2 == service_manager.STATUS_S  # as its comment says
     program, *words = unit["ExecStart"].split()
     assert program == "lazyfs"
-    options = arguments.parser(cli._verbs()).parse_args([word.replace("%i", "main") for word in words])
+    options = arguments.parser(cli._verbs()).parse_args(
+        [word.replace("%i", "main") for word in words]
+    )
     assert (options.verb, options.config, options.foreground) == ("mount", "main", True)
 
 
@@ -171,7 +194,13 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     unit.write_text(UNIT.read_text().replace("ExecStart=lazyfs ", f"ExecStart={program} "))
     assert str(program) in unit.read_text()
     analyze = shutil.which("systemd-analyze")
-    command = [str(analyze), "verify", "--man=no", "--recursive-errors=no", str(tmp_path / "lazyfs@main.service")]
+    command = [
+        str(analyze),
+        "verify",
+        "--man=no",
+        "--recursive-errors=no",
+        str(tmp_path / "lazyfs@main.service"),
+    ]
     (tmp_path / "lazyfs@main.service").symlink_to(unit)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -144,7 +144,7 @@ def test_an_inode_is_never_given_twice(keeper: Keeper) -> None:
 
 
 def test_two_records_of_one_export(keeper: Keeper) -> None:
-    """A replaced image and the one in its place."""
+    """A replaced image and the one in its place have the same export."""
     old, new = keeper.now.add([BLANK])[0], keeper.now.add([BLANK])[0]
     keeper.now.remove([old.inode])
     assert keeper.now.load() == [new]

@@ -31,14 +31,14 @@ DEADLINE_S = 20.0
 
 
 class Lab(Protocol):
-    """A repository with two exports, "disk" (with HOLES) and "team/other", and faults to put to it."""
+    """Has two exports, "disk" (with HOLES) and "team/other", and can be made to fail."""
 
     content: bytes
-    """Of "disk"."""
+    """The content of "disk"."""
 
     def repository(self, nursery: trio.Nursery) -> Repository: ...
     def reads(self) -> list[ByteRange]:
-        """What was read of "disk"."""
+        """Return what was read of "disk"."""
         ...
 
     def stop(self) -> None: ...
@@ -48,7 +48,7 @@ class Lab(Protocol):
         ...
 
     def change(self) -> None:
-        """Give "disk" another size, as a stopped and started server has it."""
+        """Give "disk" another size, as a server has it that was stopped and started."""
         ...
 
     def remove(self) -> None:
@@ -89,7 +89,7 @@ class FakeLab:
 
 
 class NbdkitLab:
-    """`nbdkit file dir=`; names with "/" it cannot have, so "team/other" is served as "team-other"."""
+    """Runs `nbdkit file dir=`. It cannot have names with "/", so "team/other" is "team-other"."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._images = folder / "images"
@@ -150,7 +150,7 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
 
 @asynccontextmanager
 async def connected(lab: Lab) -> AsyncIterator[tuple[Repository, Export]]:
-    """A repository, and its export "disk"; nothing may take longer than the deadline."""
+    """Give a repository and its export "disk". Nothing may take longer than the deadline."""
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
             repository = lab.repository(nursery)
@@ -162,7 +162,8 @@ async def connected(lab: Lab) -> AsyncIterator[tuple[Repository, Export]]:
 
 @contextmanager
 def raises(kind: type[Exception]) -> Iterator[None]:
-    """As pytest.raises, whose use around an await that is cancelled by the deadline would hide that."""
+    """Do what pytest.raises does. Around an await that the deadline cancels, pytest.raises would
+    hide that."""
     with pytest.raises(kind):
         yield
 
@@ -230,7 +231,7 @@ async def test_many_reads_at_once(lab: Lab) -> None:
 
 
 class Submitted:
-    """A request without a task of its own, and how it ended."""
+    """Holds a request without a task of its own, and how it ended."""
 
     def __init__(self, source: Source, asked: ByteRange) -> None:
         self.buffer = bytearray([POISON]) * asked.length
@@ -405,7 +406,10 @@ async def test_a_source_waits_for_an_export_that_is_gone(lab: Lab) -> None:
 
 
 class Work:
-    """Implements `interfaces.FillWork`; checks that each claim comes back once, and nothing else does."""
+    """Implements `interfaces.FillWork`.
+
+    Checks that each claim comes back once, and nothing else.
+    """
 
     def __init__(self, export: Export, data: list[ByteRange]) -> None:
         self.export = export

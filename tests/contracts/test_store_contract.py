@@ -26,11 +26,11 @@ RECORD = ImageRecord(
     7, "team/disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, 1_600_000_000_000_000_000
 )
 CONTENT = pattern(SIZE)
-"""Of the export."""
+"""The content of the export."""
 
 
 class Disk:
-    """A cache directory, as far as stores see it."""
+    """Plays a cache directory as stores see it."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class Disk:
     ) -> None:
         self.partial, self.whole = partial, whole
         self.put, self.get = put, get
-        """The plain files."""
+        """Write and read plain files."""
         self.files = files
-        """How many partial images there are."""
+        """Returns how many partial images there are."""
         self.format = image_format
         self.record = self.of_format(RECORD)
         self.opened: list[Store] = []
@@ -59,7 +59,7 @@ class Disk:
         return replace(record, format=self.format)
 
     def shown(self, record: ImageRecord = RECORD) -> bytes:
-        """The plain file, and what the mount shows from the first open."""
+        """Return the plain file, which the mount shows from the first open on."""
         assert record.size is not None
         shown, content = self.of_format(record).shown, CONTENT[: record.size]
         parts = shown.split(ByteRange(0, shown.size))
@@ -126,7 +126,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 
 def keep(store: Store, blocks: BlockMap, first: int, end: int) -> None:
-    """Write blocks, and say so in the map, as a fetcher does."""
+    """Write blocks and mark them in the map, as a fetcher does."""
     run = BlockRun(first, end)
     span = blocks.bytes_of(run)
     blocks.claim(run)
@@ -456,7 +456,7 @@ def test_a_plain_file_that_cannot_be_the_image_is_refused(disk: Disk, change: Ca
 
 @pytest.mark.parametrize("disk", [raw, qcow2], ids=["raw", "qcow2"], indirect=True)
 def test_a_close_waits_for_the_write_that_is_under_way(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the descriptor's number could be another file's by the time the write uses it."""
+    """Otherwise the descriptor could be another file's by the time the write uses it."""
     store, _ = disk.load()
     writing, closed = threading.Event(), threading.Event()
     real_pwrite, descriptors = os.pwrite, []

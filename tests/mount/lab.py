@@ -1,4 +1,4 @@
-"""A repository, a mount and a user, all real, for one test; and the promise that nothing stays behind."""
+"""A repository, a mount and a user, all real, for one test. At its end nothing is left behind."""
 
 import ctypes
 import json
@@ -25,16 +25,18 @@ _libc = ctypes.CDLL(None)
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """preexec_fn: the process gets a signal when the test's process ends, however that ends.
+    """Serve as a preexec_fn: the child gets a signal when the test's process ends, however that
+    ends.
 
-    It also heeds SIGINT, which a shell has its background jobs ignore, as the test's process may be one.
+    The child also heeds SIGINT. A shell lets its background jobs ignore that signal, and the test's
+    process may be such a job.
     """
     _libc.prctl(PR_SET_PDEATHSIG, number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait for a condition, not for a time."""
+    """Wait until a condition holds, instead of for a fixed time."""
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"not in {deadline_s:g} s: {what}"
@@ -43,7 +45,10 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """Make `folder` a file system of its own, of `size` as mount(8) takes it; unmounted at the end, whoever uses it."""
+    """Make `folder` a file system of its own of `size`, in the form that mount(8) takes.
+
+    It is unmounted at the end, even if it is in use.
+    """
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
     try:
@@ -53,7 +58,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 class Nbdkit:
-    """nbdkit on a unix socket; restartable."""
+    """Runs nbdkit on a unix socket. It can be started again."""
 
     def __init__(self, socket: Path, *arguments: str, log: Path) -> None:
         self.socket = socket
@@ -84,11 +89,12 @@ class Nbdkit:
         return self.socket.exists()
 
     def _restart_if_it_crashes(self, process: "subprocess.Popen[bytes]") -> None:
-        """As its service manager would.
+        """Start nbdkit again when it ends, as its service manager would.
 
-        nbdkit 1.32 can abort when a client vanishes with requests in flight ("raw_send_socket: Assertion
-        `sock >= 0' failed"), which is just what a killed daemon does to it. This thread must not end before what
-        it started: PR_SET_PDEATHSIG counts the thread as the parent.
+        nbdkit 1.32 can abort when a client vanishes with requests in flight ("raw_send_socket:
+        Assertion `sock >= 0' failed"). A killed daemon is such a client. This thread must not end
+        before the process that it started, because PR_SET_PDEATHSIG takes the thread for the
+        parent.
         """
         while True:
             process.wait()
@@ -103,7 +109,7 @@ class Nbdkit:
             process.wait()
 
     def reads(self, export: str | None = None) -> list[tuple[int, int]]:
-        """(offset, length) of each read in the log filter's file, in order."""
+        """Return (offset, length) of each read in the log filter's file, in order."""
         connections: dict[str, str] = {}
         found = []
         for line in self.log.read_text().splitlines() if self.log.exists() else []:
@@ -119,10 +125,11 @@ class Nbdkit:
 
 
 class Lab:
-    """One test's world, in a temporary folder."""
+    """Holds all that one test uses, in a temporary folder."""
 
     watchdog_s = 100.0
-    """A test that hangs inside a read of the mount cannot be interrupted, but its daemon can be killed."""
+    """How long the test may take. A test that hangs inside a read of the mount cannot be
+    interrupted, but its daemon can be killed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,7 +147,10 @@ class Lab:
     # -- the repository
 
     def image(self, name: str, size: int, data: dict[int, bytes] | None = None) -> Path:
-        """Make an image: sparse, with `data` at offsets; without `data`, random bytes all over."""
+        """Make a sparse image with `data` at offsets.
+
+        Without `data` it is random bytes all over.
+        """
         path = self.repository / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
@@ -173,7 +183,8 @@ class Lab:
         return done
 
     def mount(self, uri: str, *options: str | Path, program: tuple[str, ...] = ("-m", "lazyfs")) -> None:
-        """Mount in the foreground, as a child that cannot outlive the test; return when it answers."""
+        """Mount in the foreground, as a child that cannot outlive the test; return when it
+        answers."""
         assert self.daemon is None
         read_fd, write_fd = os.pipe()
         command = [sys.executable, *program, "mount", uri, str(self.mnt), "--foreground", "--io-timeout", "20"]
@@ -191,7 +202,7 @@ class Lab:
         self.daemon = None
 
     def kill_daemon(self) -> None:
-        """kill -9, and clear the dead mount away as a remount would."""
+        """Kill the daemon (kill -9), and clear the dead mount away as a new mount would."""
         if self.daemon is not None:
             self.daemon.kill()
             self.daemon.wait()
@@ -235,7 +246,7 @@ class Lab:
 
 @contextmanager
 def lab_in(folder: Path) -> Iterator[Lab]:
-    """A Lab that is taken down whatever happens."""
+    """Give a Lab that is taken down whatever happens."""
     lab = Lab(folder)
     try:
         yield lab

@@ -1,4 +1,5 @@
-"""A mount used as OpenStack Nova uses its base directory: touched, measured, and files removed to make room."""
+"""A mount used as OpenStack Nova uses its base directory: touched, measured, and files removed to
+make room."""
 
 import errno
 import hashlib
@@ -21,7 +22,7 @@ NOBODY = 65534
 
 
 def in_mount(lab: Lab, script: str, user: int = 0) -> Any:
-    """Run Python in the mount, as any user; return what it prints."""
+    """Run Python in the mount as any user, and return what it prints."""
     command = [PYTHON, "-I", "-c", script]
     done = subprocess.run(
         command,
@@ -39,7 +40,7 @@ def in_mount(lab: Lab, script: str, user: int = 0) -> Any:
 
 
 def team(lab: Lab) -> str:
-    """A repository with an image in a folder, which nbdkit's file plugin does not serve; returns its URI."""
+    """Serve an image in a folder, which nbdkit's file plugin cannot do, and return the URI."""
     names = lab.folder / "names"
     names.write_text("plain\nteam/disk\n")
     return lab.serve_with("eval", f"list_exports=cat {names}", "get_size=echo 4194304",
@@ -187,11 +188,11 @@ print(json.dumps(found))
 """
 
 NEVER_ASKED = {"chattr": {"ENOTTY", "ENOTSUP"}, "a nameless file": {"ENOTSUP"}}
-"""What libfuse cannot pass on, the kernel says by itself that the file system does not have."""
+"""Changes that libfuse cannot pass on, so the kernel itself says that they are not supported."""
 
 
 def look(lab: Lab, length: int) -> list[tuple[object, ...]]:
-    """What must not change of the two images of `team`."""
+    """Return what must not change of the two images of `team`."""
     found: list[tuple[object, ...]] = []
     for name in ("plain", "team/disk"):
         assert pread(lab.mnt / name, 0, length) == bytes(length)
@@ -480,7 +481,8 @@ def test_extended_attributes(lab: Lab) -> None:
     for name in ("user.other", "user.lazyfs.other", "security.capability", "system.posix_acl_access", "trusted.x"):
         with pytest.raises(OSError) as failure:  # noqa: PT011
             os.getxattr(disk, name)
-        # Not supported, as where no such attribute can be: `ls -l` and `cp -a` do not ask for each file then.
+        # Not supported, as where no such attribute can be: `ls -l` and `cp -a` do not ask for each
+        # file then.
         assert failure.value.errno == (errno.ENODATA if name.startswith("user.") else errno.EOPNOTSUPP), name
     assert os.listxattr(lab.mnt) == []
     with pytest.raises(OSError, match="No data"):
@@ -508,27 +510,30 @@ def test_attributes_of_names_with_unusual_characters(lab: Lab) -> None:
 
 
 class ImageCacheManager:
-    """What Nova's manager does with its base directory; the names are Nova's."""
+    """Does what Nova's manager does with its base directory. The names are Nova's."""
 
     def __init__(self, base_dir: Path) -> None:
         self.base_dir = base_dir
 
     def list_base_images(self) -> list[str]:
-        """Files whose names are SHA-1s, as `_list_base_images` has it."""
+        """Return files whose names are SHA-1s, as `_list_base_images` does."""
         digest_size = hashlib.sha1().digest_size * 2
         return [
             name for name in os.listdir(self.base_dir) if len(name) == digest_size and (self.base_dir / name).is_file()
         ]
 
     def mark_in_use(self, image_id: str) -> Path:
-        """As `nova.privsep.path.utime`, for each image of an instance, and whenever an instance is made of it."""
+        """Do what `nova.privsep.path.utime` does.
+
+        Nova calls it for each image of an instance, and whenever an instance is made of it.
+        """
         base_file = self.base_dir / hashlib.sha1(image_id.encode()).hexdigest()
         assert base_file.exists(), "Nova would fetch it from Glance"
         os.utime(base_file, None)
         return base_file
 
     def get_disk_size(self, base_file: Path) -> int:
-        """As `libvirt.utils.get_disk_size` and `qemu-img info` have it."""
+        """Return what `libvirt.utils.get_disk_size` returns, which uses `qemu-img info`."""
         return base_file.stat().st_blocks * 512
 
     def age_and_verify_cached_images(self, in_use: set[Path]) -> list[str]:
@@ -569,7 +574,8 @@ def test_novas_image_cache_manager(lab: Lab) -> None:
     assert {by_name[image_id]["state"] for image_id in unused} == {"remote"}
     assert by_name[used]["state"] == "whole"
     assert manager.get_disk_size(bases[unused[0]]) == 0
-    # The next instance of a removed image needs no Glance: the base file is there, and is fetched again.
+    # The next instance of a removed image needs no Glance: the base file is there, and is fetched
+    # again.
     again = manager.mark_in_use(unused[0])
     assert again.read_bytes() == contents[unused[0]]
     assert stat.S_IMODE(again.stat().st_mode) == 0o444

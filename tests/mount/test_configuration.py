@@ -87,9 +87,10 @@ def test_a_wrong_file_is_one_line(lab: Lab, text: str | None, code: int, says: s
 
 @contextmanager
 def helper_in_sbin(folder: Path) -> Iterator[str]:
-    """Install mount.lazyfs for a type of file system that only this test has: yields its name.
+    """Install mount.lazyfs for a type of file system that only this test has, and yield its name.
 
-    mount(8) looks for helpers in /sbin alone. The helper is that of fuse.lazyfs; its own name tells it nothing.
+    mount(8) looks for helpers only in /sbin. The helper is that of fuse.lazyfs; it does not use its
+    own name.
     """
     if os.geteuid() != 0:
         pytest.skip("only root can write to /sbin")
@@ -160,13 +161,19 @@ _libc = ctypes.CDLL(None)
 
 
 def _confine() -> None:
-    """preexec_fn: as MemoryDenyWriteExecute= has it; before Linux 6.3 there is no such call, and it fails."""
+    """Serve as a preexec_fn that does what MemoryDenyWriteExecute= does.
+
+    Before Linux 6.3 there is no such call, and it fails.
+    """
     die_with_parent()
     _libc.prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0)
 
 
 class Manager:
-    """What systemd does with the unit, as far as it goes without systemd: the command, its socket, its privileges."""
+    """Does what systemd does with the unit, as far as that is possible without systemd.
+
+    That is the command, its socket and its privileges.
+    """
 
     def __init__(self, lab: Lab, config: Path, watchdog_s: float) -> None:
         self._lab = lab

@@ -1,4 +1,4 @@
-"""`lazyfs detach`: unmounted under its users, who notice nothing."""
+"""`lazyfs detach` unmounts while files are open, and their users notice nothing."""
 
 import mmap
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the readers of others
 
 
 def slow_image(lab: Lab) -> bytes:
-    """Mount a repository that takes a few seconds for the image `disk`."""
+    """Mount a repository that needs a few seconds for the image `disk`."""
     source = lab.image("disk", 8 * MiB)
     server = lab.serve("rate", parameters=("rate=40M", "burstiness=0.05"))
     lab.mount(server.uri)
@@ -130,7 +130,8 @@ def test_a_new_mount_waits_for_the_last_close_or_takes_another_cache(lab: Lab) -
     assert first.wait(DEADLINE_S) == 0
     assert os.path.ismount(lab.mnt)
     assert lab.status()["detached"] is False, "the new daemon's socket is still there"
-    with pytest.raises(OSError, match="not connected"):  # opened while partial, so it was the daemon's
+    # opened while partial, so it was the daemon's
+    with pytest.raises(OSError, match="not connected"):
         os.pread(fd, 1 * MiB, 0)
     os.close(fd)
     lab.umount()
@@ -207,7 +208,8 @@ def test_a_replaced_image_that_is_open_and_not_whole_counts_and_its_readers_are_
 
 @contextmanager
 def disk_below(lab: Lab) -> Iterator[None]:
-    """A file system of its own under the mountpoint, as on most hosts: what must never be unmounted."""
+    """Mount a file system of its own under the mountpoint, as on most hosts. It must never be
+    unmounted."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "below", str(lab.mnt)], check=True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Each row of the table of failures, caused for real."""
+"""Causes each row of the table of failures for real."""
 
 import errno
 import os
@@ -24,11 +24,12 @@ OLD_KERNEL = (
     "from lazyfs.__main__ import main\n"
     "raise SystemExit(main())",
 )
-"""As before Linux 6.16: a notification that a name is invalid waits for the lookups under way in its folder."""
+"""How Linux before 6.16 does it: a notification that a name is invalid waits for the lookups under
+way in its folder."""
 
 
 def _waits_in(thread: int) -> str:
-    """The function of the kernel that a thread sleeps in."""
+    """Return the function of the kernel in which a thread sleeps."""
     with suppress(FileNotFoundError):  # it has ended
         return Path(f"/proc/{thread}/wchan").read_text()
     return ""
@@ -36,7 +37,7 @@ def _waits_in(thread: int) -> str:
 
 @pytest.mark.parametrize("program", [("-m", "lazyfs"), OLD_KERNEL])
 def test_a_daemon_killed_while_a_lookup_waits_and_names_change(lab: Lab, program: tuple[str, ...]) -> None:
-    """Nobody hangs; at the latest, the next mount ends that."""
+    """No process hangs, or the next mount ends that at the latest."""
     for name in ("one", "two"):
         lab.image(name, 1 * MiB)
     server = lab.serve()
@@ -140,7 +141,8 @@ def _pause(path: Path, letter: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(os.fspath(path))
         client.sendall(letter)
-        # Nothing: nbdkit 1.32 can abort on resuming requests whose client has gone; then it is restarted, unpaused.
+        # Nothing: nbdkit 1.32 can abort on resuming requests whose client has gone; then it is
+        # restarted, unpaused.
         assert client.recv(1) in (letter.upper(), b"" if letter == b"r" else letter.upper())
 
 
@@ -169,7 +171,8 @@ def test_read_error_from_the_server_fails_that_read_and_keeps_nothing(lab: Lab) 
 
 
 def test_one_dead_image_does_not_stop_readers_of_another(lab: Lab) -> None:
-    """200 reads hang in the repository; a read of another image's present range, and its readahead, go on."""
+    """200 reads hang in the repository. Reads of another image's present range, and its readahead,
+    go on."""
     lab.image("dead", 64 * MiB)
     lab.image("fine", 8 * MiB)
     server = lab.serve("pause", parameters=(f"pause-control={lab.folder}/pause.sock",))
@@ -224,7 +227,7 @@ def test_mount_with_the_repository_down(lab: Lab) -> None:
 
 
 def test_first_opens_wait_for_the_repository_like_reads_do(lab: Lab) -> None:
-    """Also right after another open waited in vain."""
+    """This also holds after another open has waited in vain."""
     source = lab.image("dense", 1 * MiB)
     server = lab.serve()
     lab.mount(server.uri, "--no-populate", "--io-timeout", "2")
@@ -312,7 +315,8 @@ def test_export_that_changes_while_partial(lab: Lab) -> None:
     assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
     with pytest.raises(OSError, match="Input/output error"):
         pread(lab.mnt / "dense", 2 * MiB, 1)
-    _replace(source, os.urandom(4 * MiB))  # a third version, of the first one's size: it must not be mixed in
+    # a third version, of the first one's size: it must not be mixed in
+    _replace(source, os.urandom(4 * MiB))
     wait_until(lambda: lab.log.read_text().count("changed") and lab.status()["connected"], "refreshed")
     with pytest.raises(OSError, match="Input/output error"):
         pread(lab.mnt / "dense", 2 * MiB, 1)

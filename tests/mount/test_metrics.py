@@ -21,10 +21,10 @@ BLOCK = 64 * KiB
 
 
 class Scrape(dict[str, float]):
-    """`name{value of the label}` or `name` -> number."""
+    """Maps `name{value of the label}` or `name` to a number."""
 
     def by(self, name: str) -> dict[str, float]:
-        """Return what is not zero of a metric, by its label."""
+        """Return the values of a metric that are not zero, by its label."""
         return {key[len(name) + 1 : -1]: n for key, n in self.items() if n and key.startswith(name + "{")}
 
 
@@ -51,7 +51,7 @@ def port_of(lab: Lab) -> tuple[str, int]:
 
 @contextmanager
 def page_reader(path: Path) -> Iterator[int]:
-    """A file of which the kernel reads no more than is asked for."""
+    """Open a file of which the kernel reads no more than is asked for."""
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     try:
@@ -188,7 +188,8 @@ def test_passthrough_opens(lab: Lab) -> None:
     after = scrape(lab)
     assert after["lazyfs_opens_total{passthrough}"] == before["lazyfs_opens_total{passthrough}"] + 3
     assert after["lazyfs_opens_total{daemon}"] == before["lazyfs_opens_total{daemon}"] == 1
-    assert after.by("lazyfs_read_seconds_count") == before.by("lazyfs_read_seconds_count")  # the kernel read them
+    # the kernel read them
+    assert after.by("lazyfs_read_seconds_count") == before.by("lazyfs_read_seconds_count")
 
 
 def test_whole_images_without_passthrough(lab: Lab) -> None:
@@ -274,7 +275,7 @@ def test_a_client_that_says_nothing_does_not_hold_up_the_end(lab: Lab) -> None:
 
 
 def test_a_scrape_of_a_daemon_that_hangs_does_not_keep_it_from_ending(lab: Lab) -> None:
-    """The scrape that came while it hung is served, or cut off; both are an end."""
+    """The scrape that came while the daemon hung is served or cut off. Both end it."""
     lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri, "--metrics", "0")
     where = port_of(lab)

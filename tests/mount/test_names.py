@@ -1,4 +1,5 @@
-"""Which files are there: names from strangers, new ones, many of them, and who may do what with them."""
+"""Which files there are (with hostile names, new ones, many of them), and who may do what with
+them."""
 
 import errno
 import os
@@ -137,7 +138,7 @@ def test_a_foreign_file_in_the_way_of_a_whole_image_is_not_touched(lab: Lab) -> 
 def test_an_image_too_large_for_its_blocks_is_refused_with_a_reason(
     lab: Lab, options: tuple[str, ...], size: int, advice: str
 ) -> None:
-    """A stranger's word of a size must not cost us that much memory."""
+    """A size that a stranger claims must not cost so much memory."""
     server = lab.serve_with("eval", "list_exports=echo huge", f"get_size=echo {size}")
     lab.mount(server.uri, *options)
     (path,) = lab.mnt.iterdir()
@@ -149,7 +150,10 @@ def test_an_image_too_large_for_its_blocks_is_refused_with_a_reason(
 
 @pytest.mark.parametrize(("image_format", "name"), [("raw", "large"), ("qcow2", "large.qcow2")])
 def test_a_file_system_that_cannot_hold_such_a_file_is_named_in_status(lab: Lab, image_format: str, name: str) -> None:
-    """ext4 ends at 16 TiB; here a limit of the process (RLIMIT_FSIZE) has the same error, EFBIG."""
+    """ext4 ends at 16 TiB.
+
+    Here a limit of the process (RLIMIT_FSIZE) gives the same error, EFBIG.
+    """
     small = lab.image("small", 1 * MiB)
     lab.image("large", 100 * MiB)
     cache = lab.folder / "cache"

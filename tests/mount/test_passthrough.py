@@ -1,4 +1,5 @@
-"""Whole images: read by the kernel alone, on an inode of their own, with nothing left behind."""
+"""Whole images are read by the kernel alone, on an inode of their own, and nothing is left
+behind."""
 
 import mmap
 import os
@@ -21,7 +22,8 @@ WITHOUT_THE_MODULE = "import sys; sys.modules['lazyfs.kernel._passthrough'] = No
 
 
 def whole_image(lab: Lab, *options: str | Path) -> bytes:
-    """Mount, and make the image `disk` whole; its plain file is reachable at lab.folder/cache/disk."""
+    """Mount, and make the image `disk` whole; its plain file is reachable at
+    lab.folder/cache/disk."""
     source = lab.image("disk", 3 * MiB + 512)
     lab.mount(lab.serve().uri, "--cache-dir", lab.folder / "cache", *options)
     (lab.mnt / "disk").read_bytes()
@@ -38,7 +40,7 @@ def drop_page_cache(path: Path) -> None:
 
 @contextmanager
 def stopped(lab: Lab) -> Iterator[None]:
-    """The daemon answers nothing meanwhile."""
+    """Stop the daemon, so that it answers nothing meanwhile."""
     assert lab.daemon is not None
     lab.daemon.send_signal(signal.SIGSTOP)
     try:
@@ -55,7 +57,8 @@ def test_a_whole_image_is_read_cold_with_the_daemon_stopped(lab: Lab) -> None:
     target = os.open(lab.folder / "copy", os.O_RDWR | os.O_CREAT, 0o600)
     drop_page_cache(lab.folder / "cache/disk")
     with stopped(lab):
-        # First: Python asks for the size, and after a read the kernel asks the daemon for the file's attributes.
+        # First: Python asks for the size, and after a read the kernel asks the daemon for the
+        # file's attributes.
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
             assert mapped[:] == expected
         assert os.pread(fd, len(expected), 0) == expected
@@ -79,7 +82,8 @@ def test_qemu_reads_with_the_daemon_stopped(lab: Lab, options: tuple[str, ...]) 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as qemu_io:
         killer = threading.Timer(30, qemu_io.kill)
         killer.start()
-        # io_uring asks the file for its readiness; the kernel learns once for a mount that we have no FUSE_POLL.
+        # io_uring asks the file for its readiness; the kernel learns once for a mount that we have
+        # no FUSE_POLL.
         assert _dump(qemu_io, 0) == expected[:512]
         drop_page_cache(lab.folder / "cache/disk")
         with stopped(lab):
@@ -90,7 +94,10 @@ def test_qemu_reads_with_the_daemon_stopped(lab: Lab, options: tuple[str, ...]) 
 
 
 def _dump(qemu_io: "subprocess.Popen[bytes]", offset: int) -> bytes:
-    """Let qemu-io read 512 bytes. One command at a time: it polls a pipe that it reads through a buffer."""
+    """Let qemu-io read 512 bytes.
+
+    Only one command is sent at a time, because qemu-io polls a pipe that it reads through a buffer.
+    """
     assert qemu_io.stdin is not None
     assert qemu_io.stdout is not None
     qemu_io.stdin.write(b"read -v %d 512\n" % offset)
@@ -145,7 +152,7 @@ def test_an_image_that_becomes_whole_is_a_new_inode_and_old_files_go_on(lab: Lab
 
 @contextmanager
 def lab_disk(lab: Lab) -> Iterator[Path]:
-    """A file system that nobody else uses: a file that anything keeps open takes room there."""
+    """Make a file system that nobody else uses, where any file that is kept open takes space."""
     with small_disk(lab.folder / "small", "64m") as disk:
         try:
             yield disk
@@ -165,7 +172,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
-    """A backing file that the kernel kept would be in no process; but it would keep its room when it is replaced."""
+    """A backing file that the kernel kept would be in no process.
+
+    But it would keep its space when the image is replaced.
+    """
     with lab_disk(lab) as disk:
         source = lab.image("disk", 8 * MiB)
         content = source.read_bytes()[4096:8192]
@@ -175,7 +185,8 @@ def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
         lab.wait_for_state("disk", "whole")
         assert lab.daemon is not None
         fds = len(os.listdir(f"/proc/{lab.daemon.pid}/fd"))
-        held = os.open(lab.mnt / "disk", os.O_RDONLY)  # half of the time another open keeps the backing id alive
+        # half of the time another open keeps the backing id alive
+        held = os.open(lab.mnt / "disk", os.O_RDONLY)
         for i in range(10_000):
             if i == 5_000:
                 os.close(held)
@@ -214,7 +225,7 @@ def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: 
 
 
 def test_closing_does_not_wait_for_the_daemon(lab: Lab) -> None:
-    """FUSE_FLUSH would, once for each mount."""
+    """FUSE_FLUSH would ask it, once for each mount."""
     whole_image(lab)
     program = (
         "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(flush=True); sys.stdin.read(); os.close(fd)"

@@ -1,4 +1,5 @@
-"""`lazyfs pivot` with real mounts and a real QEMU; every shape of block graph is in component/test_pivot.py."""
+"""`lazyfs pivot` with real mounts and a real QEMU; every shape of block graph is in
+component/test_pivot.py."""
 
 import json
 import os
@@ -13,7 +14,15 @@ from typing import Any
 
 import nbd
 import pytest
-from block_qemu import BlockQemu, blockdevs, file_node, make_overlay, overlay_node, raw_node, reading
+from block_qemu import (
+    BlockQemu,
+    blockdevs,
+    file_node,
+    make_overlay,
+    overlay_node,
+    raw_node,
+    reading,
+)
 from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
 
 from lazyfs.control import client as control_client
@@ -29,11 +38,18 @@ def stack() -> Iterator[ExitStack]:
         yield made
 
 
-def start(lab: Lab, stack: ExitStack, image: str = "disk", name: str = "vm", **cache: Any) -> BlockQemu:
+def start(
+    lab: Lab, stack: ExitStack, image: str = "disk", name: str = "vm", **cache: Any
+) -> BlockQemu:
     """Start a QEMU with an overlay on an image, all nodes named: vm, base, base-file."""
     overlay = make_overlay(lab.folder / f"{name}.qcow2", lab.mnt / image)
-    nodes = [file_node("base-file", lab.mnt / image, **cache), raw_node("base", "base-file", **cache)]
-    qemu = BlockQemu(lab.folder, blockdevs(*nodes, overlay_node("vm", overlay, "base", **cache)), name)
+    nodes = [
+        file_node("base-file", lab.mnt / image, **cache),
+        raw_node("base", "base-file", **cache),
+    ]
+    qemu = BlockQemu(
+        lab.folder, blockdevs(*nodes, overlay_node("vm", overlay, "base", **cache)), name
+    )
     stack.callback(qemu.close)
     return qemu
 
@@ -53,7 +69,9 @@ def actions(qemus: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache": {"direct": True}}], ids=["cached", "cache=none"])
-def test_from_partial_to_whole_to_detached_while_it_reads(lab: Lab, stack: ExitStack, cache: dict[str, Any]) -> None:
+def test_from_partial_to_whole_to_detached_while_it_reads(
+    lab: Lab, stack: ExitStack, cache: dict[str, Any]
+) -> None:
     source = lab.image("disk", 8 * MiB)
     expected = source.read_bytes()
     lab.mount(lab.serve("rate", parameters=("rate=80M", "burstiness=0.05")).uri)
@@ -81,7 +99,7 @@ def test_from_partial_to_whole_to_detached_while_it_reads(lab: Lab, stack: ExitS
 
 
 def test_without_a_pivot_a_killed_daemon_is_noticed(lab: Lab, stack: ExitStack) -> None:
-    """The negative control of the next test: there is something to lose."""
+    """This shows that the next test can fail: there is something to lose."""
     lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri, "--no-populate")
     qemu = start(lab, stack, cache={"direct": True})
@@ -157,7 +175,10 @@ def test_an_old_version_that_was_replaced(lab: Lab, stack: ExitStack) -> None:
         assert actions([report]) == ["skipped"], state
         assert "has another version of the image open" in report["nodes"][0]["message"]
         (lab.mnt / "disk").read_bytes()
-        wait_until(lambda: {one["state"] for one in lab.status()["images"]} == {"whole"}, "the new one is whole")
+        wait_until(
+            lambda: {one["state"] for one in lab.status()["images"]} == {"whole"},
+            "the new one is whole",
+        )
 
 
 def test_a_killed_daemon_leaves_whole_images_to_pivot_to(lab: Lab, stack: ExitStack) -> None:
@@ -185,8 +206,11 @@ def become_whole(lab: Lab, name: str = "disk") -> None:
     lab.wait_for_state(name, "whole")
 
 
-def test_another_repository_with_an_image_of_the_same_name_and_size(lab: Lab, stack: ExitStack) -> None:
-    """Detached from the first, with the second mounted there: the path leads to other bytes."""
+def test_another_repository_with_an_image_of_the_same_name_and_size(
+    lab: Lab, stack: ExitStack
+) -> None:
+    """The first mount is detached and the second mounted there, so the path leads to other
+    bytes."""
     expected = lab.image("disk", 1 * MiB).read_bytes()
     lab.mount(lab.serve().uri, "--cache-dir", lab.folder / "cache-a")
     qemu = start(lab, stack, cache={"direct": True})
@@ -215,7 +239,7 @@ def test_another_repository_with_an_image_of_the_same_name_and_size(lab: Lab, st
 
 @pytest.mark.parametrize("killed", [False, True], ids=["detached", "killed"])
 def test_any_other_file_where_the_image_was(lab: Lab, stack: ExitStack, killed: bool) -> None:
-    """With the cache elsewhere the path is free. A copy of the image is told by its time."""
+    """With the cache elsewhere, the path is free. A copy of the image is recognised by its time."""
     expected = lab.image("disk", 1 * MiB).read_bytes()
     cache = lab.folder / "cache"
     lab.mount(lab.serve().uri, "--cache-dir", cache)
@@ -277,23 +301,42 @@ def test_partial_images_stay_and_whole_ones_move(lab: Lab, stack: ExitStack) -> 
     assert done.returncode == 1
     assert f"pivoted {lab.mnt}/disk (node base-file, pid {whole.pid})" in done.stdout
     assert done.stderr.count("\n") == 1
-    assert f"partial {lab.mnt}/partial (node base-file, pid {partial.pid}): not whole yet" in done.stderr
+    assert (
+        f"partial {lab.mnt}/partial (node base-file, pid {partial.pid}): not whole yet"
+        in done.stderr
+    )
 
 
-def test_wait_moves_when_the_image_is_whole_and_reports_a_qemu_that_ends(lab: Lab, stack: ExitStack) -> None:
+def test_wait_moves_when_the_image_is_whole_and_reports_a_qemu_that_ends(
+    lab: Lab, stack: ExitStack
+) -> None:
     lab.image("disk", 1 * MiB)
     lab.image("other", 1 * MiB)
     lab.mount(lab.serve().uri, "--no-populate")
     stays, ends = start(lab, stack, "disk", "vm1"), start(lab, stack, "other", "vm2")
-    command = [sys.executable, "-m", "lazyfs", "pivot", "--wait", str(stays.socket), str(ends.socket)]
+    command = [
+        sys.executable,
+        "-m",
+        "lazyfs",
+        "pivot",
+        "--wait",
+        str(stays.socket),
+        str(ends.socket),
+    ]
     waits = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
     )
     with waits:
         assert waits.stderr is not None
         assert waits.stdout is not None
         said = {waits.stderr.readline(), waits.stderr.readline()}
-        assert said == {f"waiting for {lab.mnt}/{name} to become whole\n" for name in ("disk", "other")}
+        assert said == {
+            f"waiting for {lab.mnt}/{name} to become whole\n" for name in ("disk", "other")
+        }
         ends.close()
         assert waits.poll() is None
         (lab.mnt / "disk").read_bytes()
@@ -310,9 +353,21 @@ def test_an_interrupted_wait_has_said_what_was_done(lab: Lab, stack: ExitStack) 
     lab.mount(lab.serve().uri, "--no-populate")
     moves, stays = start(lab, stack, "disk", "vm1"), start(lab, stack, "other", "vm2")
     become_whole(lab)
-    command = [sys.executable, "-m", "lazyfs", "pivot", "--wait", str(moves.socket), str(stays.socket)]
+    command = [
+        sys.executable,
+        "-m",
+        "lazyfs",
+        "pivot",
+        "--wait",
+        str(moves.socket),
+        str(stays.socket),
+    ]
     waits = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
     )
     with waits:
         assert waits.stderr is not None
@@ -337,7 +392,11 @@ def test_wait_with_a_whole_and_a_partial_image_in_one_vm(lab: Lab, stack: ExitSt
     lab.wait_for_state("disk", "whole")
     command = [sys.executable, "-m", "lazyfs", "pivot", "--wait", "--json", str(qemu.socket)]
     waits = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
     )
     with waits:
         assert waits.stderr is not None
@@ -372,7 +431,7 @@ def test_an_image_that_failed_ends_the_wait(lab: Lab, stack: ExitStack) -> None:
         (["--all-in", "/nonexistent"], 1, "cannot read /nonexistent"),
         (["--nonsense"], 2, "unrecognized"),
         (["/nonexistent"], 1, "/nonexistent: No such file or directory"),
-        (["/proc/version"], 1, "/proc/version: this is no socket"),
+        (["/proc/version"], 1, "/proc/version: this is not a socket"),
     ],
 )
 def test_wrong_arguments_are_one_line(lab: Lab, arguments: list[str], code: int, says: str) -> None:

@@ -1,4 +1,5 @@
-"""`--format qcow2`: the mount shows the finished qcow2 from the first open, whatever is on disk meanwhile."""
+"""`--format qcow2`: the mount shows the finished qcow2 from the first open on, whatever is on
+disk."""
 
 import errno
 import json
@@ -31,7 +32,7 @@ def _qemu() -> None:
 
 
 def qemu(*command: str | Path) -> str:
-    """Run one of QEMU's programs, which must succeed."""
+    """Run one of QEMU's programs. It must succeed."""
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     assert "Pattern verification failed" not in done.stdout
@@ -61,15 +62,16 @@ def compare(server: Nbdkit, name: str, path: Path) -> None:
 
 
 def shown(content: bytes, cluster_size: int = 64 * KiB) -> bytes:
-    """The finished qcow2 of an export."""
+    """Return the finished qcow2 of an export."""
     at = qcow2_layout.layout(len(content), cluster_size)
     return qcow2_layout.finished(at, 0, at.data_offset) + content.ljust(at.clusters * cluster_size, b"\0")
 
 
 def guest_read(disk: Path, offset: int, length: int) -> bytes:
-    """What a guest reads; multiples of 4 KiB."""
+    """Return what a guest reads. `offset` and `length` are multiples of 4 KiB."""
     target = disk.with_name(f"{disk.name}.read")
-    place = ("bs=4K", f"skip={offset // (4 * KiB)}", f"count={(offset + length) // (4 * KiB)}")  # from the start
+    # from the start
+    place = ("bs=4K", f"skip={offset // (4 * KiB)}", f"count={(offset + length) // (4 * KiB)}")
     qemu("qemu-img", "dd", "-f", "qcow2", "-O", "raw", *place, f"if={disk}", f"of={target}")
     content = target.read_bytes()
     target.unlink()
@@ -82,13 +84,13 @@ def data_offset(size: int, cluster_size: int = 64 * KiB) -> int:
 
 
 def partial_file(cache: Path) -> Path:
-    """The one partial file of a cache."""
+    """Return the one partial file of a cache."""
     (found,) = (cache / ".lazyfs/partial").glob("*.qcow2")
     return found
 
 
 OWN_BLOCK = 4 * KiB
-"""What ext4 counts besides the content of a file that lies in more than four pieces."""
+"""What ext4 counts besides the content of a file that lies in more than four pieces, in bytes."""
 
 
 def same_space(first: os.stat_result, second: os.stat_result) -> bool:
@@ -96,7 +98,7 @@ def same_space(first: os.stat_result, second: os.stat_result) -> bool:
 
 
 def bytes_in(path: Path, start: int) -> int:
-    """What a file has from `start` on, its holes left out."""
+    """Return what a file has from `start` on, without its holes."""
     total = 0
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -115,7 +117,7 @@ def bytes_in(path: Path, start: int) -> int:
 
 @contextmanager
 def stopped(lab: Lab) -> Iterator[None]:
-    """The daemon answers nothing meanwhile."""
+    """Stop the daemon, so that it answers nothing meanwhile."""
     assert lab.daemon is not None
     lab.daemon.send_signal(signal.SIGSTOP)
     try:
@@ -288,7 +290,7 @@ def test_a_cluster_is_what_is_fetched(lab: Lab, cluster_size: int) -> None:
 
 
 def test_a_size_that_no_file_can_have_spoils_no_listing(lab: Lab) -> None:
-    """A stranger names the size, and the metadata comes on top."""
+    """The size comes from a stranger, and the metadata is needed as well."""
     server = lab.serve_with(
         "eval", "list_exports=echo fine; echo huge", "open=echo $3", f"get_size=[ $2 = fine ] && echo 512 || echo {2**63 - 1}",
         "pread=dd if=/dev/zero bs=$3 count=1 status=none",
@@ -305,7 +307,8 @@ def test_a_size_that_no_file_can_have_spoils_no_listing(lab: Lab) -> None:
 
 
 def test_two_tebibytes_sparse(lab: Lab) -> None:
-    """With the default of 64 KiB it takes 20 s; the file itself is in component/test_qcow2_files.py."""
+    """With the default of 64 KiB this takes 20 s. component/test_qcow2_files.py tests the file
+    itself."""
     cluster_size = 2 * MiB
     size = 2 * 1024 * 1024 * MiB
     data = {0: os.urandom(64 * KiB), size // 2 + 4 * KiB: os.urandom(8 * KiB), size - 4 * KiB: os.urandom(4 * KiB)}
@@ -614,7 +617,7 @@ def test_the_partial_file_on_disk_is_a_qcow2_that_qemu_opens_without_lazyfs(lab:
     assert 1 * MiB <= present < 8 * MiB
 
     def allocated(path: Path) -> int:
-        """Bytes that the qcow2 itself has."""
+        """Return how many bytes the qcow2 itself has."""
         found = json.loads(qemu("qemu-img", "map", "--output=json", path))
         return sum(one["length"] for one in found if one["depth"] == 0)
 

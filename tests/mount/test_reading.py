@@ -1,4 +1,4 @@
-"""Byte identity, who fetches what, and how often."""
+"""Reads give the right bytes. Also tests which reader fetches what, and how often."""
 
 import mmap
 import os
@@ -64,7 +64,8 @@ def test_eight_readers_of_a_cold_block_cause_one_request(lab: Lab) -> None:
     expected = source.read_bytes()
 
     def read_page(index: int) -> bytes:
-        # Eight different pages of one block, past the page cache, so that it is lazyfs that joins them.
+        # Eight different pages of one block, past the page cache, so that it is lazyfs that joins
+        # them.
         command = [
             "dd",
             f"if={lab.mnt}/dense",

@@ -103,7 +103,7 @@ def test_kill_9_costs_at_most_the_last_checkpoint(lab: Lab) -> None:
 
 
 def _below(lab: Lab) -> list[str]:
-    """The cache's state, seen under the mount through the daemon's own descriptor."""
+    """Return the cache's state, seen under the mount through the daemon's own descriptor."""
     assert lab.daemon is not None
     root = f"/proc/{lab.daemon.pid}/fd"
     return [os.readlink(f"{root}/{fd}") for fd in os.listdir(root)]

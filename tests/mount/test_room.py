@@ -15,12 +15,12 @@ from lab import KiB, Lab, MiB, pread, small_disk, wait_until
 
 SIZE = 8 * MiB
 OTHER = 512 * KiB
-"""What du counts that is no image: the catalog with its journal, folders, the lock."""
+"""What du counts besides images: the catalog with its journal, folders, and the lock."""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 48 MiB."""
+    """Mount a file system of 48 MiB."""
     with small_disk(tmp_path / "disk", "48m") as made:
         yield made
 
@@ -32,7 +32,7 @@ def du(path: Path) -> int:
 
 @contextmanager
 def watched(cache: Path) -> Iterator[Callable[[], int]]:
-    """Measure all the time; gives the most that was seen."""
+    """Measure all the time, and give the largest result."""
     peak, over = 0, threading.Event()
 
     def watch() -> None:
@@ -50,7 +50,7 @@ def watched(cache: Path) -> Iterator[Callable[[], int]]:
 
 
 def use(lab: Lab, name: str) -> None:
-    """Read an image as a whole; it is whole then, and closed."""
+    """Read an image completely. It is whole then, and closed."""
     assert (lab.mnt / name).read_bytes() == (lab.repository / name).read_bytes()
     lab.wait_for_state(name, "whole")
 
@@ -72,7 +72,7 @@ def images(lab: Lab, names: str) -> None:
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_max_cache(lab: Lab, disk: Path, image_format: str) -> None:
-    """Never exceeded, not even while images are filled at full speed."""
+    """The limit is never exceeded, not even while images are filled at full speed."""
     images(lab, "abcde")
     server = lab.serve()
     lab.mount(server.uri, "--cache-dir", disk / "cache", "--max-cache", "20M", "--format", image_format)
@@ -94,7 +94,10 @@ def test_max_cache(lab: Lab, disk: Path, image_format: str) -> None:
 
 
 def test_many_at_once(lab: Lab, disk: Path) -> None:
-    """Readers of eight images at the same time, three times the limit: all of them right, the limit kept."""
+    """Eight images, three times the limit, are read at the same time.
+
+    All reads are right, and the limit is kept.
+    """
     images(lab, "abcdefgh")
     server = lab.serve()
     lab.mount(server.uri, "--cache-dir", disk / "cache", "--max-cache", "21M")
@@ -107,7 +110,8 @@ def test_many_at_once(lab: Lab, disk: Path) -> None:
 
 
 def test_opens_and_reads_during_evictions(lab: Lab, disk: Path) -> None:
-    """Whoever opens an image in the moment of its eviction gets it; nobody sees an error."""
+    """A process that opens an image in the moment of its eviction gets it, and nobody sees an
+    error."""
     for name in "abcdef":
         lab.image(name, MiB)
     server = lab.serve()
@@ -201,12 +205,14 @@ NO_RESERVE = (
     "import sys; from lazyfs.cli import main as cli; from lazyfs.cache.store import cache_file; cache_file.RESERVE = -1 << 40; "
     "sys.exit(cli.main())",
 )
-"""A daemon that writes until the disk says no: what neighbours who fill the disk at the same time do to any."""
+"""A daemon that writes until the disk is full, as any daemon does if other programs fill the disk
+at the same time."""
 
 
 @pytest.mark.parametrize("program", [("-m", "lazyfs"), NO_RESERVE], ids=["reserve", "no reserve"])
 def test_disk_full_in_the_middle_of_a_write(lab: Lab, disk: Path, program: tuple[str, ...]) -> None:
-    """The disk's end is not a block's: nothing is lost, no read fails, and it goes on when there is room."""
+    """The disk's end is not the end of a block. Nothing is lost, no read fails, and it goes on when
+    there is space."""
     source = lab.image("dense", 32 * MiB)
     expected = source.read_bytes()
     server = lab.serve()
@@ -255,7 +261,7 @@ def test_a_digest_is_compared_before_the_hand_off(lab: Lab) -> None:
 
 
 def test_after_detach_nothing_is_evicted(lab: Lab, disk: Path) -> None:
-    """The plain files may have been opened by anybody then."""
+    """Any process may have opened the plain files before."""
     images(lab, "ab")
     server = lab.serve()
     often = "import sys; from lazyfs.cli import main as cli; from lazyfs.engine import room; room.WATCH_S = 0.2; sys.exit(cli.main())"

@@ -1,4 +1,4 @@
-"""Each verb that asks a daemon for something, on a real mount: what it does, --json, exit codes, one-line errors."""
+"""Each verb that asks a daemon for something: its effect, --json, exit codes, one-line errors."""
 
 import asyncio
 import hashlib
@@ -50,7 +50,7 @@ def refused(lab: Lab, *arguments: str | Path, says: str) -> None:
 
 
 def cached_blocks(lab: Lab) -> int:
-    """512-byte blocks of all files in the cache, whatever is mounted over it."""
+    """Return the 512-byte blocks of all files in the cache, whatever is mounted over it."""
     cache = lab.folder / "cache"
     return sum(path.stat().st_blocks for path in cache.rglob("*") if path.is_file() and "sqlite" not in path.name)
 
@@ -232,7 +232,7 @@ def test_evict_of_a_folder_leaves_pinned_images(lab: Lab, server: Nbdkit) -> Non
 
 
 def test_readers_do_not_notice_evictions(lab: Lab, server: Nbdkit) -> None:
-    """Reads in this process, evictions in others, population between them."""
+    """Reads are in this process, evictions in others, and population goes on between them."""
     lab.mount(server.uri)
     content = (lab.repository / "one").read_bytes()
     command = [sys.executable, "-m", "lazyfs", "evict", str(lab.mnt / "one")]
@@ -300,7 +300,7 @@ def test_map_of_a_qcow2_is_of_the_disk_in_it(lab: Lab, server: Nbdkit) -> None:
 
 
 def damage(path: Path, offset: int) -> None:
-    """Flip a byte of a plain file, from outside lazyfs."""
+    """Flip a byte of a plain file from outside lazyfs."""
     path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     with path.open("r+b", buffering=0) as file:
         byte = os.pread(file.fileno(), 1, offset)

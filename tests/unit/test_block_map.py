@@ -21,7 +21,7 @@ spans = st.builds(lambda first, length: BlockRun(first, min(first + length, BLOC
 
 
 def runs_of(states: list[int]) -> list[tuple[BlockRun, int]]:
-    """The maximal runs of equal states, found the slow way."""
+    """Return the maximal runs of equal states, found the slow way."""
     found = []
     position = 0
     for state, group in groupby(states):
@@ -32,7 +32,7 @@ def runs_of(states: list[int]) -> list[tuple[BlockRun, int]]:
 
 
 class Model(RuleBasedStateMachine):
-    """Any sequence of fetches, zero marks, saves, failed saves and crashes."""
+    """Does any sequence of fetches, zero marks, saves, failed saves and crashes."""
 
     @initialize(tail=st.integers(0, BLOCK - 1))
     def start(self, tail: int) -> None:

@@ -1,4 +1,4 @@
-"""The schema of the control socket: what it refuses, what it says of itself, and that the document is made from it."""
+"""The schema of the control socket: what it refuses, how it describes itself, and its document."""
 
 import re
 from itertools import chain

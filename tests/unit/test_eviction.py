@@ -1,4 +1,4 @@
-"""Whom to evict."""
+"""Which images are evicted."""
 
 from dataclasses import replace
 

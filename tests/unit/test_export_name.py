@@ -1,4 +1,5 @@
-"""Hostile export names become safe paths, and no two of them the same or in each other's way."""
+"""Hostile export names become safe paths, and no two of them are the same or in each other's
+way."""
 
 import hashlib
 import json
@@ -28,7 +29,7 @@ hostile = st.one_of(
 
 
 class Mount:
-    """What stands on the mount: a file at each taken path, a folder at everything above one."""
+    """Has a file at each path that is taken, and a folder at everything above one."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
@@ -57,7 +58,7 @@ def check_safe(path: str) -> None:
 
 
 def decode(path: str) -> str:
-    """What a person would read in `path`."""
+    """Return what a person would read in `path`."""
     return unquote_to_bytes(path).removesuffix(b"\0").decode("utf-8", "surrogatepass")
 
 
@@ -181,7 +182,8 @@ def test_sha1_names_are_the_hash_and_nothing_else(exports: list[str], suffix: st
 
 
 def test_sha1_is_that_of_nova() -> None:
-    """nova/virt/libvirt/imagecache.py, get_cache_fname: hashlib.sha1(image_id.encode('utf-8')).hexdigest()."""
+    """Source: nova/virt/libvirt/imagecache.py, get_cache_fname:
+    hashlib.sha1(image_id.encode('utf-8')).hexdigest()."""
     path = export_name.shown_path("155d900f-4e14-4e4c-a73d-069cbf4541e6", export_name.SHA1, lambda path: True, "")
     assert path == "f2d1a8250ed3d4b744a8250dab8f6840179d502a"
 

@@ -1,4 +1,5 @@
-"""parse_block_status against a byte-by-byte reading of the reply, ExtentMap against a bytearray of grains."""
+"""Compares parse_block_status with a byte-by-byte reading of the reply, and ExtentMap with a
+bytearray of grains."""
 
 import errno
 import re
@@ -24,7 +25,8 @@ asks = st.builds(lambda start, length: ByteRange(start, start + length), st.inte
 
 
 def read_reply(asked: ByteRange, entries: list[int]) -> list[bool] | None:
-    """Whether each byte is data, as far as the reply goes; None if it is to be refused."""
+    """Return for each byte whether the reply says it is data; None if the reply is to be
+    refused."""
     data: list[bool] = []
     for length, flag in zip(entries[::2], entries[1::2], strict=False):
         if len(data) == asked.length:
@@ -105,13 +107,13 @@ sizes = near_edges.filter(bool)
 
 @st.composite
 def pieces_in(draw: st.DrawFn, size: int) -> list[ByteRange]:
-    """Ordered pieces of data: apart, touching or empty."""
+    """Draw ordered pieces of data, which lie apart, touch or are empty."""
     bounds = sorted(min(at, size) for at in draw(st.lists(near_edges, max_size=16)))
     return [ByteRange(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=False)]
 
 
 def grains_of(size: int, pieces: list[ByteRange]) -> bytearray:
-    """One byte for each grain: 1 if any of its bytes is data."""
+    """Return one byte for each grain: 1 if any of its bytes is data."""
     grains = bytearray(-(-size // GRAIN))
     for piece in pieces:
         if piece.length:

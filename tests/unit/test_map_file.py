@@ -1,4 +1,4 @@
-"""The map file's format is pinned to the byte, and no damaged header is believed."""
+"""The map file's format is fixed to the byte, and a damaged header is never trusted."""
 
 import hashlib
 import struct
@@ -16,7 +16,7 @@ from lazyfs.errors import CacheCorrupt
 
 HEADER = MapHeader(inode=7, size=10 << 40, block_size=65536, export="team/ubuntu", identity="etag-1")
 USED = 16 + 84
-"""Bytes of page 0 that mean something."""
+"""The number of bytes of page 0 that have a meaning."""
 
 u64 = st.integers(0, 2**64 - 1)
 names = st.text(max_size=20)

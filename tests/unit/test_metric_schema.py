@@ -18,7 +18,7 @@ LABELS = re.compile(r"(?:by \(([\w, ]*)\))|(?:\{\{(\w+)\}\})|(\w+)=~?\"")
 
 
 def expressions(node: Any = DASHBOARD) -> Iterator[str]:
-    """Everything in the dashboard that Prometheus is asked."""
+    """Return every query that the dashboard sends to Prometheus."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         if isinstance(value, dict | list):
             yield from expressions(value)
@@ -27,7 +27,8 @@ def expressions(node: Any = DASHBOARD) -> Iterator[str]:
 
 
 def test_the_document_is_made_from_the_schema() -> None:
-    assert (ROOT / "doc" / "METRICS.md").read_text() == metric_schema.document()  # run tools/make-docs
+    # run tools/make-docs
+    assert (ROOT / "doc" / "METRICS.md").read_text() == metric_schema.document()
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
@@ -68,7 +69,7 @@ def test_every_metric_is_on_the_dashboard() -> None:
 
 
 def test_the_dashboard_can_be_imported() -> None:
-    """What Grafana needs of the file, and that it works with any data source."""
+    """The file has what Grafana requires, and works with any data source."""
     assert DASHBOARD["schemaVersion"] >= 39
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"

@@ -65,7 +65,7 @@ def test_no_backing_file(content: bytes) -> None:
 
 
 def test_a_name_where_no_file_reaches() -> None:
-    """Sector 0 of a guest's raw disk is the guest's to write, and is looked at, too."""
+    """A guest can write anything to sector 0 of its raw disk, and the scan looks at that, too."""
     assert find_name(struct.pack(">4sIQII", b"QFI\xfb", 1, 2**63, 1, 16)) is None
 
 

@@ -136,7 +136,8 @@ OTHER = replace(DETACHED, mtime_ns=TIME + 1)
 
 
 def test_an_image_of_another_repository_at_the_same_path_is_not_moved_to() -> None:
-    """The first was detached, the second mounted with its own cache: keys are small numbers of one cache."""
+    """The first mount was detached, and the second has its own cache. Keys are small numbers of one
+    cache, so both may have the same."""
     now = Place(MOUNT + 1, WHOLE, SIZE, TIME, True)  # even the same time
     images = [image(now), image(now, device=MOUNT + 1, cache="/other")]
     file = opened(MOUNT, KEY)

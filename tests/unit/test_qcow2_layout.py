@@ -35,19 +35,19 @@ small_layouts = st.builds(layout, st.integers(0, 3 * MiB), st.sampled_from([4 * 
 
 @dataclass
 class Read:
-    """What a file says; offsets of clusters."""
+    """Holds what a file says. Offsets are those of clusters."""
 
     size: int
     cluster_size: int
     backing_offset: int
     backing_length: int
     extensions: list[tuple[int, bytes, int]]
-    """Type, data, where the data is."""
+    """The header's extensions: their type, their data, and the data's offset."""
     owners: Counter[int] = field(default_factory=Counter)
     """How often each cluster of the file is used, by its number."""
     refcounts: dict[int, int] = field(default_factory=dict)
     data: list[tuple[int, int]] = field(default_factory=list)
-    """Of each guest cluster the L2 entry's host offset and its flags."""
+    """The host offset and the flags of the L2 entry of each guest cluster."""
 
 
 def read_header(file: bytes) -> tuple[Read, dict[str, int]]:
@@ -73,7 +73,8 @@ def read_header(file: bytes) -> tuple[Read, dict[str, int]]:
         extensions.append((kind, data, position + 8))
         position += 8 + -(-length // 8) * 8
         assert position + 8 <= (at["backing_offset"] or 1 << at["bits"])
-    # "The backing file name must be in the remaining space between the end of the extensions and the first cluster's."
+    # "The backing file name must be in the remaining space between the end of the extensions and
+    # the first cluster's."
     assert at["backing_offset"] + at["backing_length"] <= 1 << at["bits"]
     return Read(at["size"], 1 << at["bits"], at["backing_offset"], at["backing_length"], extensions), at
 
@@ -187,7 +188,7 @@ def test_a_larger_export_never_has_a_smaller_part(sizes: list[int], cluster: int
 
 @given(layouts, st.data())
 def test_any_entry_of_a_finished_file_is_what_the_specification_asks(at: Layout, data: st.DataObject) -> None:
-    """Of the largest files, too, which no test could read as a whole."""
+    """The largest files count, too, which no test could read completely."""
 
     def number(offset: int, width: int) -> int:
         return int.from_bytes(qcow2_layout.finished(at, offset, offset + width), "big")
@@ -253,7 +254,7 @@ BACKING = "nbd://images.example.com/team/disk"
 
 
 def draw_states(data: st.DataObject, count: int) -> bytes:
-    """States in runs, as they are on a real disk, and mixed."""
+    """Draw states in runs, as they are on a real disk, or mixed."""
     states = b""
     while len(states) < count:
         states += data.draw(
@@ -337,7 +338,8 @@ def test_one_wrong_bit_in_an_l2_table_is_corrupt_or_another_state(data: st.DataO
 
 names = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",)), max_size=80),
-    st.text(st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF), max_size=20),  # bytes of argv, not UTF-8
+    # bytes of argv, not UTF-8
+    st.text(st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF), max_size=20),
     st.sampled_from(["x" * MAX_BACKING_NAME, "é" * 511 + "x", "nbd://h/" + "%25" * 300]),
 )
 
@@ -455,7 +457,7 @@ def test_a_finished_header_is_known_by_its_first_sector(at: Layout, where: int) 
 
 
 def test_a_page_of_the_map_is_whole_sectors_of_the_tables() -> None:
-    """So that checkpoints of neighbouring pages never write one sector with different content."""
+    """Otherwise checkpoints of neighbouring pages could write one sector with different content."""
     at = layout(1 * GiB, 4 * KiB)
     states = bytes(block_map.PAGE_BLOCKS)
     for first in (0, block_map.PAGE_BLOCKS):

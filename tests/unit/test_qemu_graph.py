@@ -1,4 +1,7 @@
-"""What is planned for block graphs, without a QEMU: which commands, with which options, in which order."""
+"""Which commands are planned for block graphs, with which options and in which order.
+
+No QEMU runs.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +25,7 @@ def node(name: str, driver: str = "raw", **changes: Any) -> Node:
 
 
 def graph(nodes: Sequence[Node], *edges: tuple[str, str, str], device: str = "") -> Graph:
-    """Edges are (parent, role, child); `device` uses the first node."""
+    """Make a graph from (parent, role, child). `device` uses the first node."""
     found = [Edge(parent, NODE, role, child) for parent, role, child in edges]
     if device:
         found.append(Edge(device, "block-backend", "root", nodes[0].name))
@@ -30,7 +33,7 @@ def graph(nodes: Sequence[Node], *edges: tuple[str, str, str], device: str = "")
 
 
 def chain(top: str, base: str, file: str, **of_top: Any) -> Graph:
-    """An overlay on a raw node on a file."""
+    """Make the graph of an overlay on a raw node on a file."""
     overlay = node(top, "qcow2", **{"read_only": False, **of_top})
     nodes = [overlay, node("vm-file", "file"), node(base), node(file, "file")]
     return graph(nodes, (top, "file", "vm-file"), (top, "backing", base), (base, "file", file), device="disk")

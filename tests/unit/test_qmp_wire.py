@@ -24,7 +24,7 @@ gaps = st.text(alphabet=" \t\r\n", max_size=3).map(str.encode)
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[list[JsonObject], bytes]:
-    """Messages, and the bytes of one of the ways to write them."""
+    """Draw messages, and the bytes of one of the ways to write them."""
     messages = draw(st.lists(objects, max_size=4))
     wire = draw(gaps)
     for message in messages:
@@ -39,7 +39,7 @@ def cut(wire: bytes, places: Iterable[int]) -> list[bytes]:
 
 
 def decode(chunks: Iterable[bytes], max_message: int = MAX_MESSAGE) -> tuple[list[JsonObject], bool]:
-    """The messages, and whether the stream was refused after them."""
+    """Return the messages, and whether the stream was refused after them."""
     decoder = Decoder(max_message)
     messages: list[JsonObject] = []
     try:
@@ -84,7 +84,7 @@ json_bytes = st.lists(st.sampled_from(tokens)).map(b"".join)
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A good stream with some bytes put in place of others."""
+    """Draw a good stream in which other bytes replace some bytes."""
     _, wire = draw(streams())
     start, end = sorted(draw(st.tuples(st.integers(0, len(wire)), st.integers(0, len(wire)))))
     return wire[:start] + draw(st.one_of(st.binary(max_size=4), json_bytes)) + wire[end:]

@@ -1,4 +1,4 @@
-"""The file on the mount, whatever range of it is asked for, against one made as a whole."""
+"""Any range of the file on the mount equals the same range of a file that was made completely."""
 
 from itertools import pairwise
 
@@ -11,11 +11,11 @@ from lazyfs.core.shown_file import QCOW2, RAW, ShownFile
 from lazyfs.units import KiB, MiB
 
 EXPORT = bytes(i * 7 % 251 + 1 for i in range(200 * KiB))
-"""No zero in it, so that zeroes in a file come from somewhere else."""
+"""Content without any zero, so that zeroes in a file come from somewhere else."""
 
 
 def content_of(parts: list[bytes | ByteRange]) -> bytes:
-    """The bytes that `parts` stand for."""
+    """Return the bytes for which `parts` stand."""
     for part in parts:
         assert isinstance(part, bytes) or 0 <= part.start < part.end <= len(EXPORT)
     return b"".join(p if isinstance(p, bytes) else EXPORT[p.start : p.end] for p in parts)

@@ -2,22 +2,22 @@
 
     python tests/vm/guest_image.py OUT
 
-makes OUT/disk.raw (MBR, one ext4 partition with the files of Debian's packages, among them the whole kernel package),
-and what starts it: OUT/vmlinuz, OUT/initrd.img, OUT/cmdline. Nothing is mounted and no chroot entered, so no privilege
-is needed. The same packages give the same bytes. The packages are kept in $LAZYFS_TEST_CACHE (by default
-~/.cache/lazyfs-tests) for the next time.
+makes OUT/disk.raw (MBR, one ext4 partition with the files of Debian's packages, among them the
+whole kernel package) and what starts it: OUT/vmlinuz, OUT/initrd.img, OUT/cmdline. This needs no
+privileges, because it mounts nothing and enters no chroot. The same packages give the same bytes.
+The packages are kept for the next time in $LAZYFS_TEST_CACHE (by default ~/.cache/lazyfs-tests).
 
-What the guest does, said on its serial console, one line each:
+The guest reports what it does on its serial console, one line each:
 
     LAZYFS-GUEST-START                  its root file system is mounted from the disk
     LAZYFS-GUEST-PASS n                 `VERIFIED_SIZE` bytes of files were read, and have the right checksums
     LAZYFS-GUEST-BEYOND n               the disk goes on for n sectors behind the image's end, and they read as zeros
-    LAZYFS-GUEST-OK                     a file was written, too; it powers itself off
-    LAZYFS-GUEST-FAIL why               (or a kernel panic) anything was not as it should be; it powers itself off
+    LAZYFS-GUEST-OK                     a file was written, too; the guest powers itself off
+    LAZYFS-GUEST-FAIL why               (or a kernel panic) anything was wrong; the guest powers itself off
 
-Between passes it drops its own page cache, so each reads the disk again. Arguments on the kernel's command line:
-`guest.verify=0` makes no pass at all, `guest.loop=N` N more than one; a line typed on the console ends the passes after
-the next one.
+Between passes the guest drops its page cache, so each pass reads the disk again. Arguments on the
+kernel's command line: with `guest.verify=0` it makes no pass at all, and with `guest.loop=N` it
+makes N more than one. A line typed on the console ends the passes after the next one.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ SECTOR = 512
 DISK_SIZE = 256 * MiB
 PARTITION_OFFSET = 1 * MiB
 VERIFIED_SIZE = 40 * MiB
-"""At most; files are taken whole. Small enough for a pass to take a second, even in an emulator."""
+"""The largest size in bytes of the files that are checked; files are taken completely. It is small
+enough for a pass to take a second, even in an emulator."""
 
 _KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 _PACKAGES = [
@@ -47,7 +48,8 @@ _PACKAGES = [
     "base-files", "dash", "coreutils", "libc6", "libc-bin",  # what the guest runs from its disk, ...
     "libacl1", "libattr1", "libgmp10", "libpcre2-8-0", "libselinux1",  # ... and the libraries of coreutils
 ]  # fmt: skip
-# Debian's kernel has ext4 and the serial console built in, but virtio as modules; in the order of their dependencies.
+# Debian's kernel has ext4 and the serial console built in, but virtio as modules; in the order of
+# their dependencies.
 _MODULES = [
     "virtio/virtio_ring",
     "virtio/virtio",
@@ -56,7 +58,8 @@ _MODULES = [
     "virtio/virtio_pci",
     "block/virtio_blk",
 ]
-# The emulated timers of a busy host are late: without no_timer_check and tsc=reliable the kernel may distrust them.
+# The emulated timers of a busy host are late: without no_timer_check and tsc=reliable the kernel
+# may distrust them.
 _CMDLINE = (
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check tsc=reliable random.trust_cpu=on audit=0 "
     "i8042.noaux i8042.nokbd"
@@ -76,8 +79,8 @@ mount -t tmpfs run /mnt/run
 exec switch_root /mnt /sbin/guest-init
 """
 
-# dash, coreutils and libc are read from the disk under test. So `fail` and the end use only what the shell has built
-# in: no program may be readable any more.
+# dash, coreutils and libc are read from the disk under test. So `fail` and the end use only the
+# shell's own commands: other programs may not be readable any more.
 _GUEST_INIT = """#!/bin/dash
 export PATH=/usr/bin:/bin:/usr/sbin:/sbin LC_ALL=C
 stop() { echo "LAZYFS-GUEST-$*"; echo o > /proc/sysrq-trigger; while :; do :; done; }
@@ -113,7 +116,7 @@ stop OK
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
-    """A guest that was built into a folder."""
+    """Holds a guest that was built into a folder."""
 
     folder: Path
 
@@ -142,7 +145,7 @@ def cache_folder() -> Path:
 
 
 def build(folder: Path, cache: Path) -> GuestImage:
-    """Build the guest into `folder`; fetch what packages `cache` lacks."""
+    """Build the guest into `folder`, and fetch the packages that `cache` lacks."""
     guest = GuestImage(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -157,8 +160,8 @@ def build(folder: Path, cache: Path) -> GuestImage:
         _add_own_files(root)
         built = Path(temporary) / "disk"
         _make_disk(built, root)
-        # mke2fs leaves zeros that the host's file system calls data today and a hole tomorrow (unwritten extents):
-        # in the copy every block of zeros is a hole, and nothing else.
+        # mke2fs leaves zeros that the host's file system calls data today and a hole tomorrow
+        # (unwritten extents). In the copy every block of zeros is a hole, and nothing else is.
         _run("cp", "--sparse=always", built, guest.disk)
         with guest.disk.open("rb") as disk:
             os.fsync(disk.fileno())
@@ -169,7 +172,10 @@ def build(folder: Path, cache: Path) -> GuestImage:
 
 
 def _packages(cache: Path) -> list[Path]:
-    """Return the packages' files in the cache, of the versions that apt would install now; fetch what is missing."""
+    """Return the packages' files in the cache, in the versions that apt would install now.
+
+    Missing packages are fetched.
+    """
     try:
         return _fetched(cache)
     except RuntimeError:
@@ -192,7 +198,8 @@ def _fetched(cache: Path) -> list[Path]:
     missing = [name for file, name, digest in wanted if not _is_good(cache / file, digest)]
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
-        # Two runs may fetch the same: each into a folder of its own, and a rename replaces equals by equals.
+        # Two runs may fetch the same package. Each uses a folder of its own, and a rename replaces
+        # a file by an equal one.
         with tempfile.TemporaryDirectory(dir=cache) as private:
             _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *missing, cwd=private)
             for file in os.listdir(private):
@@ -246,7 +253,10 @@ def _add_own_files(root: Path) -> None:
 
 
 def _checksums(root: Path) -> list[str]:
-    """sha256sum's lines for files of `VERIFIED_SIZE` together, all over the disk and in no order of it."""
+    """Return sha256sum's lines for files of `VERIFIED_SIZE` in all.
+
+    The files are all over the disk, and in another order than on it.
+    """
     files = {f"/{path.relative_to(root)}": path for path in root.rglob("*") if path.is_file() and not path.is_symlink()}
     left, lines = VERIFIED_SIZE, []
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -263,19 +273,22 @@ def _make_disk(disk: Path, root: Path) -> None:
     with disk.open("wb") as file:
         file.truncate(DISK_SIZE)
     environment = {**os.environ, "E2FSPROGS_FAKE_TIME": str(_EPOCH), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-    # Few inodes, initialised now: a guest would write zeros into their tables at moments of its own choice.
+    # Few inodes, initialised now: a guest would write zeros into their tables at moments of its own
+    # choice.
     extended = f"offset={PARTITION_OFFSET},hash_seed={_UUID},root_owner=0:0,lazy_itable_init=0,nodiscard"
     options = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-N", "4096", "-J", "size=8", "-U", _UUID]
     length = f"{(DISK_SIZE - PARTITION_OFFSET) // 1024}K"
     _run("mke2fs", *options, "-E", extended, "-d", root, disk, length, environment=environment)
-    # mke2fs copies the owner, the ctime, and perhaps an atime that its own reading made. Inodes count up from 11.
+    # mke2fs copies the owner, the ctime, and perhaps an atime that its own reading made. Inodes
+    # count up from 11.
     inodes = [2, *range(11, 12 + len({path.lstat().st_ino for path in root.rglob("*")}))]
     values = {"ctime": f"@{_EPOCH}", "atime": f"@{_EPOCH}", "uid": "0", "gid": "0"}
     fields = [f"set_inode_field <{inode}> {name} {value}\n" for inode in inodes for name, value in values.items()]
     script = root.parent / "debugfs-script"
     script.write_text("".join(fields))
     _run("debugfs", "-w", "-f", script, f"{disk}?offset={PARTITION_OFFSET}", environment=environment)
-    # Source of the layout: "Master boot record" as every BIOS and kernel reads it; addresses as LBA only.
+    # Source of the layout: "Master boot record" as every BIOS and kernel reads it; addresses as LBA
+    # only.
     start, sectors = PARTITION_OFFSET // SECTOR, (DISK_SIZE - PARTITION_OFFSET) // SECTOR
     entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", start, sectors)
     with disk.open("r+b") as file:

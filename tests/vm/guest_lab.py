@@ -1,4 +1,4 @@
-"""A lab whose repository serves a bootable guest, and that runs virtual machines on the mount."""
+"""A lab whose repository serves a bootable guest, and which runs virtual machines on the mount."""
 
 import errno
 import os
@@ -19,7 +19,8 @@ class GuestLab(Lab):
     """A Lab with the guest in its repository."""
 
     watchdog_s = TEST_TIMEOUT_S - 30.0
-    """Guests take longer than plain reads do. Half a minute of pytest's time is left for taking everything down."""
+    """How long a test may take. Guests take longer than plain reads do. Half a minute of pytest's
+    time is left for taking everything down."""
 
     def __init__(self, folder: Path, guest: GuestImage) -> None:
         super().__init__(folder)
@@ -34,11 +35,14 @@ class GuestLab(Lab):
 
     @property
     def disk(self) -> Path:
-        """The guest's image, as the mount shows it."""
+        """Return the path of the guest's image on the mount."""
         return self.mnt / (IMAGE if self.format == "raw" else f"{IMAGE}.{self.format}")
 
     def data_segments(self) -> list[tuple[int, int]]:
-        """[start, end) of all that is no hole, in order, by lseek(2): what the server's block status is made of."""
+        """Return [start, end) of all that is not a hole, in order.
+
+        It is found with lseek(2), which the server's block status is made of, too.
+        """
         found: list[tuple[int, int]] = []
         with self.source.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -72,17 +76,20 @@ class GuestLab(Lab):
         return machine
 
     def serve_slowly(self, rate: str) -> Nbdkit:
-        """Serve at so many bits per second, until `hurry`: so a slow host, too, does things before the image is whole."""
+        """Serve at so many bits per second until `hurry`.
+
+        Then a slow host, too, does things before the image is whole.
+        """
         return self.serve("rate", parameters=(f"rate={rate}", f"rate-file={self._rate_file}", "burstiness=0.1"))
 
     def hurry(self) -> None:
-        """Let the slow repository have a gigabit and a half."""
+        """Let the slow repository have 1.5 Gbit/s."""
         new = self._rate_file.with_suffix(".new")  # nbdkit-rate-filter(1) wants it renamed
         new.write_text("1500M\n")
         new.rename(self._rate_file)
 
     def pivot(self, *machines: VirtualMachine) -> None:
-        """Move the machines to the file that the image's path names now."""
+        """Move the machines to the file which the image's path names now."""
         self.lazyfs("pivot", *(machine.qmp_socket for machine in machines))
 
     # -- the daemon
@@ -92,7 +99,7 @@ class GuestLab(Lab):
 
     @contextmanager
     def daemon_stopped(self) -> Iterator[None]:
-        """For a while the daemon is there and answers nothing."""
+        """Stop the daemon for a while, so that it exists but answers nothing."""
         assert self.daemon is not None
         self.daemon.send_signal(signal.SIGSTOP)
         try:
@@ -101,7 +108,8 @@ class GuestLab(Lab):
             self.daemon.send_signal(signal.SIGCONT)
 
     def wait_for_the_daemons_end(self) -> None:
-        """Wait until the daemon has ended by itself, well, and left no mount and no process."""
+        """Wait until the daemon has ended by itself without an error, and left no mount or
+        process."""
         assert self.daemon is not None
         assert self.daemon.wait(DEADLINE_S) == 0, self.log_text()
         self.daemon = None
@@ -118,7 +126,10 @@ class GuestLab(Lab):
         return found
 
     def close(self) -> None:
-        """End the machines first, while somebody still answers what they read; print what a failed test needs."""
+        """End the machines first, while their reads are still answered.
+
+        Print what explains a failure.
+        """
         with ExitStack() as stack:
             stack.callback(super().close)
             for machine in self._machines:

@@ -1,4 +1,5 @@
-"""Real Linux guests boot from an image that is not here yet, share it, and outlive its repository."""
+"""Real Linux guests boot from an image that is not here yet, share it, and outlive its
+repository."""
 
 import subprocess
 
@@ -12,7 +13,10 @@ SECTORS_PER_MIB = MiB // 512
 
 
 def test_boot_at_once_from_a_slow_repository(lab: GuestLab) -> None:
-    """The overlay is larger than the image. Population runs, and would need 20 s: the guest does not wait for it."""
+    """The overlay is larger than the image.
+
+    Population would need 20 s, and the guest does not wait for it.
+    """
     lab.mount(lab.serve_slowly("60M").uri)
     machine = lab.boot("guest.loop=1", size="1G")
     machine.wait_for("START")
@@ -51,7 +55,10 @@ def test_guests_go_on_without_the_repository(lab: GuestLab) -> None:
 
 
 def _joined(reads: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join what follows on one another to [start, end); what overlaps stays apart, and is equal to no segment."""
+    """Join adjacent ranges to [start, end).
+
+    Ranges that overlap stay apart, and equal no segment.
+    """
     joined: list[tuple[int, int]] = []
     for offset, length in sorted(reads):
         if joined and joined[-1][1] == offset:

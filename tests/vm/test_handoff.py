@@ -11,14 +11,17 @@ from virtual_machine import BackingFile
 pytestmark = pytest.mark.timeout(TEST_TIMEOUT_S)
 
 READING = "guest.loop=1000000"
-"""Until `finish`."""
+"""How long the passes go on: until `finish`."""
 
 
 @pytest.mark.parametrize(
     ("direct", "iothread"), [(False, False), (True, False), (True, True)], ids=["cached", "cache=none", "iothread"]
 )
 def test_guests_outlive_lazyfs(lab: GuestLab, direct: bool, iothread: bool) -> None:
-    """One guest is moved as soon as the image is whole, another only when lazyfs is detached; both read all the time."""
+    """One guest is moved as soon as the image is whole, another only when lazyfs is detached.
+
+    Both read all the time.
+    """
     server = lab.serve_slowly("40M")
     lab.mount(server.uri)
     early, late = [lab.boot(READING, direct=direct, iothread=iothread) for _ in range(2)]
@@ -77,7 +80,10 @@ def test_a_guest_boots_from_a_qcow2_that_is_being_filled_and_outlives_lazyfs(lab
 
 
 def test_a_guest_uses_the_file_it_was_moved_to_and_no_other(lab: GuestLab) -> None:
-    """Told by emptying the file that it used before; and then, so that this can fail, the one it uses now."""
+    """The proof is to empty the file that the guest used before.
+
+    Then, to show that the proof can fail, the file that it uses now is emptied.
+    """
     server = lab.serve_slowly("40M")
     cache = lab.folder / "cache"
     lab.mount(server.uri, "--cache-dir", cache)
@@ -86,8 +92,8 @@ def test_a_guest_uses_the_file_it_was_moved_to_and_no_other(lab: GuestLab) -> No
     assert lab.image_status(IMAGE)["state"] == "partial"
     lab.hurry()
     lab.lazyfs("detach", lab.mnt, "--wait")
-    # With its cache elsewhere, the path that was on the mount is free: another file of the same bytes goes there. Its
-    # time of change says that it is the image's.
+    # With the cache elsewhere, the path that was on the mount is free, and another file of the same
+    # bytes is put there. Its time of change says that it is the image's.
     shutil.copy2(cache / IMAGE, lab.disk)
     lab.pivot(machine)
     assert machine.backing().inode == lab.disk.stat().st_ino

@@ -1,13 +1,14 @@
-"""One QEMU with a guest of `guest_image`: an overlay of its own on somebody else's backing file.
+"""One QEMU with a guest of `guest_image`: it has its own overlay on a backing file that it is
+given.
 
-The block graph has names throughout, as a command line needs them for a later pivot:
+All nodes of the block graph have names, as a command line needs them for a later pivot:
 
     vm (qcow2) ---- vm-file (file)          the overlay
      | backing
     base (raw) ---- base-file (file)        the image on the lazyfs mount
 
-The guest is emulated (`-accel tcg`): it boots in a few seconds, anywhere. A /dev/kvm that exists need not work, and
-QEMU does not fall back when it does not.
+The guest is emulated (`-accel tcg`), so it boots in a few seconds anywhere. A /dev/kvm that exists
+may not work, and QEMU does not fall back then.
 """
 
 import json
@@ -24,22 +25,23 @@ from guest_image import GuestImage
 from lab import die_with_parent
 
 DEADLINE_S = 120.0
-"""For each thing that is waited for. A guest boots and reads in 5 s on a modest machine with nothing else to do."""
+"""The deadline for each thing that is waited for. On a modest machine with nothing else to do, a
+guest boots and reads in 5 s."""
 
 _FAILURE = re.compile(r"LAZYFS-GUEST-FAIL.*|Kernel panic.*")
 
 
 @dataclass(frozen=True, slots=True)
 class BackingFile:
-    """A file that QEMU reads from."""
+    """Names a file from which QEMU reads."""
 
     inode: int
     direct: bool
-    """Past the page cache."""
+    """Whether reads go past the page cache."""
 
 
 class VirtualMachine:
-    """A running guest. Whoever waits for anything of it fails at once when it fails or ends."""
+    """Runs a guest. Each wait for it fails at once when the guest fails or ends."""
 
     def __init__(
         self,
@@ -54,14 +56,14 @@ class VirtualMachine:
         iothread: bool = False,
         backing_format: str = "raw",
     ) -> None:
-        """Start it; what belongs to it goes to `folder`.
+        """Start the guest. Its files go to `folder`.
 
         Args:
             arguments: for the guest's kernel command line, such as "guest.loop=3".
-            size: of the overlay, resized to this; by default that of the backing file.
-            direct: as `cache=none` has it: past the host's page cache.
-            backing_format: of the backing file.
-            iothread: the disk has a thread of its own, not QEMU's main loop.
+            size: the size of the overlay; by default that of the backing file.
+            direct: whether reads go past the host's page cache, as with `cache=none`.
+            backing_format: the format of the backing file.
+            iothread: whether the disk has a thread of its own instead of QEMU's main loop.
         """
         self.name = name
         self._own = str(folder / f"{name}.")
@@ -106,22 +108,26 @@ class VirtualMachine:
     # -- what it says
 
     def wait_for(self, marker: str) -> str:
-        """Wait until the guest has said LAZYFS-GUEST-`marker`; return the rest of that line."""
+        """Wait until the guest has said LAZYFS-GUEST-`marker`, and return the rest of that line."""
         self._wait(lambda text: f"LAZYFS-GUEST-{marker}" in text, f"says {marker}")
         (rest, *_) = re.findall(rf"LAZYFS-GUEST-{marker}(.*)", self._said())
         return str(rest).strip()
 
     def wait_for_cold_passes(self, count: int = 1) -> None:
-        """Wait until the guest has read everything `count` times from beginning to end, all of it from now on."""
+        """Wait until the guest has read everything `count` times, in passes that begin after
+        now."""
         goal = self.passes() + 1 + count  # the one under way began before
         self._wait(lambda text: text.count("LAZYFS-GUEST-PASS") >= goal, f"makes {count} more passes")
 
     def passes(self) -> int:
-        """How many times it has read everything."""
+        """Return how many times the guest has read everything."""
         return self._said().count("LAZYFS-GUEST-PASS")
 
     def finish(self) -> None:
-        """Let the guest make one more pass, do the rest, and power off; all must be well to the end."""
+        """Let the guest make one more pass, do the rest, and power off.
+
+        Nothing may fail until then.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"\n")
@@ -138,7 +144,7 @@ class VirtualMachine:
         self._check(self._said())
 
     def wait_for_failure(self) -> str:
-        """Wait until the guest complains; return its complaint."""
+        """Wait until the guest reports a failure, and return it."""
         self._wait(lambda text: _FAILURE.search(text), "complains", may_fail=True)
         (complaint, *_) = _FAILURE.findall(self._said())
         return str(complaint).strip()
@@ -150,9 +156,10 @@ class VirtualMachine:
         return self._process.poll() is None
 
     def backing(self) -> BackingFile:
-        """Return the one file that QEMU holds open beside its own.
+        """Return the one file that QEMU has open besides its own.
 
-        From fdinfo (proc(5); inode numbers since Linux 5.14), which asks no file system: it may be gone already.
+        It is found from fdinfo (proc(5); inode numbers since Linux 5.14), which asks no file
+        system: the file system may be gone already.
         """
         found = []
         for fd in os.listdir(f"/proc/{self._process.pid}/fd"):
@@ -165,11 +172,11 @@ class VirtualMachine:
         return one
 
     def said_lately(self) -> str:
-        """The end of what QEMU and the guest said, for a human."""
+        """Return the end of what QEMU and the guest printed, for people."""
         return f"{self._messages.read_text(errors='replace')[-2000:]}{self._said()[-3000:]}"
 
     def close(self) -> None:
-        """End QEMU, whatever it does."""
+        """End QEMU, whatever it is doing."""
         if self.running:
             self._process.terminate()
             try:

@@ -1,1 +1,1 @@
-"""The cache files of one image, in each format."""
+"""The cache files of one image, with a module for each format."""

@@ -1,9 +1,12 @@
-"""What all stores do the same way with the file of one image, from `.lazyfs/partial/` to the image's path.
+"""The part of the stores that is the same for all formats.
 
-    .lazyfs/partial/17.raw   ──(complete: fsync, mode, owner, times, link, fsync of folders)──>  team/debian-12
-    .lazyfs/partial/17.*     removed once the catalog says whole
+It leads the file of one image from `.lazyfs/partial/` to the image's path:
 
-At every moment at least one of the two names is there, and `finish` may be repeated after a crash.
+    .lazyfs/partial/17.raw   ──(complete: fsync, mode, owner, times, link, fsync of folders)──>
+                             team/debian-12
+    .lazyfs/partial/17.*     removed once the catalog says that the image is whole
+
+At every moment at least one of the two names exists. After a crash `finish` may be repeated.
 """
 
 import errno
@@ -22,12 +25,16 @@ from lazyfs.units import KiB, MiB
 
 PARTIAL = ".lazyfs/partial"
 READ_AROUND = 256 * KiB
-"""What a small read that waits for the disk brings into the page cache, aligned. Measured with 4 KiB at random of 1
-GiB, cold, by 1 and 8 readers, in reads/s: 2,900 and 4,300 without; 4,500 and 5,900 with 64 KiB; 9,000 and 16,500 with
-256 KiB; 10,600 and 22,000 with 512 KiB. A thread's turn costs 200 us of CPU. Larger would push out what others need."""
+"""How many bytes, aligned, a small read that waits for the disk brings into the page cache.
+
+Measured with random reads of 4 KiB in a cold file of 1 GiB, by 1 and by 8 readers, in reads/s:
+2,900 and 4,300 without; 4,500 and 5,900 with 64 KiB; 9,000 and 16,500 with 256 KiB; 10,600 and
+22,000 with 512 KiB. A thread's turn costs 200 us of CPU. A larger value would push out of the page
+cache what other readers need."""
 
 RESERVE = 1 * MiB
-"""Free bytes that data leaves to the catalog and the maps: without any, the next mount could not write its catalog."""
+"""Free bytes that data leaves to the catalog and the maps. Without any free bytes, the next mount
+could not write its catalog."""
 OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -35,7 +42,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @contextmanager
 def space_errors() -> Iterator[None]:
-    """Turn a full disk's errors into NoSpace."""
+    """Turn the errors of a full disk into NoSpace."""
     try:
         yield
     except OSError as error:
@@ -45,7 +52,7 @@ def space_errors() -> Iterator[None]:
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """Write all of `data` at `offset`."""
+    """Write all of `data` at `offset`, with as many calls as that takes."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -53,32 +60,43 @@ def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
 
 
 def read_exactly(fd: int, offset: int, length: int) -> bytes:
-    """Return exactly `length` bytes. Raises CacheCorrupt if the file ends before."""
+    """Return exactly `length` bytes.
+
+    Raises:
+        CacheCorrupt: the file ends before.
+    """
     data = os.pread(fd, length, offset)
     while len(data) < length:
         more = os.pread(fd, length - len(data), offset + len(data))
         if not more:
-            raise errors.CacheCorrupt(f"the cache file ends at {offset + len(data)}, inside the image")
+            raise errors.CacheCorrupt(
+                f"the cache file ends at {offset + len(data)}, inside the image"
+            )
         data += more
     return data
 
 
 MAX_NOWAIT = 1 * MiB
-"""One read of the kernel's."""
+"""The longest read that uses `_scratch`. The kernel reads at most so much at once."""
 
 _scratch = memoryview(bytearray(MAX_NOWAIT))
-"""For `read_nowait`, which is called in the trio thread only: memory that is touched already."""
+"""The buffer for `read_nowait`, which only the trio thread calls. It is kept because memory that
+has been touched before is faster."""
 
 
 class FileReader:
-    """Reads of an open cache file, partial or whole."""
+    """Reads an open cache file, partial or whole."""
 
     _fd: int
     _data_offset = 0
-    """Where offset 0 of reads and writes lies in the file."""
+    """The offset in the file of the data that callers read and write at offset 0."""
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Measured: 2 us for 4 KiB from the page cache, where a thread costs 200 us more."""
+        """Return `length` bytes if all of them are in the page cache, otherwise None.
+
+        Only the trio thread may call this. Measured: 2 us for 4 KiB from the page cache, while a
+        thread costs 200 us more.
+        """
         buffer = _scratch[:length] if length <= MAX_NOWAIT else memoryview(bytearray(length))
         try:
             done = os.preadv(self._fd, [buffer], self._data_offset + offset, os.RWF_NOWAIT)
@@ -89,20 +107,26 @@ class FileReader:
         return bytes(buffer) if done == length else None
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes; the kernel reads those around them as well, for the next reader."""
+        """Return exactly `length` bytes.
+
+        For a small read, the kernel is asked to read READ_AROUND bytes, for later readers.
+        """
         position = self._data_offset + offset
         if length < READ_AROUND:
-            os.posix_fadvise(self._fd, position - position % READ_AROUND, READ_AROUND, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                self._fd, position - position % READ_AROUND, READ_AROUND, os.POSIX_FADV_WILLNEED
+            )
         return read_exactly(self._fd, position, length)
 
 
 class PartialFile(FileReader):
-    """The cache file of an image that is being filled: the part of `interfaces.Store` that has nothing to do with
-    its format.
+    """Holds the cache file of an image that is being filled.
+
+    It implements the part of `interfaces.Store` that does not depend on the format.
     """
 
     def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes) -> None:
-        """`root_fd`: the cache directory, opened before anything was mounted over it."""
+        """`root_fd` is the cache directory, opened before anything was mounted over it."""
         assert record.size is not None
         self._root_fd = root_fd
         self._record = record
@@ -112,7 +136,8 @@ class PartialFile(FileReader):
         self._fd = -1
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        """The kernel lets one write to a file at a time; the next would wait for it spinning, and take a CPU."""
+        """The kernel lets one thread write to a file at a time. The next one would wait for it by
+        spinning, and so use a CPU."""
         self._write_behind = WriteBehind()
         self._writers = 0
         self._closed = False
@@ -121,8 +146,10 @@ class PartialFile(FileReader):
         try:
             return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
         except PermissionError:
-            # `finish` gave it its mode, and the catalog was not told before the daemon ended.
-            fd = os.open(self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+            # `finish` set the file's mode, but the daemon ended before the catalog was updated.
+            fd = os.open(
+                self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd
+            )
             try:
                 os.chmod(f"/proc/self/fd/{fd}", 0o600)
             finally:
@@ -130,29 +157,30 @@ class PartialFile(FileReader):
             return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
 
     def inspect(self) -> BlockMap:
-        """Open what there is for reading, and return what `load` would. Changes nothing.
+        """Open the existing files for reading, and return what `load` would. Changes nothing.
 
         Raises:
-            CacheCorrupt: `load` would refuse it, or there is nothing.
-            OSError.
+            CacheCorrupt: `load` would refuse the files, or there are none.
+            OSError: the files cannot be read.
         """
         raise NotImplementedError
 
     def faults(self) -> list[str]:
-        """Return what `inspect` found that `load` puts right."""
+        """Return the faults that `inspect` found and `load` would repair."""
         return []
 
     def data_in_holes(self, blocks: BlockMap) -> int:
-        """Return how many blocks are DATA although the file has nothing but a hole there. After `inspect` or `load`.
+        """Return how many blocks are DATA in the map although the file has only a hole there.
 
-        Zeroes that the repository gave as data can be such, once the file was copied; lost data is, too.
+        Call this after `inspect` or `load`. Such a block can hold zeroes that the repository gave
+        as data, if the file was copied since. It can also be lost data.
         """
         states = b"".join(bytes([state]) * (run.end - run.first) for run, state in blocks.runs())
         size, end = blocks.block_size, self._data_offset + self._size
         lost = position = 0
         while position < end:
             data = _next_data(self._fd, position, end)
-            # Blocks that lie in the hole from one to the other; also the last one, which may be shorter.
+            # The blocks that lie completely in the hole, including the last, shorter one.
             first = -(-max(position - self._data_offset, 0) // size)
             last = blocks.blocks if data == end else max(data - self._data_offset, 0) // size
             lost += states.count(block_map.DATA, first, last)
@@ -161,12 +189,23 @@ class PartialFile(FileReader):
 
     def _open_to_inspect(self, name: str) -> int:
         try:
-            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._root_fd)
+            return os.open(
+                name,
+                os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                dir_fd=self._root_fd,
+            )
         except FileNotFoundError:
             raise errors.CacheCorrupt(f"{name} is missing") from None
 
     def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
-        """Write data of whole blocks, holes left out; `keep` it in the page cache."""
+        """Write the data of whole blocks. With `keep`, the data stays in the page cache.
+
+        Holes are not written. Several threads may call this, and `close` may be called meanwhile.
+
+        Raises:
+            NoSpace: the disk is full, but for RESERVE bytes.
+            OSError: the disk failed, or the store is closed.
+        """
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -184,24 +223,40 @@ class PartialFile(FileReader):
                 self._close_if_unused()
 
     def _leave_room(self, size: int) -> None:
-        """Refuse data that would fill the disk to its end. Costs 1 us."""
+        """Raise NoSpace if the data would use the disk's last RESERVE bytes. This costs 1 us."""
         found = os.fstatvfs(self._root_fd)
         if found.f_bavail * found.f_frsize < size + RESERVE:
             raise errors.NoSpace
 
     def _sync_data(self) -> None:
-        """fdatasync of what `write` wrote."""
+        """Make durable what `write` wrote.
+
+        Raises:
+            CacheCorrupt: data did not reach the disk.
+        """
         try:
             os.fdatasync(self._fd)
         except OSError as error:
-            # Linux reports it once and may count the lost pages as clean: syncing again proves nothing.
-            raise errors.CacheCorrupt(f"the cache's disk could not take the data ({error.strerror})") from error
+            # Linux reports a lost page once, and may count it as clean afterwards. So a second sync
+            # that succeeds proves nothing.
+            raise errors.CacheCorrupt(
+                f"the cache's disk could not take the data ({error.strerror})"
+            ) from error
 
     def disown(self) -> None:
-        """Most formats name no source."""
+        """Do nothing: the files of most formats do not name the export."""
 
     def finish(self) -> None:
-        """Give the file its mode, owner and times, fsync it, link it into place, fsync the folders."""
+        """Turn the complete partial file into the plain file at the image's path.
+
+        The file gets its mode, owner and times and is synced. Then it is linked to the path, and
+        the folders are synced.
+
+        Raises:
+            UserError: another file is in the way.
+            NoSpace: the disk is full.
+            OSError: the disk failed.
+        """
         path = self._record.path
         with space_errors():
             os.fchown(self._fd, self._file_attributes.uid, self._file_attributes.gid)
@@ -213,14 +268,20 @@ class PartialFile(FileReader):
                 for folder in folders:
                     with suppress(FileExistsError):
                         os.mkdir(folder, 0o755, dir_fd=self._root_fd)
-                # A link, not a rename: it never replaces a file, and the partial name stays until the catalog is told.
+                # A link, not a rename, because a link never replaces a file, and because the
+                # partial name must stay until the catalog says that the image is whole.
                 os.link(
-                    self._data_name, path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd, follow_symlinks=False
+                    self._data_name,
+                    path,
+                    src_dir_fd=self._root_fd,
+                    dst_dir_fd=self._root_fd,
+                    follow_symlinks=False,
                 )
             except FileExistsError:
                 if not self._is_ours(path):
                     raise errors.UserError(
-                        f"cannot put the whole image at {path}: a file that lazyfs did not put there is in the way"
+                        f"cannot put the whole image at {path}: "
+                        "a file that lazyfs did not put there is in the way"
                     ) from None
             except NotADirectoryError:
                 raise errors.UserError(
@@ -241,7 +302,7 @@ class PartialFile(FileReader):
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def remove(self) -> None:
-        """Unlink the partial names; a whole image's plain file stays."""
+        """Unlink the partial files. The plain file of a whole image stays."""
         for name in self._names():
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._root_fd)
@@ -250,7 +311,11 @@ class PartialFile(FileReader):
         return [self._data_name]
 
     def close(self) -> None:
-        """Close the files, once the writes under way have ended: by then their number could be another file's."""
+        """Close the files once all writes under way have ended.
+
+        If they were closed at once, another file could get the same descriptor, and a write could
+        go to that file.
+        """
         with self._lock:
             self._closed = True
             self._close_if_unused()
@@ -273,23 +338,23 @@ class PartialFile(FileReader):
 
 
 class WholeFile(FileReader):
-    """A whole image: the plain file at its path, read-only. Implements `interfaces.PlainFile`."""
+    """Holds the plain file of a whole image, read-only. Implements `interfaces.PlainFile`."""
 
     def __init__(self, root_fd: int, record: ImageRecord) -> None:
         """Open the file.
 
         Raises:
-            PlainFileGone: nothing is there.
-            CacheCorrupt: it is not a file of the image's size, or cannot be opened.
+            PlainFileGone: there is no file at the path.
+            CacheCorrupt: the file cannot be opened, or does not have the image's size.
         """
         self._root_fd = root_fd
         self._path = record.path
         self._name = record.path
-        """Where it is now."""
+        """The name that the file has now."""
         self._aside = f"{PARTIAL}/{record.inode}.{record.format}"
         size = record.file_size
         try:
-            # O_NONBLOCK: should somebody have put a fifo there.
+            # O_NONBLOCK is for the case that somebody has put a fifo there.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = os.open(record.path, flags, dir_fd=root_fd)
         except OSError as error:
@@ -306,21 +371,25 @@ class WholeFile(FileReader):
         return self._fd
 
     def set_aside(self) -> None:
-        """Move the plain file to where partial files are, from which a mount sweeps it if nobody removes it before."""
-        with suppress(FileNotFoundError):  # else, as another name of the same file, it would stay where it is
+        """Move the plain file to the folder of partial files.
+
+        If it is not removed there, the next mount removes it.
+        """
+        # A name that already leads to the same file must go: rename() would do nothing then.
+        with suppress(FileNotFoundError):
             os.unlink(self._aside, dir_fd=self._root_fd)
         os.rename(self._path, self._aside, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
         self._name = self._aside
 
     def restore(self) -> None:
-        """Undo `set_aside`. Replaces nothing that was put in its place meanwhile."""
+        """Undo `set_aside`, unless another file was put at the path meanwhile."""
         with suppress(FileExistsError):
             os.link(self._aside, self._path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
         os.unlink(self._aside, dir_fd=self._root_fd)
         self._name = self._path
 
     def remove(self) -> None:
-        """Unlink the plain file; what has it open keeps it."""
+        """Unlink the plain file. Processes that have it open keep reading it."""
         with suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._root_fd)
 
@@ -335,7 +404,7 @@ def _next_data(fd: int, position: int, end: int) -> int:
     try:
         return min(os.lseek(fd, position, os.SEEK_DATA), end)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # holes up to the end
+        if error.errno == errno.ENXIO:  # There is a hole up to the end of the file.
             return end
         raise
 

@@ -1,4 +1,7 @@
-"""A cache file that is none: for an image that is read while the cache's disk has no room for its map."""
+"""A store without files.
+
+It serves an image that is read while the cache's disk has no space even for the image's map.
+"""
 
 from collections.abc import Iterable
 
@@ -7,39 +10,42 @@ from lazyfs.core.block_map import BlockMap
 
 
 class UnkeptStore:
-    """Stands in for a store when there is no room even for its map: no data is kept, and so only zeroes are present."""
+    """Replaces a store when there is no space even for its map.
+
+    It keeps no data, so only zeroes can be present.
+    """
 
     def load(self) -> BlockMap:
-        """Nothing to load."""
+        """Raise StateError: this store is never loaded."""
         raise errors.StateError("not loaded")
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Only zeroes can be present."""
+        """Return zeroes, because nothing else can be present."""
         return bytes(length)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Only zeroes can be present."""
+        """Return zeroes, because nothing else can be present."""
         return bytes(length)
 
     def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
-        """Nothing is kept."""
+        """Raise NoSpace: this store keeps nothing."""
         raise errors.NoSpace
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
-        """Nothing to save."""
+        """Do nothing, because there is nothing to save."""
 
     def disown(self) -> None:
-        """Nobody could open it."""
+        """Do nothing, because there is no file that another program could open."""
 
     def finish(self) -> None:
-        """Never complete."""
+        """Raise NoSpace: this store never becomes complete."""
         raise errors.NoSpace
 
     def unfinish(self) -> None:
-        """Nothing to take back."""
+        """Do nothing, because `finish` never did anything."""
 
     def remove(self) -> None:
-        """Nothing to remove."""
+        """Do nothing, because there are no files."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing, because there are no files."""
