@@ -1,4 +1,4 @@
-"""The documents name tests and modules; these must exist."""
+"""The documents name tests, modules and messages; these must exist."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "doc").glob("*.md"))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -29,3 +29,13 @@ def test_every_promise_names_a_test() -> None:
     promises, _, _ = text.partition("## Limits")
     for promise in re.findall(r"^- .*?(?=^- |^#|^\||\Z)", promises, re.MULTILINE | re.DOTALL):
         assert re.search(r"`\w+/test_\w+\.py", promise), promise
+
+
+def test_the_messages_that_troubleshooting_explains_exist() -> None:
+    """Each part of a message in a heading, between dots, must stand in the code as it is written there."""
+    code = "\n".join(path.read_text() for path in (ROOT / "lazyfs").rglob("*.py"))
+    headings = re.findall(r"^### .*", (ROOT / "doc" / "TROUBLESHOOTING.md").read_text(), re.MULTILINE)
+    assert len(headings) >= 15
+    for message in re.findall(r"`([^`]+)`", "\n".join(headings)):
+        for part in filter(None, map(str.strip, message.split("..."))):
+            assert part in code, f"no message says {part!r}"
