@@ -193,5 +193,10 @@ def table(keys: Sequence[Key]) -> str:
             meaning, default = meaning.replace(" (default)", ""), f"{_toml(key.default)}"
         elif key.required:
             default = "required"
-        rows.append(f"| `{key.name}` | {key.allowed} | {default} | {meaning} |")
+        rows.append(f"| `{key.name}` | {_cell(key.allowed)} | {_cell(default)} | {_cell(meaning)} |")
     return "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Return `text` for a cell of a table in Markdown, where "|" would begin the next cell."""
+    return text.replace("|", "\\|")

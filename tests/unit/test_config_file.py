@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -304,6 +305,15 @@ def test_options_get_every_key(tmp_path: Path) -> None:
 def test_the_document_is_up_to_date() -> None:
     document = (ROOT / "doc" / "CONFIGURATION.md").read_text()
     assert f"<!-- keys -->\n\n{config_file.table(KEYS)}\n<!-- end of keys -->" in document, "run tools/make-docs"
+
+
+def test_a_bar_in_a_value_or_help_does_not_break_the_table() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--some", metavar="A|B", type=int, help="this | that (default: x|y)")
+    rows = config_file.table(config_key.keys_of(parser._actions)).splitlines()
+    assert rows[2] == "| `some` | A\\|B, a number or a text in quotes | x\\|y | this \\| that |"
+    for row in [*rows, *config_file.table(KEYS).splitlines()]:
+        assert len(re.findall(r"(?<!\\)\|", row)) == 5, row
 
 
 def test_the_documents_example_is_right() -> None:
