@@ -269,12 +269,19 @@ COMMANDS = (
                 "digest",
                 "str",
                 "digest of the whole export, such as sha256:9f86...; it is kept if it is right. If the image is not "
-                "whole, it is kept, too, and compared before the hand-off; there is no job then",
+                "whole, it is kept, too, and compared before the hand-off",
                 optional=True,
             ),
             Argument("against-repository", "bool", "compare with the repository as well", optional=True),
         ),
-        returns=(Field("id", "str", "id of the job, which has an error if the cache is damaged", optional=True),),
+        returns=(
+            Field(
+                "id",
+                "str",
+                "id of the job, which has an error if the cache is damaged; left out if a digest was only kept",
+                optional=True,
+            ),
+        ),
         errors=(
             _NO_IMAGE,
             "`digest` is not a digest",

@@ -108,7 +108,7 @@ METRICS = (
         ("state",),
         {
             "remote": "nothing is cached",
-            "partial": "something is cached, and something is missing",
+            "partial": "opened or prefetched, and not whole yet",
             "whole": "nothing is missing: a plain file",
             "failed": "missing ranges are not fetched any more; `lazyfs status` says why",
         },
