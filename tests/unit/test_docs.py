@@ -1,9 +1,13 @@
-"""The documents name tests, modules and messages; these must exist."""
+"""The documents name tests, modules, commands and messages; these must exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from lazyfs.cli import arguments
+from lazyfs.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "doc").glob("*.md"))]
@@ -39,3 +43,11 @@ def test_the_messages_that_troubleshooting_explains_exist() -> None:
     for message in re.findall(r"`([^`]+)`", "\n".join(headings)):
         for part in filter(None, map(str.strip, message.split("..."))):
             assert part in code, f"no message says {part!r}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_are_right(document: Path) -> None:
+    """Each line of a code block that begins with `lazyfs VERB` is taken by the parser. (README.md has a drawing, too.)"""
+    parser = arguments.parser(cli._verbs())
+    for line in re.findall(r"^    lazyfs (?!-|on /)(.*)", document.read_text(), re.MULTILINE):
+        parser.parse_args(shlex.split(line, comments=True))
