@@ -1,4 +1,4 @@
-"""What the `lazyfs` command takes: verbs, options, and what is wrong with them."""
+"""The verbs and options of the `lazyfs` command, and the messages about wrong ones."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """One line for a mistake, not the whole usage."""
+    """A parser that reports a mistake in one line, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _PrintDataDir(argparse.Action):
-    """As --version, which would fold a long path, however."""
+    """An option like --version, which would fold a long path."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -147,7 +147,7 @@ def mount_keys() -> tuple[config_key.Key, ...]:
 
 
 def _leave_to_configuration(parser: Any) -> None:
-    """Have only what is given parsed; `configuration` adds the rest. Each flag gets an opposite, to undo the file's."""
+    """Leave out what is not given; `configuration` adds it. Each flag gets an opposite that undoes the file's flag."""
     keys = {key.dest: key for key in mount_keys()}
     for action in list(parser._actions):
         if action.dest in keys:
@@ -413,7 +413,7 @@ def _free_limits(text: str) -> Limits:
 
 
 def limits(options: argparse.Namespace) -> Limits:
-    """Return what the cache may take."""
+    """Return the limits on the space that the cache takes."""
     free = Limits() if options.min_free is None else _free_limits(options.min_free)
     return replace(free, max_cache=options.max_cache)
 

@@ -46,7 +46,7 @@ def parse(text: str, keys: Sequence[Key], file: str) -> dict[str, object]:
 
     Args:
         text: what is in the file.
-        keys: those it may have.
+        keys: the keys that it may have.
         file: its path, for messages.
 
     Raises:
@@ -101,7 +101,7 @@ def _value(key: Key, value: object) -> object:
 
 
 def _text(key: Key, value: object) -> str:
-    """Return what one would have written on the command line."""
+    """Return the value as it would be written on the command line."""
     if isinstance(value, str):
         return value
     if key.takes_numbers and isinstance(value, int | float) and not isinstance(value, bool):
@@ -117,7 +117,7 @@ def _said(value: object) -> str:
 
 
 def settle(keys: Sequence[Key], from_file: Mapping[str, object], given: Mapping[str, object]) -> tuple[Setting, ...]:
-    """Return the value in effect of each key: of the command line, else of the file, else the default."""
+    """Return the value in effect of each key: from the command line, else from the file, else the default."""
     layers = ((Origin.COMMAND_LINE, given), (Origin.FILE, from_file))
     return tuple(
         next(
@@ -140,7 +140,7 @@ def render(settings: Sequence[Setting], file: str | None) -> str:
 
     Args:
         settings: every key, once.
-        file: where those of the file came from.
+        file: the path of the file, for values that came from it.
     """
     lines = []
     for setting in settings:

@@ -1,7 +1,7 @@
-"""The keys of a configuration file, each made from an option of `lazyfs mount`: there is no second list.
+"""The keys of a configuration file. Each is made from an option of `lazyfs mount`, so that there is no second list.
 
-A key is the option's long name without the dashes in front, or a positional argument's name. What its value may be
-follows from the option:
+A key is the option's long name without the dashes in front, or the name of a positional argument. The values that it
+can have follow from the option:
 
     option                          value in the file
     a flag (takes no value)         true or false
@@ -25,9 +25,9 @@ class Key:
     """One key of a configuration file."""
 
     name: str
-    """As in the file."""
+    """The key as it is written in the file."""
     dest: str
-    """Of the option, in argparse's namespace."""
+    """The destination of the option in argparse's namespace."""
     meaning: str
     metavar: str
     default: object
@@ -37,21 +37,21 @@ class Key:
     is_flag: bool = False
     is_list: bool = False
     required: bool = False
-    """Of the file, if the command line does not have it: it is a positional argument."""
+    """The file must have it if the command line does not: it is a positional argument."""
 
     @property
     def takes_numbers(self) -> bool:
-        """Whether a number may stand for its text."""
+        """Whether the file may have a number instead of a text."""
         return self.convert is not None and self.metavar not in (OCTAL, "REPOSITORY")
 
     @property
     def is_path(self) -> bool:
-        """Whether it names a file or a folder."""
+        """Whether the value names a file or a folder."""
         return self.metavar in PATHS
 
     @property
     def allowed(self) -> str:
-        """What its value may be, for people."""
+        """The values that it can have, in words, for messages and documents."""
         if self.is_flag:
             return "true or false"
         if self.choices:
