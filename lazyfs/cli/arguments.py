@@ -286,7 +286,8 @@ def _add_map(verbs: Any, run: Verb) -> None:
 def _add_verify(verbs: Any, run: Verb) -> None:
     verify = _add_images(
         verbs, run, "verify", "read back what is cached",
-        "Read back what is cached of images. A damaged image is dropped, and fetched again when it is next needed.",
+        "Read back what is cached of images. Without a digest and --against-repository, only what the disk cannot read "
+        "is found. A damaged image is dropped, and fetched again when it is next needed.",
         "verify /var/lib/imagecache/debian-12 --digest sha256:...",
     )  # fmt: skip
     verify.add_argument(

@@ -262,7 +262,8 @@ COMMANDS = (
     ),
     Command(
         "verify",
-        "Reads back what is cached of an image, as a job. A damaged image is dropped, and fetched again when needed.",
+        "Reads back what is cached of an image, as a job. Without a digest and `against-repository`, only what the "
+        "disk cannot read is found. A damaged image is dropped, and fetched again when needed.",
         (
             _PATH,
             Argument(
