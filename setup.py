@@ -1,6 +1,7 @@
 """The one C module; everything else is in pyproject.toml.
 
-Optional: without a compiler or libfuse's headers lazyfs is installed all the same, and works without passthrough.
+It is optional: without a compiler or libfuse's headers lazyfs is installed all the same, and works
+without passthrough.
 """
 
 import shlex
@@ -11,7 +12,9 @@ from setuptools import Extension, setup
 
 def _flags(what: str) -> list[str]:
     try:
-        done = subprocess.run(["pkg-config", what, "fuse3"], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["pkg-config", what, "fuse3"], check=True, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return []  # the compiler will say what is missing, and the installation goes on
     return shlex.split(done.stdout)

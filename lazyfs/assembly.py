@@ -1,11 +1,12 @@
-"""Builds the engine of a mount and its control, and wires them. The daemon does it over real parts, tests over fakes.
+"""Builds the engine of a mount and its control, and wires them. The daemon does it over real parts,
+tests over fakes.
 
 Filesystem --on_fillable--> Population.wake, Jobs.announce        something may be filled
            --on_state_changed--> IMAGE_STATE_CHANGE, Jobs.announce
 Population --on_turn--> Jobs.announce
            --shortage--> Room.want, Room.message                  before each turn
-Room       --on_change--> as on_fillable                          there is room again, or none any more
-Budget     --on_low--> Room                                       set by Room itself
+Room       --on_change--> as on_fillable                          there is room again, or none any
+more Budget     --on_low--> Room                                       set by Room itself
 Jobs       --on_status--> JOB_STATUS_CHANGE
 """
 
@@ -58,7 +59,8 @@ def build(
 
     Args:
         records: what `catalog` holds.
-        backing_files: returns the paths of images that overlays need. Raises UserError if it cannot tell.
+        backing_files: returns the paths of images that overlays need. Raises UserError if it cannot
+            tell.
         nursery: runs fetches, and tasks of images; it ends after the images are closed.
     """
     filesystem = Filesystem(repository, stores, catalog, records, options, nursery)
@@ -84,7 +86,10 @@ def wire(parts: Parts, emit: Emit, on_use: Callable[[], None] = lambda: None) ->
 
     def state_changed(image: Image) -> None:
         record = image.record
-        emit("IMAGE_STATE_CHANGE", {"path": record.path, "state": record.state.value, "error": record.error})
+        emit(
+            "IMAGE_STATE_CHANGE",
+            {"path": record.path, "state": record.state.value, "error": record.error},
+        )
         parts.jobs.announce()
 
     def shortage() -> str:
@@ -96,11 +101,14 @@ def wire(parts: Parts, emit: Emit, on_use: Callable[[], None] = lambda: None) ->
     parts.population.on_turn = parts.jobs.announce
     parts.population.shortage = shortage
     parts.room.on_change = fillable
-    parts.jobs.on_status = lambda job, status: emit("JOB_STATUS_CHANGE", {"id": job, "status": status})
+    parts.jobs.on_status = lambda job, status: emit(
+        "JOB_STATUS_CHANGE", {"id": job, "status": status}
+    )
 
 
 async def start(parts: Parts, nursery: trio.Nursery, *, populate: bool = True) -> None:
-    """Start the background tasks in `nursery`, which must end before the images are closed: jobs read them."""
+    """Start the background tasks in `nursery`, which must end before the images are closed: jobs
+    read them."""
     await nursery.start(parts.jobs.run)
     nursery.start_soon(parts.supervisor.keep_running, "making room", parts.room.run)
     if populate:

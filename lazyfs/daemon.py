@@ -46,16 +46,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_LIST_S = 10.0
-"""How long a mount waits for a repository that does not answer before it comes up from the catalog."""
+"""How long a mount waits for a repository that does not answer before it comes up from the
+catalog."""
 
 LAST_ANSWERS_S = 1.0
-"""How long the daemon's end waits for control commands under way to be answered, as the `detach` that caused it."""
+"""How long the daemon's end waits for control commands under way to be answered, as the `detach`
+that caused it."""
 
 SAVE_USES_S = 30.0
-"""How late the catalog hears that an image was used: what a crash may cost of the order of eviction."""
+"""How late the catalog hears that an image was used: what a crash may cost of the order of
+eviction."""
 
 MAX_REQUESTS = 2048
-"""FUSE requests handled at once: readers that wait for a repository must leave room for all the others."""
+"""FUSE requests handled at once: readers that wait for a repository must leave room for all the
+others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,9 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     os.umask(0o022)  # folders for whole images
     _raise_file_limit()
     # What libnbd or a thread cannot raise to us is reported here, on stderr by default.
-    sys.excepthook = lambda kind, error, trace: logger.error("uncaught", exc_info=(kind, error, trace))
+    sys.excepthook = lambda kind, error, trace: logger.error(
+        "uncaught", exc_info=(kind, error, trace)
+    )
     cache = CacheDir(config.cache_dir, config.mountpoint, config.repository, config.file_attributes)
     try:
         os.chdir("/")
@@ -123,7 +129,8 @@ class _Daemon:
         self._on_ready = on_ready
         self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
         self._scanning = trio.CapacityLimiter(1)
-        """The thread that looks at overlays: a network file system that hangs must not take those of others."""
+        """The thread that looks at overlays: a network file system that hangs must not take those
+        of others."""
 
     async def run(self) -> None:
         """Mount, and serve until it is unmounted.
@@ -165,11 +172,15 @@ class _Daemon:
         else:
             return
         if not self._cache.records:
-            raise errors.UserError(f"{reason}; nothing of it is cached here, so there is nothing to show")
+            raise errors.UserError(
+                f"{reason}; nothing of it is cached here, so there is nothing to show"
+            )
         parts.filesystem.list_trouble = reason
         logger.warning("%s; the mount comes up with what is in the catalog", reason)
 
-    async def _mount(self, repository: NbdRepository, parts: Parts, metrics: "MetricsServer | None") -> None:
+    async def _mount(
+        self, repository: NbdRepository, parts: Parts, metrics: "MetricsServer | None"
+    ) -> None:
         config = self._config
         handlers: dict[str, Handler] = {}
         control = ControlServer(mounts.socket_path(config.mountpoint), handlers)
@@ -180,7 +191,9 @@ class _Daemon:
             raise
         backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
         logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
-        mounted = _Mounted(config, self._cache, repository, parts, control, session, backings, metrics)
+        mounted = _Mounted(
+            config, self._cache, repository, parts, control, session, backings, metrics
+        )
         handlers |= parts.commands.handlers | mounted.handlers
         adapter = FuseAdapter(
             parts.filesystem,
@@ -234,7 +247,10 @@ class _Mounted:
         self._detaching = trio.Lock()
         self._unmounting = trio.CapacityLimiter(2)
         """Threads that unmount: no disk that stalls may take them."""
-        self.handlers: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
+        self.handlers: dict[str, Handler] = {
+            "query-mount": self._query_mount,
+            "detach": self._detach,
+        }
         assembly.wire(parts, control.emit, on_use=lambda: self._used.set())
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
@@ -262,7 +278,9 @@ class _Mounted:
         try:
             await pyfuse3.main(max_tasks=MAX_REQUESTS)
         except BaseExceptionGroup as group:
-            aborted, others = group.split(lambda error: isinstance(error, OSError) and error.errno in _ABORTED)
+            aborted, others = group.split(
+                lambda error: isinstance(error, OSError) and error.errno in _ABORTED
+            )
             if aborted is None or others is not None:
                 raise
         except OSError as error:
@@ -270,7 +288,9 @@ class _Mounted:
                 raise
         else:
             return
-        logger.error("somebody has aborted the FUSE connection: files that are open fail from now on")
+        logger.error(
+            "somebody has aborted the FUSE connection: files that are open fail from now on"
+        )
 
     async def _serve_metrics(self) -> None:
         from lazyfs.report.metrics import Mount
@@ -301,7 +321,9 @@ class _Mounted:
         filesystem = self._parts.filesystem
         while True:
             lost = bool(filesystem.list_trouble) or not self._repository.connected
-            await trio.sleep(min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s)
+            await trio.sleep(
+                min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s
+            )
             try:
                 await filesystem.refresh()
                 backoff.reset()
@@ -316,13 +338,19 @@ class _Mounted:
             async for number in signals:
                 logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
                 try:
-                    unmounted = await trio.to_thread.run_sync(session.unmount, False, limiter=self._unmounting)
+                    unmounted = await trio.to_thread.run_sync(
+                        session.unmount, False, limiter=self._unmounting
+                    )
                     if not unmounted:
-                        logger.warning("files are still open from before it was unmounted; they fail from now on")
+                        logger.warning(
+                            "files are still open from before it was unmounted; they fail from now on"
+                        )
                         pyfuse3.terminate()
                 except OSError as error:
                     if error.errno == errno.EBUSY:
-                        logger.warning("files are open on %s; they fail from now on", session.mountpoint)
+                        logger.warning(
+                            "files are open on %s; they fail from now on", session.mountpoint
+                        )
                     _unmount_quietly(session)
                     pyfuse3.terminate()
 
@@ -358,7 +386,8 @@ class _Mounted:
         }
 
     async def _detach(self, arguments: dict[str, Any]) -> object:
-        """Unmount lazily. Fails while an open image is not whole: nobody could see to it that it becomes so."""
+        """Unmount lazily. Fails while an open image is not whole: nobody could see to it that it
+        becomes so."""
         async with self._detaching:
             return await self._detach_once()
 
@@ -366,13 +395,17 @@ class _Mounted:
         if self._session.detached:
             raise CommandError("detached already")
         images = self._parts.filesystem.open_images()
-        filling = sorted(image.record.path for image in images if image.record.state is not State.WHOLE)
+        filling = sorted(
+            image.record.path for image in images if image.record.state is not State.WHOLE
+        )
         if filling:
             raise CommandError(f"open and not whole: {', '.join(filling)}")
         # First: once it is unmounted, another daemon may come and have its socket there.
         self._control.move(mounts.detached_socket_path(os.getpid()))
         try:
-            unmounted = await trio.to_thread.run_sync(self._session.unmount, True, limiter=self._unmounting)
+            unmounted = await trio.to_thread.run_sync(
+                self._session.unmount, True, limiter=self._unmounting
+            )
         except OSError as error:
             self._control.move(mounts.socket_path(self._config.mountpoint))
             raise CommandError(f"cannot unmount: {error.strerror}") from error
@@ -387,7 +420,8 @@ class _Mounted:
 
 
 _ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})
-"""How reading /dev/fuse ends when somebody writes to the connection's `abort` file, or has unmounted with force."""
+"""How reading /dev/fuse ends when somebody writes to the connection's `abort` file, or has
+unmounted with force."""
 
 
 def _metrics_server(address: str) -> "MetricsServer":
@@ -398,7 +432,9 @@ def _metrics_server(address: str) -> "MetricsServer":
     except ModuleNotFoundError as error:
         if error.name != "prometheus_client":
             raise
-        raise errors.UserError("--metrics needs prometheus_client: pip install prometheus_client") from error
+        raise errors.UserError(
+            "--metrics needs prometheus_client: pip install prometheus_client"
+        ) from error
     server = metrics_server.MetricsServer(address)
     logger.info("metrics: http://%s/metrics", server.address)
     return server

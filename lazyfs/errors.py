@@ -30,9 +30,9 @@ class LazyfsError(Exception):
     def again(self) -> Self:
         """Return a new error with the same facts, which has never been raised.
 
-        An exception that was raised keeps every frame that it passed through, with their connections and buffers,
-        and grows each time that it is raised. So an error that is to be remembered is stored as `error.again()`, and
-        raised as `stored.again()`.
+        An exception that was raised keeps every frame that it passed through, with their
+        connections and buffers, and grows each time that it is raised. So an error that is to be
+        remembered is stored as `error.again()`, and raised as `stored.again()`.
         """
         return type(self)(*self.args)
 

@@ -29,7 +29,13 @@ class QmpError(Exception):
 
 
 def file_node(name: str, path: Path, **options: Any) -> dict[str, Any]:
-    return {"driver": "file", "node-name": name, "filename": str(path), "read-only": True, **options}
+    return {
+        "driver": "file",
+        "node-name": name,
+        "filename": str(path),
+        "read-only": True,
+        **options,
+    }
 
 
 def raw_node(name: str, file: Any, **options: Any) -> dict[str, Any]:
@@ -47,7 +53,18 @@ def blockdevs(*nodes: dict[str, Any]) -> list[str]:
 
 def make_overlay(path: Path, backing: Path, backing_format: str = "raw") -> Path:
     servers.requires("qemu-img")
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", backing_format, str(path)]
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        str(backing),
+        "-F",
+        backing_format,
+        str(path),
+    ]
     subprocess.run(command, check=True, timeout=DEADLINE_S)
     return path
 
@@ -61,7 +78,16 @@ class BlockQemu:
         self._own = folder / f"{name}.own"
         self._nbd = folder / f"{name}.nbd"
         self._exports = 0
-        command = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-nodefaults", "-no-user-config", "-S"]
+        command = [
+            "qemu-system-x86_64",
+            "-M",
+            "q35",
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-no-user-config",
+            "-S",
+        ]
         command += ["-display", "none", "-m", "32"]
         for path in (self.socket, self._own):
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
@@ -84,7 +110,9 @@ class BlockQemu:
     def _connects(self) -> bool:
         assert self.process.poll() is None, self.messages.read_text()
         try:
-            self._connection.connect(str(self._own))  # the second that QEMU makes: so the first is there, too
+            self._connection.connect(
+                str(self._own)
+            )  # the second that QEMU makes: so the first is there, too
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         return True
@@ -96,7 +124,9 @@ class BlockQemu:
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a command on the test's own monitor; `_` in the names of arguments stands for `-`."""
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._connection.sendall(json.dumps({"execute": command, "arguments": words}).encode() + b"\n")
+        self._connection.sendall(
+            json.dumps({"execute": command, "arguments": words}).encode() + b"\n"
+        )
         while True:
             answer = json.loads(self._lines.readline())
             if "error" in answer:
@@ -108,7 +138,11 @@ class BlockQemu:
         return {node["node-name"] for node in self.qmp("query-named-block-nodes", flat=True)}
 
     def node(self, name: str) -> dict[str, Any]:
-        (found,) = [one for one in self.qmp("query-named-block-nodes", flat=True) if one["node-name"] == name]
+        (found,) = [
+            one
+            for one in self.qmp("query-named-block-nodes", flat=True)
+            if one["node-name"] == name
+        ]
         assert isinstance(found, dict)
         return found
 
@@ -135,7 +169,11 @@ class BlockQemu:
 
     def address_space(self) -> int:
         """In bytes; a cache takes its room there before it is used."""
-        (line,) = [line for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if "VmSize" in line]
+        (line,) = [
+            line
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            if "VmSize" in line
+        ]
         return int(line.split()[1]) * 1024
 
     def has_open(self, path: Path) -> bool:

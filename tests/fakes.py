@@ -111,7 +111,9 @@ class FakeRepository:
 
     # -- switches
 
-    def add(self, name: str, content: bytes, holes: Iterable[ByteRange] = (), identity: str = "") -> FakeExport:
+    def add(
+        self, name: str, content: bytes, holes: Iterable[ByteRange] = (), identity: str = ""
+    ) -> FakeExport:
         """Add or replace an export. Bytes inside `holes` become zero and are reported as such."""
         made, data, position = bytearray(content), [], 0
         for hole in sorted(hole.clip(ByteRange(0, len(content))) for hole in holes):
@@ -145,7 +147,11 @@ class FakeRepository:
 
     def reads(self, name: str | None = None, kind: Kind | None = None) -> list[ByteRange]:
         """The ranges asked for, in order."""
-        return [r.range for r in self.log if (name is None or r.export == name) and (kind is None or r.kind == kind)]
+        return [
+            r.range
+            for r in self.log
+            if (name is None or r.export == name) and (kind is None or r.kind == kind)
+        ]
 
     def bytes_read(self, name: str | None = None, kind: Kind | None = None) -> int:
         return sum(asked.length for asked in self.reads(name, kind))
@@ -199,7 +205,9 @@ class FakeRepository:
         if isinstance(found, str):
             raise errors.ConnectionLost(self.uri, found)
         if found.size != expected.size:
-            raise errors.ExportChanged(expected.name, f"{expected.size} bytes", f"{found.size} bytes")
+            raise errors.ExportChanged(
+                expected.name, f"{expected.size} bytes", f"{found.size} bytes"
+            )
         if found.identity != expected.identity:
             raise errors.ExportChanged(expected.name, repr(expected.identity), repr(found.identity))
         return self.exports[expected.name]
@@ -219,7 +227,9 @@ class FakeRepository:
         now = trio.current_time()
         self.log.append(Request(export.name, offset, len(buffer), kind, now))
         if kind == "demand" and self.demand_delay_s:
-            self._answered_at = max(self._answered_at + 1e-6, now + self.demand_delay_s)  # one after the other
+            self._answered_at = max(
+                self._answered_at + 1e-6, now + self.demand_delay_s
+            )  # one after the other
             return self._answered_at
         return now
 
@@ -478,7 +488,11 @@ class MemoryStores:
         """What `du` says of all images' data."""
         linked = {
             id(data)
-            for data in [*(disk.data for disk in self.partials.values()), *self.plain.values(), *self.aside.values()]
+            for data in [
+                *(disk.data for disk in self.partials.values()),
+                *self.plain.values(),
+                *self.aside.values(),
+            ]
         }
         self._disks = [disk for disk in self._disks if id(disk.data) in linked]
         return sum(len(disk.grains) for disk in self._disks) * GRAIN
@@ -491,7 +505,9 @@ class MemoryStores:
 
     def sweep(self, records: Iterable[ImageRecord]) -> None:
         """Remove partial files that no record speaks of, as opening a real cache directory does."""
-        wanted = {record.inode for record in records if record.state in (State.PARTIAL, State.FAILED)}
+        wanted = {
+            record.inode for record in records if record.state in (State.PARTIAL, State.FAILED)
+        }
         self.partials = {inode: disk for inode, disk in self.partials.items() if inode in wanted}
 
     def crash(self) -> None:
@@ -519,7 +535,9 @@ class _MemoryReader:
         offset += self._data_offset
         data = bytes(self._bytes[offset : offset + length])
         if len(data) != length:
-            raise errors.CacheCorrupt(f"the cache file ends at {len(self._bytes)}, inside the image")
+            raise errors.CacheCorrupt(
+                f"the cache file ends at {len(self._bytes)}, inside the image"
+            )
         return data
 
     def close(self) -> None:
@@ -562,12 +580,19 @@ class MemoryStore(_MemoryReader):
             if self._stores.full:
                 raise errors.NoSpace
             end = offset + len(data)
-            if offset % GRAIN or (end % GRAIN and end != self._size) or end > self._size or not data:
+            if (
+                offset % GRAIN
+                or (end % GRAIN and end != self._size)
+                or end > self._size
+                or not data
+            ):
                 self._stores.odd_writes.append(ByteRange(offset, end))
             self._disk.data[self._data_offset + offset : self._data_offset + end] = data
             self._disk.grains.update(range(offset // GRAIN, -(-end // GRAIN)))
             self._stores.peak = max(self._stores.peak, self._stores.allocated())
-            self._written.update(range(offset // self._record.block_size, -(-end // self._record.block_size)))
+            self._written.update(
+                range(offset // self._record.block_size, -(-end // self._record.block_size))
+            )
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
         if self._disk is None or self._bytes is None:
@@ -584,7 +609,9 @@ class MemoryStore(_MemoryReader):
                 assert len(content) == min(PAGE_BLOCKS, len(states) - first)
                 claims = {first + i for i, state in enumerate(content) if state == DATA}
                 assert claims <= self._written, "the map says DATA of a block that nobody wrote"
-                assert all(new >= old for new, old in zip(content, states[first:], strict=False) if old)
+                assert all(
+                    new >= old for new, old in zip(content, states[first:], strict=False) if old
+                )
                 states[first : first + len(content)] = content
             self._disk.states = bytes(states)
             self._disk.mixed_zero_bytes = mixed_zero_bytes
@@ -632,7 +659,9 @@ class _MemoryPlainFile(_MemoryReader):
         if found is None:
             raise errors.PlainFileGone("the plain file cannot be opened: No such file or directory")
         if len(found) != record.file_size:
-            raise errors.CacheCorrupt(f"the plain file has {len(found)} bytes, the image {record.file_size}")
+            raise errors.CacheCorrupt(
+                f"the plain file has {len(found)} bytes, the image {record.file_size}"
+            )
         self._bytes = found
         stores.open_files.add(self)
 

@@ -12,7 +12,12 @@ from lazyfs.core import qmp_wire
 
 DEADLINE_S = 20.0
 
-GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": []}}
+GREETING = {
+    "QMP": {
+        "version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""},
+        "capabilities": [],
+    }
+}
 
 
 class HangUp(Exception):
@@ -26,7 +31,9 @@ class Refuse(Exception):
 class ScriptedQmp:
     """Serves `answer(command, arguments)` on a UNIX socket until killed; notes what was asked in `commands`."""
 
-    def __init__(self, path: Path, answer: Callable[[str, dict[str, Any]], object], greets: bool = True) -> None:
+    def __init__(
+        self, path: Path, answer: Callable[[str, dict[str, Any]], object], greets: bool = True
+    ) -> None:
         self.path = path
         self.commands: list[tuple[str, dict[str, Any]]] = []
         self._answer = answer
@@ -44,7 +51,9 @@ class ScriptedQmp:
             while True:
                 connection, _ = self._listening.accept()
                 self._connections.append(connection)
-                self._threads.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+                self._threads.append(
+                    threading.Thread(target=self._serve, args=(connection,), daemon=True)
+                )
                 self._threads[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -123,7 +132,10 @@ class ScriptedQemu:
         nodes = [{"id": names.index(name), "type": "block-driver", "name": name} for name in names]
         nodes.append({"id": 99, "type": "block-backend", "name": "disk"})
         root = {"parent": 99, "name": "root", "child": 0}
-        return {"nodes": nodes, "edges": [root, {"parent": 0, "name": "file", "child": names.index(self.child)}]}
+        return {
+            "nodes": nodes,
+            "edges": [root, {"parent": 0, "name": "file", "child": names.index(self.child)}],
+        }
 
     def _query_iothreads(self, arguments: dict[str, Any]) -> object:
         return [{"id": f"io{number}"} for number in range(self.iothreads)]

@@ -95,7 +95,9 @@ class Server:
         for line in text.splitlines():
             if opened := re.search(r'connection=(\d+) Connect export=("?)(.*?)\2 tls=', line):
                 exports[opened[1]] = opened[3]
-            read = re.search(r"connection=(\d+) Read id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", line)
+            read = re.search(
+                r"connection=(\d+) Read id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", line
+            )
             if read and (export is None or exports.get(read[1]) == export):
                 found.append((int(read[2], 16), int(read[3], 16)))
         return found
@@ -132,7 +134,14 @@ def serving(path: Path, command: Sequence[str | Path]) -> Iterator[Server]:
 @contextmanager
 def nbdkit(path: Path, *arguments: str | Path, log: bool = True) -> Iterator[Server]:
     """Serve read-only; `arguments`: filters, the plugin, parameters. The log filter is outermost."""
-    command: list[str | Path] = ["nbdkit", "--foreground", "--exit-with-parent", "--readonly", "--unix", path]
+    command: list[str | Path] = [
+        "nbdkit",
+        "--foreground",
+        "--exit-with-parent",
+        "--readonly",
+        "--unix",
+        path,
+    ]
     logging = (["--filter=log"], [f"logfile={request_log_of(path)}"]) if log else ([], [])
     with serving(path, [*command, *logging[0], *arguments, *logging[1]]) as server:
         yield server
@@ -141,7 +150,14 @@ def nbdkit(path: Path, *arguments: str | Path, log: bool = True) -> Iterator[Ser
 @contextmanager
 def qemu_nbd(path: Path, image: Path, *arguments: str | Path) -> Iterator[Server]:
     """Serve one raw image read-only to several clients at once; `arguments`: such as -x NAME, -D DESCRIPTION."""
-    command: list[str | Path] = ["qemu-nbd", "--socket", path, "--persistent", "--shared=8", "--read-only"]
+    command: list[str | Path] = [
+        "qemu-nbd",
+        "--socket",
+        path,
+        "--persistent",
+        "--shared=8",
+        "--read-only",
+    ]
     with serving(path, [*command, "--format=raw", *arguments, image]) as server:
         yield server
 
@@ -149,7 +165,11 @@ def qemu_nbd(path: Path, image: Path, *arguments: str | Path) -> Iterator[Server
 @contextmanager
 def storage_daemon(path: Path, exports: Mapping[str, tuple[Path, str]]) -> Iterator[Server]:
     """Serve raw images read-only: export name -> (image, description)."""
-    command: list[str | Path] = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path}"]
+    command: list[str | Path] = [
+        "qemu-storage-daemon",
+        "--nbd-server",
+        f"addr.type=unix,addr.path={path}",
+    ]
     for i, (name, (image, description)) in enumerate(exports.items()):
         command += ["--blockdev", f"driver=file,node-name=node{i},filename={image},read-only=on"]
         described = f",description={description}" if description else ""

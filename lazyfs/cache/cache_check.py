@@ -138,7 +138,10 @@ class _Check:
         for record in list(self._records.values()):
             self._check_whole(record)
         for record in list(self._records.values()):
-            if record.state in (State.PARTIAL, State.FAILED) and record.cause is not Cause.CHANGED_BY_HAND:
+            if (
+                record.state in (State.PARTIAL, State.FAILED)
+                and record.cause is not Cause.CHANGED_BY_HAND
+            ):
                 self._check_partial(record)
         self._check_strays()
         for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):

@@ -8,7 +8,8 @@
             catalog.sqlite
             partial/         images being filled
 
-Everything else in it is foreign: lazyfs neither hides nor touches what it did not put there, it refuses.
+Everything else in it is foreign: lazyfs neither hides nor touches what it did not put there, it
+refuses.
 """
 
 import fcntl
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 STATE = ".lazyfs"
 
 ENDING_S = 20.0
-"""How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow disk."""
+"""How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow
+disk."""
 
 _DETACHED = "the lazyfs detached from"
 PARTIAL = f"{STATE}/partial"
@@ -48,7 +50,9 @@ LOCK = f"{STATE}/lock"
 class CacheDir:
     """An open, locked cache directory. Implements `interfaces.Stores`."""
 
-    def __init__(self, path: str, mountpoint: str, repository: str, attributes: FileAttributes) -> None:
+    def __init__(
+        self, path: str, mountpoint: str, repository: str, attributes: FileAttributes
+    ) -> None:
         """Open and lock the cache at `path`, creating what is missing, and load its catalog.
 
         `repository`: its URI, which a qcow2 names as its backing file while it is being filled.
@@ -60,7 +64,8 @@ class CacheDir:
         self._repository = repository
         self._file_attributes = attributes
         try:
-            # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not fill another disk.
+            # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not
+            # fill another disk.
             with suppress(FileExistsError):
                 os.mkdir(path)
             self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -78,7 +83,11 @@ class CacheDir:
                 f"cannot use {path} as the cache: {error}; move it away, or start anew with --cache-dir"
             ) from error
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            what = (
+                f"{error.filename}: {error.strerror}"
+                if error.filename
+                else str(error.strerror or error)
+            )
             raise errors.UserError(f"cannot use {path} as the cache: {what}") from error
 
     # -- interfaces.Stores
@@ -98,7 +107,8 @@ class CacheDir:
     def nearly_full(self) -> bool:
         """Whether less than 1 % of the file system (at most 1 GiB, at least 1 MiB) is free for us.
 
-        Enough for the catalog, and for neighbours on the same disk to go on for a while. Unmeasured.
+        Enough for the catalog, and for neighbours on the same disk to go on for a while.
+        Unmeasured.
         """
         space = self.space()
         return space.free < max(min(space.total // 100, GiB), MiB)
@@ -130,7 +140,9 @@ class CacheDir:
             except FileExistsError:
                 pass
             except OSError as error:
-                raise errors.UserError(f"cannot write to the cache {self.path}: {error.strerror}") from error
+                raise errors.UserError(
+                    f"cannot write to the cache {self.path}: {error.strerror}"
+                ) from error
             found = os.stat(name, dir_fd=self.root_fd, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 raise errors.UserError(
@@ -144,13 +156,20 @@ class CacheDir:
         while not try_lock(self.lock_fd):
             owner = owner_of(self.lock_fd)
             detached = owner.startswith(_DETACHED)
-            mounted = any(f"the lazyfs on {mount.mountpoint} (pid" in owner for mount in mounts.lazyfs_mounts())
+            mounted = any(
+                f"the lazyfs on {mount.mountpoint} (pid" in owner
+                for mount in mounts.lazyfs_mounts()
+            )
             if not mounted and not detached and time.monotonic() < deadline:
                 time.sleep(0.1)  # unmounted a moment ago, it saves what it has
                 continue
             raise errors.UserError(
                 f"the cache {self.path} is in use by {owner or 'another lazyfs'}; "
-                + ("close them or move QEMU with lazyfs pivot" if detached else "unmount that first")
+                + (
+                    "close them or move QEMU with lazyfs pivot"
+                    if detached
+                    else "unmount that first"
+                )
                 + ", or give this mount its own --cache-dir"
             )
         tell_owner(self.lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})")
@@ -166,7 +185,9 @@ class CacheDir:
         now = whole_now(self.root_fd, record)
         if now != record:
             if now.state is State.REMOTE:
-                logger.info("the plain file was removed, so it is remote again: image=%s", record.export)
+                logger.info(
+                    "the plain file was removed, so it is remote again: image=%s", record.export
+                )
             self.catalog.update([now])
         return now
 
@@ -178,8 +199,13 @@ class CacheDir:
             )
 
     def _sweep(self) -> None:
-        """Remove partial files that no record speaks of: the rest of a crash, or of an image become whole."""
-        wanted = {str(record.inode) for record in self.records if record.state in (State.PARTIAL, State.FAILED)}
+        """Remove partial files that no record speaks of: the rest of a crash, or of an image become
+        whole."""
+        wanted = {
+            str(record.inode)
+            for record in self.records
+            if record.state in (State.PARTIAL, State.FAILED)
+        }
         for name in list_folder(self.root_fd, PARTIAL):
             if name.partition(".")[0] not in wanted:
                 os.unlink(f"{PARTIAL}/{name}", dir_fd=self.root_fd)
@@ -240,14 +266,17 @@ def check_catalog_file(root_fd: int, path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(found.st_mode):
-        raise errors.UserError(f"{path}/{CATALOG} is not a plain file; remove it, or use --cache-dir")
+        raise errors.UserError(
+            f"{path}/{CATALOG} is not a plain file; remove it, or use --cache-dir"
+        )
 
 
 def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
-    """Return the record of an image as it is now, if somebody removed or changed its plain file meanwhile.
+    """Return the record of an image as it is now, if somebody removed or changed its plain file
+    meanwhile.
 
-    A file that is gone was evicted by hand: the image is remote again. One of another size is left alone and
-    reported, and when it is gone, too, the image is remote again.
+    A file that is gone was evicted by hand: the image is remote again. One of another size is left
+    alone and reported, and when it is gone, too, the image is remote again.
     """
     if record.state is not State.WHOLE and record.cause is not Cause.CHANGED_BY_HAND:
         return record
@@ -272,7 +301,9 @@ def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]
 def is_finished(root_fd: int, record: ImageRecord) -> bool:
     """Whether a crash came between linking a whole image into place and telling the catalog."""
     try:
-        ours = os.stat(f"{PARTIAL}/{record.inode}.{record.format}", dir_fd=root_fd, follow_symlinks=False)
+        ours = os.stat(
+            f"{PARTIAL}/{record.inode}.{record.format}", dir_fd=root_fd, follow_symlinks=False
+        )
         there = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -289,7 +320,8 @@ def list_folder(root_fd: int, name: str) -> list[str]:
 
 
 def _files_below(root_fd: int) -> Iterator[str]:
-    """Yield every path below the cache directory that is not a folder, state and reserved names left out."""
+    """Yield every path below the cache directory that is not a folder, state and reserved names
+    left out."""
     pending: list[Sequence[str]] = [[]]
     while pending:
         folder = pending.pop()

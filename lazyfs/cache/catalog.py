@@ -1,12 +1,14 @@
-"""catalog.sqlite: every image of one cache, and what became of it. The one authority on names and inodes.
+"""catalog.sqlite: every image of one cache, and what became of it. The one authority on names and
+inodes.
 
-SQLite opens journals by path, and the cache directory's path leads into our own mount once that is up.
-So the catalog is opened before mounting, in WAL mode with exclusive locking: then every later operation
-goes to file descriptors that are open already (checked with strace, SQLite 3.40), until `close`, which
-belongs after unmounting.
+SQLite opens journals by path, and the cache directory's path leads into our own mount once that is
+up. So the catalog is opened before mounting, in WAL mode with exclusive locking: then every later
+operation goes to file descriptors that are open already (checked with strace, SQLite 3.40), until
+`close`, which belongs after unmounting.
 
-Losing the last commits in a power cut would be safe (a whole image is finished again, a new inode's files
-are swept), but `synchronous=FULL` costs one fsync for what happens a few times in an image's life.
+Losing the last commits in a power cut would be safe (a whole image is finished again, a new inode's
+files are swept), but `synchronous=FULL` costs one fsync for what happens a few times in an image's
+life.
 """
 
 import dataclasses
@@ -111,11 +113,15 @@ class SqliteCatalog:
     def _create_or_check(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
-            raise TooNew(f"the catalog is of format {version}; this lazyfs knows {_VERSION}: update lazyfs")
+            raise TooNew(
+                f"the catalog is of format {version}; this lazyfs knows {_VERSION}: update lazyfs"
+            )
         with self._transaction():
             if version == 0:
                 self._db.execute(_SCHEMA)
-                self._db.execute("INSERT INTO sqlite_sequence VALUES ('images', ?)", (_FIRST_INODE - 1,))
+                self._db.execute(
+                    "INSERT INTO sqlite_sequence VALUES ('images', ?)", (_FIRST_INODE - 1,)
+                )
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             else:
                 (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
@@ -133,13 +139,16 @@ class SqliteCatalog:
             CacheCorrupt: a row is not what lazyfs wrote.
         """
         try:
-            rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM images ORDER BY inode").fetchall()
+            rows = self._db.execute(
+                f"SELECT {', '.join(_COLUMNS)} FROM images ORDER BY inode"
+            ).fetchall()
             return [_record(row) for row in rows]
         except (sqlite3.Error, ValueError) as error:
             raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
 
     def load_each(self) -> tuple[list[ImageRecord], dict[int, str]]:
-        """Return the records that can be read, by inode, and of the other rows what is wrong with them."""
+        """Return the records that can be read, by inode, and of the other rows what is wrong with
+        them."""
         return _read_each(self._db)
 
     def restore(self, records: Sequence[ImageRecord]) -> None:
@@ -174,13 +183,16 @@ class SqliteCatalog:
         """Set when images were used last; one transaction for all."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE images SET last_used_ns = ? WHERE inode = ?", [(used_ns, inode) for inode, used_ns in uses]
+                "UPDATE images SET last_used_ns = ? WHERE inode = ?",
+                [(used_ns, inode) for inode, used_ns in uses],
             )
 
     def remove(self, inodes: Sequence[int]) -> None:
         """Delete; one transaction for all."""
         with self._transaction():
-            self._db.executemany("DELETE FROM images WHERE inode = ?", [(inode,) for inode in inodes])
+            self._db.executemany(
+                "DELETE FROM images WHERE inode = ?", [(inode,) for inode in inodes]
+            )
 
     def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
         """Delete one and insert another; one transaction, so that the image always has a row."""
@@ -191,7 +203,8 @@ class SqliteCatalog:
             return dataclasses.replace(record, inode=cursor.lastrowid)
 
     def close(self) -> None:
-        """Close the database. Touches its path: only before mounting over it, or after unmounting."""
+        """Close the database. Touches its path: only before mounting over it, or after
+        unmounting."""
         with self._lock:
             self._db.close()
 
@@ -214,7 +227,9 @@ class _Transaction:
             self._lock.release()
             raise _translate(error, "catalog.sqlite") from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object
+    ) -> None:
         try:
             if kind is None:
                 self._db.execute("COMMIT")
@@ -253,7 +268,9 @@ def _read_each(db: sqlite3.Connection) -> tuple[list[ImageRecord], dict[int, str
     columns = [name if name in there or name not in _ADDED else _ADDED[name] for name in _COLUMNS]
     for inode in _inodes(db):
         try:
-            row = db.execute(f"SELECT {', '.join(columns)} FROM images WHERE inode = ?", (inode,)).fetchone()
+            row = db.execute(
+                f"SELECT {', '.join(columns)} FROM images WHERE inode = ?", (inode,)
+            ).fetchone()
             if row is None:
                 raise ValueError("it is not where the index has it")
             records.append(_record(row))
@@ -277,7 +294,13 @@ def _row(record: ImageRecord) -> list[object]:
 def _record(row: tuple[object, ...]) -> ImageRecord:
     values = dict(zip(_COLUMNS, row, strict=True))
     for field in fields(ImageRecord):
-        kinds = (int, type(None)) if field.name == "size" else (str,) if field.type in (str, State, Cause) else (int,)
+        kinds = (
+            (int, type(None))
+            if field.name == "size"
+            else (str,)
+            if field.type in (str, State, Cause)
+            else (int,)
+        )
         value = values[field.name]
         if not isinstance(value, kinds) or (isinstance(value, int) and value < 0):
             raise ValueError(f"{field.name} is {value!r}")

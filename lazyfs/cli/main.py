@@ -1,6 +1,7 @@
 """The `lazyfs` command: arguments, printing, exit codes.
 
-Exit 0: done; 1: it failed, with one line on stderr that says why and what to do; 2: wrong arguments.
+Exit 0: done; 1: it failed, with one line on stderr that says why and what to do; 2: wrong
+arguments.
 """
 
 import argparse
@@ -32,7 +33,9 @@ _PIPE_WIDTH = 160
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names are any bytes; terminals speak some encoding
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # names are any bytes; terminals speak some encoding
             stream.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if arguments is None else arguments
@@ -102,7 +105,9 @@ def _mountpoint(path: str) -> str:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         os.statvfs(mountpoint)  # unlike stat, never answered from the kernel's cache
     except FileNotFoundError:
-        raise errors.UserError(f"the mountpoint {mountpoint} does not exist; make it with mkdir") from None
+        raise errors.UserError(
+            f"the mountpoint {mountpoint} does not exist; make it with mkdir"
+        ) from None
     except OSError as error:
         if not mounted:
             raise errors.UserError(f"cannot use {mountpoint}: {error.strerror}") from error
@@ -111,10 +116,14 @@ def _mountpoint(path: str) -> str:
         try:
             kernel_session.clear_away(mounted[-1])  # its daemon was killed
         except OSError as trouble:
-            raise errors.UserError(f"cannot clear away the dead mount on {mountpoint}: {trouble.strerror}") from trouble
+            raise errors.UserError(
+                f"cannot clear away the dead mount on {mountpoint}: {trouble.strerror}"
+            ) from trouble
         return _mountpoint(path)
     if mounted:
-        raise errors.UserError(f"{mounted[-1].repository} is mounted on {mountpoint} already; lazyfs umount it first")
+        raise errors.UserError(
+            f"{mounted[-1].repository} is mounted on {mountpoint} already; lazyfs umount it first"
+        )
     if not os.path.isdir(mountpoint):
         raise errors.UserError(f"the mountpoint {mountpoint} is not a folder")
     return mountpoint
@@ -122,7 +131,8 @@ def _mountpoint(path: str) -> str:
 
 def _serve(options: argparse.Namespace, mountpoint: str) -> None:
     try:
-        # Here, not above: status and umount need neither pyfuse3 nor libnbd, and start in half the time.
+        # Here, not above: status and umount need neither pyfuse3 nor libnbd, and start in half the
+        # time.
         from lazyfs import daemon
         from lazyfs.engine.filesystem import Options
         from lazyfs.engine.interfaces import FileAttributes
@@ -156,7 +166,9 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         raise
     except Exception:
         logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
-        raise errors.UserError("the daemon failed, a bug in lazyfs; the log has the details") from None
+        raise errors.UserError(
+            "the daemon failed, a bug in lazyfs; the log has the details"
+        ) from None
 
 
 def _overlays(options: argparse.Namespace, mountpoint: str) -> list[str]:
@@ -165,14 +177,18 @@ def _overlays(options: argparse.Namespace, mountpoint: str) -> list[str]:
         if os.path.commonpath([folder, mountpoint]) == mountpoint:
             raise errors.UsageError(f"--overlays {folder} would be hidden by the mount")
         if not os.path.isdir(folder):
-            raise errors.UserError(f"--overlays {folder} is not a folder, so nobody could tell what may be evicted")
+            raise errors.UserError(
+                f"--overlays {folder} is not a folder, so nobody could tell what may be evicted"
+            )
     return folders
 
 
 def _block_size(options: argparse.Namespace) -> int:
     """Return the block size of new images, which for a qcow2 is its cluster size."""
     if options.cluster_size and options.format != shown_file.QCOW2:
-        raise errors.UsageError("--cluster-size is for --format qcow2; raw images have --block-size")
+        raise errors.UsageError(
+            "--cluster-size is for --format qcow2; raw images have --block-size"
+        )
     if options.block_size and options.format != shown_file.RAW:
         raise errors.UsageError("--block-size is for raw images; a qcow2 has --cluster-size")
     size: int = options.block_size or options.cluster_size or 64 * KiB
@@ -198,10 +214,24 @@ def _report(ready_fd: int | None, message: str) -> None:
 def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
     read_fd, write_fd = os.pipe()
     # -P: not the lazyfs, or the trio, that lies in the folder where the user happens to stand.
-    command = [sys.executable, "-P", "-m", "lazyfs", *options.words, "--foreground", "--ready-fd", str(write_fd)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "lazyfs",
+        *options.words,
+        "--foreground",
+        "--ready-fd",
+        str(write_fd),
+    ]
     with open(os.devnull, "r+b") as null:
         child = subprocess.Popen(
-            command, stdin=null, stdout=null, stderr=null, pass_fds=[write_fd], start_new_session=True
+            command,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            pass_fds=[write_fd],
+            start_new_session=True,
         )
     os.close(write_fd)
     with os.fdopen(read_fd) as answer:
@@ -210,7 +240,9 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
         os.stat(os.path.join(mountpoint, "."))  # it answers
         return 0
     code = child.wait()
-    raise errors.UserError(said or f"the daemon ended with exit code {code} and left no word; try --foreground")
+    raise errors.UserError(
+        said or f"the daemon ended with exit code {code} and left no word; try --foreground"
+    )
 
 
 def _log_to(options: argparse.Namespace) -> None:
@@ -220,14 +252,21 @@ def _log_to(options: argparse.Namespace) -> None:
         try:
             handler = logging.FileHandler(options.log_file)
         except OSError as error:
-            raise errors.UserError(f"cannot write the log {options.log_file}: {error.strerror}") from error
+            raise errors.UserError(
+                f"cannot write the log {options.log_file}: {error.strerror}"
+            ) from error
     elif options.ready_fd is None:
         handler = logging.StreamHandler()
     elif os.path.exists("/dev/log"):
-        handler, text = logging.handlers.SysLogHandler("/dev/log"), "lazyfs[%(process)d]: %(message)s"
+        handler, text = (
+            logging.handlers.SysLogHandler("/dev/log"),
+            "lazyfs[%(process)d]: %(message)s",
+        )
     else:
         handler = logging.NullHandler()
-    logging.getLogger("pyfuse3").setLevel(logging.WARNING)  # its debug messages are several for each request
+    logging.getLogger("pyfuse3").setLevel(
+        logging.WARNING
+    )  # its debug messages are several for each request
     logging.basicConfig(level=options.log_level.upper(), handlers=[handler], format=text)
 
 
@@ -241,7 +280,9 @@ def _config(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     if options.json and options.watch:
-        raise errors.UsageError("--watch draws for people; call status --json again and again instead")
+        raise errors.UsageError(
+            "--watch draws for people; call status --json again and again instead"
+        )
     from rich.console import Console
 
     from lazyfs.cli import status_view
@@ -282,11 +323,14 @@ def _exit_code(found: Sequence[dict[str, Any]]) -> int:
 
 def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
     if not paths:
-        return [_query_or_say_why(mount) for mount in mounts.lazyfs_mounts()] + control_client.query_detached()
+        return [
+            _query_or_say_why(mount) for mount in mounts.lazyfs_mounts()
+        ] + control_client.query_detached()
     found: dict[str, dict[str, Any]] = {}
     detached = {one["mountpoint"]: one for one in control_client.query_detached()}
     for path in paths:
-        # The path is resolved only if it is no mount as it is written: that asks a daemon, which may hang.
+        # The path is resolved only if it is no mount as it is written: that asks a daemon, which
+        # may hang.
         if mounts.mount_of(path) is None and (gone := detached.get(os.path.realpath(path))):
             found.setdefault(f"detached {path}", gone)
             continue
@@ -295,7 +339,9 @@ def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
         known = found.setdefault(mount.mountpoint, one)
         if known is not one:
             paths_known = {image["path"] for image in known["images"]}
-            known["images"] += [image for image in one["images"] if image["path"] not in paths_known]
+            known["images"] += [
+                image for image in one["images"] if image["path"] not in paths_known
+            ]
     return list(found.values())
 
 
@@ -314,7 +360,9 @@ def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
 
 def _pivot(options: argparse.Namespace) -> int:
     if not options.sockets and options.all_in is None:
-        raise errors.UsageError("name a QMP socket, or a folder of them with --all-in (see lazyfs pivot --help)")
+        raise errors.UsageError(
+            "name a QMP socket, or a folder of them with --all-in (see lazyfs pivot --help)"
+        )
     named = set(options.sockets)
     chosen = pivot.sockets(options.sockets, options.all_in)
     if not chosen:
@@ -329,7 +377,11 @@ def _pivot(options: argparse.Namespace) -> int:
         json.dump({"qemus": [asdict(report) for report in reports]}, sys.stdout, indent=2)
         print()
     # In a folder, what a QEMU left behind and other programs' sockets are everyday.
-    return 0 if all(report.good or not (report.qemu or report.socket in named) for report in reports) else 1
+    return (
+        0
+        if all(report.good or not (report.qemu or report.socket in named) for report in reports)
+        else 1
+    )
 
 
 def _tell(report: pivot.Report) -> None:
@@ -366,7 +418,11 @@ def _check(options: argparse.Namespace) -> int:
     report = cache_check.run(options.cache_dir, options.repair)
     if options.json:
         findings = [asdict(finding) for finding in report.findings]
-        json.dump({"cache_dir": report.cache_dir, "images": report.images, "findings": findings}, sys.stdout, indent=2)
+        json.dump(
+            {"cache_dir": report.cache_dir, "images": report.images, "findings": findings},
+            sys.stdout,
+            indent=2,
+        )
         print()
     else:
         for finding in report.findings:

@@ -14,11 +14,12 @@ from lazyfs.host import mounts, process_files
 from lazyfs.units import GiB
 
 MAX_ANSWER = 1 * GiB
-"""Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at 20,000 images."""
+"""Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at
+20,000 images."""
 
 TIMEOUT_S = 10.0
-"""A daemon greets and answers a question in milliseconds; one that does not in this time hangs. Other commands may
-take longer: a hundred large files are not removed in a moment."""
+"""A daemon greets and answers a question in milliseconds; one that does not in this time hangs.
+Other commands may take longer: a hundred large files are not removed in a moment."""
 
 _KILLED = "it was killed; mount again"
 
@@ -34,7 +35,8 @@ class Hangs(errors.UserError):
 
 
 def locate(path: str) -> tuple[mounts.Mount, str]:
-    """Return the mount that `path` lies on, and the path relative to its mountpoint ("" for that itself).
+    """Return the mount that `path` lies on, and the path relative to its mountpoint ("" for that
+    itself).
 
     Raises:
         UserError: it lies on no lazyfs mount.
@@ -48,8 +50,8 @@ def locate(path: str) -> tuple[mounts.Mount, str]:
 
 
 def query(mount: mounts.Mount, path: str = "") -> dict[str, Any]:
-    """Return what the daemon of `mount` says of itself, as `images` those at `path`, relative to the mountpoint, and
-    as `jobs` theirs.
+    """Return what the daemon of `mount` says of itself, as `images` those at `path`, relative to
+    the mountpoint, and as `jobs` theirs.
 
     Raises:
         UserError: it does not answer, or knows no such path.
@@ -58,19 +60,26 @@ def query(mount: mounts.Mount, path: str = "") -> dict[str, Any]:
 
 
 def _questions(path: str = "") -> list[Command]:
-    return [("query-mount", {}), ("query-images", {"path": path} if path else {}), ("query-jobs", {})]
+    return [
+        ("query-mount", {}),
+        ("query-images", {"path": path} if path else {}),
+        ("query-jobs", {}),
+    ]
 
 
 def _together(answers: list[Any], path: str = "") -> dict[str, Any]:
     status, images, jobs = answers
     if path:
-        shown = {image["path"].removeprefix(f"{status['mountpoint'].rstrip('/')}/") for image in images}
+        shown = {
+            image["path"].removeprefix(f"{status['mountpoint'].rstrip('/')}/") for image in images
+        }
         jobs = [job for job in jobs if job["id"] in shown or job["id"].partition(":")[2] in shown]
     return {**status, "images": images, "jobs": jobs}
 
 
 def query_detached() -> list[dict[str, Any]]:
-    """Return the same of each daemon that was detached from its mountpoint and still serves open files."""
+    """Return the same of each daemon that was detached from its mountpoint and still serves open
+    files."""
     found = []
     for path in mounts.control_sockets(detached_only=True):
         try:
@@ -98,8 +107,12 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
         raise Refused(f"{mount.mountpoint}: {error}") from error
     except TimeoutError:
         if _has_ended(mount):
-            raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {_KILLED}") from None
-        raise Hangs(f"the daemon of {mount.mountpoint} does not answer in {TIMEOUT_S:g} s") from None
+            raise errors.UserError(
+                f"the daemon of {mount.mountpoint} does not answer: {_KILLED}"
+            ) from None
+        raise Hangs(
+            f"the daemon of {mount.mountpoint} does not answer in {TIMEOUT_S:g} s"
+        ) from None
     except OSError as error:
         if not alive(mount):
             reason = _KILLED
@@ -107,7 +120,9 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
             reason = "its control socket has as many clients as it takes (64), or refuses them"
         else:
             reason = "its control socket cannot be reached"
-        raise errors.UserError(f"the daemon of {mount.mountpoint} does not answer: {reason}") from error
+        raise errors.UserError(
+            f"the daemon of {mount.mountpoint} does not answer: {reason}"
+        ) from error
 
 
 def alive(mount: mounts.Mount) -> bool:
@@ -122,7 +137,8 @@ def alive(mount: mounts.Mount) -> bool:
 
 
 def _has_ended(mount: mounts.Mount) -> bool:
-    """Whether the daemon has died for sure, although a thread of it that hangs in the kernel may keep all open."""
+    """Whether the daemon has died for sure, although a thread of it that hangs in the kernel may
+    keep all open."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(TIMEOUT_S)  # of a daemon that hangs, with all the clients it takes
         try:
@@ -151,16 +167,21 @@ async def ask(path: str, commands: Sequence[Command]) -> list[Any]:
                 answers = []
                 for name, arguments in commands:
                     quick = name.startswith("query-")
-                    limit.reschedule(asyncio.get_running_loop().time() + TIMEOUT_S if quick else None)
+                    limit.reschedule(
+                        asyncio.get_running_loop().time() + TIMEOUT_S if quick else None
+                    )
                     answers.append(await client.execute(name, arguments))
                 return answers
             finally:
-                # It reports a peer that was faster, as a daemon is that has nothing to serve after a detach.
+                # It reports a peer that was faster, as a daemon is that has nothing to serve after
+                # a detach.
                 with suppress(QMPError, EOFError, OSError):
                     await client.disconnect()
     except ExecuteError as error:
         raise Refused(str(error)) from error
     except ConnectError as error:
-        raise (error.exc if isinstance(error.exc, OSError) else ConnectionError(str(error))) from error
+        raise (
+            error.exc if isinstance(error.exc, OSError) else ConnectionError(str(error))
+        ) from error
     except QMPError as error:
         raise ConnectionError(str(error)) from error

@@ -1,4 +1,5 @@
-"""The commands of the control socket, as calls of the engine. `core/control_schema.py` says what each is."""
+"""The commands of the control socket, as calls of the engine. `core/control_schema.py` says what
+each is."""
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
@@ -55,14 +56,19 @@ class Commands:
 
     # -- which images
 
-    def _images(self, path: str, unless_named: Callable[[Image], bool] = lambda image: True) -> list[Image]:
-        """Return the image at `path`, or those in the folder there for which `unless_named` holds."""
+    def _images(
+        self, path: str, unless_named: Callable[[Image], bool] = lambda image: True
+    ) -> list[Image]:
+        """Return the image at `path`, or those in the folder there for which `unless_named`
+        holds."""
         node = self._filesystem.names.node_at(path)
         if node is None:
             raise CommandError(f"no image at {path!r}")
         if isinstance(node, Image):
             return [node]
-        below = [image for image in self._filesystem.names.images_below(node) if unless_named(image)]
+        below = [
+            image for image in self._filesystem.names.images_below(node) if unless_named(image)
+        ]
         return sorted(below, key=lambda image: image.record.path)
 
     def _image(self, path: str) -> Image:
@@ -71,8 +77,11 @@ class Commands:
             raise CommandError(f"no image at {path!r}")
         return node
 
-    async def _each(self, images: Iterable[Image], work: Callable[[Image], Awaitable[object]]) -> dict[str, Any]:
-        """Do something with all images, also when it fails with one; then fail with the first reason."""
+    async def _each(
+        self, images: Iterable[Image], work: Callable[[Image], Awaitable[object]]
+    ) -> dict[str, Any]:
+        """Do something with all images, also when it fails with one; then fail with the first
+        reason."""
         done, failures = 0, []
         for image in images:
             try:
@@ -152,17 +161,25 @@ class Commands:
 
     async def _evict(self, arguments: Arguments) -> object:
         backing = await self._operations.backing_files()
-        images = self._images(arguments["path"], lambda image: self._operations.may_go(image, backing))
+        images = self._images(
+            arguments["path"], lambda image: self._operations.may_go(image, backing)
+        )
         return await self._each(images, lambda image: self._operations.evict(image, backing))
 
     async def _pin(self, arguments: Arguments) -> object:
-        return await self._each(self._images(arguments["path"]), lambda image: self._operations.pin(image, True))
+        return await self._each(
+            self._images(arguments["path"]), lambda image: self._operations.pin(image, True)
+        )
 
     async def _unpin(self, arguments: Arguments) -> object:
-        return await self._each(self._images(arguments["path"]), lambda image: self._operations.pin(image, False))
+        return await self._each(
+            self._images(arguments["path"]), lambda image: self._operations.pin(image, False)
+        )
 
     async def _forget(self, arguments: Arguments) -> object:
-        return await self._each(self._images(arguments["path"], lambda image: image.gone), self._operations.forget)
+        return await self._each(
+            self._images(arguments["path"], lambda image: image.gone), self._operations.forget
+        )
 
     async def _verify(self, arguments: Arguments) -> object:
         image = self._image(arguments["path"])
@@ -179,7 +196,9 @@ class Commands:
         total = image.statistics().present_bytes + image.statistics().zero_bytes
 
         async def work(task: Task) -> None:
-            await self._operations.verify(image, arguments.get("against-repository", False), task.advance, known)
+            await self._operations.verify(
+                image, arguments.get("against-repository", False), task.advance, known
+            )
 
         self._jobs.start(job, "verify", total, work)
         return {"id": job}

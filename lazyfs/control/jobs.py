@@ -1,7 +1,8 @@
 """Background work as clients see it: QEMU's jobs (qapi/job.json).
 
-A populate job is an image that is being filled: it is there while the image is partial and population wants it. Other
-work is started here, runs in a task, and stays, concluded, until it is dismissed.
+A populate job is an image that is being filled: it is there while the image is partial and
+population wants it. Other work is started here, runs in a task, and stays, concluded, until it is
+dismissed.
 """
 
 import logging
@@ -54,7 +55,8 @@ class Jobs:
     """All jobs of one mount. Trio thread only."""
 
     def __init__(self, active: Callable[[], Iterable[Image]], room: Callable[[], str]) -> None:
-        """`active`: the images that population may look at; `room`: why it does nothing at all, or ""."""
+        """`active`: the images that population may look at; `room`: why it does nothing at all, or
+        ""."""
         self.on_status: Callable[[str, str], None] = lambda job, status: None
         """A job has another status, or is `GONE`. Set by whoever tells clients."""
         self._nursery: trio.Nursery | None = None
@@ -72,21 +74,36 @@ class Jobs:
 
     def statistics(self) -> list[JobStatistics]:
         """Return all jobs, by id."""
-        found = [self._populating(image, status) for image in self._active() if (status := self._status(image))]
+        found = [
+            self._populating(image, status)
+            for image in self._active()
+            if (status := self._status(image))
+        ]
         for task in self._tasks.values():
-            found.append(JobStatistics(task.id, task.type, task.status, task.current, task.total, task.error))
+            found.append(
+                JobStatistics(task.id, task.type, task.status, task.current, task.total, task.error)
+            )
         return sorted(found, key=lambda job: job.id)
 
     def _status(self, image: Image) -> str:
         """Of an image's populate job; "" if it has none."""
         filling = image.filling
-        if image.record.state is not State.PARTIAL or filling is None or image.retired or not image.populating.wanted:
+        if (
+            image.record.state is not State.PARTIAL
+            or filling is None
+            or image.retired
+            or not image.populating.wanted
+        ):
             return ""
         if image.populating.paused:
             return PAUSED
         if filling.table.completed.is_set() and not image.record.error:
             return RUNNING  # it is being handed off
-        return RUNNING if image.fillable and not image.populating.trouble and not self._room() else STANDBY
+        return (
+            RUNNING
+            if image.fillable and not image.populating.trouble and not self._room()
+            else STANDBY
+        )
 
     def _populating(self, image: Image, status: str) -> JobStatistics:
         now = image.statistics()
@@ -94,10 +111,16 @@ class Jobs:
         return JobStatistics(now.path, "populate", status, done, now.size or 0, error)
 
     def announce(self) -> None:
-        """Tell clients which jobs have another status than at the last call. Call it whenever one may have."""
-        now = {image.record.path: status for image in self._active() if (status := self._status(image))}
+        """Tell clients which jobs have another status than at the last call. Call it whenever one
+        may have."""
+        now = {
+            image.record.path: status for image in self._active() if (status := self._status(image))
+        }
         now |= {task.id: task.status for task in self._tasks.values()}
-        for job in [*self._told.keys() - now.keys(), *(job for job in now if self._told.get(job) != now[job])]:
+        for job in [
+            *self._told.keys() - now.keys(),
+            *(job for job in now if self._told.get(job) != now[job]),
+        ]:
             self.on_status(job, now.get(job, GONE))
         self._told = now
 
@@ -148,7 +171,9 @@ class Jobs:
                 return image
         raise errors.UserError(f"Job '{job}' not found")
 
-    def start(self, job: str, kind: str, total: int, work: Callable[[Task], Awaitable[None]]) -> None:
+    def start(
+        self, job: str, kind: str, total: int, work: Callable[[Task], Awaitable[None]]
+    ) -> None:
         """Begin other work; its failure is kept as the job's error.
 
         Raises:

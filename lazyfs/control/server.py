@@ -1,7 +1,8 @@
 """The control socket: QMP clients in, calls of the daemon's commands out.
 
-Each client has two tasks of its own, one that executes its commands in turn, one that writes answers and events. So
-one that never reads stops nobody but itself: its commands wait for it, and when too many events do it is dropped.
+Each client has two tasks of its own, one that executes its commands in turn, one that writes
+answers and events. So one that never reads stops nobody but itself: its commands wait for it, and
+when too many events do it is dropped.
 """
 
 import errno
@@ -27,7 +28,8 @@ MAX_CLIENTS = 64
 """A host has a handful of people and scripts that ask; the next is turned away."""
 
 MAX_UNREAD = 1000
-"""Events that wait for a client: one for each state and job of a few hundred images, at 200 bytes each."""
+"""Events that wait for a client: one for each state and job of a few hundred images, at 200 bytes
+each."""
 
 _UCRED = struct.Struct("=iII")  # unix(7): pid, uid, gid
 
@@ -43,7 +45,8 @@ class ControlServer:
         commands: Mapping[str, Handler],
         schema: Sequence[control_schema.Command] = control_schema.COMMANDS,
     ) -> None:
-        """Bind the socket, mode 0600. The caller holds the cache's lock, so a socket there is a dead daemon's.
+        """Bind the socket, mode 0600. The caller holds the cache's lock, so a socket there is a
+        dead daemon's.
 
         A command gets its arguments and returns what can be JSON, or raises qmp_wire.CommandError.
 
@@ -77,7 +80,9 @@ class ControlServer:
             listening.listen(MAX_CLIENTS)
         except OSError as error:
             listening.close()
-            raise errors.UserError(f"cannot make the control socket {path}: {error.strerror or error}") from error
+            raise errors.UserError(
+                f"cannot make the control socket {path}: {error.strerror or error}"
+            ) from error
         self._socket = trio.socket.from_stdlib_socket(listening)
 
     async def run(self) -> None:
@@ -104,7 +109,9 @@ class ControlServer:
                 raise FileNotFoundError(errno.ENOENT, "it belongs to another daemon")
             os.rename(self.path, path)
         except OSError as error:
-            raise errors.UserError(f"the control socket {self.path} is gone: {error.strerror}") from error
+            raise errors.UserError(
+                f"the control socket {self.path} is gone: {error.strerror}"
+            ) from error
         self.path = path
 
     def close(self) -> None:
@@ -115,7 +122,8 @@ class ControlServer:
                 os.unlink(self.path)
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
-        """Send an event to every client; one that does not read is dropped when `MAX_UNREAD` messages wait for it."""
+        """Send an event to every client; one that does not read is dropped when `MAX_UNREAD`
+        messages wait for it."""
         assert name in control_schema.EVENT_NAMES, name
         message = qmp_wire.encode(qmp_wire.event(name, data, time.time_ns() // 1000))
         for client in list(self._clients):
@@ -168,20 +176,26 @@ class ControlServer:
 
     async def _answer(self, session: qmp_wire.ServerSession, message: dict[str, Any]) -> bytes:
         try:
-            return qmp_wire.encode(qmp_wire.returned(message, await self._execute(session.command(message))))
+            return qmp_wire.encode(
+                qmp_wire.returned(message, await self._execute(session.command(message)))
+            )
         except qmp_wire.CommandError as error:
             failure = error
         except (errors.LazyfsError, OSError) as error:
             failure = qmp_wire.CommandError(str(error))
         except Exception:
             logger.exception("a control command failed, a bug in lazyfs")
-            failure = qmp_wire.CommandError("the command failed, a bug in lazyfs; the log has the details")
+            failure = qmp_wire.CommandError(
+                "the command failed, a bug in lazyfs; the log has the details"
+            )
         return qmp_wire.encode(qmp_wire.failed(message, failure))
 
     async def _execute(self, command: qmp_wire.Command) -> object:
         schema = self._schema.get(command.name)
         if schema is None:
-            raise qmp_wire.CommandError(f"The command {command.name} has not been found", "CommandNotFound")
+            raise qmp_wire.CommandError(
+                f"The command {command.name} has not been found", "CommandNotFound"
+            )
         control_schema.check_arguments(schema, command.arguments)
         return await self._commands[command.name](command.arguments)
 
@@ -244,7 +258,8 @@ class _Client:
         self._filled.set()
 
     async def write(self) -> None:
-        """Write what is queued, until cancelled or the client is gone; its command under way goes on to its end."""
+        """Write what is queued, until cancelled or the client is gone; its command under way goes
+        on to its end."""
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while True:
                 await self._filled.wait()

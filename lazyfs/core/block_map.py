@@ -1,16 +1,16 @@
 """Which blocks of one image are in the cache, being fetched, or missing.
 
-One byte a block, not one bit: searches run at the speed of memchr and re, a page of the map needs no
-read-modify-write, and at 64 KiB a block it is 16 KiB for each GiB of image.
+One byte a block, not one bit: searches run at the speed of memchr and re, a page of the map needs
+no read-modify-write, and at 64 KiB a block it is 16 KiB for each GiB of image.
 
     0 MISSING   nobody has it, nobody is fetching it
     1 DATA      in the cache file
     2 ZERO      known to read as zeroes; the cache file has a hole there
     3 CLAIMED   a request is under way (in memory only; saved as MISSING)
 
-Saved bytes only ever go from 0 to 1 or 2 (while the file lives), so a page torn between two versions
-of itself claims nothing that is not true. A block of mixed content (some extents data, some zeroes) is
-DATA; `mixed_zero_bytes` counts the zeroes inside such blocks, for reporting only.
+Saved bytes only ever go from 0 to 1 or 2 (while the file lives), so a page torn between two
+versions of itself claims nothing that is not true. A block of mixed content (some extents data,
+some zeroes) is DATA; `mixed_zero_bytes` counts the zeroes inside such blocks, for reporting only.
 
 Not thread-safe: the caller holds the lock (`engine/fetch/block_table.py`).
 """
@@ -41,11 +41,13 @@ class BlockRun(NamedTuple):
 class BlockMap:
     """The state of every block of an image of `size` bytes."""
 
-    def __init__(self, size: int, block_size: int, saved: bytes | None = None, mixed_zero_bytes: int = 0) -> None:
+    def __init__(
+        self, size: int, block_size: int, saved: bytes | None = None, mixed_zero_bytes: int = 0
+    ) -> None:
         """Start with every block missing, or with what `saved()` gave before.
 
-        `saved` may come from a damaged disk: a byte that is not a state counts as missing, and a length
-        that does not fit raises ValueError.
+        `saved` may come from a damaged disk: a byte that is not a state counts as missing, and a
+        length that does not fit raises ValueError.
         """
         self.size = size
         self.block_size = block_size
@@ -90,14 +92,17 @@ class BlockMap:
         return BlockRun(wanted.start // self.block_size, -(-wanted.end // self.block_size))
 
     def blocks_inside(self, span: ByteRange) -> BlockRun:
-        """Return the blocks that lie wholly inside `span`; the image's last block may be a short one."""
+        """Return the blocks that lie wholly inside `span`; the image's last block may be a short
+        one."""
         first = -(-span.start // self.block_size)
         end = self.blocks if span.end == self.size else span.end // self.block_size
         return BlockRun(first, max(first, end))
 
     def bytes_of(self, run: BlockRun) -> ByteRange:
         """Return the bytes of `run`, cut at the image's end."""
-        return ByteRange(min(run.first * self.block_size, self.size), min(run.end * self.block_size, self.size))
+        return ByteRange(
+            min(run.first * self.block_size, self.size), min(run.end * self.block_size, self.size)
+        )
 
     def state(self, block: int) -> int:
         """Return MISSING, DATA, ZERO or CLAIMED."""
@@ -114,7 +119,8 @@ class BlockMap:
             yield BlockRun(*match.span())
 
     def next_missing(self, first: int, max_blocks: int) -> BlockRun | None:
-        """Return the first run of MISSING blocks at or after block `first`, at most `max_blocks` long."""
+        """Return the first run of MISSING blocks at or after block `first`, at most `max_blocks`
+        long."""
         start = self._states.find(MISSING, first)
         if start < 0:
             return None
@@ -140,7 +146,8 @@ class BlockMap:
     def mark_present(self, run: BlockRun, data_bytes: int) -> None:
         """CLAIMED -> DATA (or ZERO), once the bytes are in the cache file.
 
-        `data_bytes` of the run were written; the rest of it is zeroes. A run without any data becomes ZERO.
+        `data_bytes` of the run were written; the rest of it is zeroes. A run without any data
+        becomes ZERO.
         """
         length = self.bytes_of(run).length
         assert 0 <= data_bytes <= length
@@ -163,7 +170,8 @@ class BlockMap:
     # -- saving
 
     def take_dirty(self) -> list[tuple[int, bytes]]:
-        """Return (page index, content) for each page changed since the last call, and count them clean.
+        """Return (page index, content) for each page changed since the last call, and count them
+        clean.
 
         The content is a copy: what is marked later does not slip into it. Give pages back with
         `give_back` if they could not be saved.
@@ -188,7 +196,9 @@ class BlockMap:
 
     def _change(self, run: BlockRun, old: int, new: int) -> None:
         length = run.end - run.first
-        assert self._states.count(old, run.first, run.end) == length, f"{run}: not all in state {old}"
+        assert self._states.count(old, run.first, run.end) == length, (
+            f"{run}: not all in state {old}"
+        )
         self._states[run.first : run.end] = bytes([new]) * length
 
     def _touch(self, run: BlockRun) -> None:

@@ -1,6 +1,7 @@
 """The text of a configuration file -> values with their origins -> text again.
 
-    text --parse--> {dest: value} --settle, with what the command line gave--> Settings --render--> text
+    text --parse--> {dest: value} --settle, with what the command line gave--> Settings --render-->
+    text
 
 What `render` writes, `parse` reads back as the same values.
 """
@@ -19,7 +20,14 @@ from lazyfs.core.config_key import OCTAL, Key
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 """How tomllib ends its messages (Lib/tomllib/_parser.py, suffixed_err)."""
 
-_TYPES = {bool: "true or false", str: "a text", int: "a number", float: "a number", list: "a list", dict: "a table"}
+_TYPES = {
+    bool: "true or false",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "a table",
+}
 
 COMMENT_COLUMN = 44
 
@@ -46,7 +54,7 @@ def parse(text: str, keys: Sequence[Key], file: str) -> dict[str, object]:
 
     Args:
         text: what is in the file.
-        keys: those it may have.
+        keys: the keys that it may have.
         file: its path, for messages.
 
     Raises:
@@ -62,7 +70,9 @@ def parse(text: str, keys: Sequence[Key], file: str) -> dict[str, object]:
     values = {}
     for name, value in table.items():
         if name not in known:
-            raise errors.WrongConfiguration(file, _quoted(name), f"there is no such key{_instead(name, list(known))}")
+            raise errors.WrongConfiguration(
+                file, _quoted(name), f"there is no such key{_instead(name, list(known))}"
+            )
         key = known[name]
         try:
             values[key.dest] = _value(key, value)
@@ -101,7 +111,7 @@ def _value(key: Key, value: object) -> object:
 
 
 def _text(key: Key, value: object) -> str:
-    """Return what one would have written on the command line."""
+    """Return the value as it would be written on the command line."""
     if isinstance(value, str):
         return value
     if key.takes_numbers and isinstance(value, int | float) and not isinstance(value, bool):
@@ -116,12 +126,19 @@ def _said(value: object) -> str:
     return _TYPES.get(type(value), "a date or time")
 
 
-def settle(keys: Sequence[Key], from_file: Mapping[str, object], given: Mapping[str, object]) -> tuple[Setting, ...]:
-    """Return the value in effect of each key: of the command line, else of the file, else the default."""
+def settle(
+    keys: Sequence[Key], from_file: Mapping[str, object], given: Mapping[str, object]
+) -> tuple[Setting, ...]:
+    """Return the value in effect of each key: from the command line, else from the file, else the
+    default."""
     layers = ((Origin.COMMAND_LINE, given), (Origin.FILE, from_file))
     return tuple(
         next(
-            (Setting(key, layer[key.dest], origin) for origin, layer in layers if key.dest in layer),
+            (
+                Setting(key, layer[key.dest], origin)
+                for origin, layer in layers
+                if key.dest in layer
+            ),
             Setting(key, key.default, Origin.DEFAULT),
         )
         for key in keys
@@ -129,18 +146,20 @@ def settle(keys: Sequence[Key], from_file: Mapping[str, object], given: Mapping[
 
 
 def plain(setting: Setting) -> object:
-    """Return a value as TOML and JSON have it: a string, number, boolean or list; None if it is not set."""
+    """Return a value as TOML and JSON have it: a string, number, boolean or list; None if it is not
+    set."""
     if setting.key.metavar == OCTAL and isinstance(setting.value, int):
         return f"{setting.value:04o}"
     return setting.value
 
 
 def render(settings: Sequence[Setting], file: str | None) -> str:
-    """Return the configuration as TOML, each key with a comment that says where its value came from.
+    """Return the configuration as TOML, each key with a comment that says where its value came
+    from.
 
     Args:
         settings: every key, once.
-        file: where those of the file came from.
+        file: the path of the file, for values that came from it.
     """
     lines = []
     for setting in settings:
@@ -152,7 +171,9 @@ def render(settings: Sequence[Setting], file: str | None) -> str:
         if value is None:
             lines.append(f"{f'# {name} is not set':<{COMMENT_COLUMN}}  # {origin}")
         elif text is None:
-            lines.append(f"{f'# {name} is not UTF-8, which TOML cannot say':<{COMMENT_COLUMN}}  # {origin}")
+            lines.append(
+                f"{f'# {name} is not UTF-8, which TOML cannot say':<{COMMENT_COLUMN}}  # {origin}"
+            )
         else:
             lines.append(f"{f'{name} = {text}':<{COMMENT_COLUMN}}  # {origin}")
     return "\n".join(lines) + "\n"
@@ -167,7 +188,9 @@ def _toml(value: object) -> str | None:
     """Return a value in TOML; None if there is no way to say it."""
     if isinstance(value, list | tuple):
         items = [_toml(item) for item in value]
-        return None if None in items else f"[{', '.join(item for item in items if item is not None)}]"
+        return (
+            None if None in items else f"[{', '.join(item for item in items if item is not None)}]"
+        )
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -193,5 +216,12 @@ def table(keys: Sequence[Key]) -> str:
             meaning, default = meaning.replace(" (default)", ""), f"{_toml(key.default)}"
         elif key.required:
             default = "required"
-        rows.append(f"| `{key.name}` | {key.allowed} | {default} | {meaning} |")
+        rows.append(
+            f"| `{key.name}` | {_cell(key.allowed)} | {_cell(default)} | {_cell(meaning)} |"
+        )
     return "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Return `text` for a cell of a table in Markdown, where "|" would begin the next cell."""
+    return text.replace("|", "\\|")

@@ -1,7 +1,8 @@
-"""The keys of a configuration file, each made from an option of `lazyfs mount`: there is no second list.
+"""The keys of a configuration file. Each is made from an option of `lazyfs mount`, so that there is
+no second list.
 
-A key is the option's long name without the dashes in front, or a positional argument's name. What its value may be
-follows from the option:
+A key is the option's long name without the dashes in front, or the name of a positional argument.
+The values that it can have follow from the option:
 
     option                          value in the file
     a flag (takes no value)         true or false
@@ -9,7 +10,8 @@ follows from the option:
     has choices, or no type         a string
     metavar OCTAL                   a string: 444 would be another mode than 0444
     any other type                  a string as on the command line, or a number
-    metavar DIR, FILE, MOUNTPOINT   a string that is an absolute path: a file knows no current folder
+    metavar DIR, FILE, MOUNTPOINT   a string that is an absolute path: a file knows no current
+    folder
 """
 
 import argparse
@@ -25,9 +27,9 @@ class Key:
     """One key of a configuration file."""
 
     name: str
-    """As in the file."""
+    """The key as it is written in the file."""
     dest: str
-    """Of the option, in argparse's namespace."""
+    """The destination of the option in argparse's namespace."""
     meaning: str
     metavar: str
     default: object
@@ -37,21 +39,21 @@ class Key:
     is_flag: bool = False
     is_list: bool = False
     required: bool = False
-    """Of the file, if the command line does not have it: it is a positional argument."""
+    """The file must have it if the command line does not: it is a positional argument."""
 
     @property
     def takes_numbers(self) -> bool:
-        """Whether a number may stand for its text."""
+        """Whether the file may have a number instead of a text."""
         return self.convert is not None and self.metavar not in (OCTAL, "REPOSITORY")
 
     @property
     def is_path(self) -> bool:
-        """Whether it names a file or a folder."""
+        """Whether the value names a file or a folder."""
         return self.metavar in PATHS
 
     @property
     def allowed(self) -> str:
-        """What its value may be, for people."""
+        """The values that it can have, in words, for messages and documents."""
         if self.is_flag:
             return "true or false"
         if self.choices:
@@ -61,7 +63,11 @@ class Key:
         elif self.metavar == OCTAL:
             one = 'an octal number in quotes, such as "0444"'
         else:
-            one = f"{self.metavar}, a number or a text in quotes" if self.takes_numbers else "a text in quotes"
+            one = (
+                f"{self.metavar}, a number or a text in quotes"
+                if self.takes_numbers
+                else "a text in quotes"
+            )
         return f"a list, each item {one}" if self.is_list else one
 
     def parse(self, text: str) -> object:
@@ -86,8 +92,8 @@ class Key:
 def keys_of(actions: Iterable[argparse.Action]) -> tuple[Key, ...]:
     """Return the keys that the options of `lazyfs mount` give.
 
-    An option that is hidden, or has no default at all (argparse.SUPPRESS, as --help has it), is for the command line
-    alone.
+    An option that is hidden, or has no default at all (argparse.SUPPRESS, as --help has it), is for
+    the command line alone.
     """
     return tuple(
         Key(
@@ -108,4 +114,8 @@ def keys_of(actions: Iterable[argparse.Action]) -> tuple[Key, ...]:
 
 
 def _name(action: argparse.Action) -> str:
-    return max(action.option_strings, key=len).removeprefix("--") if action.option_strings else action.dest
+    return (
+        max(action.option_strings, key=len).removeprefix("--")
+        if action.option_strings
+        else action.dest
+    )

@@ -1,10 +1,12 @@
-"""Every command and event of the control socket: what clients may send, what they get, since when.
+"""Every command and event of the control socket: what clients may send, what they get, and since
+which version.
 
-The one authority: arguments are validated by it, `query-qmp-schema` tells it, and doc/CONTROL.md is made from it
-(tools/make-docs). Names of jobs and their fields follow QEMU (qapi/job.json), messages about
-arguments too.
+This is the one authority: it validates arguments, `query-qmp-schema` returns it, and
+tools/make-docs makes doc/CONTROL.md from it. The names of jobs and their fields, and messages about
+arguments, follow QEMU (qapi/job.json).
 """
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,95 +68,139 @@ class Event:
 
 
 _NO_IMAGE = "there is no image at `path`"
-_PATH = Argument("path", "str", 'the image, relative to the mountpoint, such as "team/debian-12"')
-_JOB = Argument("id", "str", "of the job, as `query-jobs` has it")
+_PATH = Argument(
+    "path", "str", 'path of the image, relative to the mountpoint, such as "team/debian-12"'
+)
+_JOB = Argument("id", "str", "id of the job, as `query-jobs` returns it")
 _NO_JOB = "there is no job with this id"
-_PATHS = Argument("path", "str", 'an image, or a folder for all below it, relative to the mountpoint; "" for all')
-_COUNT = Field("images", "int", "how many it concerned")
+_PATHS = Argument(
+    "path",
+    "str",
+    'path of an image, or of a folder for all images below it; relative to the mountpoint; "" for all',
+)
+_COUNT = Field("images", "int", "number of images that it concerned")
 
 COMMANDS = (
     Command(
         "qmp_capabilities",
-        "Ends the negotiation; comes before any other command.",
-        (Argument("enable", "list", "capabilities to enable; there are none", optional=True),),
+        "Ends the negotiation. A client must send it before any other command.",
+        (Argument("enable", "list", "capabilities to enable; lazyfs has none", optional=True),),
     ),
     Command(
         "query-version",
-        "The version of lazyfs, in the shape of QEMU's.",
-        returns=(Field("qemu", "object", "major, minor and micro"), Field("package", "str", '"lazyfs"')),
+        "Returns the version of lazyfs, in the form that QEMU uses.",
+        returns=(
+            Field("qemu", "object", "major, minor and micro"),
+            Field("package", "str", '"lazyfs"'),
+        ),
     ),
     Command(
         "query-commands",
-        "The names of all commands.",
-        returns=(Field("name", "str", "of a command"),),
+        "Returns the names of all commands.",
+        returns=(Field("name", "str", "name of the command"),),
         returns_list=True,
     ),
     Command(
         "query-qmp-schema",
-        "All commands, events, and the types of their arguments, results and data, in the shape of QEMU's.",
-        returns=(Field("name", "str", "of the entity"), Field("meta-type", "str", "command, event, object, ...")),
+        "Returns all commands and events, with the types of arguments, results and data, in the form that QEMU uses.",
+        returns=(
+            Field("name", "str", "name of the entity"),
+            Field("meta-type", "str", "command, event, object, ..."),
+        ),
         returns_list=True,
     ),
     Command(
         "query-mount",
-        "The daemon and its mount.",
+        "Returns the state of the daemon and of its mount.",
         returns=(
-            Field("mountpoint", "str", "absolute"),
+            Field("mountpoint", "str", "absolute path"),
             Field("device", "str", '"major:minor" of the mount, as /proc/self/mountinfo has it'),
-            Field("cache_dir", "str", "absolute"),
-            Field("repository", "str", "its URI"),
-            Field("connected", "bool", "whether the latest attempt to reach the repository succeeded"),
-            Field("control_socket", "str", "absolute"),
-            Field("pid", "int", "of the daemon"),
-            Field("reconnects", "int", "connections made again after a loss"),
-            Field("metrics", "str", '"host:port" where metrics are served, or ""'),
-            Field("detached", "bool", "unmounted; serves files that are still open"),
-            Field("passthrough", "bool", "whether the kernel reads whole images by itself"),
-            Field("passthrough_trouble", "str", 'why not, or ""'),
+            Field("cache_dir", "str", "absolute path"),
+            Field("repository", "str", "URI of the repository"),
+            Field(
+                "connected", "bool", "true if the latest attempt to reach the repository succeeded"
+            ),
+            Field("control_socket", "str", "absolute path"),
+            Field("pid", "int", "process ID of the daemon"),
+            Field("reconnects", "int", "number of times that the repository was back after a loss"),
+            Field("metrics", "str", '"host:port" where metrics are served; "" if they are not'),
+            Field(
+                "detached", "bool", "true if it is unmounted and serves files that are still open"
+            ),
+            Field("passthrough", "bool", "true if the kernel reads whole images by itself"),
+            Field("passthrough_trouble", "str", 'why it does not, or ""'),
             Field(
                 "room",
                 "object",
-                "bytes `total` and `free` of the cache's file system, `used` by the cache; the limits `max_cache` and "
-                '`min_free`, null for none; and `message`: why the cache may not grow now, or ""',
+                "bytes: `total` and `free` of the cache's file system, and `used` by the cache; the limits `max_cache` "
+                'and `min_free`, null for none; and `message`: why the cache may not grow now, or ""',
             ),
             Field("message", "str", 'what an operator should know, or ""'),
         ),
     ),
     Command(
         "query-images",
-        "Images, by path.",
-        (Argument("path", "str", "an image or a folder, relative to the mountpoint; all if left out", optional=True),),
+        "Returns images, ordered by path.",
+        (
+            Argument(
+                "path",
+                "str",
+                "path of an image or a folder, relative to the mountpoint; all images if left out",
+                optional=True,
+            ),
+        ),
         returns=(
-            Field("name", "str", "of the export"),
-            Field("path", "str", "absolute"),
-            Field("inode", "int", "that the path leads to now"),
-            Field("size", "int", "bytes of the export; null while not known", nullable=True),
-            Field("file_size", "int", "bytes of the file shown; null while not known", nullable=True),
-            Field("format", "str", "of the file: raw or qcow2"),
+            Field("name", "str", "name of the export"),
+            Field("path", "str", "absolute path of the image"),
+            Field("inode", "int", "inode number that the path leads to now"),
+            Field(
+                "size", "int", "bytes of the export; null while they are not known", nullable=True
+            ),
+            Field(
+                "file_size",
+                "int",
+                "bytes of the file on the mount; null while they are not known",
+                nullable=True,
+            ),
+            Field("format", "str", "format of the file: raw or qcow2"),
             Field("state", "str", "remote, partial, whole or failed"),
-            Field("present_bytes", "int", "data in the cache"),
-            Field("zero_bytes", "int", "known to be zeroes; with `present_bytes` the size when whole"),
+            Field("present_bytes", "int", "bytes of data in the cache"),
+            Field(
+                "zero_bytes",
+                "int",
+                "bytes known to be zeroes; when whole, `present_bytes` + `zero_bytes` is `size`",
+            ),
             Field("fetched_bytes", "int", "demand_bytes + populated_bytes"),
-            Field("demand_bytes", "int", "fetched because a reader waited"),
-            Field("populated_bytes", "int", "fetched in the background"),
-            Field("requests", "int", "read requests sent to the repository"),
-            Field("open_count", "int", "files open"),
-            Field("replaced", "bool", "its name belongs to another image; it is told of while somebody has it open"),
-            Field("fill_rate", "number", "bytes per second, lately"),
-            Field("pinned", "bool", "never evicted"),
-            Field("last_used_ns", "int", "last open or close, ns since the epoch; 0: never"),
-            Field("error", "str", 'what is wrong with it, or ""'),
+            Field("demand_bytes", "int", "bytes fetched because a reader waited"),
+            Field("populated_bytes", "int", "bytes fetched in the background"),
+            Field("requests", "int", "number of read requests sent to the repository"),
+            Field("open_count", "int", "number of open files"),
+            Field(
+                "replaced",
+                "bool",
+                "true if another image has its name now; it is listed while somebody has it open",
+            ),
+            Field("fill_rate", "number", "bytes fetched per second, lately"),
+            Field("pinned", "bool", "true if it is never evicted"),
+            Field(
+                "last_used_ns",
+                "int",
+                "time of the last open or close, in ns since the epoch; 0 for never",
+            ),
+            Field("error", "str", 'what is wrong with the image, or ""'),
         ),
         returns_list=True,
         errors=(_NO_IMAGE,),
     ),
     Command(
         "query-jobs",
-        "Background work, as QEMU's command of that name. A `populate` job ends with its image whole, and is gone "
-        "then; a `verify` job stays, concluded, until it is dismissed.",
+        "Returns background work, as QEMU's command of that name does. A `populate` job ends when its image is whole, "
+        "and is gone then. A `verify` job stays, concluded, until it is dismissed.",
         returns=(
             Field(
-                "id", "str", 'the path of the image, relative to the mountpoint; of a verify job "verify:" before it'
+                "id",
+                "str",
+                'path of the image, relative to the mountpoint; for a verify job, "verify:" and that path',
             ),
             Field("type", "str", "populate or verify"),
             Field(
@@ -162,128 +208,161 @@ COMMANDS = (
                 "str",
                 "running, paused (by job-pause), standby (waiting for room or the repository) or concluded",
             ),
-            Field("current-progress", "int", "bytes done"),
-            Field("total-progress", "int", "bytes in all"),
-            Field("error", "str", "why it failed", optional=True),
+            Field("current-progress", "int", "number of bytes done"),
+            Field("total-progress", "int", "number of bytes in all"),
+            Field("error", "str", "why it failed or waits", optional=True),
         ),
         returns_list=True,
     ),
-    Command("job-pause", "Pauses a job.", (_JOB,), errors=(_NO_JOB, "it has concluded, or is paused")),
+    Command(
+        "job-pause",
+        "Pauses a populate job.",
+        (_JOB,),
+        errors=(_NO_JOB, "it has concluded, or is paused"),
+    ),
     Command("job-resume", "Resumes a paused job.", (_JOB,), errors=(_NO_JOB, "it is not paused")),
     Command(
         "job-cancel",
-        "Ends a job. What a populate job has fetched is kept; `prefetch`, or the next first open of the image, begins "
+        "Ends a job. What a populate job has fetched is kept. `prefetch`, or the next first open of the image, begins "
         "it again.",
         (_JOB,),
         errors=(_NO_JOB, "it has concluded"),
     ),
-    Command("job-dismiss", "Forgets a concluded job.", (_JOB,), errors=(_NO_JOB, "it has not concluded")),
+    Command(
+        "job-dismiss", "Forgets a concluded job.", (_JOB,), errors=(_NO_JOB, "it has not concluded")
+    ),
     Command(
         "prefetch",
-        "Populates images now, without a reader, also where population is off otherwise.",
+        "Populates images now, without waiting for a reader. It works on a mount with --no-populate, too.",
         (
             _PATHS,
             Argument(
                 "format",
                 "str",
-                "of the file; only for an image of which nothing is cached. Its name changes with it",
+                "format of the file, whose name changes with it; only if nothing of the image is cached",
                 optional=True,
                 values=("raw", "qcow2"),
             ),
         ),
-        returns=(_COUNT, Field("paths", "list", "relative to the mountpoint; new ones where the format changed")),
+        returns=(
+            _COUNT,
+            Field(
+                "paths",
+                "list",
+                "paths of the images, relative to the mountpoint; new ones if the format changed",
+            ),
+        ),
         errors=(
             _NO_IMAGE,
             "the repository does not answer",
             "an image has failed",
-            "a format is asked for, and something is cached",
+            "another format is asked for, and something is cached",
         ),
     ),
     Command(
         "set-rate",
-        "Limits the population of images, each on top of the mount's own limit; of all together if `path` is empty.",
-        (_PATHS, Argument("rate", "int", "bytes per second; 0 for no limit")),
+        "Limits the population of each image, in addition to the mount's own limit. If `path` is empty, it sets the "
+        "mount's limit, which is for all images together.",
+        (_PATHS, Argument("rate", "int", "bytes per second; 0 removes the limit")),
         returns=(_COUNT,),
         errors=(_NO_IMAGE,),
     ),
     Command(
         "evict",
-        "Drops what is cached of images. Open files keep theirs until they are closed; the next open begins anew.",
+        "Drops what is cached of images. Processes that have an image open keep reading it; the next open begins anew. "
+        "In a folder, images that must not be evicted are left out.",
         (_PATHS,),
         returns=(_COUNT,),
         errors=(
             _NO_IMAGE,
-            "an image is pinned, or the backing file of an overlay",
-            "an image is gone from the repository: `forget` drops the last copy",
+            "the image is pinned, or is the backing file of an overlay",
+            "the image is gone from the repository: `forget` drops such an image",
         ),
     ),
     Command(
-        "pin", "Never evicts these images, nor lets them be evicted.", (_PATHS,), returns=(_COUNT,), errors=(_NO_IMAGE,)
+        "pin",
+        "Protects images from eviction, by hand or for space.",
+        (_PATHS,),
+        returns=(_COUNT,),
+        errors=(_NO_IMAGE,),
     ),
     Command("unpin", "Undoes `pin`.", (_PATHS,), returns=(_COUNT,), errors=(_NO_IMAGE,)),
     Command(
         "forget",
-        "Drops images that are gone from the repository, with what is cached of them.",
+        "Drops images that are gone from the repository, with what is cached of them. Other images in a folder stay.",
         (_PATHS,),
         returns=(_COUNT,),
-        errors=(_NO_IMAGE, "an image is in the repository, is pinned or is open"),
+        errors=(_NO_IMAGE, "an image is in the repository, is pinned, or is open"),
     ),
     Command(
         "query-map",
-        "Which ranges of an image are here, as `qemu-img map` tells it.",
+        "Returns which ranges of an image are cached, in the form of `qemu-img map`.",
         (_PATH,),
         returns=(
-            Field("start", "int", "byte of the export"),
-            Field("length", "int", "bytes"),
-            Field("present", "bool", "in the cache, or known to be zeroes"),
-            Field("zero", "bool", "reads as zeroes"),
-            Field("data", "bool", "data in the cache file"),
+            Field("start", "int", "offset in the export, in bytes"),
+            Field("length", "int", "number of bytes"),
+            Field("present", "bool", "true if it is in the cache, or is known to be zeroes"),
+            Field("zero", "bool", "true if it is known to read as zeroes"),
+            Field("data", "bool", "true if the cache file has data there"),
         ),
         returns_list=True,
         errors=(_NO_IMAGE, "the size of the image is not known"),
     ),
     Command(
         "verify",
-        "Reads back what is cached of an image, as a job; damage drops it, so that it is fetched again when needed.",
+        "Reads back what is cached of an image, as a job. Without a digest and `against-repository`, only what the "
+        "disk cannot read is found. A damaged image is dropped, and fetched again when needed.",
         (
             _PATH,
             Argument(
                 "digest",
                 "str",
-                "what the whole export hashes to, such as sha256:9f86...; kept if it is right, or if the image is not "
-                "whole: then there is no job, as it is compared before the image is handed off",
+                "digest of the whole export, such as sha256:9f86...; it is kept if it is right. If the image is not "
+                "whole, it is kept, too, and compared before the hand-off",
                 optional=True,
             ),
-            Argument("against-repository", "bool", "compare with the repository as well", optional=True),
+            Argument(
+                "against-repository", "bool", "compare with the repository as well", optional=True
+            ),
         ),
-        returns=(Field("id", "str", "of the job, which has an error when the cache is damaged", optional=True),),
+        returns=(
+            Field(
+                "id",
+                "str",
+                "id of the job, which has an error if the cache is damaged; left out if a digest was only kept",
+                optional=True,
+            ),
+        ),
         errors=(
             _NO_IMAGE,
-            "the digest is none",
+            "`digest` is not a digest",
             "the image is being verified already",
         ),
     ),
     Command(
         "detach",
-        "Unmounts lazily: new opens get the plain files, open files are served until they are closed.",
-        returns=(Field("open_count", "int", "files that stay open"),),
-        errors=("an open image is not whole", "it is detached already"),
+        "Unmounts although files are open. New opens get the plain files; open files are served until they are closed.",
+        returns=(Field("open_count", "int", "number of files that stay open"),),
+        errors=("an open image is not whole", "the mount is detached already"),
     ),
 )
 
 EVENTS = (
     Event(
         "JOB_STATUS_CHANGE",
-        "A job has begun, changed or gone, as QEMU's event of that name.",
-        (Field("id", "str", "of the job"), Field("status", "str", 'as in `query-jobs`, or "null": it is gone')),
+        "A job has begun, has another status, or is gone, as in QEMU's event of that name.",
+        (
+            Field("id", "str", "id of the job"),
+            Field("status", "str", 'as in `query-jobs`; "null" if it is gone'),
+        ),
     ),
     Event(
         "IMAGE_STATE_CHANGE",
         "An image has another state.",
         (
-            Field("path", "str", "relative to the mountpoint"),
+            Field("path", "str", "path of the image, relative to the mountpoint"),
             Field("state", "str", "as in `query-images`"),
-            Field("error", "str", "as there"),
+            Field("error", "str", "as in `query-images`"),
         ),
     ),
 )
@@ -309,12 +388,15 @@ def check_arguments(command: Command, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_value(argument: Argument, value: Any) -> None:
-    # A bool is an int to Python, not to JSON; an integer has 64 bits to QEMU, any number of them to Python.
+    # A bool is an int to Python, not to JSON; an integer has 64 bits to QEMU, any number of them to
+    # Python.
     fits = isinstance(value, _TYPES[argument.type])
     if argument.type == "int":
         fits = fits and not isinstance(value, bool) and -(2**63) <= value < 2**63
     if not fits:
-        raise CommandError(f"Invalid parameter type for '{argument.name}', expected: {_EXPECTED[argument.type]}")
+        raise CommandError(
+            f"Invalid parameter type for '{argument.name}', expected: {_EXPECTED[argument.type]}"
+        )
     if argument.values and value not in argument.values:
         raise CommandError(f"Parameter '{argument.name}' does not accept value '{value}'")
 
@@ -332,7 +414,13 @@ def introspection() -> list[dict[str, Any]]:
     ]  # fmt: skip
     found.append({"name": "list", "meta-type": "array", "element-type": "any"})
     found.append({"name": "object", "meta-type": "object", "members": []})
-    found.append({"name": "int or null", "meta-type": "alternate", "members": [{"type": "int"}, {"type": "null"}]})
+    found.append(
+        {
+            "name": "int or null",
+            "meta-type": "alternate",
+            "members": [{"type": "int"}, {"type": "null"}],
+        }
+    )
     for command in COMMANDS:
         argument_type, return_type = f"{command.name}-arg", f"{command.name}-ret"
         found.append(
@@ -351,7 +439,9 @@ def introspection() -> list[dict[str, Any]]:
         found.append(_object(argument_type, command.arguments))
         found.append(_object(return_type, command.returns))
         if command.returns_list:
-            found.append({"name": f"[{return_type}]", "meta-type": "array", "element-type": return_type})
+            found.append(
+                {"name": f"[{return_type}]", "meta-type": "array", "element-type": return_type}
+            )
     for event in EVENTS:
         found.append({"name": event.name, "meta-type": "event", "arg-type": f"{event.name}-data"})
         found.append(_object(f"{event.name}-data", event.data))
@@ -381,34 +471,53 @@ def document() -> str:
     parts += [_describe(command) for command in sorted(COMMANDS, key=lambda command: command.name)]
     parts.append("## Events\n")
     for event in sorted(EVENTS, key=lambda event: event.name):
-        parts.append(f"### {event.name}\n\n{event.meaning} Since {event.since}.\n\n{_table('data', event.data)}")
+        parts.append(f"### {event.name}\n\n{_wrapped(event)}\n\n{_table('data', event.data)}")
     return "\n".join(parts)
 
 
 _INTRODUCTION = """# The control socket
 
-<!-- Made from lazyfs/core/control_schema.py by tools/make-docs; tests/unit/test_control_schema.py compares. -->
+<!-- Made from lazyfs/core/control_schema.py by tools/make-docs. -->
 
-Each daemon listens on a UNIX socket, mode 0600: `/run/lazyfs/<mountpoint, escaped as systemd-escape --path>.sock`, for
-users `$XDG_RUNTIME_DIR/lazyfs/` (FORMATS.md has the rest of the name). It speaks QMP as QEMU does, so `qmp-shell` and
-the `qemu.qmp` library are clients; so is every verb of `lazyfs`. A message is at most 64 KiB, and there are at most 64
-clients. Failures are of class `GenericError`: wrong arguments name the argument. An unknown command, or one before
-`qmp_capabilities`, is `CommandNotFound`.
+Each daemon listens on a UNIX socket with mode 0600:
+`/run/lazyfs/<mountpoint, escaped as systemd-escape --path>.sock`. For users other than root it is
+in `$XDG_RUNTIME_DIR/lazyfs/`. [FORMATS.md](FORMATS.md#control-sockets) has the rest about its name.
+
+It speaks QMP as QEMU does, so `qmp-shell` and the `qemu.qmp` library can be clients. Every command
+of `lazyfs` that asks a daemon uses it, too. `lazyfs status --json` prints `{"mounts": [...]}`: for
+each mount what `query-mount` returns, with `images` and `jobs` added.
+
+- A message is at most 64 KiB long, and there are at most 64 clients.
+- Failures are of class `GenericError`. If an argument is wrong, the message names it.
+- An unknown command, or a command before `qmp_capabilities`, fails with `CommandNotFound`.
+
+Example:
 
     qmp-shell /run/lazyfs/var-lib-imagecache.sock
     (QEMU) query-images path=debian-12
 """
 
+WIDTH = 100
+"""Columns of the document, tables left out."""
+
 
 def _describe(command: Command) -> str:
-    parts = [f"### {command.name}\n\n{command.meaning} Since {command.since}.\n"]
+    parts = [f"### {command.name}\n\n{_wrapped(command)}\n"]
     if command.arguments:
         parts.append(_table("argument", command.arguments))
     if command.returns:
-        parts.append(_table("returns a list of" if command.returns_list else "returns", command.returns))
-    if command.errors:
-        parts.append("Fails when: " + "; ".join(command.errors) + ".\n")
+        parts.append(
+            _table("returns a list of" if command.returns_list else "returns", command.returns)
+        )
+    if len(command.errors) == 1:
+        parts.append(f"It fails if {command.errors[0]}.\n")
+    elif command.errors:
+        parts.append("It fails if:\n\n" + "".join(f"- {error}\n" for error in command.errors))
     return "\n".join(parts)
+
+
+def _wrapped(named: Command | Event) -> str:
+    return textwrap.fill(f"{named.meaning} Since {named.since}.", WIDTH, break_on_hyphens=False)
 
 
 def _table(title: str, members: tuple[Argument, ...] | tuple[Field, ...]) -> str:
@@ -416,5 +525,7 @@ def _table(title: str, members: tuple[Argument, ...] | tuple[Field, ...]) -> str
     for member in members:
         values = getattr(member, "values", ())
         kind = " or ".join(f'"{value}"' for value in values) if values else member.type
-        rows.append(f"| `{member.name}`{' (optional)' if member.optional else ''} | {kind} | {member.meaning} |")
+        rows.append(
+            f"| `{member.name}`{' (optional)' if member.optional else ''} | {kind} | {member.meaning} |"
+        )
     return "\n".join(rows) + "\n"

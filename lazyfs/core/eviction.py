@@ -7,8 +7,8 @@ What may still be written, against time; the cache grows from left to right:
                                     evict until here  begin   nothing is kept
                                                       here    beyond
 
-Population stops at the mark. The headroom behind it is for readers: what they fetch is kept while eviction, which takes
-a moment, goes on beside them.
+Population stops at the mark. The headroom behind it is for readers: what they fetch is kept while
+eviction, which takes a moment, goes on beside them.
 """
 
 import enum
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from lazyfs.units import MiB
 
 MAX_HEADROOM = 256 * MiB
-"""What readers bring in 0.25 s at 1 GB/s, or 2 s at 1 Gbit/s: longer than it takes to read the headers of a thousand
-overlays, commit two catalog transactions and unlink a file. Unmeasured beyond that; a larger one keeps less."""
+"""What readers bring in 0.25 s at 1 GB/s, or 2 s at 1 Gbit/s: longer than it takes to read the
+headers of a thousand overlays, commit two catalog transactions and unlink a file. Unmeasured beyond
+that; a larger one keeps less."""
 
 HEADROOM_SHARE = 64
 """Of a limit below 16 GiB, this part: a cache of 1 GiB gives up 16 MiB, too little to miss."""
@@ -40,14 +41,17 @@ class Limits:
         return self != Limits()
 
     def free_bytes(self, total: int) -> int | None:
-        """Return what has to stay free on a file system of `total` bytes; None if nothing has to."""
+        """Return what has to stay free on a file system of `total` bytes; None if nothing has
+        to."""
         if self.min_free_percent is not None:
             return int(total * self.min_free_percent / 100)
         return self.min_free
 
     def headroom(self, total: int) -> int:
         """Return the bytes between mark and limit; as many again are freed below the mark."""
-        return min((total if self.max_cache is None else self.max_cache) // HEADROOM_SHARE, MAX_HEADROOM)
+        return min(
+            (total if self.max_cache is None else self.max_cache) // HEADROOM_SHARE, MAX_HEADROOM
+        )
 
     def left(self, used: int, total: int, free: int) -> int:
         """Return how many bytes the cache may still grow; less than 0 if it has to shrink."""
@@ -95,8 +99,11 @@ class Candidate:
     """No fetch would bring it back."""
 
 
-def obstacle(candidate: Candidate, among: Collection[Obstacle] = tuple(Obstacle)) -> Obstacle | None:
-    """Return the first of the obstacles `among` that keeps an image from being evicted; None if it may go."""
+def obstacle(
+    candidate: Candidate, among: Collection[Obstacle] = tuple(Obstacle)
+) -> Obstacle | None:
+    """Return the first of the obstacles `among` that keeps an image from being evicted; None if it
+    may go."""
     found = {
         Obstacle.GONE: candidate.gone,
         Obstacle.PINNED: candidate.pinned,
@@ -110,7 +117,8 @@ def obstacle(candidate: Candidate, among: Collection[Obstacle] = tuple(Obstacle)
 
 
 def choose(candidates: Iterable[Candidate], wanted: int) -> list[Candidate]:
-    """Return whom to evict, in order: least recently used first, until `wanted` bytes are freed or nobody is left.
+    """Return whom to evict, in order: least recently used first, until `wanted` bytes are freed or
+    nobody is left.
 
     Nobody whom an obstacle keeps.
     """
@@ -131,18 +139,22 @@ class Need:
     wanted: int
     """To be freed; 0 for none."""
     spare: bool
-    """Nobody waits for it, and no limit is exceeded: the image that population works on is spared."""
+    """Nobody waits for it, and no limit is exceeded: the image that population works on is
+    spared."""
     headroom: int
     left: int
     """What may still be written without evicting anything."""
 
     def is_in_vain(self, candidates: Iterable[Candidate]) -> bool:
-        """Whether there is room but for one write, for which evicting all `candidates` would not be enough."""
+        """Whether there is room but for one write, for which evicting all `candidates` would not be
+        enough."""
         freed = sum(one.size for one in candidates)
         return self.left >= self.headroom and 0 < freed < self.wanted - self.headroom
 
 
-def need(*, room: int, left: int, unmet: int, headroom: int, refused_reader: bool, reading: bool) -> Need:
+def need(
+    *, room: int, left: int, unmet: int, headroom: int, refused_reader: bool, reading: bool
+) -> Need:
     """Return how much room to make.
 
     Args:
@@ -183,7 +195,9 @@ class LookAtOverlays:
 Decision = Evict | LookAtOverlays | Shortage
 
 
-def decide(candidates: Sequence[Candidate], need: Need, *, backing_known: bool, may_evict: bool) -> Decision:
+def decide(
+    candidates: Sequence[Candidate], need: Need, *, backing_known: bool, may_evict: bool
+) -> Decision:
     """Return what to do to make room.
 
     Args:

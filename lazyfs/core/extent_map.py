@@ -4,8 +4,8 @@ Source: the NBD protocol, "base:allocation" metadata context. Flag bit 0 is NBD_
 NBD_STATE_ZERO; they are independent. Only ZERO matters here: a range that reads as zeroes is never
 fetched, a hole without ZERO has undefined content and is fetched like data.
 
-Knowledge is kept by window, aligned pieces of the image that are asked about at once, because an export
-of terabytes should not be asked about as a whole before its first byte is read.
+Knowledge is kept by window, aligned pieces of the image that are asked about at once, because an
+export of terabytes should not be asked about as a whole before its first byte is read.
 
     window 0          window 1          window 2
     |=====  ====    ==|not asked yet    |      (empty: |    = data ranges, kept as pairs
@@ -25,21 +25,24 @@ STATE_HOLE = 1 << 0
 STATE_ZERO = 1 << 1
 
 WINDOW = 256 * MiB
-"""Bytes asked about at once. Unmeasured: a GiB takes four questions, one window's answer stays small."""
+"""Bytes asked about at once. Unmeasured: a GiB takes four questions, one window's answer stays
+small."""
 
 GRAIN = 4 * KiB
 """Zero ranges are trusted in units of this, so that a fetch is never cut finer than a page."""
 
 
 def parse_block_status(asked: ByteRange, entries: Iterable[int], export: str) -> list[ByteRange]:
-    """Return the data ranges in `asked`, and how far the answer reaches, as judged from a server's reply.
+    """Return the data ranges in `asked`, and how far the answer reaches, as judged from a server's
+    reply.
 
     Args:
         entries: alternating lengths and flags, as libnbd passes them on.
 
     Returns:
-        Data ranges in order, merged, inside `asked`; the last element is an empty range at the first byte
-        the reply says nothing about (servers may answer for less than was asked, or for more).
+        Data ranges in order, merged, inside `asked`; the last element is an empty range at the
+        first byte the reply says nothing about (servers may answer for less than was asked, or for
+        more).
 
     Raises:
         RequestFailed: an empty reply or an extent of length 0, which would make no progress.
@@ -49,7 +52,9 @@ def parse_block_status(asked: ByteRange, entries: Iterable[int], export: str) ->
     pairs = iter(entries)
     for length, flags in zip(pairs, pairs, strict=False):
         if length == 0:
-            raise RequestFailed(f"block status of {export}: the server sent an empty extent; it", errno.EPROTO)
+            raise RequestFailed(
+                f"block status of {export}: the server sent an empty extent; it", errno.EPROTO
+            )
         end = min(position + length, asked.end)
         if not flags & STATE_ZERO and end > position:
             if data and data[-1].end == position:
@@ -85,12 +90,14 @@ class ExtentMap:
         return None
 
     def known_until(self, offset: int, limit: int) -> int:
-        """Return the end of the known windows that follow `offset` without a gap, at most `limit`."""
+        """Return the end of the known windows that follow `offset` without a gap, at most
+        `limit`."""
         unknown = self.first_unknown(ByteRange(offset, limit)) if offset < limit else None
         return limit if unknown is None else max(offset, unknown.start)
 
     def learn(self, window: ByteRange, data: Iterable[ByteRange]) -> None:
-        """Keep `data`, ordered ranges inside `window`, widened to GRAIN; the rest of the window is zeroes."""
+        """Keep `data`, ordered ranges inside `window`, widened to GRAIN; the rest of the window is
+        zeroes."""
         bounds: array[int] = array("Q")
         for piece in data:
             inside = piece.clip(window)

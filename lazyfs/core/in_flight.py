@@ -1,13 +1,16 @@
 """The in-flight table of one image: which request fetches which block, and who waits for it.
 
-    MISSING --plan, claim--> CLAIMED by one flight --settle--> DATA or ZERO (kept), or MISSING again (not kept)
+    MISSING --plan, claim--> CLAIMED by one flight --settle--> DATA or ZERO (kept), or MISSING again
+    (not kept)
 
 A *flight* is one request under way, a reader's or population's. Invariants:
 
-- A block is CLAIMED in the map exactly while one flight has it, so no byte is fetched twice at once.
+- A block is CLAIMED in the map exactly while one flight has it, so no byte is fetched twice at
+  once.
 - Every flight ends by exactly one `settle`, which returns everybody who waits for it.
 
-The table decides and remembers; it neither waits nor fetches. It is not thread-safe: the caller holds a lock.
+The table decides and remembers; it neither waits nor fetches. It is not thread-safe: the caller
+holds a lock.
 """
 
 import enum
@@ -47,7 +50,8 @@ class Plan:
     new: tuple[Flight, ...]
     """Flights that this reader has to begin, the most urgent first."""
     joined: tuple[Flight, ...]
-    """Every flight that has a block which the reader wants, new ones included, in the order of the blocks."""
+    """Every flight that has a block which the reader wants, new ones included, in the order of the
+    blocks."""
 
 
 class InFlight(Generic[WaiterT]):
@@ -71,7 +75,8 @@ class InFlight(Generic[WaiterT]):
         """Claim what is missing for a read of `wanted`, and say what the reader has to wait for.
 
         Args:
-            ahead: how many bytes behind `wanted` to fetch as well, if the read itself misses something.
+            ahead: how many bytes behind `wanted` to fetch as well, if the read itself misses
+                something.
             unit: as of `fetch_plan.plan_rest`; the block size for no rest.
         """
         new = [self._begin(run, Purpose.DEMAND) for run in plan_read(self._blocks, wanted, ahead)]
@@ -79,11 +84,14 @@ class InFlight(Generic[WaiterT]):
             new += [self._begin(run, Purpose.REST) for run in plan_rest(self._blocks, wanted, unit)]
         own = self._blocks.blocks_of(wanted)
         self._cursor.jump(own.end)
-        joined = dict.fromkeys(self._at[block] for block in range(own.first, own.end) if block in self._at)
+        joined = dict.fromkeys(
+            self._at[block] for block in range(own.first, own.end) if block in self._at
+        )
         return Plan(tuple(new), tuple(joined))
 
     def claim(self, limit: int, known_until: Callable[[ByteRange], int]) -> Flight | None:
-        """Claim the next missing blocks for population, or return None if there are none that may be fetched now.
+        """Claim the next missing blocks for population, or return None if there are none that may
+        be fetched now.
 
         Args:
             limit: the most bytes to claim; at least one block is claimed.
@@ -123,8 +131,8 @@ class InFlight(Generic[WaiterT]):
         """End a flight, and return who waited for it.
 
         Args:
-            kept_bytes: how many bytes of data are in the cache file now, the rest of the run being zeroes; None if
-                nothing was kept.
+            kept_bytes: how many bytes of data are in the cache file now, the rest of the run being
+                zeroes; None if nothing was kept.
         """
         waiters = self._waiters.pop(flight)
         if kept_bytes is None:

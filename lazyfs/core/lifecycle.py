@@ -6,7 +6,8 @@
       │                         failed <── its plain file is not ours ──────┤
       └───────────────────── evicted, replaced, or the file was removed ────┘
 
-A failed image still serves the bytes it has. A whole image never leaves by itself. `_NEXT` is the authority.
+A failed image still serves the bytes it has. A whole image never leaves by itself. `_NEXT` is the
+authority.
 """
 
 import enum
@@ -45,7 +46,9 @@ class Cause(enum.Enum):
     """Written by an older lazyfs, which kept no more than a text."""
 
 
-CHANGED_BY_HAND = "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
+CHANGED_BY_HAND = (
+    "its plain file was changed by hand; remove that (and mount again) to have it fetched anew"
+)
 """What is said of an image with the cause of that name."""
 
 _NEXT = {

@@ -1,10 +1,13 @@
-"""Every metric that `lazyfs mount --metrics` exports: its name, its kind, its labels and what they may be.
+"""Every metric that `lazyfs mount --metrics` exports: its name, its kind, its labels and what they
+may be.
 
-The one authority: `metrics.py` exports these and no others, doc/METRICS.md is made from it (tools/make-docs), and the
-expressions of tools/grafana-dashboard.json are compared with it. No label has values that grow with the images:
-thousands of images would be thousands of time series in every Prometheus that looks.
+This is the one authority: `metrics.py` exports these and no others, tools/make-docs makes
+doc/METRICS.md from it, and a test compares the expressions of tools/grafana-dashboard.json with it.
+No label has values that grow with the number of
+images: thousands of images would be thousands of time series in every Prometheus that scrapes them.
 """
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,12 +19,12 @@ class Metric:
     """One metric, as Prometheus has it."""
 
     name: str
-    """In full, with the `_total` of a counter."""
+    """The full name, with the `_total` of a counter."""
     kind: str
     help: str
     labels: tuple[str, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
-    """Of its only label: what it may be, and what that means. {} if nobody can list it."""
+    """The possible values of its only label, and what they mean; {} if they cannot be listed."""
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -35,69 +38,69 @@ METRICS = (
     Metric(
         "lazyfs_mount_info",
         GAUGE,
-        "Always 1; its labels say which mount this is, and the version of lazyfs.",
+        "Always 1. The labels say which mount this is, and the version of lazyfs.",
         ("mountpoint", "version"),
     ),
     Metric(
         "lazyfs_bytes_total",
         COUNTER,
-        "Bytes of images that came to be known, by how.",
+        "Bytes of images that were fetched, or that the repository reported as zeroes.",
         ("kind",),
         {
-            "demand": "fetched because a reader waited, with what is read ahead and around",
+            "demand": "fetched because a reader waited, including readahead and what is fetched around a read",
             "population": "fetched in the background",
-            "zero": "known to be zeroes, and never fetched",
+            "zero": "reported as zeroes by the repository, and not fetched",
         },
     ),
     Metric(
         "lazyfs_requests_total",
         COUNTER,
-        "Read requests for the repository; one that is sent again after a lost connection counts once.",
+        "Read requests to the repository. A request that is sent again after a lost connection counts once.",
         ("kind",),
-        {"demand": "because a reader waited", "population": "in the background"},
+        {"demand": "sent because a reader waited", "population": "sent in the background"},
     ),
     Metric(
         "lazyfs_read_seconds",
         HISTOGRAM,
-        "Time that reads took in the daemon. It does not see those that the kernel answers (page cache, passthrough).",
+        "Time that reads took in the daemon. It does not see reads that the kernel answers (page cache, passthrough).",
         ("served",),
         {
-            "present": "all of it was in the cache",
-            "joined": "it waited for requests of other readers, or of population, alone",
-            "fetched": "the repository was asked on its account",
-            "failed": "it failed",
+            "present": "the whole range was in the cache",
+            "joined": "it waited only for requests of other readers or of population",
+            "fetched": "at least one request was sent for it",
+            "failed": "the read failed",
         },
     ),
     Metric(
         "lazyfs_opens_total",
         COUNTER,
-        "Opens of images, by who serves their reads.",
+        "Opens of images, by who serves the reads.",
         ("served",),
-        {"daemon": "the daemon", "passthrough": "the kernel by itself: the image was whole"},
+        {"daemon": "the daemon", "passthrough": "the kernel by itself, as the image was whole"},
     ),
     Metric(
         "lazyfs_errors_total",
         COUNTER,
-        "What failed. Reads wait and try again for as long as --io-timeout allows before they count here.",
+        "Failures, by what failed. A read waits and tries again as long as --io-timeout allows before it counts here.",
         ("operation",),
         {
             "read": "a read of an image",
             "open": "an open of an image",
-            "population": "a turn of population: the image waits, and is tried again",
-            "write": "a write to the cache: the bytes went to their readers and were not kept",
-            "checkpoint": "a checkpoint: it is repeated",
-            "connect": "a connection that could not be made, or was lost while an image was filled",
+            "population": "a turn of population; the image waits, and is tried again",
+            "write": "a write to the cache; readers got the bytes, and they were not kept",
+            "checkpoint": "a checkpoint; it is repeated",
+            "connect": "a connection that could not be made, or was lost while an image was populated",
         },
     ),
     Metric(
         "lazyfs_queue_length",
         GAUGE,
-        "What waits.",
+        "Length of queues, by what waits.",
         ("queue",),
         {
-            "readers": "reads, for the repository",
-            "population": "images, for a turn of population",
-            "threads": "calls of the cache's files, for a thread",
+            "readers": "reads that wait for the repository",
+            "population": "images that wait for a turn of population",
+            "threads": "operations on files of the cache that wait for a thread",
         },
     ),
     Metric(
@@ -107,28 +110,54 @@ METRICS = (
         ("state",),
         {
             "remote": "nothing is cached",
-            "partial": "being filled, or waiting for it",
-            "whole": "a plain file",
-            "failed": "nothing is fetched any more: `lazyfs status` says why",
+            "partial": "opened or prefetched, and not whole yet",
+            "whole": "nothing is missing: a plain file",
+            "failed": "missing ranges are not fetched any more; `lazyfs status` says why",
         },
     ),
-    Metric("lazyfs_open_images", GAUGE, "Images that somebody has open, replaced ones included."),
-    Metric("lazyfs_filling_images", GAUGE, "Images that population works on just now."),
-    Metric("lazyfs_present_bytes", GAUGE, "Data of images in the cache, without maps and other metadata."),
+    Metric("lazyfs_open_images", GAUGE, "Images that somebody has open, including replaced ones."),
+    Metric("lazyfs_filling_images", GAUGE, "Images that population works on at this moment."),
+    Metric(
+        "lazyfs_present_bytes",
+        GAUGE,
+        "Bytes of data in the cache, without maps and other metadata.",
+    ),
     Metric("lazyfs_room_size_bytes", GAUGE, "Size of the file system that the cache is on."),
-    Metric("lazyfs_room_free_bytes", GAUGE, "What of it an ordinary user may still take."),
+    Metric(
+        "lazyfs_room_free_bytes",
+        GAUGE,
+        "Bytes of that file system that are free for an ordinary user.",
+    ),
     Metric(
         "lazyfs_room_used_bytes",
         GAUGE,
-        "What the cache takes of it, maps and files that are open and evicted included.",
+        "Bytes of it that the cache takes, including maps, and files that are open and evicted.",
     ),
-    Metric("lazyfs_room_max_cache_bytes", GAUGE, "What it may take (--max-cache); 0 for no limit."),
-    Metric("lazyfs_room_min_free_bytes", GAUGE, "What must stay free there (--min-free); 0 for no limit."),
     Metric(
-        "lazyfs_room_short", GAUGE, "1 while there is no room: population pauses, and what is read may not be kept."
+        "lazyfs_room_max_cache_bytes",
+        GAUGE,
+        "Bytes that the cache may take (--max-cache); 0 for no limit.",
     ),
-    Metric("lazyfs_repository_connected", GAUGE, "1 if the latest attempt to reach the repository succeeded."),
-    Metric("lazyfs_reconnects_total", COUNTER, "Times that the repository was back after a loss."),
+    Metric(
+        "lazyfs_room_min_free_bytes",
+        GAUGE,
+        "Bytes that must stay free on it (--min-free); 0 for no limit.",
+    ),
+    Metric(
+        "lazyfs_room_short",
+        GAUGE,
+        "1 while there is no room: population pauses, and what is read is perhaps not kept. Otherwise 0.",
+    ),
+    Metric(
+        "lazyfs_repository_connected",
+        GAUGE,
+        "1 if the latest attempt to reach the repository succeeded, otherwise 0.",
+    ),
+    Metric(
+        "lazyfs_reconnects_total",
+        COUNTER,
+        "Number of times that the repository was back after it was lost.",
+    ),
 )
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -141,26 +170,41 @@ def document() -> str:
 
 _INTRODUCTION = """# Metrics
 
-<!-- Made from lazyfs/core/metric_schema.py by tools/make-docs; tests/unit/test_metric_schema.py compares. -->
+<!-- Made from lazyfs/core/metric_schema.py by tools/make-docs. -->
 
-`lazyfs mount --metrics 9100` serves the metrics of that mount to Prometheus on http://127.0.0.1:9100/metrics;
-`--metrics ADDRESS:PORT` elsewhere: `[::1]:9100`, or `0.0.0.0:9100` for everybody who can reach the host. There is no
-password: whoever reaches the port reads the metrics, which name the mountpoint and no image. Port 0 takes a free one,
-which the log and `query-mount` tell. Off by default. After `lazyfs detach` the port is closed.
+`lazyfs mount --metrics 9100` serves the metrics of that mount to Prometheus, at
+http://127.0.0.1:9100/metrics. Without `--metrics` there are none.
+
+- `--metrics ADDRESS:PORT` listens on another address: `[::1]:9100`, or `0.0.0.0:9100` for everybody
+  who can reach the host.
+- There is no password. Whoever reaches the port can read the metrics. They name the mountpoint, and
+  no image.
+- Port 0 takes a free port. The log and `query-mount` say which one.
+- After `lazyfs detach` the port is closed.
+
+For Prometheus:
 
     scrape_configs:
       - job_name: lazyfs
         static_configs: [{targets: ["localhost:9100"]}]
 
-Counters and histograms begin at zero with each daemon and never fall while it lives, whatever is evicted or replaced.
-No metric has a label for each image, as there may be thousands; `lazyfs status --json` has those numbers.
 `tools/grafana-dashboard.json` is a dashboard to import into Grafana.
+
+Counters and histograms begin at zero when the daemon starts. They never fall while it runs, even if
+images are evicted or replaced. No metric has a label for each image, as there can be thousands of
+images; `lazyfs status --json` has the numbers of each image.
 """
+
+WIDTH = 100
+"""Columns of the document, tables left out."""
 
 
 def _describe(metric: Metric) -> str:
     labels = f", by {' and '.join(f'`{name}`' for name in metric.labels)}" if metric.labels else ""
-    lines = [f"## {metric.name}\n", f"{metric.kind.capitalize()}{labels}. {metric.help}\n"]
+    text = textwrap.fill(
+        f"{metric.kind.capitalize()}{labels}. {metric.help}", WIDTH, break_on_hyphens=False
+    )
+    lines = [f"## {metric.name}\n", f"{text}\n"]
     if metric.values:
         lines += [f"| {metric.labels[0]} | |", "|---|---|"]
         lines += [f"| `{value}` | {meaning} |" for value, meaning in metric.values.items()]

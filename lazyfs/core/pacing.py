@@ -1,22 +1,25 @@
-"""Rates and waits as arithmetic on times that the caller reads from its own clock (seconds, any origin)."""
+"""Rates and waits as arithmetic on times that the caller reads from its own clock (seconds, any
+origin)."""
 
 import math
 
 from lazyfs.units import KiB
 
 _ROUNDING_S = 1e-6
-"""A wait this short is what rounding left of one that is over; a clock may be too coarse to show it passing."""
+"""A wait this short is what rounding left of one that is over; a clock may be too coarse to show it
+passing."""
 
 
 class TokenBucket:
     """Keeps a long-run rate in bytes per second, with bursts of at most `burst_s` seconds' worth.
 
-    May go into debt: a piece larger than the burst is let through when the bucket is not in debt, and paid
-    for by waiting afterwards.
+    May go into debt: a piece larger than the burst is let through when the bucket is not in debt,
+    and paid for by waiting afterwards.
     """
 
     def __init__(self, rate: float | None, burst_s: float = 0.1) -> None:
-        """`rate` None means no limit. The burst is short, so that a limit of 10 MB/s is one within a second too."""
+        """`rate` None means no limit. The burst is short, so that a limit of 10 MB/s is one within
+        a second too."""
         self.rate = rate
         self._burst_s = burst_s
         self._tokens = 0.0
@@ -39,7 +42,9 @@ class TokenBucket:
     def _fill(self, now: float) -> None:
         assert self.rate is not None
         if self._at is not None:
-            self._tokens = min(self._tokens + (now - self._at) * self.rate, self.rate * self._burst_s)
+            self._tokens = min(
+                self._tokens + (now - self._at) * self.rate, self.rate * self._burst_s
+            )
         self._at = now
 
 
@@ -47,8 +52,8 @@ class Backoff:
     """Waits between attempts: they double from `first` to `limit` seconds until `reset`."""
 
     def __init__(self, first: float = 0.05, limit: float = 2.0) -> None:
-        """The first retry is soon, as a restarted server is back in well under a second; the limit is how late
-        after a long outage a reader may notice that the repository is back."""
+        """The first retry is soon, as a restarted server is back in well under a second; the limit
+        is how late after a long outage a reader may notice that the repository is back."""
         self._first = first
         self._limit = limit
         self._next = first
@@ -94,8 +99,9 @@ class RateMeter:
 
 
 BESIDE_READERS = 128 * KiB
-"""What population may always have under way. Measured, 4 KiB reads over 50 MB/s and 1 ms, p99: 60 ms with all of its
-2 MiB (3.9 ms without population), 4.0 ms with 128 KiB, 6.7 ms with 256 KiB, 9.7 ms with 2 x 64 KiB."""
+"""What population may always have under way. Measured, 4 KiB reads over 50 MB/s and 1 ms, p99: 60
+ms with all of its 2 MiB (3.9 ms without population), 4.0 ms with 128 KiB, 6.7 ms with 256 KiB, 9.7
+ms with 2 x 64 KiB."""
 
 QUEUE_S = 0.0025
 """What an answer to a reader may come later on a faster link: what 128 KiB take at 50 MB/s."""
@@ -105,15 +111,18 @@ RETRY_S = 0.002
 
 
 class DemandGate:
-    """Holds population back for readers, whose answers come behind what it has under way: a link has one queue.
+    """Holds population back for readers, whose answers come behind what it has under way: a link
+    has one queue.
 
-    From a reader's request until `linger_s` after its end population has no more under way than the link moves in
-    QUEUE_S, or BESIDE_READERS: a reader seldom comes alone. While one waits it gets one such request through in each
+    From a reader's request until `linger_s` after its end population has no more under way than the
+    link moves in QUEUE_S, or BESIDE_READERS: a reader seldom comes alone. While one waits it gets
+    one such request through in each
     `trickle_s`: readers who never pause do not keep an image from ever becoming whole.
     """
 
     def __init__(self, trickle_s: float = 0.05, linger_s: float = 0.1) -> None:
-        """The defaults are unmeasured; a booting guest is seldom busy for longer between two reads than `linger_s`."""
+        """The defaults are unmeasured; a booting guest is seldom busy for longer between two reads
+        than `linger_s`."""
         self._trickle_s = trickle_s
         self._linger_s = linger_s
         self._waiting = 0
@@ -132,13 +141,15 @@ class DemandGate:
         self._speed.add(now, amount)
 
     def most(self, now: float) -> float:
-        """Return how many bytes population's next request may ask for; none below BESIDE_READERS are worth one."""
+        """Return how many bytes population's next request may ask for; none below BESIDE_READERS
+        are worth one."""
         if not self._waiting and now >= self._left + self._linger_s:
             return math.inf
         return max(BESIDE_READERS, self._speed.rate(now) * QUEUE_S) - self._under_way
 
     def wait(self, now: float) -> float:
-        """Return the seconds until population may look again; 0 if it may send its next request now."""
+        """Return the seconds until population may look again; 0 if it may send its next request
+        now."""
         trickle_s = self._sent + self._trickle_s - now if self._waiting else 0.0
         return max(trickle_s, RETRY_S if self.most(now) < BESIDE_READERS else 0.0)
 

@@ -1,11 +1,14 @@
 """How much the cache may still grow, counted where it grows: before anything is written.
 
-A counter, so that no fetch looks at other images. `room.py` sets it, after adding up what all images take. Between two
-such counts it falls by what is reserved, and rises by what was reserved and not written:
+A counter, so that no fetch looks at other images. `room.py` sets it, after adding up what all
+images take. Between two such counts it falls by what is reserved, and rises by what was reserved
+and not written:
 
-    left  =  limit - kept - reserved      reserve: left -> reserved -> keep: kept, or release: left again
+    left  =  limit - kept - reserved      reserve: left -> reserved -> keep: kept, or release: left
+    again
 
-So what is kept and what is being written never exceed the limit together, whatever threads do meanwhile.
+So what is kept and what is being written never exceed the limit together, whatever threads do
+meanwhile.
 """
 
 import threading
@@ -18,7 +21,8 @@ LIMITED = "the cache has reached its limit: reads are served from the repository
 
 
 class Reservation:
-    """Bytes that are about to be written. It ends with `keep` or `release`, or as a context manager. Thread-safe.
+    """Bytes that are about to be written. It ends with `keep` or `release`, or as a context
+    manager. Thread-safe.
 
     Used in a `with` block it is released at the end of the block, unless it was kept.
     """
@@ -38,7 +42,8 @@ class Reservation:
         self._amount = amount
 
     def keep(self) -> None:
-        """The bytes are in the cache now, and count as such. Nothing happens if the reservation has ended."""
+        """The bytes are in the cache now, and count as such. Nothing happens if the reservation has
+        ended."""
         amount, self._amount = self._amount, 0
         if self._budget is not None:
             self._budget._keep(amount)
@@ -74,7 +79,8 @@ class Budget:
 
     @property
     def tight(self) -> bool:
-        """Whether what was refused would be refused again: less is left than there is after evictions."""
+        """Whether what was refused would be refused again: less is left than there is after
+        evictions."""
         return self._left is not None and self._left < 2 * self._headroom
 
     def reserve(self, amount: int, background: bool = False) -> Reservation | None:
@@ -116,17 +122,22 @@ class Budget:
     # -- for room.py
 
     def begin_count(self) -> None:
-        """What all images take is about to be added up: what is kept from here on may be in that sum or not."""
+        """What all images take is about to be added up: what is kept from here on may be in that
+        sum or not."""
         with self._lock:
             self._kept = 0
 
     def demand(self, room: int) -> "BudgetDemand":
-        """Return what is left of `room`, counted since `begin_count`, and what was refused since `set_left`."""
+        """Return what is left of `room`, counted since `begin_count`, and what was refused since
+        `set_left`."""
         with self._lock:
-            return BudgetDemand(room - self._reserved - self._kept, self._unmet, self._refused_reader)
+            return BudgetDemand(
+                room - self._reserved - self._kept, self._unmet, self._refused_reader
+            )
 
     def set_left(self, room: int, headroom: int) -> None:
-        """Let the cache grow by `room` as counted since `begin_count`, population by `headroom` less."""
+        """Let the cache grow by `room` as counted since `begin_count`, population by `headroom`
+        less."""
         with self._lock:
             self._left = room - self._reserved - self._kept
             self._headroom = headroom

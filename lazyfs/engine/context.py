@@ -32,7 +32,8 @@ class Context(Generic[ImageT]):
     """Whether images are populated because they were opened."""
     io_timeout_s: float
     syncs: trio.CapacityLimiter
-    """Threads for checkpoints and hand-offs: slow disks must not take those that cache reads need."""
+    """Threads for checkpoints and hand-offs: slow disks must not take those that cache reads
+    need."""
     on_fillable: Callable[[], None]
     """Population has something to look at."""
     on_export_changed: Callable[[ImageT, errors.ExportChanged], None]

@@ -1,4 +1,5 @@
-"""The images of one mount, as the repository's list changes: opened, refreshed, replaced, evicted."""
+"""The images of one mount, as the repository's list changes: opened, refreshed, replaced,
+evicted."""
 
 import errno
 import logging
@@ -32,10 +33,12 @@ logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT")
 
 DEFAULT_BLOCK_SIZE = 64 * KiB
-"""Of raw images, and the clusters of qcow2: QEMU's default; doc/BENCHMARKS.md has what a guest makes of others."""
+"""Of raw images, and the clusters of qcow2: QEMU's default; doc/BENCHMARKS.md has what a guest
+makes of others."""
 
 MAX_SYNCS = 4
-"""Images that are synced to disk at the same time. Unmeasured; a disk that queues more gains nothing."""
+"""Images that are synced to disk at the same time. Unmeasured; a disk that queues more gains
+nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,9 @@ class Filesystem:
             io_timeout_s=options.io_timeout_s,
             syncs=trio.CapacityLimiter(MAX_SYNCS),
             on_fillable=lambda: self.on_fillable(),
-            on_export_changed=lambda image, error: nursery.start_soon(self._export_changed, image, error),
+            on_export_changed=lambda image, error: nursery.start_soon(
+                self._export_changed, image, error
+            ),
             on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
             on_state_changed=self._state_changed,
             on_unused=self._drop_unused,
@@ -112,7 +117,11 @@ class Filesystem:
 
     def active_images(self) -> Iterable[Image]:
         """Return the images that have a cache file open: those population may look at."""
-        for image in [image for image in self._active.values() if image.filling is None and not image.open_count]:
+        for image in [
+            image
+            for image in self._active.values()
+            if image.filling is None and not image.open_count
+        ]:
             del self._active[image.inode]  # whole and closed
         return list(self._active.values())
 
@@ -136,7 +145,9 @@ class Filesystem:
         Raises:
             LazyfsError, OSError: it cannot be opened now; says why.
         """
-        first = not image.open_count  # before anything is awaited: of two first opens at once one is the first
+        first = (
+            not image.open_count
+        )  # before anything is awaited: of two first opens at once one is the first
         if image.record.state is State.REMOTE and first:
             # Asked again although known: from here on the size is what the cache is made for.
             await self.sizes.learn_again(image, patient=True)
@@ -164,7 +175,9 @@ class Filesystem:
     async def _in_time(self, image: Image, opened: Callable[[], Awaitable[HandleT]]) -> HandleT:
         try:
             return await opened()
-        except OSError:  # ESTALE: the kernel looks the name up again, once, and must find the new inode then
+        except (
+            OSError
+        ):  # ESTALE: the kernel looks the name up again, once, and must find the new inode then
             if (replaced := self._replacing.get(image.inode)) is not None:
                 await replaced.wait()
             raise
@@ -185,7 +198,9 @@ class Filesystem:
             try:
                 listed = set(await self._repository.list_exports())
                 await self._take_in(listed)
-                await self._check_versions([i for i in self.names.images() if i.record.export in listed])
+                await self._check_versions(
+                    [i for i in self.names.images() if i.record.export in listed]
+                )
             except errors.LazyfsError as error:
                 self.list_trouble = str(error)
                 raise
@@ -196,18 +211,31 @@ class Filesystem:
         for image in self.names.images():
             image.gone = image.record.export not in listed
         self.on_fillable()  # some may be back
-        await self._drop([image for image in self.names.images() if image.gone and has_nothing(image)])
+        await self._drop(
+            [image for image in self.names.images() if image.gone and has_nothing(image)]
+        )
         now = time.time_ns()
         records: list[ImageRecord] = []
         taken = TakenNames(self.names.root)
         for export in sorted(listed - known):
             options = self._options
-            path = shown_path(export, options.names, taken.is_free, shown_file.SUFFIX[options.format])
+            path = shown_path(
+                export, options.names, taken.is_free, shown_file.SUFFIX[options.format]
+            )
             taken.take(path)
             records.append(
                 # No two of one time: that, with the size, is what a plain file is known by.
                 ImageRecord(
-                    0, export, path, None, "", options.format, State.REMOTE, "", options.block_size, now + len(records)
+                    0,
+                    export,
+                    path,
+                    None,
+                    "",
+                    options.format,
+                    State.REMOTE,
+                    "",
+                    options.block_size,
+                    now + len(records),
                 )
             )
         if records:
@@ -256,7 +284,9 @@ class Filesystem:
             else:
                 await image.fail(Cause.EXPORT_CHANGED, error)
         except (errors.LazyfsError, OSError) as failed:
-            logger.warning("a change is not taken in yet: image=%s reason=%s", image.record.export, failed)
+            logger.warning(
+                "a change is not taken in yet: image=%s reason=%s", image.record.export, failed
+            )
 
     async def replace(
         self,
@@ -301,10 +331,13 @@ class Filesystem:
     def check_current(self, image: Image) -> None:
         """Raise UserError if another image has, or is about to have, the name of this one."""
         if image.retired or image.inode in self._replacing:
-            raise errors.UserError(f"{image.record.path} is being replaced by a new version; try again")
+            raise errors.UserError(
+                f"{image.record.path} is being replaced by a new version; try again"
+            )
 
     async def evict(self, image: Image) -> None:
-        """Drop what is cached, whatever speaks against it; who has the image open keeps it until closed.
+        """Drop what is cached, whatever speaks against it; who has the image open keeps it until
+        closed.
 
         Raises:
             LazyfsError, OSError: it could not be dropped.
@@ -313,7 +346,9 @@ class Filesystem:
             return
         with trio.CancelScope(shield=True):
             new = await self.replace(
-                image, None, lambda record: record.successor(time.time_ns(), digest=lasting_digest(record))
+                image,
+                None,
+                lambda record: record.successor(time.time_ns(), digest=lasting_digest(record)),
             )
             if new.gone and not new.open_count:
                 await self._drop([new])
@@ -334,8 +369,13 @@ class Filesystem:
         self._context.pace.set_rate(rate)
 
     async def save_uses(self) -> None:
-        """Write to the catalog when images were used last. If that fails, the next call tries again."""
-        records = [image.record for image in self.names.images() if image.record.last_used_ns > self._uses_saved_ns]
+        """Write to the catalog when images were used last. If that fails, the next call tries
+        again."""
+        records = [
+            image.record
+            for image in self.names.images()
+            if image.record.last_used_ns > self._uses_saved_ns
+        ]
         uses = [(record.inode, record.last_used_ns) for record in records]
         if not uses:
             return
@@ -358,11 +398,14 @@ class Filesystem:
                 except (errors.LazyfsError, OSError) as error:
                     logger.warning("cannot resume: image=%s reason=%s", image.record.export, error)
                 except Exception:
-                    logger.exception("cannot resume, a bug in lazyfs: image=%s", image.record.export)
+                    logger.exception(
+                        "cannot resume, a bug in lazyfs: image=%s", image.record.export
+                    )
         self.on_fillable()
 
     async def aclose(self) -> None:
-        """Save and close every image; what is complete becomes whole. The kernel's connection has ended.
+        """Save and close every image; what is complete becomes whole. The kernel's connection has
+        ended.
 
         It is noted when each was used.
         """
@@ -392,7 +435,8 @@ def is_last_copy(image: Image) -> bool:
 
 
 def lasting_digest(record: ImageRecord) -> str:
-    """Return the digest that holds for what will be fetched: none if anything was wrong with it, or with the export."""
+    """Return the digest that holds for what will be fetched: none if anything was wrong with it, or
+    with the export."""
     return "" if record.error else record.digest
 
 

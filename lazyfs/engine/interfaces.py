@@ -1,7 +1,7 @@
 """What the engine needs of the world, as Protocols, and the records that cross the border.
 
-`daemon.py` picks the concrete classes; `tests/fakes.py` has others, which pass the same contract tests.
-Unless it says otherwise, everything here is called from the trio thread only.
+`daemon.py` picks the concrete classes; `tests/fakes.py` has others, which pass the same contract
+tests. Unless it says otherwise, everything here is called from the trio thread only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +31,8 @@ class Export:
     name: str
     size: int
     identity: str
-    """What tells two versions of an export of one size apart: the description the server gives, or ""."""
+    """What tells two versions of an export of one size apart: the description the server gives, or
+    ""."""
 
     def check_same(self, found: "Export") -> None:
         """Compare with what the server says now.
@@ -122,11 +123,19 @@ class ImageRecord:
         )  # fmt: skip
 
     def successor(
-        self, created_ns: int, *, digest: str = "", path: str = "", image_format: str = "", block_size: int = 0
+        self,
+        created_ns: int,
+        *,
+        digest: str = "",
+        path: str = "",
+        image_format: str = "",
+        block_size: int = 0,
     ) -> "ImageRecord":
-        """Return the record of the image that takes this one's name: nothing of it is cached, nor known.
+        """Return the record of the image that takes this one's name: nothing of it is cached, nor
+        known.
 
-        What is left out stays as it is, but for the digest. The catalog gives it an inode of its own.
+        What is left out stays as it is, but for the digest. The catalog gives it an inode of its
+        own.
         """
         return replace(
             self.remote_again(), size=None, identity="", created_ns=created_ns, digest=digest,
@@ -172,7 +181,8 @@ class FetchCounters:
 
 
 class Claim(Protocol):
-    """Blocks that population has taken upon itself to fetch. It ends with `finish` or `drop`. From any thread."""
+    """Blocks that population has taken upon itself to fetch. It ends with `finish` or `drop`. From
+    any thread."""
 
     parts: tuple[ByteRange, ...]
     """The data in those blocks, in order; the rest of them reads as zeroes. May be empty."""
@@ -195,7 +205,8 @@ class Claim(Protocol):
         ...
 
     def drop(self, error: Exception | None = None) -> None:
-        """Give the blocks back: they could not be fetched or written, or nobody wants them now if `error` is None.
+        """Give the blocks back: they could not be fetched or written, or nobody wants them now if
+        `error` is None.
 
         Does nothing if the claim has ended.
         """
@@ -209,26 +220,29 @@ Answered = Callable[[errors.LazyfsError | None], None]
 class Source(Protocol):
     """One export of the repository, for demand fetches. Safe for many tasks at once.
 
-    `pread` and `block_status` reconnect for as long as it takes: the caller sets a time limit, and may cancel at any
-    moment.
+    `pread` and `block_status` reconnect for as long as it takes: the caller sets a time limit, and
+    may cancel at any moment.
     """
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
-        """Ask for the bytes at `offset` at once, without a task's turn; return whether that could be done.
+        """Ask for the bytes at `offset` at once, without a task's turn; return whether that could
+        be done.
 
-        It cannot when there is no connection: `pread` makes one. In the trio thread; cannot be cancelled.
+        It cannot when there is no connection: `pread` makes one. In the trio thread; cannot be
+        cancelled.
 
         Args:
-            answered: called later, once, in the trio thread. The buffer is filled if it is given None. RequestFailed:
-                as of `pread`. ConnectionLost: it was one attempt, `pread` makes more. It may not raise.
+            answered: called later, once, in the trio thread. The buffer is filled if it is given
+                None. RequestFailed: as of `pread`. ConnectionLost: it was one attempt, `pread`
+                makes more. It may not raise.
         """
         ...
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`.
 
-        Nothing may be read from the buffer unless this returned. After cancellation the buffer may still be
-        written to: give it to nobody else.
+        Nothing may be read from the buffer unless this returned. After cancellation the buffer may
+        still be written to: give it to nobody else.
 
         Raises:
             RequestFailed: the server refused this request.
@@ -247,8 +261,8 @@ class Source(Protocol):
     def drop_connection(self) -> None:
         """Close the connection, if there is one. A later call connects again. Does not block.
 
-        A request under way loses it: what was submitted fails, `pread` and `block_status` connect again. When the last
-        of them has ended, no connection is left open.
+        A request under way loses it: what was submitted fails, `pread` and `block_status` connect
+        again. When the last of them has ended, no connection is left open.
         """
         ...
 
@@ -262,8 +276,8 @@ class FillWork(Protocol):
         """Take the next missing blocks, at most `limit` bytes (or one block).
 
         Returns:
-            A claim, which must end; or the seconds to wait before asking again (readers come first, or the rate is
-            used up); or None when nothing is left to claim now.
+            A claim, which must end; or the seconds to wait before asking again (readers come first,
+            or the rate is used up); or None when nothing is left to claim now.
         """
         ...
 
@@ -274,7 +288,8 @@ class Filler(Protocol):
     async def run(self, work: FillWork, duration_s: float) -> None:
         """Work until nothing is left to claim, or about `duration_s` has passed.
 
-        Every claim has ended when this returns or raises. Cancellation takes effect within about 0.1 s.
+        Every claim has ended when this returns or raises. Cancellation takes effect within about
+        0.1 s.
 
         Raises:
             ConnectionLost, ExportChanged.
@@ -316,7 +331,8 @@ class Repository(Protocol):
         ...
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Return, for each name, the export, or why the server would not describe it. One connection for all.
+        """Return, for each name, the export, or why the server would not describe it. One
+        connection for all.
 
         Raises:
             ConnectionLost.
@@ -333,10 +349,12 @@ class Repository(Protocol):
 
 
 class ImageFile(Protocol):
-    """The cache file of one image, partial or whole, open for reading. Any thread may call any method."""
+    """The cache file of one image, partial or whole, open for reading. Any thread may call any
+    method."""
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Return bytes if the page cache has all of them, else None. Does not block. Trio thread only."""
+        """Return bytes if the page cache has all of them, else None. Does not block. Trio thread
+        only."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:
@@ -344,7 +362,8 @@ class ImageFile(Protocol):
         ...
 
     def remove(self) -> None:
-        """Unlink what is ours of it (for a partial image: never the plain file). Stays readable until `close`."""
+        """Unlink what is ours of it (for a partial image: never the plain file). Stays readable
+        until `close`."""
         ...
 
     def close(self) -> None:
@@ -360,7 +379,8 @@ class PlainFile(ImageFile, Protocol):
         ...
 
     def set_aside(self) -> None:
-        """Free its path, so that the catalog may say that nothing is there; `restore` or `remove` comes next."""
+        """Free its path, so that the catalog may say that nothing is there; `restore` or `remove`
+        comes next."""
         ...
 
     def restore(self) -> None:
@@ -384,11 +404,13 @@ class Store(ImageFile, Protocol):
         ...
 
     def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
-        """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError (also after `close`).
+        """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError (also
+        after `close`).
 
         `keep`: in memory, too, as somebody is about to read it.
 
-        `close` may come at any moment, as population's threads cannot be cancelled in the middle of a write.
+        `close` may come at any moment, as population's threads cannot be cancelled in the middle of
+        a write.
         """
         ...
 
@@ -396,15 +418,18 @@ class Store(ImageFile, Protocol):
         """Make durable all data written before the call, then `pages` of the map, in this order.
 
         Raises:
-            CacheCorrupt: data did not reach the disk; what was written since the last checkpoint must not be trusted.
+            CacheCorrupt: data did not reach the disk; what was written since the last checkpoint
+                must not be trusted.
             NoSpace, OSError: the data is safe, but the pages count as not saved.
         """
         ...
 
     def disown(self) -> None:
-        """Let no other program that opens the file take what is missing from the export, which is another version now.
+        """Let no other program that opens the file take what is missing from the export, which is
+        another version now.
 
-        Present ranges stay readable, and the image can still be filled and finished, by lazyfs. May be repeated.
+        Present ranges stay readable, and the image can still be filled and finished, by lazyfs. May
+        be repeated.
 
         Raises:
             CacheCorrupt, OSError: perhaps not done.
@@ -414,8 +439,8 @@ class Store(ImageFile, Protocol):
     def finish(self) -> None:
         """Make the complete, checkpointed cache file the plain file at the image's path, durably.
 
-        Reads go on throughout. May be repeated, also by a later process. `remove` takes away what is left
-        of the partial image; call it once the catalog says that the image is whole.
+        Reads go on throughout. May be repeated, also by a later process. `remove` takes away what
+        is left of the partial image; call it once the catalog says that the image is whole.
 
         Raises:
             UserError: something else lies at that path.
@@ -424,7 +449,8 @@ class Store(ImageFile, Protocol):
         ...
 
     def unfinish(self) -> None:
-        """Undo `finish`, before `remove`, for an image that is given up although the catalog was never told.
+        """Undo `finish`, before `remove`, for an image that is given up although the catalog was
+        never told.
 
         Does nothing if the file at the image's path is another. Needs no `load`.
         """
@@ -448,7 +474,8 @@ class Stores(Protocol):
         ...
 
     def unkept(self) -> Store:
-        """Return a store that keeps nothing, for when there is no room even for a map: every write is NoSpace."""
+        """Return a store that keeps nothing, for when there is no room even for a map: every write
+        is NoSpace."""
         ...
 
     def whole(self, record: ImageRecord) -> PlainFile:
@@ -469,7 +496,8 @@ class Stores(Protocol):
 
 
 class Catalog(Protocol):
-    """The records of all images. Each call is one transaction, blocks for an fsync, and may come from any thread."""
+    """The records of all images. Each call is one transaction, blocks for an fsync, and may come
+    from any thread."""
 
     def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
         """Insert records, whose `inode` is ignored; return them with the inode each was given."""
@@ -480,11 +508,13 @@ class Catalog(Protocol):
         ...
 
     def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
-        """Set (inode, size, identity) of images that are remote; leave those that are not any more as they are."""
+        """Set (inode, size, identity) of images that are remote; leave those that are not any more
+        as they are."""
         ...
 
     def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
-        """Set (inode, last_used_ns), and nothing else: what an `update` under way says of the rest stays."""
+        """Set (inode, last_used_ns), and nothing else: what an `update` under way says of the rest
+        stays."""
         ...
 
     def replace(self, inode: int, record: ImageRecord) -> ImageRecord:

@@ -1,9 +1,9 @@
 """The names on the mount: folders, images, and what the kernel knows them by.
 
-The root and the folders have inode numbers derived from their paths; images are found by their key in the catalog,
-whichever of their two inode numbers the kernel uses (`core/inode_number.py`). Entries of a folder are listed in the
-order of their numbers, which is also the position a listing goes on from: no entry is skipped or shown twice while
-others come and go.
+The root and the folders have inode numbers derived from their paths; images are found by their key
+in the catalog, whichever of their two inode numbers the kernel uses (`core/inode_number.py`).
+Entries of a folder are listed in the order of their numbers, which is also the position a listing
+goes on from: no entry is skipped or shown twice while others come and go.
 """
 
 from bisect import bisect_right
@@ -110,7 +110,8 @@ class NameTree:
         self.on_invalid_entry(folder, name)
 
     def unname(self, image: Image) -> None:
-        """Take an image's name away, and folders that are empty then; its inode still leads to it."""
+        """Take an image's name away, and folders that are empty then; its inode still leads to
+        it."""
         *folders, name = image.record.path.split("/")
         folder = self.node_at("/".join(folders))
         assert isinstance(folder, Folder)
@@ -155,7 +156,11 @@ class TakenNames:
 
     def is_free(self, path: str) -> bool:
         """Whether no file or folder has `path`, and no file is where its folders belong."""
-        return path not in self._files and path not in self._folders and self._files.isdisjoint(_ancestors(path))
+        return (
+            path not in self._files
+            and path not in self._folders
+            and self._files.isdisjoint(_ancestors(path))
+        )
 
     def take(self, path: str) -> None:
         """Give `path` to a file."""

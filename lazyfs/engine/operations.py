@@ -1,7 +1,8 @@
-"""What an operator asks for: images prefetched, pinned, evicted, forgotten, verified; and what speaks against it.
+"""What an operator asks for: images prefetched, pinned, evicted, forgotten, verified; and what
+speaks against it.
 
-The control socket's commands and unlink(2) on the mount come here, so that they refuse the same things. Room, which
-evicts without being asked, has the same obstacles from `core/eviction.py`.
+The control socket's commands and unlink(2) on the mount come here, so that they refuse the same
+things. Room, which evicts without being asked, has the same obstacles from `core/eviction.py`.
 """
 
 import logging
@@ -15,7 +16,14 @@ from lazyfs.core.eviction import Candidate, Obstacle
 from lazyfs.core.export_name import shown_path
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine import verifying
-from lazyfs.engine.filesystem import DEFAULT_BLOCK_SIZE, Filesystem, Options, has_nothing, is_last_copy, lasting_digest
+from lazyfs.engine.filesystem import (
+    DEFAULT_BLOCK_SIZE,
+    Filesystem,
+    Options,
+    has_nothing,
+    is_last_copy,
+    lasting_digest,
+)
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Export, ImageRecord, Repository
 from lazyfs.engine.name_tree import TakenNames
@@ -26,10 +34,12 @@ PREFETCH_ANSWER_S = 5.0
 """How long `prefetch` waits for the repository: less than a client of the control socket does."""
 
 AGAINST_EVICT = (Obstacle.GONE, Obstacle.PINNED, Obstacle.BACKING)
-"""What keeps an image from an operator's eviction. That it is open does not: who has it open keeps reading it."""
+"""What keeps an image from an operator's eviction. That it is open does not: who has it open keeps
+reading it."""
 
 AGAINST_UNLINK = (Obstacle.PINNED, Obstacle.BACKING)
-"""What keeps an image from unlink(2): one that is gone from the repository may go, as it would on any file system."""
+"""What keeps an image from unlink(2): one that is gone from the repository may go, as it would on
+any file system."""
 
 AGAINST_FORGET = (Obstacle.PINNED, Obstacle.OPEN)
 
@@ -78,7 +88,8 @@ class Operations:
         options: Options,
         backing_files: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
-        """`backing_files`: returns the paths of images that overlays need. Raises UserError if it cannot tell."""
+        """`backing_files`: returns the paths of images that overlays need. Raises UserError if it
+        cannot tell."""
         self._filesystem = filesystem
         self._repository = repository
         self._options = options
@@ -87,15 +98,20 @@ class Operations:
     # -- filling
 
     def check_format(self, image: Image, image_format: str | None) -> None:
-        """Raise UserError if `prefetch` would refuse that format: something is cached in another."""
+        """Raise UserError if `prefetch` would refuse that format: something is cached in
+        another."""
         if image_format not in (None, image.record.format) and not has_nothing(image):
-            raise errors.UserError(f"{image.record.path} is cached as {image.record.format}; evict it first")
+            raise errors.UserError(
+                f"{image.record.path} is cached as {image.record.format}; evict it first"
+            )
 
     async def prefetch(self, image: Image, image_format: str | None) -> Image:
-        """Populate an image without a reader; return it, or the one that shows it in another format.
+        """Populate an image without a reader; return it, or the one that shows it in another
+        format.
 
         Raises:
-            UserError: something is cached in another format, the image has failed, or is gone from the repository.
+            UserError: something is cached in another format, the image has failed, or is gone from
+                the repository.
             LazyfsError, OSError: it cannot be begun now.
         """
         self.check_format(image, image_format)
@@ -118,11 +134,17 @@ class Operations:
             lambda path: path == own or taken.is_free(path),
             shown_file.SUFFIX[image_format],
         )
-        block_size = self._options.block_size if image_format == self._options.format else DEFAULT_BLOCK_SIZE
+        block_size = (
+            self._options.block_size if image_format == self._options.format else DEFAULT_BLOCK_SIZE
+        )
 
         def successor(record: ImageRecord) -> ImageRecord:
             return record.successor(
-                time.time_ns(), digest=record.digest, path=path, image_format=image_format, block_size=block_size
+                time.time_ns(),
+                digest=record.digest,
+                path=path,
+                image_format=image_format,
+                block_size=block_size,
             )
 
         return await self._filesystem.replace(image, None, successor)
@@ -130,7 +152,8 @@ class Operations:
     # -- keeping
 
     async def touch(self, image: Image, used_ns: int) -> None:
-        """Note that somebody used `image` then, without opening it. A time in the future counts as now."""
+        """Note that somebody used `image` then, without opening it. A time in the future counts as
+        now."""
         at_ns = max(0, min(used_ns, time.time_ns()))
         if image.retired:  # by an open file of it: nobody asks for its last use any more
             image.note_use(at_ns)
@@ -148,7 +171,8 @@ class Operations:
             await image.recover()  # it will be compared with this one
 
     async def _annotate(self, image: Image, change: Callable[[ImageRecord], ImageRecord]) -> Image:
-        """Change the record of the image that has the name now; it may be another than when the caller looked."""
+        """Change the record of the image that has the name now; it may be another than when the
+        caller looked."""
         while True:
             try:
                 await image.annotate(change)
@@ -197,7 +221,9 @@ class Operations:
             LazyfsError, OSError: it could not be dropped.
         """
         if not image.gone:
-            raise errors.UserError(f"{image.record.path} is in the repository; evict drops what is cached of it")
+            raise errors.UserError(
+                f"{image.record.path} is in the repository; evict drops what is cached of it"
+            )
         self._refuse(image, (), AGAINST_FORGET)
         await self._filesystem.evict(image)
 
@@ -209,15 +235,20 @@ class Operations:
     # -- verifying
 
     async def verify(
-        self, image: Image, against_repository: bool, progress: Callable[[int], None], digest: str = ""
+        self,
+        image: Image,
+        against_repository: bool,
+        progress: Callable[[int], None],
+        digest: str = "",
     ) -> None:
-        """Read back what is cached; drop it if it is damaged, so that it is fetched again when next needed.
+        """Read back what is cached; drop it if it is damaged, so that it is fetched again when next
+        needed.
 
         What cannot be fetched again, or is pinned, is kept.
 
         Args:
-            digest: of a whole image, instead of the one that is known, and known from then on if it is right. If it
-                is not, the image may be good, and is kept.
+            digest: of a whole image, instead of the one that is known, and known from then on if it
+                is right. If it is not, the image may be good, and is kept.
 
         Raises:
             Differs, CacheCorrupt: it is damaged.
@@ -232,7 +263,9 @@ class Operations:
                 raise errors.UserError(f"nothing of {record.path} is cached")
             source = self._repository.source(Export(record.export, record.size, record.identity))
         try:
-            await verifying.verify(image, digest or known, source, self._options.io_timeout_s, progress)
+            await verifying.verify(
+                image, digest or known, source, self._options.io_timeout_s, progress
+            )
             if digest:
                 await self._annotate(image, lambda record: record.with_digest(digest))
         except (verifying.Differs, errors.CacheCorrupt) as damage:
@@ -243,7 +276,9 @@ class Operations:
             else:
                 logger.critical("%s: image=%s; dropped, to be fetched again", damage, record.export)
                 await self._filesystem.replace(
-                    image, None, lambda record: record.successor(time.time_ns(), digest=lasting_digest(record))
+                    image,
+                    None,
+                    lambda record: record.successor(time.time_ns(), digest=lasting_digest(record)),
                 )
             raise
         finally:

@@ -1,6 +1,7 @@
 """The pace of population: rate limits, of the mount and of single images, and readers first.
 
-A permit to send a request is an object with an end, and so is a reader's wait: nothing is balanced by hand.
+A permit to send a request is an object with an end, and so is a reader's wait: nothing is balanced
+by hand.
 """
 
 import threading
@@ -13,7 +14,8 @@ MAX_WAIT_S = 0.5
 
 
 class Permit:
-    """Population may send one request. It must end: `end`, whatever came of the request. Thread-safe."""
+    """Population may send one request. It must end: `end`, whatever came of the request.
+    Thread-safe."""
 
     __slots__ = ("_own", "_shared", "_under_way", "most")
 
@@ -81,7 +83,8 @@ class SharedPace:
         return ReaderWait(self)
 
     def wait_s(self) -> float:
-        """Return how many seconds population has to wait for its next request; 0 if it may send it now."""
+        """Return how many seconds population has to wait for its next request; 0 if it may send it
+        now."""
         with self._lock:
             now = self.clock()
             return max(self._bucket.wait(now), self._gate.wait(now))
@@ -140,7 +143,8 @@ class Pace:
             return self._bucket.wait(self._shared.clock())
 
     def set_rate(self, fill_rate: int | None) -> None:
-        """Change the image's own limit, in bytes per second, from the next request on; None for no limit."""
+        """Change the image's own limit, in bytes per second, from the next request on; None for no
+        limit."""
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
 

@@ -1,8 +1,9 @@
-"""Fills images in the background: a few workers share all of them fairly, those with open readers first.
+"""Fills images in the background: a few workers share all of them fairly, those with open readers
+first.
 
-A worker takes the image that has waited longest, gives it one turn of at most TURN_S, and chooses again.
-What to fetch, and when readers must be let past, the image decides (`FillPort.claim`); how bytes move, the
-repository's fillers. When nothing can be filled no task wakes up.
+A worker takes the image that has waited longest, gives it one turn of at most TURN_S, and chooses
+again. What to fetch, and when readers must be let past, the image decides (`FillPort.claim`); how
+bytes move, the repository's fillers. When nothing can be filled no task wakes up.
 """
 
 import logging
@@ -25,19 +26,22 @@ WORKERS = 2
 """Two threads saturate a 2-core host (2.6-3.5 GB/s); a third only took time from the FUSE loop."""
 
 TURN_S = 2.0
-"""Long enough that a reconnect (3 round trips, 60 ms at 20 ms each) costs little, short enough for fairness."""
+"""Long enough that a reconnect (3 round trips, 60 ms at 20 ms each) costs little, short enough for
+fairness."""
 
 ROOM_CHECK_S = 1.0
 """Between looks for room while there is none."""
 
 LEARN_S = 10.0
-"""For one question about extents, before an image counts as unreachable and the worker turns to the next."""
+"""For one question about extents, before an image counts as unreachable and the worker turns to the
+next."""
 
 LOOK_AGAIN_S = 0.5
 """Before another turn of an image of which everything missing is being fetched already."""
 
 RECONNECT_S = 1.0
-"""Between turns of an image whose connection was lost; readers who wait reconnect sooner on their own."""
+"""Between turns of an image whose connection was lost; readers who wait reconnect sooner on their
+own."""
 
 MAX_RETRY_S = 60.0
 """Between turns of an image whose ranges fail; the repository may mend it at any time."""
@@ -60,12 +64,15 @@ class PopulationStatistics:
 class Population:
     """The workers of one mount."""
 
-    def __init__(self, repository: Repository, stores: Stores, images: Callable[[], Iterable[Image]]) -> None:
+    def __init__(
+        self, repository: Repository, stores: Stores, images: Callable[[], Iterable[Image]]
+    ) -> None:
         """`images`: those to look at; asked anew for each turn."""
         self.paused = ""
         """Why nothing is being filled although something could be; "" if it is."""
         self.shortage: Callable[[], str] = lambda: ""
-        """Why the cache may not grow, or "". Asked before each turn; set by whoever limits the cache."""
+        """Why the cache may not grow, or "". Asked before each turn; set by whoever limits the
+        cache."""
         self.on_turn: Callable[[], None] = lambda: None
         """Called after each turn, and when filling stops for lack of room."""
         self._repository = repository
@@ -85,7 +92,9 @@ class Population:
     def statistics(self) -> PopulationStatistics:
         """Return what there is to do, as of now."""
         waiting = sum(image.fillable and image not in self._busy for image in self._images())
-        return PopulationStatistics(waiting, len(set(self._busy)), self._failures, bool(self.paused))
+        return PopulationStatistics(
+            waiting, len(set(self._busy)), self._failures, bool(self.paused)
+        )
 
     async def run(self) -> None:
         """Fill until cancelled. Everything claimed has been given back then."""
@@ -104,7 +113,11 @@ class Population:
             await self._close_unused(fillers, image)
             if image is None:
                 await self._wait(wake)
-            elif shortage := "the cache's disk is nearly full" if self._stores.nearly_full() else self.shortage():
+            elif (
+                shortage := "the cache's disk is nearly full"
+                if self._stores.nearly_full()
+                else self.shortage()
+            ):
                 self.paused = shortage
                 self.on_turn()
                 await trio.sleep(ROOM_CHECK_S)
@@ -119,7 +132,11 @@ class Population:
 
     def _choose(self) -> Image | None:
         now = trio.current_time()
-        ready = {image.inode: image for image in self._images() if image.fillable and image.populating.after <= now}
+        ready = {
+            image.inode: image
+            for image in self._images()
+            if image.fillable and image.populating.after <= now
+        }
         inode = fetch_plan.choose_image(
             fetch_plan.Candidate(image.inode, image.open_count > 0, image.populating.last_served)
             for image in ready.values()
@@ -129,7 +146,9 @@ class Population:
     async def _wait(self, wake: trio.Event) -> None:
         """Until somebody calls `wake`, or an image that failed is due again."""
         self.paused = ""
-        due = min((image.populating.after for image in self._images() if image.fillable), default=math.inf)
+        due = min(
+            (image.populating.after for image in self._images() if image.fillable), default=math.inf
+        )
         with trio.move_on_at(due):
             await wake.wait()
 
@@ -170,7 +189,9 @@ class Population:
             with trio.fail_after(LEARN_S):
                 await filling.reader.learn_next()
         except trio.TooSlowError:
-            raise errors.ConnectionLost(self._repository.uri, f"no answer in {LEARN_S:g} s") from None
+            raise errors.ConnectionLost(
+                self._repository.uri, f"no answer in {LEARN_S:g} s"
+            ) from None
 
     async def _fill(self, filling: Filling, filler: Filler) -> None:
         """Let the filler work, and learn meanwhile what the rest of the image holds."""
@@ -186,7 +207,8 @@ class Population:
             raise failure
 
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
-        """Keep book of failures: an image whose turn failed waits before its next, longer each time."""
+        """Keep book of failures: an image whose turn failed waits before its next, longer each
+        time."""
         if trouble is None:
             image.populating.trouble = ""
             self._backoffs.pop(image.inode, None)
@@ -201,8 +223,13 @@ class Population:
         logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
 
     async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:
-        """Close connections of images that are whole, failed or gone, and of all when there is nothing to do."""
-        fillable = {image.inode for image in self._images() if image.fillable} if keep is not None else set()
+        """Close connections of images that are whole, failed or gone, and of all when there is
+        nothing to do."""
+        fillable = (
+            {image.inode for image in self._images() if image.fillable}
+            if keep is not None
+            else set()
+        )
         for inode in [inode for inode in fillers if inode not in fillable]:
             await fillers.pop(inode).aclose()
         while len(fillers) > _MAX_CONNECTIONS:

@@ -1,14 +1,18 @@
-"""Keeps the cache within --max-cache and --min-free: adds up what it takes, evicts, and says when there is no room.
+"""Keeps the cache within --max-cache and --min-free: adds up what it takes, evicts, and says when
+there is no room.
 
-    writers --reserve--> Budget --(low)--> Room.run: count, scan overlays, evict, set the budget --> Budget
+    writers --reserve--> Budget --(low)--> Room.run: count, scan overlays, evict, set the budget -->
+    Budget
                                                |
                                            message --> population pauses; status
 
-A count adds up all images. It comes when the budget runs low, and while something is wanted that was refused; never
-for single blocks, and never on a reader's way: a read finds the budget as it is, and what the budget refuses is served
-without being kept. With limits but nothing to do no task wakes up, except for --min-free, as others fill that disk.
+A count adds up all images. It comes when the budget runs low, and while something is wanted that
+was refused; never for single blocks, and never on a reader's way: a read finds the budget as it is,
+and what the budget refuses is served without being kept. With limits but nothing to do no task
+wakes up, except for --min-free, as others fill that disk.
 
-What to evict is decided in `core/eviction.py`; this module finds out what that needs to know, and carries it out.
+What to evict is decided in `core/eviction.py`; this module finds out what that needs to know, and
+carries it out.
 """
 
 import logging
@@ -38,10 +42,12 @@ async def no_overlays() -> frozenset[str]:
 
 
 RETRY_S = 1.0
-"""Between looks while there is no room: how late a close or an unpin makes some. A look at 10,000 images takes 2 ms."""
+"""Between looks while there is no room: how late a close or an unpin makes some. A look at 10,000
+images takes 2 ms."""
 
 OVERLAYS_S = 10.0
-"""Between scans of the overlays while nothing else keeps images from being evicted: a scan opens every file there."""
+"""Between scans of the overlays while nothing else keeps images from being evicted: a scan opens
+every file there."""
 
 WATCH_S = 30.0
 """Between looks at the disk for --min-free when lazyfs itself writes nothing."""
@@ -76,7 +82,8 @@ class Room:
         """Set the budget by what the catalog says.
 
         Args:
-            backing_files: returns the paths of the images that overlays need. Raises UserError if it cannot tell.
+            backing_files: returns the paths of the images that overlays need. Raises UserError if
+                it cannot tell.
         """
         self.may_evict = True
         """False once detached: nobody sees any more who opens the plain files."""
@@ -112,7 +119,12 @@ class Room:
         """Return the room there is, as of now. Raises OSError if the file system cannot tell."""
         space, limits = self._stores.space(), self._limits
         return RoomStatistics(
-            space.total, space.free, self._used(), limits.max_cache, limits.free_bytes(space.total), self.message
+            space.total,
+            space.free,
+            self._used(),
+            limits.max_cache,
+            limits.free_bytes(space.total),
+            self.message,
         )
 
     # -- the task
@@ -142,7 +154,9 @@ class Room:
         self._set_budget(space)
         changed, self.message = bool(message) != bool(self.message), message
         if changed:
-            logger.log(logging.WARNING if message else logging.INFO, "%s", message or "there is room again")
+            logger.log(
+                logging.WARNING if message else logging.INFO, "%s", message or "there is room again"
+            )
             self.on_change()
 
     def _measure(self) -> Space:
@@ -161,7 +175,9 @@ class Room:
             unmet=demand.unmet,
             headroom=self._limits.headroom(space.total),
             refused_reader=demand.refused_reader,
-            reading=any(image.record.state is State.PARTIAL for image in self._filesystem.open_images()),
+            reading=any(
+                image.record.state is State.PARTIAL for image in self._filesystem.open_images()
+            ),
         )
 
     def _set_budget(self, space: Space) -> None:
@@ -172,7 +188,9 @@ class Room:
 
     def _used(self) -> int:
         images = self._filesystem.names.all_images()
-        return sum(image.cached_bytes() for image in images if not image.retired or image.open_count)
+        return sum(
+            image.cached_bytes() for image in images if not image.retired or image.open_count
+        )
 
     def _ask_from_thread(self) -> None:
         with suppress(trio.RunFinishedError):
@@ -188,7 +206,8 @@ class Room:
             if backing is None:
                 assert found is not None
                 return 0, self._explain(*found)
-            # From here to each eviction's first step nothing is awaited but evictions: who opens an image is seen.
+            # From here to each eviction's first step nothing is awaited but evictions: who opens an
+            # image is seen.
             decision = self._decide(need, backing)
             if isinstance(decision, Shortage):
                 self._remember_scan(need, (decision, ""))
@@ -209,7 +228,10 @@ class Room:
             try:
                 await self._filesystem.evict(image)
             except (errors.LazyfsError, OSError) as error:
-                why, detail = Shortage.CANNOT_EVICT, f"{image.record.path} cannot be evicted: {error}"
+                why, detail = (
+                    Shortage.CANNOT_EVICT,
+                    f"{image.record.path} cannot be evicted: {error}",
+                )
                 self._complain(image, error)
             else:
                 logger.info("evicted for room: image=%s bytes=%d", image.record.export, victim.size)
@@ -223,8 +245,11 @@ class Room:
             logger.warning("cannot be evicted: image=%s reason=%s", image.record.export, error)
 
     async def _scan(self, need: Need) -> tuple[frozenset[str] | None, tuple[Shortage, str] | None]:
-        """Return the backing files of overlays; or None, and why they are not known or not asked for again now."""
-        free = frozenset(one.key for one in eviction.choose(self._candidates(need, None), eviction.ALL))
+        """Return the backing files of overlays; or None, and why they are not known or not asked
+        for again now."""
+        free = frozenset(
+            one.key for one in eviction.choose(self._candidates(need, None), eviction.ALL)
+        )
         if trio.current_time() < self._scan_after and free <= self._overlays_free:
             return None, self._overlays_found
         try:
@@ -233,7 +258,10 @@ class Room:
             found = Shortage.UNKNOWN_OVERLAYS, f"nothing is evicted, as {error}"
         except Exception as error:
             logger.exception("cannot tell what overlays need, a bug in lazyfs")
-            found = Shortage.UNKNOWN_OVERLAYS, f"nothing is evicted: cannot tell what overlays need: {error!r}"
+            found = (
+                Shortage.UNKNOWN_OVERLAYS,
+                f"nothing is evicted: cannot tell what overlays need: {error!r}",
+            )
         self._remember_scan(need, found)
         return None, found
 
@@ -246,12 +274,18 @@ class Room:
 
     def _decide(self, need: Need, backing: frozenset[str] | None) -> eviction.Decision:
         candidates = self._candidates(need, backing)
-        return eviction.decide(candidates, need, backing_known=backing is not None, may_evict=self.may_evict)
+        return eviction.decide(
+            candidates, need, backing_known=backing is not None, may_evict=self.may_evict
+        )
 
     def _candidates(self, need: Need, backing: frozenset[str] | None) -> list[Candidate]:
         images = [image for image in self._filesystem.names.images() if not image.retired]
         filling = [image for image in images if image.fillable and not image.open_count]
-        spared = max(filling, key=lambda image: image.record.last_used_ns, default=None) if need.spare else None
+        spared = (
+            max(filling, key=lambda image: image.record.last_used_ns, default=None)
+            if need.spare
+            else None
+        )
         return [candidate(image, backing or (), image is spared) for image in images]
 
     def _explain(self, why: Shortage, detail: str = "") -> str:

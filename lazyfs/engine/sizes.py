@@ -1,4 +1,5 @@
-"""Learns the sizes of images from the repository: of listed ones in batches, of one again before its cache is begun."""
+"""Learns the sizes of images from the repository: of listed ones in batches, of one again before
+its cache is begun."""
 
 import logging
 import math
@@ -13,17 +14,20 @@ from lazyfs.engine.interfaces import Catalog, Export, Repository
 logger = logging.getLogger(__name__)
 
 DESCRIBE_BATCH = 128
-"""Exports asked about at once: 10 ms of questions at 70 us each, 3 s over a link of 20 ms; one catalog transaction."""
+"""Exports asked about at once: 10 ms of questions at 70 us each, 3 s over a link of 20 ms; one
+catalog transaction."""
 
 NO_SIZES_S = 5.0
-"""After a question about sizes had no answer, others fail at once for so long: time for a listing of thousands,
-and how late a user may notice that the repository is back."""
+"""After a question about sizes had no answer, others fail at once for so long: time for a listing
+of thousands, and how late a user may notice that the repository is back."""
 
 
 class Sizes:
     """Of the images of one mount. Trio thread only."""
 
-    def __init__(self, repository: Repository, catalog: Catalog, nursery: trio.Nursery, io_timeout_s: float) -> None:
+    def __init__(
+        self, repository: Repository, catalog: Catalog, nursery: trio.Nursery, io_timeout_s: float
+    ) -> None:
         self._repository = repository
         self._catalog = catalog
         self._nursery = nursery
@@ -32,22 +36,28 @@ class Sizes:
         self._no_sizes_until = 0.0
 
     async def learn(self, images: Sequence[Image]) -> None:
-        """Learn the sizes that are not known yet, in batches; what the server will not describe stays unknown.
+        """Learn the sizes that are not known yet, in batches; what the server will not describe
+        stays unknown.
 
         Raises:
             TimedOut: the repository does not answer in the time allowed.
         """
         unknown = [image for image in images if image.record.size is None]
         for start in range(0, len(unknown), DESCRIBE_BATCH):
-            await self._in_time(self._describe_unknown, unknown[start : start + DESCRIBE_BATCH], self._io_timeout_s)
+            await self._in_time(
+                self._describe_unknown, unknown[start : start + DESCRIBE_BATCH], self._io_timeout_s
+            )
 
     def learn_soon(self, images: Sequence[Image]) -> None:
         """Let `learn` run in the background, after a listing showed names without sizes."""
         if not self._describing.locked():
             self._nursery.start_soon(self._learn_quietly, images)
 
-    async def learn_again(self, image: Image, limit_s: float = math.inf, patient: bool = False) -> None:
-        """Ask for the size of an image, although it may be known. `patient`: also if nobody answered a moment ago.
+    async def learn_again(
+        self, image: Image, limit_s: float = math.inf, patient: bool = False
+    ) -> None:
+        """Ask for the size of an image, although it may be known. `patient`: also if nobody
+        answered a moment ago.
 
         Raises:
             TimedOut: the repository does not answer in `limit_s` seconds, or in the time allowed.
@@ -72,8 +82,14 @@ class Sizes:
         limit_s: float,
         patient: bool = False,
     ) -> None:
-        too_late = errors.TimedOut("asking for the size of an image", limit_s, "the repository does not answer")
-        if not patient and trio.current_time() < self._no_sizes_until and not self._repository.connected:
+        too_late = errors.TimedOut(
+            "asking for the size of an image", limit_s, "the repository does not answer"
+        )
+        if (
+            not patient
+            and trio.current_time() < self._no_sizes_until
+            and not self._repository.connected
+        ):
             raise too_late  # `ls -l` of thousands waits once, not once for each
         try:
             with trio.fail_after(limit_s):

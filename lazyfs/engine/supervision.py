@@ -1,4 +1,5 @@
-"""Background tasks of a mount: one that fails is reported, and started again after a pause; it never ends the mount."""
+"""Background tasks of a mount: one that fails is reported, and started again after a pause; it
+never ends the mount."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -11,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
-"""Between two starts of a task that fails: the pause doubles from the first to the last. Unmeasured; a task that fails
-at once again costs one log line and one traceback each time."""
+"""Between two starts of a task that fails: the pause doubles from the first to the last.
+Unmeasured; a task that fails at once again costs one log line and one traceback each time."""
 
 
 class Supervisor:
@@ -23,7 +24,8 @@ class Supervisor:
 
     @property
     def message(self) -> str:
-        """What an operator should know of tasks that have failed and are not running again; "" if all run."""
+        """What an operator should know of tasks that have failed and are not running again; "" if
+        all run."""
         return "; ".join(self._troubles.values())
 
     async def keep_running(self, what: str, work: Callable[[], Awaitable[None]]) -> None:

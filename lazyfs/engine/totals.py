@@ -1,7 +1,7 @@
 """What a mount has fetched, served and failed at since its daemon started.
 
-Sums over all images there have been: evicting or replacing one takes nothing away, so they never fall. What a daemon
-before this one did is not in them; that is in the catalog, image by image.
+Sums over all images there have been: evicting or replacing one takes nothing away, so they never
+fall. What a daemon before this one did is not in them; that is in the catalog, image by image.
 """
 
 import errno
@@ -14,7 +14,8 @@ from lazyfs.core.histogram import Histogram, HistogramStatistics
 
 PRESENT, JOINED, FETCHED, FAILED = "present", "joined", "fetched", "failed"
 SERVED = (PRESENT, JOINED, FETCHED, FAILED)
-"""How a read ended: from the cache, after others' requests alone, after a request of its own, or not at all."""
+"""How a read ended: from the cache, after others' requests alone, after a request of its own, or
+not at all."""
 
 READ_BOUNDS_S = (
     25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -54,7 +55,9 @@ class Totals:
         self.reads = {served: Histogram(READ_BOUNDS_S) for served in SERVED}
         self._opens = 0
         self._lock = threading.Lock()  # population's threads add, too
-        self._sums = dict.fromkeys((DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES, DEMAND_REQUESTS, POPULATION_REQUESTS), 0)
+        self._sums = dict.fromkeys(
+            (DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES, DEMAND_REQUESTS, POPULATION_REQUESTS), 0
+        )
         self._errors = dict.fromkeys((OPEN, WRITE, CHECKPOINT), 0)
 
     def add(self, what: str, amount: int) -> None:
@@ -69,7 +72,8 @@ class Totals:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Count an open, as one that failed if it raises. ESTALE is none of both: the kernel asks again by name."""
+        """Count an open, as one that failed if it raises. ESTALE is none of both: the kernel asks
+        again by name."""
         try:
             yield
         except Exception as error:
@@ -82,7 +86,9 @@ class Totals:
         """Return all sums, as of now."""
         reads = {served: histogram.statistics() for served, histogram in self.reads.items()}
         with self._lock:
-            return TotalsStatistics(dict(self._sums), self._opens, dict(self._errors), self.waiting, reads)
+            return TotalsStatistics(
+                dict(self._sums), self._opens, dict(self._errors), self.waiting, reads
+            )
 
 
 class Read:
@@ -99,7 +105,8 @@ class Read:
         self._began = totals.clock()
 
     def waits(self, asks: bool) -> None:
-        """It waits for the repository, which is asked on its account (`asks`) or on that of others."""
+        """It waits for the repository, which is asked on its account (`asks`) or on that of
+        others."""
         if asks:
             self.served = FETCHED
         elif self.served == PRESENT:

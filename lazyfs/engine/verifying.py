@@ -1,4 +1,5 @@
-"""Reads the cache back and compares it: with a digest, with the repository, or only for its being readable."""
+"""Reads the cache back and compares it: with a digest, with the repository, or only for its being
+readable."""
 
 import errno
 import hashlib
@@ -36,7 +37,11 @@ class OtherDigest(Differs):
 
 
 async def verify(
-    image: Image, digest: str, source: Source | None, io_timeout_s: float, progress: Callable[[int], None]
+    image: Image,
+    digest: str,
+    source: Source | None,
+    io_timeout_s: float,
+    progress: Callable[[int], None],
 ) -> None:
     """Read all that is present of an image, from the disk where that can be forced.
 
@@ -58,7 +63,9 @@ async def verify(
         if isinstance(handle, WholeHandle):
             os.posix_fadvise(handle.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         elif digest:
-            raise errors.UserError(f"{image.record.path} is not whole: its digest will be compared when it is")
+            raise errors.UserError(
+                f"{image.record.path} is not whole: its digest will be compared when it is"
+            )
         await _read_back(image, handle, digest, source, io_timeout_s, progress)
     finally:
         await handle.aclose()
@@ -107,5 +114,7 @@ async def _same(source: Source, span: ByteRange, data: bytes, limit_s: float) ->
             await source.pread(span.start, memoryview(theirs))
     except trio.TooSlowError:
         what = f"comparing bytes {span.start} to {span.end}"
-        raise errors.TimedOut(what, limit_s, "the repository does not answer, or does not have it") from None
+        raise errors.TimedOut(
+            what, limit_s, "the repository does not answer, or does not have it"
+        ) from None
     return theirs == data

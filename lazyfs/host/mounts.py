@@ -1,6 +1,7 @@
 """Where lazyfs is mounted on this host, and where each mount's control socket is.
 
-Sources: proc(5) for mountinfo, systemd.unit(5) for the escaping of paths, unix(7) for the length of a
+Sources: proc(5) for mountinfo, systemd.unit(5) for the escaping of paths, unix(7) for the length of
+    a
 socket's path.
 """
 
@@ -34,18 +35,22 @@ def lazyfs_mounts() -> list[Mount]:
 
 
 def devices_at(mountpoint: str) -> list[str]:
-    """Return the devices of all file systems, of any kind, that are mounted there, the topmost last."""
+    """Return the devices of all file systems, of any kind, that are mounted there, the topmost
+    last."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         rows = (line.split(" ", 5) for line in lines)
         return [device for _, _, device, _, place, _ in rows if _unescape(place) == mountpoint]
 
 
 def mount_of(path: str) -> Mount | None:
-    """Return the lazyfs mount that `path` lies on. Looks at mountpoints only, so a dead mount cannot block it."""
+    """Return the lazyfs mount that `path` lies on. Looks at mountpoints only, so a dead mount
+    cannot block it."""
     absolute = os.path.abspath(path)
     best = None
     for mount in lazyfs_mounts():
-        inside = absolute == mount.mountpoint or absolute.startswith(mount.mountpoint.rstrip("/") + "/")
+        inside = absolute == mount.mountpoint or absolute.startswith(
+            mount.mountpoint.rstrip("/") + "/"
+        )
         if inside and (best is None or len(mount.mountpoint) >= len(best.mountpoint)):
             best = mount
     return best
@@ -55,13 +60,16 @@ def runtime_dir() -> str:
     """Return the folder of control sockets: /run/lazyfs, or the user's own."""
     if os.geteuid() == 0:
         return "/run/lazyfs"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or os.path.expanduser("~/.cache"), "lazyfs")
+    return os.path.join(
+        os.environ.get("XDG_RUNTIME_DIR") or os.path.expanduser("~/.cache"), "lazyfs"
+    )
 
 
 def socket_path(mountpoint: str) -> str:
     """Return the path of the control socket of the lazyfs on `mountpoint`.
 
-    The mountpoint is escaped as systemd does; if that is too long for a socket, its end is replaced by a hash.
+    The mountpoint is escaped as systemd does; if that is too long for a socket, its end is replaced
+    by a hash.
     """
     path = os.fsencode(os.path.normpath(mountpoint)).strip(b"/")
     name = _escape(path)
@@ -83,13 +91,19 @@ def control_sockets(detached_only: bool = False) -> list[str]:
         names = sorted(os.listdir(runtime_dir()))
     except FileNotFoundError:
         return []
-    names = [name for name in names if name.endswith(".sock") and (not detached_only or name.startswith(_DETACHED))]
+    names = [
+        name
+        for name in names
+        if name.endswith(".sock") and (not detached_only or name.startswith(_DETACHED))
+    ]
     return [f"{runtime_dir()}/{name}" for name in names]
 
 
 def _escape(path: bytes) -> str:
     """As `systemd-escape --path`."""
-    escaped = re.sub(rb"^\.|[^A-Za-z0-9:_./]", lambda m: b"\\x%02x" % m[0][0], path).replace(b"/", b"-")
+    escaped = re.sub(rb"^\.|[^A-Za-z0-9:_./]", lambda m: b"\\x%02x" % m[0][0], path).replace(
+        b"/", b"-"
+    )
     return escaped.decode() or "-"
 
 

@@ -37,13 +37,16 @@ def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
 
 
 def other_mounts(device: str) -> list[str]:
-    """Return where else the file system is mounted: bind mounts, and those of other mount namespaces."""
+    """Return where else the file system is mounted: bind mounts, and those of other mount
+    namespaces."""
     found = dict.fromkeys(_places(os.getpid(), device), "")
     for pid in _processes():
         with suppress(OSError):
             if os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"):
                 for place in _places(pid, device):
-                    found.setdefault(f"{place} in the mount namespace of {Reader(pid, _command(pid))}", "")
+                    found.setdefault(
+                        f"{place} in the mount namespace of {Reader(pid, _command(pid))}", ""
+                    )
     return sorted(found)
 
 
@@ -55,7 +58,9 @@ def _places(pid: int, device: str) -> list[str]:
 
 def _processes() -> list[int]:
     """Return all processes but this one, which may have inherited a file from its shell."""
-    return sorted(pid for name in os.listdir("/proc") if name.isdigit() and (pid := int(name)) != os.getpid())
+    return sorted(
+        pid for name in os.listdir("/proc") if name.isdigit() and (pid := int(name)) != os.getpid()
+    )
 
 
 def _open(pid: int, device: str) -> Iterator[int]:
@@ -63,8 +68,15 @@ def _open(pid: int, device: str) -> Iterator[int]:
     with suppress(OSError):
         mounts = _mount_ids(pid, device)
         for fd in os.listdir(f"/proc/{pid}/fdinfo"):
-            with suppress(OSError, KeyError, ValueError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines:
-                fields = dict(line.rstrip("\n").split(":", 1) for line in lines if line.startswith(("mnt_id", "ino")))
+            with (
+                suppress(OSError, KeyError, ValueError),
+                open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines,
+            ):
+                fields = dict(
+                    line.rstrip("\n").split(":", 1)
+                    for line in lines
+                    if line.startswith(("mnt_id", "ino"))
+                )
                 if int(fields["mnt_id"]) in mounts:
                     yield int(fields["ino"])
 

@@ -1,12 +1,12 @@
 """What another process has open, and where a path leads for it. Source: proc(5), statx(2), unix(7).
 
-Open files are looked at without asking their file system (AT_STATX_DONT_SYNC): a FUSE daemon that hangs, or was
-killed, stops nobody here. Paths are looked up, and that does ask it. Whether a FUSE mount is dead can only be learnt
-by asking it, and who asks one that hangs may be stuck beyond SIGKILL: so that is done by processes that are left behind
-if they do not answer.
+Open files are looked at without asking their file system (AT_STATX_DONT_SYNC): a FUSE daemon that
+hangs, or was killed, stops nobody here. Paths are looked up, and that does ask it. Whether a FUSE
+mount is dead can only be learnt by asking it, and who asks one that hangs may be stuck beyond
+SIGKILL: so that is done by processes that are left behind if they do not answer.
 
-A path is looked up below /proc/PID/root, so in the process's mount namespace; an absolute symbolic link on the way is
-followed in ours.
+A path is looked up below /proc/PID/root, so in the process's mount namespace; an absolute symbolic
+link on the way is followed in ours.
 """
 
 import ctypes
@@ -30,10 +30,12 @@ _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_MTIME_INO_SIZE = 0x40 | 0x100 | 0x200
 _STATX = struct.Struct("=32xQQ64xqI12xII112x")
-"""stx_ino, stx_size, stx_mtime (seconds, nanoseconds), stx_dev_major and stx_dev_minor of struct statx, 256 bytes."""
+"""stx_ino, stx_size, stx_mtime (seconds, nanoseconds), stx_dev_major and stx_dev_minor of struct
+statx, 256 bytes."""
 
 ASK_S = 2.0
-"""For file systems to say whether they are dead. The kernel answers for a dead one at once; unmeasured."""
+"""For file systems to say whether they are dead. The kernel answers for a dead one at once;
+unmeasured."""
 
 _ASK = "import os, sys\ntry:\n    os.statvfs(sys.argv[1])\nexcept OSError as error:\n    sys.exit(error.errno)"
 
@@ -44,12 +46,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def peer_of(connected: socket.socket) -> int:
     """Return the process that made the listening socket; 0 if it cannot be seen from here."""
-    pid, _, _ = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, _, _ = _UCRED.unpack(
+        connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
     return int(pid)
 
 
 def open_files(pid: int) -> list[OpenFile]:
-    """Return the files that the process has open; none of process 0, which is in another pid namespace.
+    """Return the files that the process has open; none of process 0, which is in another pid
+    namespace.
 
     Raises:
         UserError: the process has ended, or belongs to somebody else.
@@ -68,15 +73,18 @@ def open_files(pid: int) -> list[OpenFile]:
     except FileNotFoundError:
         raise errors.UserError(f"process {pid} has ended") from None
     except OSError as error:
-        raise errors.UserError(f"cannot look at process {pid}: {error.strerror}; try as root") from error
+        raise errors.UserError(
+            f"cannot look at process {pid}: {error.strerror}; try as root"
+        ) from error
     return found
 
 
 def dead_devices(pid: int, opened: Sequence[OpenFile], alive: Collection[int]) -> set[int]:
-    """Return the devices of these files of the process on which a lazyfs has died. Takes up to ASK_S.
+    """Return the devices of these files of the process on which a lazyfs has died. Takes up to
+    ASK_S.
 
-    Asked is only what can be one: a device that is not known to be `alive`, and is a lazyfs by its type or is mounted
-    nowhere in the process's view (any more).
+    Asked is only what can be one: a device that is not known to be `alive`, and is a lazyfs by its
+    type or is mounted nowhere in the process's view (any more).
     """
     kinds = _mounted_kinds(pid)
     paths = {
@@ -90,7 +98,8 @@ def dead_devices(pid: int, opened: Sequence[OpenFile], alive: Collection[int]) -
 
 
 def mounted_kind(pid: int, fd: int) -> str | None:
-    """Return the type of the file system that the process has this file open on; None if it is not mounted (there).
+    """Return the type of the file system that the process has this file open on; None if it is not
+    mounted (there).
 
     By the mount, as a file's device is not always that of its file system (btrfs, overlayfs).
     """
@@ -102,7 +111,8 @@ def mounted_kind(pid: int, fd: int) -> str | None:
 
 
 def place_of(path: str, pid: int | None = None) -> Place:
-    """Return where `path` leads for us, or for process `pid`; a relative one from its working folder.
+    """Return where `path` leads for us, or for process `pid`; a relative one from its working
+    folder.
 
     Raises:
         OSError: nowhere.
@@ -110,7 +120,9 @@ def place_of(path: str, pid: int | None = None) -> Place:
     if pid is not None:
         path = f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
     found = os.stat(path)
-    return Place(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode))
+    return Place(
+        found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode)
+    )
 
 
 def command_line(pid: int) -> list[str]:
@@ -140,7 +152,12 @@ def has_ended(pid: int) -> bool:
 def _open_file(fd: int, path: str, name: str) -> OpenFile:
     """Describe a file as the kernel remembers it."""
     buffer = ctypes.create_string_buffer(_STATX.size)
-    if _libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MTIME_INO_SIZE, buffer) != 0:
+    if (
+        _libc.statx(
+            _AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MTIME_INO_SIZE, buffer
+        )
+        != 0
+    ):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
     inode, size, seconds, nanoseconds, major, minor = _STATX.unpack(buffer.raw)
@@ -155,7 +172,10 @@ def _mounted_kinds(pid: int) -> dict[int, str]:
 def _mounts(pid: int) -> list[tuple[str, int, str]]:
     """Return the number, device and type of each mount in the process's view."""
     found = []
-    with suppress(OSError), open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    with (
+        suppress(OSError),
+        open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines,
+    ):
         for line in lines:
             # 36 35 0:45 / /mnt rw,nosuid - fuse.lazyfs nbd://host rw,...
             before, _, after = line.partition(" - ")
@@ -167,7 +187,9 @@ def _mounts(pid: int) -> list[tuple[str, int, str]]:
 def _ask(path: str) -> int:
     """Start to ask the file system of a file for its state; that is never answered from a cache."""
     nowhere = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
-    return os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", _ASK, path], {}, file_actions=nowhere)
+    return os.posix_spawn(
+        sys.executable, [sys.executable, "-I", "-S", "-c", _ASK, path], {}, file_actions=nowhere
+    )
 
 
 def _answer(child: int, end: float) -> int | None:

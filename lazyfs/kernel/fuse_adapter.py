@@ -1,8 +1,8 @@
 """pyfuse3's handlers: check, call the engine, translate. The only place where errors become errnos.
 
-The kernel takes the file system for a writable one, or it would refuse utime(2), by which users of a cache directory
-say that a file is in use. That is let through, and unlink(2) with `--allow-evict`; every other change is refused here,
-with EROFS.
+The kernel takes the file system for a writable one, or it would refuse utime(2), by which users of
+a cache directory say that a file is in use. That is let through, and unlink(2) with
+`--allow-evict`; every other change is refused here, with EROFS.
 """
 
 import errno
@@ -37,7 +37,8 @@ SETTLED_TIMEOUT_S = 3600.0
 FILLING_TIMEOUT_S = 1.0
 """How old `du` of an image that is being filled may be."""
 LARGEST_FILE = 2**63 - 1
-"""Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be opened."""
+"""Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be
+opened."""
 
 XATTR_PREFIX = "user.lazyfs."
 _XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
@@ -46,7 +47,8 @@ _XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
 class FuseAdapter(pyfuse3.Operations):
     """One mount. A file's handle is its inode number, so that another process could go on with it.
 
-    A file opened by its second inode number is the plain file: the kernel reads it by itself if it can.
+    A file opened by its second inode number is the plain file: the kernel reads it by itself if it
+    can.
     """
 
     supports_dot_lookup = False
@@ -63,7 +65,8 @@ class FuseAdapter(pyfuse3.Operations):
         forget_names: Callable[[], bool],
         allow_evict: bool,
     ) -> None:
-        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has negotiated.
+        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has
+        negotiated.
 
         `forget_names`: as `KernelSession.forget_names`.
 
@@ -80,7 +83,8 @@ class FuseAdapter(pyfuse3.Operations):
         self._allow_evict = allow_evict
         self._operations = operations
         self._open: dict[int, list[Handle]] = {}
-        """What is open, by the inode number that it was opened by. Handles of one number are alike."""
+        """What is open, by the inode number that it was opened by. Handles of one number are
+        alike."""
         self._mounted_ns = time.time_ns()
 
     def init(self) -> None:
@@ -141,12 +145,16 @@ class FuseAdapter(pyfuse3.Operations):
 
     # -- folders
 
-    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+    async def opendir(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileHandleT:
         """Open a folder."""
         with _translated("opendir", inode):
             return pyfuse3.FileHandleT(self._folder(inode).inode)
 
-    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    async def readdir(
+        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> None:
         """List a folder from a position on. Never waits for sizes: `ls` needs none."""
         with _translated("readdir", fh):
             folder = self._folder(fh)
@@ -157,7 +165,9 @@ class FuseAdapter(pyfuse3.Operations):
                     self._filesystem.sizes.learn_soon(unknown)
             for position, name, node in self._filesystem.names.entries_after(folder, start_id):
                 attributes = self._attributes(node, node.shown_inode)
-                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), attributes, position):
+                if not pyfuse3.readdir_reply(
+                    token, pyfuse3.FileNameT(os.fsencode(name)), attributes, position
+                ):
                     break
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
@@ -165,7 +175,9 @@ class FuseAdapter(pyfuse3.Operations):
 
     # -- files
 
-    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
         """Open an image. The page cache keeps what it has: an inode never changes its bytes."""
         with _translated("open", inode):
             if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -226,17 +238,25 @@ class FuseAdapter(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Take the times of an image for its last use. Those shown stay: they are of the bytes, which do not change."""
+        """Take the times of an image for its last use. Those shown stay: they are of the bytes,
+        which do not change."""
         with _translated("setattr", inode):
             node = self._node(inode)
-            others = fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
+            others = (
+                fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
+            )
             if others or not isinstance(node, Image):
                 raise pyfuse3.FUSEError(errno.EROFS)
-            await self._operations.touch(node, attr.st_mtime_ns if fields.update_mtime else attr.st_atime_ns)
+            await self._operations.touch(
+                node, attr.st_mtime_ns if fields.update_mtime else attr.st_atime_ns
+            )
             return await self._described(node, inode)
 
-    async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
-        """Evict an image. Its name stays, as its export does: the next lookup finds it with nothing cached."""
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """Evict an image. Its name stays, as its export does: the next lookup finds it with nothing
+        cached."""
         if not self._allow_evict:
             raise pyfuse3.FUSEError(errno.EROFS)
         with _translated("unlink", parent_inode):
@@ -256,13 +276,17 @@ class FuseAdapter(pyfuse3.Operations):
         """Change nothing."""
         raise pyfuse3.FUSEError(errno.EROFS)
 
-    create = mknod = mkdir = rmdir = symlink = link = rename = write = setxattr = removexattr = _refuse
+    create = mknod = mkdir = rmdir = symlink = link = rename = write = setxattr = removexattr = (
+        _refuse
+    )
 
     # -- extended attributes
 
-    async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return one of ours. Other namespaces (security, system) there are none here: `ls -l` then asks once a file
-        system, and not for two attributes of each file.
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        """Return one of ours. Other namespaces (security, system) there are none here: `ls -l` then
+        asks once a file system, and not for two attributes of each file.
         """
         if not name.startswith(_XATTR_PREFIX_BYTES):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR if name.startswith(b"user.") else errno.ENOTSUP)
@@ -284,7 +308,16 @@ class FuseAdapter(pyfuse3.Operations):
         with _translated("statfs", 0):
             room = os.fstatvfs(self._root_fd)
             reply = pyfuse3.StatvfsData()
-            for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            for name in (
+                "f_bsize",
+                "f_frsize",
+                "f_blocks",
+                "f_bfree",
+                "f_bavail",
+                "f_files",
+                "f_ffree",
+                "f_favail",
+            ):
                 setattr(reply, name, getattr(room, name))
             reply.f_namemax = 255
             return reply
@@ -293,9 +326,12 @@ class FuseAdapter(pyfuse3.Operations):
 
     def _invalidate_entry(self, folder: Folder, name: str) -> None:
         if not self._forget_names():
-            # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve may hold.
+            # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve
+            # may hold.
             pyfuse3.invalidate_entry_async(
-                pyfuse3.InodeT(folder.inode), pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True
+                pyfuse3.InodeT(folder.inode),
+                pyfuse3.FileNameT(os.fsencode(name)),
+                ignore_enoent=True,
             )
 
     def _node(self, inode: int) -> Node:
@@ -319,7 +355,8 @@ class FuseAdapter(pyfuse3.Operations):
 
 @contextmanager
 def _translated(what: str, inode: int, offset: int = 0) -> Iterator[None]:
-    """Turn errors into errnos. A bug becomes EIO and a traceback in the log: it must not end the mount."""
+    """Turn errors into errnos. A bug becomes EIO and a traceback in the log: it must not end the
+    mount."""
     try:
         yield
     except pyfuse3.FUSEError:
@@ -346,10 +383,13 @@ def _xattrs(node: Node) -> dict[str, str]:
         "export": record.export,
         "digest": record.digest,
     }
-    return {XATTR_PREFIX + name: value for name, value in values.items() if value or name != "digest"}
+    return {
+        XATTR_PREFIX + name: value for name, value in values.items() if value or name != "digest"
+    }
 
 
 def _invalidate_attributes(inode: int) -> None:
-    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode; EINVAL: it is unmounted.
+    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode; EINVAL: it is
+    # unmounted.
     with suppress(OSError):
         pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)

@@ -1,10 +1,11 @@
 """Files that the kernel reads by itself: which backing id belongs to which open inode.
 
-Importing this module loads the C module, which must come before pyfuse3: it takes the place of one function of
-libfuse. So whoever imports pyfuse3 imports this first.
+Importing this module loads the C module, which must come before pyfuse3: it takes the place of one
+function of libfuse. So whoever imports pyfuse3 imports this first.
 
-An inode has at most one backing id at a time, shared by all who have it open, from its first open to its last
-release. That the kernel could not give one is remembered as long: it refuses to mix both kinds of opens.
+An inode has at most one backing id at a time, shared by all who have it open, from its first open
+to its last release. That the kernel could not give one is remembered as long: it refuses to mix
+both kinds of opens.
 """
 
 import logging
@@ -39,7 +40,8 @@ class Backings:
     """The backing ids of one mount. Trio thread only."""
 
     def __init__(self, session: KernelSession, wanted: bool, probe_fd: int) -> None:
-        """Find out whether passthrough works, with any plain file of the cache's file system, `probe_fd`."""
+        """Find out whether passthrough works, with any plain file of the cache's file system,
+        `probe_fd`."""
         self._session = session
         self._open: dict[int, tuple[int, int]] = {}
         """By inode: its backing id (0: it has none) and the number of its opens."""
@@ -64,7 +66,8 @@ class Backings:
         return ""
 
     def opened(self, inode: int, fd: int) -> None:
-        """Let the OPEN reply that comes next, with `inode` as file handle, be passthrough to `fd` if that works.
+        """Let the OPEN reply that comes next, with `inode` as file handle, be passthrough to `fd`
+        if that works.
 
         Nothing may be awaited between this and the reply.
         """
@@ -80,7 +83,9 @@ class Backings:
         try:
             return self._session.open_backing(fd)
         except OSError as error:
-            logger.warning("read through the daemon, passthrough failed: inode=%d reason=%s", inode, error)
+            logger.warning(
+                "read through the daemon, passthrough failed: inode=%d reason=%s", inode, error
+            )
             return 0
 
     def released(self, inode: int) -> None:
@@ -92,4 +97,6 @@ class Backings:
             try:
                 self._session.close_backing(backing_id)
             except OSError as error:  # the connection is gone, and the id with it
-                logger.warning("a backing file could not be given back: inode=%d reason=%s", inode, error)
+                logger.warning(
+                    "a backing file could not be given back: inode=%d reason=%s", inode, error
+                )

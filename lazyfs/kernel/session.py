@@ -1,13 +1,13 @@
 """The kernel's side of FUSE: mounting, FUSE_INIT, and slipping the connection under libfuse.
 
-lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself, because libfuse 3.14 and pyfuse3 offer no way to
-set what a cache needs (background requests, readahead, passthrough, resend). pyfuse3 is then given
-one end of a socket pair that holds a made-up FUSE_INIT; once libfuse has read that, the real connection is
-dup2'ed over it. libfuse's answer to the made-up request reaches the kernel as a reply to nothing, which is
-refused with ENOENT and ignored.
+lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself, because libfuse 3.14 and pyfuse3 offer
+no way to set what a cache needs (background requests, readahead, passthrough, resend). pyfuse3 is
+then given one end of a socket pair that holds a made-up FUSE_INIT; once libfuse has read that, the
+real connection is dup2'ed over it. libfuse's answer to the made-up request reaches the kernel as a
+reply to nothing, which is refused with ENOENT and ignored.
 
-All structures are native-endian, as include/uapi/linux/fuse.h has them (protocol 7.40, Linux 6.9; other kernels
-say what they lack, and lazyfs does without).
+All structures are native-endian, as include/uapi/linux/fuse.h has them (protocol 7.40, Linux 6.9;
+other kernels say what they lack, and lazyfs does without).
 """
 
 import ctypes
@@ -29,12 +29,16 @@ logger = logging.getLogger(__name__)
 
 # fuse.h: opcode and header sizes
 FUSE_INIT = 26
-IN_HEADER = struct.Struct("=IIQQIIIHH")  # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
+IN_HEADER = struct.Struct(
+    "=IIQQIIIHH"
+)  # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
 OUT_HEADER = struct.Struct("=IiQ")  # fuse_out_header: len, error, unique
-INIT_IN = struct.Struct("=5I44x")  # fuse_init_in: major, minor, max_readahead, flags, flags2, unused[11]
+INIT_IN = struct.Struct(
+    "=5I44x"
+)  # fuse_init_in: major, minor, max_readahead, flags, flags2, unused[11]
 INIT_IN_SHORT = struct.Struct("=4I")  # as kernels before 5.17 send it
-# fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
-# max_pages, map_alignment, flags2, max_stack_depth, unused[6]
+# fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold,
+# max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth, unused[6]
 INIT_OUT = struct.Struct("=4IHHIIHHII24x")
 BACKING_MAP = struct.Struct("=iIQ")  # fuse_backing_map: fd, flags, padding
 MAJOR, MINOR = 7, 40
@@ -51,8 +55,18 @@ MAX_PAGES = 1 << 22
 EXPLICIT_INVAL_DATA = 1 << 25
 INIT_EXT = 1 << 30  # the flags from bit 32 on are in flags2
 PASSTHROUGH = 1 << 37  # Linux 6.9
-HAS_RESEND = 1 << 39  # Linux 6.9: another process may go on with the connection, and ask for what is unanswered
-BASIC = ASYNC_READ | BIG_WRITES | DO_READDIRPLUS | PARALLEL_DIROPS | ABORT_ERROR | MAX_PAGES | EXPLICIT_INVAL_DATA
+HAS_RESEND = (
+    1 << 39
+)  # Linux 6.9: another process may go on with the connection, and ask for what is unanswered
+BASIC = (
+    ASYNC_READ
+    | BIG_WRITES
+    | DO_READDIRPLUS
+    | PARALLEL_DIROPS
+    | ABORT_ERROR
+    | MAX_PAGES
+    | EXPLICIT_INVAL_DATA
+)
 WANTED = BASIC | INIT_EXT | PASSTHROUGH | HAS_RESEND
 
 # fuse.h: ioctls of /dev/fuse, _IOW(229, 1, struct fuse_backing_map) and _IOW(229, 2, uint32_t)
@@ -70,12 +84,12 @@ MAX_READ = 1 * MiB
 MAX_WRITE = 4 * KiB
 """Nothing is ever written; small, as it bounds the kernel's idea of a request buffer."""
 MAX_BACKGROUND = 512
-"""Readahead requests in flight for the whole mount. The kernel's default of 12 would let one image whose
-repository is gone stop the readahead of all others."""
+"""Readahead requests in flight for the whole mount. The kernel's default of 12 would let one image
+whose repository is gone stop the readahead of all others."""
 
 MAX_STACK_DEPTH = 1
-"""The plain files may lie on a file system that is itself no stack, such as overlayfs. As for FUSE_PASSTHROUGH in
-fs/fuse/inode.c; with 2, nobody could put an overlayfs over our mount."""
+"""The plain files may lie on a file system that is itself no stack, such as overlayfs. As for
+FUSE_PASSTHROUGH in fs/fuse/inode.c; with 2, nobody could put an overlayfs over our mount."""
 
 _INIT_BUFFER = 128 * KiB
 
@@ -117,11 +131,11 @@ class KernelSession:
     def __init__(self, mountpoint: str, source: str, passthrough: bool = True) -> None:
         """Mount at `mountpoint` and answer FUSE_INIT. Blocks for a few milliseconds.
 
-        Not with MS_RDONLY: the kernel would refuse utime(2) and unlink(2) before we are asked. `fuse_adapter.py`
-        refuses what it must.
+        Not with MS_RDONLY: the kernel would refuse utime(2) and unlink(2) before we are asked.
+        `fuse_adapter.py` refuses what it must.
 
-        As root the mount is open to all users (permissions are checked by the kernel); as a user, through
-        fusermount3, it is that user's alone.
+        As root the mount is open to all users (permissions are checked by the kernel); as a user,
+        through fusermount3, it is that user's alone.
 
         Raises:
             UserError: it could not be mounted.
@@ -135,7 +149,8 @@ class KernelSession:
         self.device = mounts.devices_at(mountpoint)[-1]
         """"major:minor" of the mount."""
         try:
-            # Not asked for in vain: it makes our file system a layer of a stack, of which there may be two.
+            # Not asked for in vain: it makes our file system a layer of a stack, of which there may
+            # be two.
             wanted = WANTED if passthrough else WANTED & ~PASSTHROUGH
             reply, self.flags = answer_init(os.read(self._fd, _INIT_BUFFER), wanted)
             os.write(self._fd, reply)
@@ -154,21 +169,25 @@ class KernelSession:
         return f"/dev/fd/{self._libfuse_fd}"
 
     def connect_libfuse(self) -> None:
-        """Put the real connection in the place of the made-up one. To be called from Operations.init."""
+        """Put the real connection in the place of the made-up one. To be called from
+        Operations.init."""
         os.dup2(self._fd, self._libfuse_fd)
         os.close(self._fd)
         self._fd = -1
         self._made_up.close()
 
     def forget_names(self) -> bool:
-        """Have the kernel ask again for every name when it is next used; False if it cannot (before Linux 6.16).
+        """Have the kernel ask again for every name when it is next used; False if it cannot (before
+        Linux 6.16).
 
-        Takes no lock, and cannot block. A notification that one name is invalid waits for the folder's lock, which a
-        lookup holds that we have not answered; a daemon killed in that moment does not let go of its connection, and
-        whoever uses the mount hangs until somebody aborts it (`clear_away`).
+        Takes no lock, and cannot block. A notification that one name is invalid waits for the
+        folder's lock, which a lookup holds that we have not answered; a daemon killed in that
+        moment does not let go of its connection, and whoever uses the mount hangs until somebody
+        aborts it (`clear_away`).
 
-        Every name is outdated, not one: /proc/PID/fd may show any open file as "(deleted)", and what is mounted on a
-        path of this mount is detached when that path is next looked up. Names change a few times in an image's life.
+        Every name is outdated, not one: /proc/PID/fd may show any open file as "(deleted)", and
+        what is mounted on a path of this mount is detached when that path is next looked up. Names
+        change a few times in an image's life.
         """
         try:
             os.write(self._connection, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0))
@@ -179,11 +198,12 @@ class KernelSession:
     def open_backing(self, fd: int) -> int:
         """Register a plain file with the connection; return its backing id, for OPEN replies.
 
-        The file stays open in the kernel until `close_backing`, also if this process closes `fd`, or ends.
+        The file stays open in the kernel until `close_backing`, also if this process closes `fd`,
+        or ends.
 
         Raises:
-            OSError: EPERM without CAP_SYS_ADMIN or if it was not negotiated, ELOOP if the file's file system is
-                stacked, EOPNOTSUPP or ENOTTY if the kernel was built without.
+            OSError: EPERM without CAP_SYS_ADMIN or if it was not negotiated, ELOOP if the file's
+                file system is stacked, EOPNOTSUPP or ENOTTY if the kernel was built without.
         """
         # A bytearray: for one, Python returns what the system call returned.
         backing_id: int = fcntl.ioctl(
@@ -192,8 +212,8 @@ class KernelSession:
         return backing_id
 
     def close_backing(self, backing_id: int) -> None:
-        """Undo `open_backing`. Every file opened with the id must have been released: the kernel resolves the id
-        only when it handles the OPEN reply.
+        """Undo `open_backing`. Every file opened with the id must have been released: the kernel
+        resolves the id only when it handles the OPEN reply.
         """
         fcntl.ioctl(self._connection, FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
@@ -202,18 +222,23 @@ class KernelSession:
         return self._fd if self._fd >= 0 else self._libfuse_fd
 
     def unmount(self, lazy: bool) -> bool:
-        """Unmount; `lazy` also if files are open. From any thread. False if somebody has done it already.
+        """Unmount; `lazy` also if files are open. From any thread. False if somebody has done it
+        already.
 
-        Never what is mounted below or over us: a disk under the mountpoint is the rule, not the exception.
+        Never what is mounted below or over us: a disk under the mountpoint is the rule, not the
+        exception.
 
         Raises:
-            OSError: EBUSY, because of open files or because another file system is mounted over this one.
+            OSError: EBUSY, because of open files or because another file system is mounted over
+                this one.
         """
         with self._unmounting:
             there = mounts.devices_at(self.mountpoint)
             if self.device in there:
                 if there[-1] != self.device:
-                    raise OSError(errno.EBUSY, f"another file system is mounted over {self.mountpoint}")
+                    raise OSError(
+                        errno.EBUSY, f"another file system is mounted over {self.mountpoint}"
+                    )
                 try:
                     unmount(self.mountpoint, lazy)
                 except OSError as error:
@@ -227,18 +252,23 @@ class KernelSession:
         try:
             fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise errors.UserError(f"cannot open /dev/fuse: {error.strerror}; load the fuse module") from error
+            raise errors.UserError(
+                f"cannot open /dev/fuse: {error.strerror}; load the fuse module"
+            ) from error
         options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ}"
         libc = ctypes.CDLL(None, use_errno=True)
         paths = os.fsencode(source), os.fsencode(self.mountpoint)
-        if libc.mount(*paths, FS_TYPE.encode(), MS_NOSUID | MS_NODEV | MS_NOATIME, options.encode()):
+        if libc.mount(
+            *paths, FS_TYPE.encode(), MS_NOSUID | MS_NODEV | MS_NOATIME, options.encode()
+        ):
             code = ctypes.get_errno()
             os.close(fd)
             raise errors.UserError(f"cannot mount on {self.mountpoint}: {os.strerror(code)}")
         return fd
 
     def _mount_as_user(self, source: str) -> int:
-        """fusermount3 mounts, and sends the fd over the socket that _FUSE_COMMFD names (libfuse, lib/mount.c)."""
+        """fusermount3 mounts, and sends the fd over the socket that _FUSE_COMMFD names (libfuse,
+        lib/mount.c)."""
         subtype = FS_TYPE.partition(".")[2]
         name = source.replace("\\", "\\\\").replace(",", "\\,")
         options = f"rw,nosuid,nodev,noatime,default_permissions,max_read={MAX_READ},subtype={subtype},fsname={name}"
@@ -254,11 +284,15 @@ class KernelSession:
                     check=False,
                 )
             except FileNotFoundError as error:
-                raise errors.UserError("fusermount3 is missing: install the package fuse3, or mount as root") from error
+                raise errors.UserError(
+                    "fusermount3 is missing: install the package fuse3, or mount as root"
+                ) from error
             theirs.close()
             _, fds, _, _ = socket.recv_fds(ours, 1, 1)
         if done.returncode or not fds:
-            raise errors.UserError(f"cannot mount on {self.mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}")
+            raise errors.UserError(
+                f"cannot mount on {self.mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}"
+            )
         os.set_inheritable(fds[0], False)
         return fds[0]
 
@@ -267,7 +301,8 @@ def unmount(mountpoint: str, lazy: bool) -> None:
     """Unmount a FUSE file system, as root or with fusermount3; `lazy` also if files are open.
 
     Raises:
-        OSError: EBUSY while files are open, EINVAL if nothing is mounted there, or what fusermount3 reports.
+        OSError: EBUSY while files are open, EINVAL if nothing is mounted there, or what fusermount3
+            reports.
     """
     if os.geteuid() != 0:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
@@ -283,9 +318,11 @@ def unmount(mountpoint: str, lazy: bool) -> None:
 
 
 def clear_away(mount: mounts.Mount) -> None:
-    """Unmount what a killed daemon left, whoever still waits for it; nothing that is mounted below or over it.
+    """Unmount what a killed daemon left, whoever still waits for it; nothing that is mounted below
+    or over it.
 
-    Forced first: a thread of the daemon that hangs in the kernel may keep the connection, and that ends it.
+    Forced first: a thread of the daemon that hangs in the kernel may keep the connection, and that
+    ends it.
 
     Raises:
         OSError: EBUSY if another file system is mounted over it, or what fusermount3 reports.

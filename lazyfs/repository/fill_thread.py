@@ -1,7 +1,7 @@
 """Moves claims from the repository to the cache file in a thread: population's inner loop.
 
-Fixed, reused buffers, a few requests in flight, libnbd's own poll: a new buffer for each request halves the speed (page
-faults), one event loop for everything thirds it.
+Fixed, reused buffers, a few requests in flight, libnbd's own poll: a new buffer for each request
+halves the speed (page faults), one event loop for everything thirds it.
 """
 
 import threading
@@ -18,9 +18,9 @@ from lazyfs.units import KiB
 
 REQUEST = 512 * KiB
 IN_FLIGHT = 2
-"""Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 in 2.2 s, 512 KiB x 2 and
-1 MiB x 2 in 1.6 s, 2 MiB x 2 in 1.7 s (nbdcopy 1.7 s). The smaller of the two best: a reader's request comes behind it
-on the link."""
+"""Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 in 2.2 s,
+512 KiB x 2 and 1 MiB x 2 in 1.6 s, 2 MiB x 2 in 1.7 s (nbdcopy 1.7 s). The smaller of the two best:
+a reader's request comes behind it on the link."""
 
 _POLL_MS = 100
 """How late a stop is noticed."""
@@ -52,8 +52,8 @@ class FillConnection:
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
         """Do what `interfaces.Filler.run` promises, until `stop` is set.
 
-        After an error, or a stop with requests in flight, the connection is dropped, so that no late reply can
-        reach a buffer that serves another claim.
+        After an error, or a stop with requests in flight, the connection is dropped, so that no
+        late reply can reach a buffer that serves another claim.
         """
         try:
             self._connect(stop)
@@ -133,7 +133,8 @@ class FillConnection:
             self._slots.append(slot)
         slot.claim, slot.waiting = claim, 1  # it must come back even if there is no memory for it
         if slot.buffer is None or len(slot.buffer.memory) < length:
-            # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is kept.
+            # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is
+            # kept.
             if slot.buffer is not None:
                 nbd_buffers.give(slot.buffer)
                 slot.buffer = None

@@ -2,9 +2,11 @@
 
 How libnbd wants it (docs/libnbd.pod, 1.14), and what follows here:
 
-- a handle serves one export; the export is chosen in option mode, so that the URI stays the repository's;
+- a handle serves one export; the export is chosen in option mode, so that the URI stays the
+  repository's;
 - a callback runs under the handle's lock: it calls no method of the handle, returns 1 to retire its
-  command, and reads `err.value`. An exception in it would only be printed, a failing assert abort();
+  command, and reads `err.value`. An exception in it would only be printed, a failing assert
+  abort();
 - a failed read leaves the buffer unspecified;
 - when a handle dies, every command in flight is completed with an error.
 """
@@ -43,14 +45,15 @@ LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET
 
 
 REFUSED = frozenset({errno.ENOTSUP, errno.EINVAL, errno.EPERM})
-"""How libnbd reports that a server answered an option with NBD_REP_ERR_UNSUP, _INVALID or _POLICY."""
+"""How libnbd reports that a server answered an option with NBD_REP_ERR_UNSUP, _INVALID or
+_POLICY."""
 
 
 def new_handle() -> Any:
     """Return an unconnected handle with the settings every use here shares.
 
-    TLS follows from the URI: `nbds` requires it. Local files (certificates, PSK) may be named in the URI,
-    as the URI comes from the administrator.
+    TLS follows from the URI: `nbds` requires it. Local files (certificates, PSK) may be named in
+    the URI, as the URI comes from the administrator.
     """
     handle = nbd.NBD()
     handle.set_opt_mode(True)
@@ -75,12 +78,15 @@ def connect(uri: str, abandoned: threading.Event) -> Any:
     except nbd.Error as error:
         raise errors.ConnectionLost(uri, reason(error)) from error
     if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
-        raise errors.Unsupported(f"{uri} is a server without named exports (no fixed newstyle negotiation)")
+        raise errors.Unsupported(
+            f"{uri} is a server without named exports (no fixed newstyle negotiation)"
+        )
     return handle
 
 
 def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any, Export]:
-    """Return a handle ready to read export `name`, and what the export is now. Blocks; meant for a thread.
+    """Return a handle ready to read export `name`, and what the export is now. Blocks; meant for a
+    thread.
 
     Raises:
         ConnectionLost: also if the server does not have the export, as it may be about to.
@@ -113,11 +119,13 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any
 class Watchdog:
     """Bounds libnbd's blocking calls inside a `with`, by cutting the connection under them.
 
-    The calls that negotiate options wait for a server for ever; their `aio_` forms do not say why one was refused.
+    The calls that negotiate options wait for a server for ever; their `aio_` forms do not say why
+    one was refused.
     """
 
     def __init__(self, handle: Any, uri: str, abandoned: threading.Event) -> None:
-        """Watch `handle`, which is connected: until `abandoned` is set, or nothing comes in CONNECT_TIMEOUT_S."""
+        """Watch `handle`, which is connected: until `abandoned` is set, or nothing comes in
+        CONNECT_TIMEOUT_S."""
         self._uri = uri
         self._abandoned = abandoned
         self._connection = socket.socket(fileno=os.dup(handle.aio_get_fd()))
@@ -131,7 +139,8 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Raises ConnectionLost in the place of the nbd.Error that cutting the connection led to."""
+        """Raises ConnectionLost in the place of the nbd.Error that cutting the connection led
+        to."""
         self._done.set()
         self._thread.join()
         self._connection.close()
@@ -155,7 +164,8 @@ class Watchdog:
 
 
 def described(handle: Any, name: str) -> Export | str:
-    """Return what the handle was last told about an export, or what is wrong with that. Raises nbd.Error."""
+    """Return what the handle was last told about an export, or what is wrong with that. Raises
+    nbd.Error."""
     size = handle.get_size()
     if size < 0:  # libnbd 1.14's Python takes 64 bits for a signed number
         return "the server claims that it has 8 EiB or more"
@@ -193,7 +203,8 @@ def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threa
 def retire(handle: Any, cookie: int) -> int:
     """Let libnbd forget a command that has completed; return its error, 0 for none.
 
-    Only here does it say that a read was answered without any data: the buffer holds what it held before.
+    Only here does it say that a read was answered without any data: the buffer holds what it held
+    before.
     """
     try:
         handle.aio_command_completed(cookie)
@@ -246,7 +257,8 @@ class NbdHandle:
         """By libnbd's callbacks, which may not call its methods."""
         self._some_in_flight = trio.Event()
         self._orphans: dict[_Command, nbd_buffers.NbdBuffer] = {}
-        """Reads that nobody waits for any more, and that may still be answered, with what they are read into."""
+        """Reads that nobody waits for any more, and that may still be answered, with what they are
+        read into."""
         self._last_progress = trio.current_time()
         self._want_write = trio.Event()
         self._scope = trio.CancelScope()
@@ -254,7 +266,8 @@ class NbdHandle:
         """Why the connection is of no more use; "" while it is."""
 
     async def run(self) -> None:
-        """Move bytes until the connection breaks or `close` is called. Raises nothing but Cancelled."""
+        """Move bytes until the connection breaks or `close` is called. Raises nothing but
+        Cancelled."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -293,7 +306,9 @@ class NbdHandle:
             answered(error)
 
         try:
-            command = self._start(partial(self._handle.aio_pread, bounce.target(0, len(buffer)), offset), ended)
+            command = self._start(
+                partial(self._handle.aio_pread, bounce.target(0, len(buffer)), offset), ended
+            )
         except errors.LazyfsError:
             nbd_buffers.give(bounce)
             return False
@@ -309,13 +324,19 @@ class NbdHandle:
             try:
                 bounce = nbd_buffers.take(piece.length)
             except OSError as full:
-                raise errors.RequestFailed(f"reading {self._export} at {offset}", errno.ENOMEM) from full
+                raise errors.RequestFailed(
+                    f"reading {self._export} at {offset}", errno.ENOMEM
+                ) from full
             command, done = None, trio.Event()
             try:
                 target = bounce.target(0, piece.length)
-                command = self._start(partial(self._handle.aio_pread, target, offset + piece.start), done.set)
+                command = self._start(
+                    partial(self._handle.aio_pread, target, offset + piece.start), done.set
+                )
                 await done.wait()
-                if (error := self._outcome(command, f"reading {self._export} at {offset}")) is not None:
+                if (
+                    error := self._outcome(command, f"reading {self._export} at {offset}")
+                ) is not None:
                     raise error
                 buffer[piece.start : piece.end] = bounce.memory[: piece.length]
             finally:
@@ -325,7 +346,8 @@ class NbdHandle:
                     self._give_back(bounce, command)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
-        """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt only.
+        """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt
+        only.
 
         Raises:
             ConnectionLost, RequestFailed.
@@ -338,13 +360,21 @@ class NbdHandle:
             entries: list[int] = []
             asked = ByteRange(position, window.end)
 
-            def extent(context: str, _offset: int, found: list[int], _err: object, into: list[int] = entries) -> int:
+            def extent(
+                context: str,
+                _offset: int,
+                found: list[int],
+                _err: object,
+                into: list[int] = entries,
+            ) -> int:
                 if context == nbd.CONTEXT_BASE_ALLOCATION:
                     into.extend(found)
                 return 0
 
             done = trio.Event()
-            command = self._start(partial(self._handle.aio_block_status, asked.length, asked.start, extent), done.set)
+            command = self._start(
+                partial(self._handle.aio_block_status, asked.length, asked.start, extent), done.set
+            )
             await done.wait()
             if (error := self._outcome(command, f"block status of {self._export}")) is not None:
                 raise error
@@ -353,8 +383,11 @@ class NbdHandle:
             position = reach.start
         return data
 
-    def _start(self, submit: Callable[[Callable[[Any], int]], int], ended: Callable[[], None]) -> _Command:
-        """Send a command. Raises ConnectionLost, RequestFailed: it was not sent, and `ended` is not called."""
+    def _start(
+        self, submit: Callable[[Callable[[Any], int]], int], ended: Callable[[], None]
+    ) -> _Command:
+        """Send a command. Raises ConnectionLost, RequestFailed: it was not sent, and `ended` is not
+        called."""
         if self.broken:
             raise errors.ConnectionLost(self._uri, self.broken)
         command = _Command(ended)
@@ -382,7 +415,9 @@ class NbdHandle:
             if self._handle.aio_is_dead() or self._handle.aio_is_closed():
                 self.close(reason(error))
                 raise errors.ConnectionLost(self._uri, self.broken) from error
-            raise errors.RequestFailed(f"asking {self._uri} for {self._export}", error.errnum or errno.EIO) from error
+            raise errors.RequestFailed(
+                f"asking {self._uri} for {self._export}", error.errnum or errno.EIO
+            ) from error
         self._in_flight[command] = None
         return command
 
@@ -391,7 +426,10 @@ class NbdHandle:
             del self._in_flight[command]
             if command.code in LOST and not self.broken:
                 self.close("the server shuts down")
-            ended, command.ended = command.ended, _nothing  # or the two would keep each other, and the data, in memory
+            ended, command.ended = (
+                command.ended,
+                _nothing,
+            )  # or the two would keep each other, and the data, in memory
             ended()
 
     def _outcome(self, command: _Command, what: str) -> errors.LazyfsError | None:

@@ -13,7 +13,14 @@ import trio
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.pacing import Backoff
-from lazyfs.engine.interfaces import Answered, Export, Filler, FillWork, RepositoryStatistics, Source
+from lazyfs.engine.interfaces import (
+    Answered,
+    Export,
+    Filler,
+    FillWork,
+    RepositoryStatistics,
+    Source,
+)
 from lazyfs.repository import nbd_handle
 from lazyfs.repository.fill_thread import FillConnection
 
@@ -33,8 +40,8 @@ class NbdRepository:
 
         Args:
             uri: an NBD URI without an export name.
-            io_timeout_s: how long a reader waits. A connection that makes no progress for a third of it is
-                given up, so that a reader has two more tries.
+            io_timeout_s: how long a reader waits. A connection that makes no progress for a third
+                of it is given up, so that a reader has two more tries.
         """
         self.uri = uri
         self.connected = False
@@ -43,7 +50,8 @@ class NbdRepository:
         self.reconnects = 0
         self._failures = 0
         self._names_per_connection = MAX_EXPORTS
-        """How many exports the server describes on one connection; lowered when it hangs up earlier."""
+        """How many exports the server describes on one connection; lowered when it hangs up
+        earlier."""
         self._nursery = nursery
         self._stall_s = io_timeout_s / 3
         self._io_timeout_s = io_timeout_s
@@ -56,11 +64,14 @@ class NbdRepository:
         return RepositoryStatistics(self.connected, self.reconnects, self._failures)
 
     async def list_exports(self) -> list[str]:
-        """As `interfaces.Repository.list_exports`. A name that is not UTF-8 is left out, and logged."""
+        """As `interfaces.Repository.list_exports`. A name that is not UTF-8 is left out, and
+        logged."""
         names, count = await self._in_thread(self._connects, self._list)
         if count > len(names):
             logger.warning(
-                "%s lists %d exports whose names are not UTF-8; they are not shown", self.uri, count - len(names)
+                "%s lists %d exports whose names are not UTF-8; they are not shown",
+                self.uri,
+                count - len(names),
             )
         return names
 
@@ -69,7 +80,9 @@ class NbdRepository:
         names: list[str] = []
 
         def found(name: str, _description: str) -> int:
-            if len(names) < MAX_EXPORTS:  # beyond it nothing counts as progress: an endless list is cut off
+            if (
+                len(names) < MAX_EXPORTS
+            ):  # beyond it nothing counts as progress: an endless list is cut off
                 watchdog.progress()
                 names.append(name)
             return 0
@@ -92,8 +105,11 @@ class NbdRepository:
         """As `interfaces.Repository.describe`."""
         return await self._in_thread(self._connects, partial(self._describe, names))
 
-    def _describe(self, names: Sequence[str], abandoned: threading.Event) -> dict[str, Export | str]:
-        """On as few connections as the server allows: nbdkit 1.32 hangs up after 32 options on one."""
+    def _describe(
+        self, names: Sequence[str], abandoned: threading.Event
+    ) -> dict[str, Export | str]:
+        """On as few connections as the server allows: nbdkit 1.32 hangs up after 32 options on
+        one."""
         found: dict[str, Export | str] = {}
         names = list(dict.fromkeys(names))
         while len(found) < len(names):
@@ -132,7 +148,9 @@ class NbdRepository:
         except errors.ExportChanged:
             del handle  # else the traceback of this error would keep the connection open
             raise
-        running = nbd_handle.NbdHandle(handle, self.uri, export.name, self._stall_s, self._io_timeout_s)
+        running = nbd_handle.NbdHandle(
+            handle, self.uri, export.name, self._stall_s, self._io_timeout_s
+        )
         self._nursery.start_soon(running.run)
         return running
 
@@ -140,11 +158,16 @@ class NbdRepository:
         """Run `connection` in a thread."""
         await self._in_thread(self._fills, partial(connection.run, work, duration_s))
 
-    async def _in_thread(self, limiter: trio.CapacityLimiter, call: Callable[[threading.Event], T]) -> T:
-        """Run `call` in a thread, give it an event that says to stop, and keep book of the connection."""
+    async def _in_thread(
+        self, limiter: trio.CapacityLimiter, call: Callable[[threading.Event], T]
+    ) -> T:
+        """Run `call` in a thread, give it an event that says to stop, and keep book of the
+        connection."""
         stop = threading.Event()
         try:
-            result = await _stoppable(stop, partial(trio.to_thread.run_sync, call, stop, limiter=limiter))
+            result = await _stoppable(
+                stop, partial(trio.to_thread.run_sync, call, stop, limiter=limiter)
+            )
         except errors.ExportRefused:
             raise  # which says nothing of the server
         except errors.ConnectionLost as error:
@@ -161,7 +184,8 @@ class NbdRepository:
 
 
 def _describe_one(handle: Any, name: str) -> Export | str:
-    """Return the export, or why the server will not describe it. Raises nbd.Error if the connection is lost."""
+    """Return the export, or why the server will not describe it. Raises nbd.Error if the connection
+    is lost."""
     try:
         handle.set_export_name(name)
         handle.opt_info()
@@ -208,7 +232,8 @@ class _NbdSource:
         self._calls: set[object] = set()
         """A token for each `pread` and `block_status` under way."""
         self._dropped: set[object] = set()
-        """Those of them that `drop_connection` has overtaken: the last one closes what it connected."""
+        """Those of them that `drop_connection` has overtaken: the last one closes what it
+        connected."""
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
         """As `interfaces.Source.submit`."""
@@ -223,7 +248,8 @@ class _NbdSource:
         return await self._retry(lambda handle: handle.block_status(window))
 
     def drop_connection(self) -> None:
-        """As `interfaces.Source.drop_connection`. An attempt under way belongs to a caller who still waits."""
+        """As `interfaces.Source.drop_connection`. An attempt under way belongs to a caller who
+        still waits."""
         self._dropped |= self._calls
         self._close_handle()
 
@@ -239,7 +265,11 @@ class _NbdSource:
                 try:
                     result = await attempt(await self._connected())
                 except errors.ConnectionLost as error:
-                    logger.debug("demand connection lost: export=%s reason=%s", self._export.name, error.reason)
+                    logger.debug(
+                        "demand connection lost: export=%s reason=%s",
+                        self._export.name,
+                        error.reason,
+                    )
                     self._note_failure()
                     await trio.sleep_until(self._next_attempt)
                 else:
@@ -253,7 +283,8 @@ class _NbdSource:
                     self._close_handle()
 
     def _note_failure(self) -> None:
-        """Put off the next attempt, once for all who wait: twenty readers must not look like twenty failures."""
+        """Put off the next attempt, once for all who wait: twenty readers must not look like twenty
+        failures."""
         if trio.current_time() >= self._next_attempt:
             self._next_attempt = trio.current_time() + self._backoff.next()
 
@@ -261,7 +292,8 @@ class _NbdSource:
         async with self._connecting:
             if self._handle is None or self._handle.broken:
                 self._handle = None
-                # Whoever had the lock before may have failed meanwhile: one attempt at a time, whoever waits.
+                # Whoever had the lock before may have failed meanwhile: one attempt at a time,
+                # whoever waits.
                 await trio.sleep_until(max(self._next_attempt, trio.current_time()))
                 try:
                     self._handle = await self._repository.connect_export(self._export)

@@ -89,9 +89,20 @@ def without_syncs(patch: pytest.MonkeyPatch) -> None:
 class FullDisk:
     """Counts the calls that need space, and fails from one of them on, a write after part of it."""
 
-    CALLS = ("pwrite", "posix_fallocate", "ftruncate", "mkdir", "link", "rename", "fdatasync", "fsync")
+    CALLS = (
+        "pwrite",
+        "posix_fallocate",
+        "ftruncate",
+        "mkdir",
+        "link",
+        "rename",
+        "fdatasync",
+        "fsync",
+    )
 
-    def __init__(self, patch: pytest.MonkeyPatch, fail_at: int, calls: tuple[str, ...] = CALLS) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, fail_at: int, calls: tuple[str, ...] = CALLS
+    ) -> None:
         """`fail_at` is the first call that fails, counted from 0."""
         self.calls = 0
         self._fail_at = fail_at
@@ -178,7 +189,9 @@ class Recorder:
             case _:
                 self.events.append(Event("sync", name))
 
-    def _wrap_naming(self, patch: pytest.MonkeyPatch, kind: str, real: Callable[..., object]) -> None:
+    def _wrap_naming(
+        self, patch: pytest.MonkeyPatch, kind: str, real: Callable[..., object]
+    ) -> None:
         def wrapped(old: str, new: str, **named: object) -> None:
             real(old, new, **named)
             name, target = (path.removeprefix(f"{PARTIAL}/") for path in (old, new))
@@ -204,7 +217,9 @@ class Disk:
     @property
     def key(self) -> tuple[tuple[str, str, bytes], ...]:
         """Return what makes this state differ from another."""
-        return tuple(sorted((name, file, bytes(self.files[file])) for name, file in self.names.items()))
+        return tuple(
+            sorted((name, file, bytes(self.files[file])) for name, file in self.names.items())
+        )
 
     def write(self, folder: Path) -> None:
         """Make the cache directory `folder` equal to this state; it may have another state now."""
@@ -255,7 +270,10 @@ LUCK = ("all", "none", "some", "some", "torn", "torn")
 
 
 def states_after_power_cut(
-    before: dict[str, bytes], events: list[Event], dice: random.Random, lucks: tuple[str, ...] = LUCK
+    before: dict[str, bytes],
+    events: list[Event],
+    dice: random.Random,
+    lucks: tuple[str, ...] = LUCK,
 ) -> Iterator[tuple[int, Disk]]:
     """Yield, for a cut after each event, (number of events, state of the disk).
 
@@ -265,9 +283,15 @@ def states_after_power_cut(
     for cut in range(len(events) + 1):
         for luck in lucks:
             disk = Disk({name: bytearray(content) for name, content in before.items()})
-            disk.names = {name: name for name in [*before, *(event.name for event in events if event.name)]}
+            disk.names = {
+                name: name for name in [*before, *(event.name for event in events if event.name)]
+            }
             for name in disk.names:
-                mine = [event for event in events[:cut] if event.name == name and event.kind not in ("rename", "link")]
+                mine = [
+                    event
+                    for event in events[:cut]
+                    if event.name == name and event.kind not in ("rename", "link")
+                ]
                 _replay(disk.files.setdefault(name, bytearray()), mine, luck, dice)
             _replay_names(disk.names, events[:cut], luck, dice)
             yield cut, disk
@@ -290,8 +314,12 @@ def _replay(content: bytearray, events: list[Event], luck: str, dice: random.Ran
                 apply(content, piece)
 
 
-def _replay_names(names: dict[str, str], events: list[Event], luck: str, dice: random.Random) -> None:
-    synced = max((i + 1 for i, event in enumerate(events) if event.kind == "sync of names"), default=0)
+def _replay_names(
+    names: dict[str, str], events: list[Event], luck: str, dice: random.Random
+) -> None:
+    synced = max(
+        (i + 1 for i, event in enumerate(events) if event.kind == "sync of names"), default=0
+    )
     for i, event in enumerate(events):
         if event.kind not in ("rename", "link"):
             continue

@@ -16,7 +16,9 @@ from lazyfs.units import KiB
 class Work:
     """Hands out all blocks of an export in order, and dropped blocks again after `retry`."""
 
-    def __init__(self, export: Export, data: Iterable[ByteRange], block_size: int = 64 * KiB) -> None:
+    def __init__(
+        self, export: Export, data: Iterable[ByteRange], block_size: int = 64 * KiB
+    ) -> None:
         """`data` are the ranges that are not zeroes."""
         self.export = export
         self.file = bytearray(export.size)
@@ -52,7 +54,9 @@ class Work:
             self._next = run.end
             self._blocks.claim(run)
             span = self._blocks.bytes_of(run)
-            claim = BookedClaim(self, run, tuple(piece for part in self._data if (piece := part.clip(span)).length))
+            claim = BookedClaim(
+                self, run, tuple(piece for part in self._data if (piece := part.clip(span)).length)
+            )
             self.outstanding.append(claim)
             return claim
 
@@ -85,7 +89,11 @@ class Work:
         assert not self.outstanding
         assert self._blocks.complete
         runs = sorted(claim.run for claim in self.kept)
-        assert [run.first for run in runs] == [0, *(run.end for run in runs[:-1])] if runs else self.export.size == 0
+        assert (
+            [run.first for run in runs] == [0, *(run.end for run in runs[:-1])]
+            if runs
+            else self.export.size == 0
+        )
 
     def kept_runs(self) -> list[BlockRun]:
         return sorted(claim.run for claim in self.kept)

@@ -93,7 +93,9 @@ def examine(image: bytes | bytearray) -> Finding:
     for cluster in sorted({*used, *refcounts}):
         counted, there = refcounts.get(cluster, 0), used[cluster]
         if counted < there:
-            found.corruptions.append(f"cluster {cluster} of the file has refcount {counted}, and {there} uses")
+            found.corruptions.append(
+                f"cluster {cluster} of the file has refcount {counted}, and {there} uses"
+            )
         elif counted > there:
             found.leaks += 1
     for cluster, flag in copied:
@@ -104,7 +106,9 @@ def examine(image: bytes | bytearray) -> Finding:
     return found
 
 
-def differences(found: Finding, image: bytes | bytearray, disk: bytes, backing: bytes | None) -> list[int]:
+def differences(
+    found: Finding, image: bytes | bytearray, disk: bytes, backing: bytes | None
+) -> list[int]:
     """Return the clusters that do not read as `disk`.
 
     Behind the end of `disk` they must be zeroes. Missing clusters are read from `backing`, the
@@ -134,13 +138,18 @@ def _header(image: bytes | bytearray) -> tuple[Finding, tuple[int, int], tuple[i
         table_clusters, snapshots, _, incompatible, compatible, autoclear, order, length,
     ) = struct.unpack_from(">4sIQIIQIIQQIIQQQQII", image)  # fmt: skip
     if (magic, version, length, order) != (b"QFI\xfb", 3, 104, 4):
-        raise NotQcow2(f"magic {magic!r}, version {version}, header of {length}, refcount order {order}")
+        raise NotQcow2(
+            f"magic {magic!r}, version {version}, header of {length}, refcount order {order}"
+        )
     if crypt or snapshots or incompatible or compatible or autoclear or not 9 <= bits <= 21:
         raise NotQcow2("features")
     cluster_size = 1 << bits
     if l1_entries < -(-size // (cluster_size * (cluster_size // 8))) or size % 512:
         raise NotQcow2(f"a disk of {size} bytes with an L1 table of {l1_entries} entries")
-    for offset, entries, limit in ((l1_offset, l1_entries, 4 << 20), (table_offset, table_clusters, 1 << 10)):
+    for offset, entries, limit in (
+        (l1_offset, l1_entries, 4 << 20),
+        (table_offset, table_clusters, 1 << 10),
+    ):
         if offset % cluster_size or entries > limit:
             raise NotQcow2(f"a table of {entries} at {offset:#x}")
     found = Finding(size, cluster_size, None, None)
@@ -173,7 +182,9 @@ def _l2_entry(found: Finding, cluster: int, entry: int) -> tuple[str, int]:
     return (DATA, offset) if offset else (MISSING, 0)
 
 
-def _refcounts(found: Finding, image: bytes | bytearray, table: tuple[int, int], use: object) -> dict[int, int]:
+def _refcounts(
+    found: Finding, image: bytes | bytearray, table: tuple[int, int], use: object
+) -> dict[int, int]:
     """Return the refcounts that are not 0, by cluster of the file."""
     assert callable(use)
     size = found.cluster_size

@@ -79,7 +79,9 @@ class Conversation:
 Request = Callable[["Conversation", bytes, int, int], None]
 
 
-def transmission(size: int, answer: Request, structured: bool = False) -> Callable[["Conversation"], None]:
+def transmission(
+    size: int, answer: Request, structured: bool = False
+) -> Callable[["Conversation"], None]:
     """Return a script that serves one export.
 
     `answer` gets the handle, offset and length of each read request.
@@ -100,7 +102,12 @@ def transmission(size: int, answer: Request, structured: bool = False) -> Callab
             header = conversation.receive(28)
             if header[6:8] != b"\0\0":  # NBD_CMD_DISC
                 return
-            answer(conversation, header[8:16], int.from_bytes(header[16:24], "big"), int.from_bytes(header[24:], "big"))
+            answer(
+                conversation,
+                header[8:16],
+                int.from_bytes(header[16:24], "big"),
+                int.from_bytes(header[24:], "big"),
+            )
 
     return script
 

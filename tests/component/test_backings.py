@@ -52,9 +52,13 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(passthrough, "_NO_MODULE", "")
     monkeypatch.setitem(
-        sys.modules, "lazyfs.kernel._passthrough", type("C", (), {"reply_with": lambda *a: told.append(a)})
+        sys.modules,
+        "lazyfs.kernel._passthrough",
+        type("C", (), {"reply_with": lambda *a: told.append(a)}),
     )
-    monkeypatch.setattr("lazyfs.kernel._passthrough", sys.modules["lazyfs.kernel._passthrough"], raising=False)
+    monkeypatch.setattr(
+        "lazyfs.kernel._passthrough", sys.modules["lazyfs.kernel._passthrough"], raising=False
+    )
     return told
 
 
@@ -85,7 +89,9 @@ def test_the_id_lives_from_the_first_open_to_the_last_release(
     assert not session.held
 
 
-def test_a_failure_is_kept_until_the_last_release(session: FakeSession, replies: list[tuple[int, int]]) -> None:
+def test_a_failure_is_kept_until_the_last_release(
+    session: FakeSession, replies: list[tuple[int, int]]
+) -> None:
     table = backings(session)
     session.error = errno.ENFILE
     table.opened(7, 70)
@@ -106,7 +112,9 @@ def test_a_failure_is_kept_until_the_last_release(session: FakeSession, replies:
         (errno.ENOTTY, "file system: Inapp"),
     ],
 )
-def test_what_the_probe_finds(session: FakeSession, replies: list[tuple[int, int]], code: int, said: str) -> None:
+def test_what_the_probe_finds(
+    session: FakeSession, replies: list[tuple[int, int]], code: int, said: str
+) -> None:
     session.error = code
     table = backings(session)
     assert said in table.trouble
@@ -160,5 +168,7 @@ def test_a_user_without_cap_sys_admin_gets_none(mountpoint: Path, tmp_path: Path
 
 def test_the_module_must_come_before_pyfuse3() -> None:
     program = "import pyfuse3; from lazyfs.kernel import passthrough; print(passthrough._NO_MODULE)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
     assert done.stdout == "pyfuse3 was imported first\n"

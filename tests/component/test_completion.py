@@ -35,7 +35,9 @@ def folder(tmp_path: Path) -> Path:
 def completed(folder: Path, *words: str) -> set[str]:
     servers.requires("bash")
     command = ["bash", "--norc", "-c", COMPLETE, "bash", str(SCRIPT), "lazyfs", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=30, check=True
+    )
     assert done.stderr == "complete -o bashdefault -o default -F _shtab_lazyfs lazyfs\n"
     return set(done.stdout.split("\n")) - {""}
 
@@ -55,7 +57,9 @@ def test_verbs(folder: Path) -> None:
 def test_every_option_of_every_verb(folder: Path, verb: str) -> None:
     """This also finds a completion that is older than the options. Run tools/make-docs then."""
     shown = [action for action in verbs()[verb]._actions if action.help != argparse.SUPPRESS]
-    options = {option for action in shown for option in action.option_strings if option.startswith("--")}
+    options = {
+        option for action in shown for option in action.option_strings if option.startswith("--")
+    }
     assert completed(folder, verb, "--") == options, "run tools/make-docs"
 
 
@@ -81,13 +85,17 @@ def test_values_and_files(folder: Path, words: list[str], expected: set[str]) ->
 
 def test_the_command_says_where_it_is() -> None:
     command = [sys.executable, "-m", "lazyfs", "--data-dir"]
-    done = subprocess.run(command, env={**os.environ, "COLUMNS": "10"}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**os.environ, "COLUMNS": "10"}, capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"{SCRIPT.parent}\n"
     assert {"lazyfs.bash", "lazyfs@.service"} <= set(os.listdir(SCRIPT.parent))
 
 
 def test_configurations_are_completed_by_name(folder: Path) -> None:
     names = (
-        {path.removesuffix(".toml") for path in os.listdir("/etc/lazyfs")} if os.path.isdir("/etc/lazyfs") else set()
+        {path.removesuffix(".toml") for path in os.listdir("/etc/lazyfs")}
+        if os.path.isdir("/etc/lazyfs")
+        else set()
     )
     assert completed(folder, "mount", "--config", "") == names | set(os.listdir(folder))

@@ -56,16 +56,32 @@ async def _much(arguments: dict[str, Any]) -> object:
     return "x" * (4 << 20)
 
 
-COMMANDS = {"echo": _echo, "fails": _fails, "lost": _lost, "bug": _bug, "not-json": _not_json, "much": _much}
+COMMANDS = {
+    "echo": _echo,
+    "fails": _fails,
+    "lost": _lost,
+    "bug": _bug,
+    "not-json": _not_json,
+    "much": _much,
+}
 BUILT_IN = [
     command
     for command in control_schema.COMMANDS
     if command.name in ("qmp_capabilities", "query-commands", "query-qmp-schema", "query-version")
 ]
-_ECHOED = (("a", "int"), ("n", "int"), ("x", "str"), ("path", "str"), ("still", "str"), ("flag", "bool"))
+_ECHOED = (
+    ("a", "int"),
+    ("n", "int"),
+    ("x", "str"),
+    ("path", "str"),
+    ("still", "str"),
+    ("flag", "bool"),
+)
 SCHEMA = [
     *BUILT_IN,
-    control_schema.Command("echo", "", tuple(control_schema.Argument(*one, "", optional=True) for one in _ECHOED)),
+    control_schema.Command(
+        "echo", "", tuple(control_schema.Argument(*one, "", optional=True) for one in _ECHOED)
+    ),
     *(control_schema.Command(name, "") for name in COMMANDS if name != "echo"),
 ]
 
@@ -85,7 +101,9 @@ class Client:
         self._pending = b""
 
     async def send(self, data: bytes | dict[str, Any]) -> None:
-        await self.stream.send_all(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
+        await self.stream.send_all(
+            data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n"
+        )
 
     async def receive(self) -> dict[str, Any] | None:
         """Return the next message, or None if the server hung up."""
@@ -162,7 +180,10 @@ async def test_qmp_client_of_qemu(server: ControlServer) -> None:
 
     version, commands = await trio.to_thread.run_sync(with_qmp_client, server.path, session)
     qemu = version["qemu"]
-    assert (f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}", version["package"]) == (lazyfs.__version__, "lazyfs")
+    assert (f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}", version["package"]) == (
+        lazyfs.__version__,
+        "lazyfs",
+    )
     names = [command["name"] for command in commands]
     assert names == sorted(command.name for command in SCHEMA)
 
@@ -187,7 +208,10 @@ async def test_several_qmp_clients_at_once(server: ControlServer) -> None:
 
 async def test_a_dialogue_byte_by_byte(server: ControlServer) -> None:
     async with connected(server, negotiate=False) as client:
-        for message in (NEGOTIATE, b' \r\n\t{"execute" : "echo", "arguments": {"path": "}\\"{"}, "id": 7}'):
+        for message in (
+            NEGOTIATE,
+            b' \r\n\t{"execute" : "echo", "arguments": {"path": "}\\"{"}, "id": 7}',
+        ):
             for byte in message:
                 await client.send(bytes([byte]))
                 await trio.lowlevel.checkpoint()
@@ -197,7 +221,9 @@ async def test_a_dialogue_byte_by_byte(server: ControlServer) -> None:
 
 async def test_pipelined_commands_are_answered_in_order(server: ControlServer) -> None:
     async with connected(server, negotiate=False) as client:
-        await client.send(NEGOTIATE.strip() + b"".join(b'{"execute":"echo","id":%d}' % n for n in range(500)))
+        await client.send(
+            NEGOTIATE.strip() + b"".join(b'{"execute":"echo","id":%d}' % n for n in range(500))
+        )
         assert await client.receive() == {"return": {}}
         for n in range(500):
             assert await client.receive() == {"return": {}, "id": n}
@@ -232,7 +258,9 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-async def test_garbage_is_answered_and_ends_the_connection(server: ControlServer, kind: str) -> None:
+async def test_garbage_is_answered_and_ends_the_connection(
+    server: ControlServer, kind: str
+) -> None:
     async with connected(server) as client:
         answer = await client.ask(GARBAGE[kind])
         assert answer is not None
@@ -244,7 +272,23 @@ async def test_garbage_is_answered_and_ends_the_connection(server: ControlServer
 
 async def test_random_bytes_end_no_more_than_their_connection(server: ControlServer) -> None:
     dice = random.Random(11)
-    alphabet = [b"{", b"}", b"[", b"]", b'"', b"\\", b",", b":", b"execute", b"id", b"1", b" ", b"\n", b"\xff", b"\0"]
+    alphabet = [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b"\\",
+        b",",
+        b":",
+        b"execute",
+        b"id",
+        b"1",
+        b" ",
+        b"\n",
+        b"\xff",
+        b"\0",
+    ]
     for _ in range(60):
         async with connected(server, negotiate=False) as client:
             await client.send(b"".join(dice.choices(alphabet, k=dice.randrange(1, 60))))
@@ -287,7 +331,9 @@ async def test_commands_in_the_wrong_order(server: ControlServer) -> None:
             assert answer["error"]["class"] == "CommandNotFound"
             assert "qmp_capabilities" in answer["error"]["desc"]
             assert answer["id"] == name
-        assert await client.ask({"execute": "qmp_capabilities", "arguments": {"enable": []}}) == {"return": {}}
+        assert await client.ask({"execute": "qmp_capabilities", "arguments": {"enable": []}}) == {
+            "return": {}
+        }
         answer = await client.ask(NEGOTIATE)
         assert answer is not None
         assert answer["error"]["class"] == "CommandNotFound"
@@ -302,19 +348,33 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "arguments are a list": ({"execute": "echo", "arguments": []}, "must be an object"),
     "arguments are null": ({"execute": "echo", "arguments": None}, "must be an object"),
     "another member": ({"execute": "echo", "exec-oob": 1}, "'exec-oob' is unexpected"),
-    "another argument": ({"execute": "echo", "arguments": {"color": 1}}, "Parameter 'color' is unexpected"),
+    "another argument": (
+        {"execute": "echo", "arguments": {"color": 1}},
+        "Parameter 'color' is unexpected",
+    ),
     "another type": (
         {"execute": "echo", "arguments": {"n": "1"}, "id": 2},
         "Invalid parameter type for 'n', expected: integer",
     ),
-    "too large": ({"execute": "echo", "arguments": {"n": 2**63}}, "Invalid parameter type for 'n', expected: integer"),
-    "a bool": ({"execute": "echo", "arguments": {"n": True}}, "Invalid parameter type for 'n', expected: integer"),
-    "null": ({"execute": "echo", "arguments": {"path": None}}, "Invalid parameter type for 'path', expected: string"),
+    "too large": (
+        {"execute": "echo", "arguments": {"n": 2**63}},
+        "Invalid parameter type for 'n', expected: integer",
+    ),
+    "a bool": (
+        {"execute": "echo", "arguments": {"n": True}},
+        "Invalid parameter type for 'n', expected: integer",
+    ),
+    "null": (
+        {"execute": "echo", "arguments": {"path": None}},
+        "Invalid parameter type for 'path', expected: string",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-async def test_wrong_commands_are_answered_and_the_connection_goes_on(server: ControlServer, kind: str) -> None:
+async def test_wrong_commands_are_answered_and_the_connection_goes_on(
+    server: ControlServer, kind: str
+) -> None:
     message, expected = WRONG[kind]
     async with connected(server) as client:
         answer = await client.ask(message)
@@ -325,7 +385,8 @@ async def test_wrong_commands_are_answered_and_the_connection_goes_on(server: Co
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [({"enable": ["oob"]}, "'enable'"), ({"enable": {}}, "'enable'"), ({"x": 1}, "'x'")]
+    ("arguments", "named"),
+    [({"enable": ["oob"]}, "'enable'"), ({"enable": {}}, "'enable'"), ({"x": 1}, "'x'")],
 )
 async def test_a_negotiation_that_fails_may_be_repeated(
     server: ControlServer, arguments: dict[str, Any], named: str
@@ -372,7 +433,10 @@ async def test_lone_surrogates_and_other_text(server: ControlServer) -> None:
         answer = await client.ask(b'{"execute": "\\ud800"}')
         assert answer is not None
         assert answer["error"]["class"] == "CommandNotFound"
-        assert await client.ask('{"execute": "echo", "id": "ü"}'.encode()) == {"return": {}, "id": "ü"}
+        assert await client.ask('{"execute": "echo", "id": "ü"}'.encode()) == {
+            "return": {},
+            "id": "ü",
+        }
         # Surrogates as raw bytes are not UTF-8; QEMU refuses them, Python's parser takes them.
         answer = await client.ask(b'{"execute": "echo", "id": "\xed\xa0\x80"}')
         assert answer is not None
@@ -403,7 +467,9 @@ async def test_a_bug_is_an_answer_and_a_traceback_in_the_log(
         assert answer["id"] == 5
         assert await client.execute("echo") == {}
         assert await other.execute("echo") == {}
-    assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [True]
+    assert [
+        record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR
+    ] == [True]
 
 
 # -- many clients, and slow ones
@@ -460,7 +526,9 @@ async def test_a_client_that_half_closes_gets_its_answers(server: ControlServer)
         assert await client.receive() is None
 
 
-async def test_no_descriptors_left_is_no_reason_to_end(server: ControlServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_descriptors_left_is_no_reason_to_end(
+    server: ControlServer, caplog: pytest.LogCaptureFixture
+) -> None:
     async with connected(server) as early:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         late = trio.socket.socket(socket.AF_UNIX)
@@ -485,7 +553,11 @@ CHANGE = {"id": "ubuntu", "status": "running"}
 
 
 async def test_events_reach_everybody_who_has_negotiated(server: ControlServer) -> None:
-    async with connected(server) as one, connected(server) as two, connected(server, negotiate=False) as early:
+    async with (
+        connected(server) as one,
+        connected(server) as two,
+        connected(server, negotiate=False) as early,
+    ):
         server.emit("JOB_STATUS_CHANGE", CHANGE)
         for client in (one, two):
             event = await client.receive()
@@ -527,10 +599,14 @@ async def test_who_does_not_read_events_is_dropped_and_nobody_else(
         with trio.fail_after(DEADLINE_S), suppress(trio.BrokenResourceError):
             while await deaf.stream.receive_some():
                 pass
-    assert [record.getMessage() for record in caplog.records] == ["a control client that does not read was dropped"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a control client that does not read was dropped"
+    ]
 
 
-async def test_a_client_that_goes_away_does_not_cancel_its_command(tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_a_client_that_goes_away_does_not_cancel_its_command(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
     begun, go_on, done = trio.Event(), trio.Event(), trio.Event()
 
     async def slow(arguments: dict[str, Any]) -> object:
@@ -539,7 +615,9 @@ async def test_a_client_that_goes_away_does_not_cancel_its_command(tmp_path: Pat
         done.set()
         return {}
 
-    made = ControlServer(str(tmp_path / "s"), {"slow": slow}, [*BUILT_IN, control_schema.Command("slow", "")])
+    made = ControlServer(
+        str(tmp_path / "s"), {"slow": slow}, [*BUILT_IN, control_schema.Command("slow", "")]
+    )
     nursery.start_soon(made.run)
     async with connected(made) as client:
         await client.send({"execute": "slow"})
@@ -560,7 +638,9 @@ async def test_events_through_the_qmp_library(server: ControlServer) -> None:
         with client.listener(("JOB_STATUS_CHANGE",)) as listener:
             await client.execute("echo")
             trio.from_thread.run_sync(server.emit, "JOB_STATUS_CHANGE", CHANGE, trio_token=token)
-            trio.from_thread.run_sync(server.emit, "IMAGE_STATE_CHANGE", {"path": "x"}, trio_token=token)
+            trio.from_thread.run_sync(
+                server.emit, "IMAGE_STATE_CHANGE", {"path": "x"}, trio_token=token
+            )
             trio.from_thread.run_sync(server.emit, "JOB_STATUS_CHANGE", CHANGE, trio_token=token)
             heard.extend([(await listener.get())["data"] for _ in range(2)])
 
@@ -573,7 +653,11 @@ async def test_qmp_shell_works_on_it(server: ControlServer) -> None:
     shell = Path(sys.executable).parent / "qmp-shell"
     commands = 'echo path=team/ubuntu n=7\necho color=red\n{"execute": "echo", "arguments": {"flag": true}}\n'
     done = await trio.run_process(
-        [str(shell), server.path], stdin=commands.encode(), capture_stdout=True, capture_stderr=True, check=False
+        [str(shell), server.path],
+        stdin=commands.encode(),
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
     )
     shown = done.stdout.decode() + done.stderr.decode()
     assert "lazyfs" in shown or "Connected" in shown
@@ -612,7 +696,9 @@ async def test_the_umask_is_left_as_it_was(tmp_path: Path, nursery: trio.Nursery
 
 
 @pytest.mark.parametrize("stale", ["socket", "file", "symlink"])
-async def test_what_a_dead_daemon_left_is_replaced(tmp_path: Path, nursery: trio.Nursery, stale: str) -> None:
+async def test_what_a_dead_daemon_left_is_replaced(
+    tmp_path: Path, nursery: trio.Nursery, stale: str
+) -> None:
     path = tmp_path / "control.sock"
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -641,7 +727,11 @@ async def test_a_socket_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 async def test_two_servers_do_not_meet(tmp_path: Path, nursery: trio.Nursery) -> None:
     made = [
-        ControlServer(str(tmp_path / f"{n}.sock"), {"who": _who(n)}, [*BUILT_IN, control_schema.Command("who", "")])
+        ControlServer(
+            str(tmp_path / f"{n}.sock"),
+            {"who": _who(n)},
+            [*BUILT_IN, control_schema.Command("who", "")],
+        )
         for n in range(2)
     ]
     for server in made:
@@ -659,7 +749,9 @@ def _who(n: int) -> Any:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-async def test_another_user_is_turned_away(server: ControlServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_another_user_is_turned_away(
+    server: ControlServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """They are refused even where the socket's mode would let them in."""
     folder = os.path.dirname(server.path)
     os.chmod(server.path, 0o666)

@@ -31,7 +31,9 @@ BLOCK = 4 * KiB
 SIZE = 24 * BLOCK + 1000
 BLOCKS = 25
 LOOK = FileAttributes(0o444, os.geteuid(), os.getegid())
-NEW = ImageRecord(0, "disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, created_ns=10**18)
+NEW = ImageRecord(
+    0, "disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, created_ns=10**18
+)
 CONTENT = pattern(SIZE)
 
 
@@ -114,7 +116,9 @@ def check_blocks(store: RawStore, blocks: BlockMap) -> None:
     for run, state in blocks.runs():
         span = blocks.bytes_of(run)
         if state == DATA:
-            assert store.read(span.start, span.length) == CONTENT[span.start : span.end], f"wrong bytes in {run}"
+            assert store.read(span.start, span.length) == CONTENT[span.start : span.end], (
+                f"wrong bytes in {run}"
+            )
         elif state == ZERO:
             assert store.read(span.start, span.length) == bytes(span.length), f"no zeroes in {run}"
 
@@ -195,7 +199,9 @@ def test_a_file_in_the_way_of_the_handoff_is_kept(cache: Cache) -> None:
         (cache.folder / "team").mkdir()
         foreign = cache.folder / "team" / "disk"
         foreign.write_text("mine")
-        with pytest.raises(errors.UserError, match="team/disk: a file that lazyfs did not put there"):
+        with pytest.raises(
+            errors.UserError, match="team/disk: a file that lazyfs did not put there"
+        ):
             store.finish()
         assert foreign.read_text() == "mine"
         foreign.unlink()
@@ -311,7 +317,9 @@ def test_states_nobody_wrote_count_as_missing(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("name", ["2.raw", "2.map"])
-def test_a_symlink_in_the_place_of_a_partial_file_is_not_followed(cache: Cache, name: str, tmp_path: Path) -> None:
+def test_a_symlink_in_the_place_of_a_partial_file_is_not_followed(
+    cache: Cache, name: str, tmp_path: Path
+) -> None:
     record = partial_image(cache, (0, 9))
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -357,8 +365,12 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
 
     async def fetch_again(opened: CacheDir) -> None:
         async with trio.open_nursery() as nursery:
-            options = Options(block_size=BLOCK, io_timeout_s=10, replace_changed=False, populate=False)
-            filesystem = Filesystem(repository, opened, opened.catalog, opened.records, options, nursery)
+            options = Options(
+                block_size=BLOCK, io_timeout_s=10, replace_changed=False, populate=False
+            )
+            filesystem = Filesystem(
+                repository, opened, opened.catalog, opened.records, options, nursery
+            )
             await filesystem.refresh()
             await filesystem.resume()
             image = filesystem.names.node_at("team/disk")
@@ -421,7 +433,9 @@ def test_the_second_holder_of_the_lock_is_told_who_has_it(cache: Cache) -> None:
 
 @pytest.mark.parametrize("foreign", ["stray", "team/stray", "team/disk", "a/b/c"])
 @pytest.mark.parametrize("kind", ["file", "symlink", "dangling symlink"])
-def test_foreign_files_are_refused_and_not_touched(cache: Cache, foreign: str, kind: str, tmp_path: Path) -> None:
+def test_foreign_files_are_refused_and_not_touched(
+    cache: Cache, foreign: str, kind: str, tmp_path: Path
+) -> None:
     partial_image(cache, (0, 9))
     path = cache.folder / foreign
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -444,9 +458,13 @@ def test_empty_folders_and_lost_found_are_nobodys_business(cache: Cache) -> None
         assert opened.records == []
 
 
-@pytest.mark.parametrize("name", [".lazyfs", ".lazyfs/partial", ".lazyfs/lock", ".lazyfs/catalog.sqlite"])
+@pytest.mark.parametrize(
+    "name", [".lazyfs", ".lazyfs/partial", ".lazyfs/lock", ".lazyfs/catalog.sqlite"]
+)
 @pytest.mark.parametrize("kind", ["symlink", "file or folder"])
-def test_state_that_is_not_what_it_should_be_is_refused(cache: Cache, name: str, kind: str, tmp_path: Path) -> None:
+def test_state_that_is_not_what_it_should_be_is_refused(
+    cache: Cache, name: str, kind: str, tmp_path: Path
+) -> None:
     cache.add(NEW)
     path = cache.folder / name
     is_folder = path.is_dir()
@@ -571,7 +589,9 @@ def check_every_power_cut(
     return found
 
 
-def test_power_cut_at_every_write_of_a_fill(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_power_cut_at_every_write_of_a_fill(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (record,) = cache.add(NEW)
     with cache.open() as opened, monkeypatch.context() as patch:
         recorder = Recorder(patch)
@@ -609,7 +629,9 @@ def _slowly(store: RawStore, blocks: BlockMap, order: list[int]) -> Iterator[tup
     yield from pages
 
 
-@pytest.mark.parametrize("damage", [name for name in DISCARDED if "missing" in name or "empty" in name])
+@pytest.mark.parametrize(
+    "damage", [name for name in DISCARDED if "missing" in name or "empty" in name]
+)
 def test_power_cut_while_the_map_is_begun_anew(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -651,7 +673,9 @@ def test_data_is_synced_before_its_map_and_the_map_before_the_checkpoint_ends(
     ]
 
 
-def test_a_failed_sync_of_the_data_is_not_a_full_disk(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sync_of_the_data_is_not_a_full_disk(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Linux reports lost data once. A second attempt would succeed without the data."""
     (record,) = cache.add(NEW)
     with cache.open() as opened:

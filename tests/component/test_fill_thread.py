@@ -45,7 +45,9 @@ def pattern(size: int) -> bytes:
 
 @pytest.fixture
 def filler_of(nursery: trio.Nursery) -> Callable[..., Filler]:
-    def make(server: servers.Server | ScriptedServer, export: Export = EXPORT, io_timeout_s: float = 30.0) -> Filler:
+    def make(
+        server: servers.Server | ScriptedServer, export: Export = EXPORT, io_timeout_s: float = 30.0
+    ) -> Filler:
         return NbdRepository(server.uri, nursery, io_timeout_s).filler(export)
 
     return make
@@ -79,7 +81,9 @@ def by(work: Work, kind: type[Exception]) -> list[BookedClaim]:
 # -- what should happen
 
 
-async def test_every_claim_is_kept_and_every_byte_is_asked_for_once(peers: Peers, filler_of: Any) -> None:
+async def test_every_claim_is_kept_and_every_byte_is_asked_for_once(
+    peers: Peers, filler_of: Any
+) -> None:
     server = peers.nbdkit("pattern", f"size={SIZE}")
     work = Work(EXPORT, ALL)
     filler = filler_of(server)
@@ -88,7 +92,9 @@ async def test_every_claim_is_kept_and_every_byte_is_asked_for_once(peers: Peers
     assert not work.dropped
     assert bytes(work.file) == pattern(SIZE)
     reads = sorted(server.reads())
-    assert reads == [(offset, fill_thread.REQUEST) for offset in range(0, SIZE, fill_thread.REQUEST)]
+    assert reads == [
+        (offset, fill_thread.REQUEST) for offset in range(0, SIZE, fill_thread.REQUEST)
+    ]
     assert threading.get_ident() not in work.threads
     await filler.aclose()
 
@@ -120,7 +126,9 @@ async def test_nothing_but_zeroes_needs_no_request(peers: Peers, filler_of: Any)
 
 
 @pytest.mark.parametrize("size", [1, 512, 4 * KiB + 1, 3 * MiB + 12345])
-async def test_sizes_that_are_no_multiple_of_anything(peers: Peers, filler_of: Any, size: int) -> None:
+async def test_sizes_that_are_no_multiple_of_anything(
+    peers: Peers, filler_of: Any, size: int
+) -> None:
     export = Export("", size, "")
     work = Work(export, [ByteRange(0, size)])
     await run(filler_of(peers.nbdkit("pattern", f"size={size}"), export), work)
@@ -147,7 +155,10 @@ async def test_claims_of_all_sizes_share_the_buffers(peers: Peers, filler_of: An
     data = []
     for i, start in enumerate(range(0, SIZE, MiB)):
         if i % 4 == 0:
-            data += [ByteRange(start, start + 4 * KiB), ByteRange(start + MiB - 4 * KiB, start + MiB)]
+            data += [
+                ByteRange(start, start + 4 * KiB),
+                ByteRange(start + MiB - 4 * KiB, start + MiB),
+            ]
         elif i % 4 == 1:
             data.append(ByteRange(start, start + MiB))
         elif i % 4 == 2:
@@ -178,7 +189,9 @@ async def test_requests_are_in_flight_together(peers: Peers, filler_of: Any) -> 
     assert most == fill_thread.IN_FLIGHT - 1  # outstanding while the last of them is claimed
 
 
-async def test_a_turn_ends_after_its_time_and_the_next_goes_on(peers: Peers, filler_of: Any) -> None:
+async def test_a_turn_ends_after_its_time_and_the_next_goes_on(
+    peers: Peers, filler_of: Any
+) -> None:
     server = peers.nbdkit("--filter=delay", "pattern", f"size={SIZE}", "rdelay=20ms")
     work = Work(EXPORT, ALL)
     filler = filler_of(server)
@@ -212,7 +225,9 @@ async def test_waiting_when_told_to(peers: Peers, filler_of: Any) -> None:
     assert waits
 
 
-async def test_idle_waits_are_not_mistaken_for_a_silent_server(peers: Peers, filler_of: Any) -> None:
+async def test_idle_waits_are_not_mistaken_for_a_silent_server(
+    peers: Peers, filler_of: Any
+) -> None:
     work = Work(EXPORT, ALL)
     asked = 0
 
@@ -237,7 +252,9 @@ async def test_nothing_left_to_claim(peers: Peers, filler_of: Any) -> None:
 # -- what should not
 
 
-async def test_requests_that_fail_are_dropped_alone(peers: Peers, filler_of: Any, tmp_path: Path) -> None:
+async def test_requests_that_fail_are_dropped_alone(
+    peers: Peers, filler_of: Any, tmp_path: Path
+) -> None:
     trigger = tmp_path / "trigger"
     trigger.touch()
     server = peers.nbdkit("--filter=error", "pattern", f"size={SIZE}", "error-pread=EIO", "error-pread-rate=30%",
@@ -251,7 +268,9 @@ async def test_requests_that_fail_are_dropped_alone(peers: Peers, filler_of: Any
     assert len(failed) + len(work.kept) == SIZE // fill_thread.REQUEST
     for claim in failed:
         span = claim.parts[0]
-        assert bytes(work.file[span.start : span.end]) == bytes(span.length), "nothing is kept of a reply that failed"
+        assert bytes(work.file[span.start : span.end]) == bytes(span.length), (
+            "nothing is kept of a reply that failed"
+        )
     trigger.unlink()
     work.retry()
     await run(filler, work)
@@ -260,11 +279,11 @@ async def test_requests_that_fail_are_dropped_alone(peers: Peers, filler_of: Any
     assert server.request_log.read_text().count(" Connect ") == 1
 
 
-async def test_one_bad_part_drops_the_whole_claim(peers: Peers, filler_of: Any, tmp_path: Path) -> None:
+async def test_one_bad_part_drops_the_whole_claim(
+    peers: Peers, filler_of: Any, tmp_path: Path
+) -> None:
     """The claim is dropped even if its other parts have arrived."""
-    script = (
-        'if [ "$4" -eq 8192 ]; then echo EIO bad sector >&2; exit 1; fi; dd if=/dev/zero bs="$3" count=1 status=none'
-    )
+    script = 'if [ "$4" -eq 8192 ]; then echo EIO bad sector >&2; exit 1; fi; dd if=/dev/zero bs="$3" count=1 status=none'
     server = peers.nbdkit("eval", "get_size=echo 1048576", f"pread={script}")
     export = Export("", MiB, "")
     data = [
@@ -282,7 +301,9 @@ async def test_one_bad_part_drops_the_whole_claim(peers: Peers, filler_of: Any, 
 
 
 @pytest.mark.parametrize("error", [errors.NoSpace(), OSError(5, "Input/output error")])
-async def test_what_cannot_be_written_is_dropped(peers: Peers, filler_of: Any, error: Exception) -> None:
+async def test_what_cannot_be_written_is_dropped(
+    peers: Peers, filler_of: Any, error: Exception
+) -> None:
     work = Work(EXPORT, ALL)
 
     def full(offset: int) -> None:
@@ -405,7 +426,9 @@ async def test_requests_answered_without_data_are_dropped(peers: Peers, filler_o
 
 
 @pytest.mark.parametrize("expected", [Export("", SIZE + 512, ""), Export("", SIZE, "v1")])
-async def test_another_version_of_the_export(peers: Peers, filler_of: Any, expected: Export) -> None:
+async def test_another_version_of_the_export(
+    peers: Peers, filler_of: Any, expected: Export
+) -> None:
     work = Work(expected, ALL)
     with pytest.raises(errors.ExportChanged):
         await run(filler_of(peers.nbdkit("pattern", f"size={SIZE}"), expected), work)
@@ -414,7 +437,9 @@ async def test_another_version_of_the_export(peers: Peers, filler_of: Any, expec
     assert not work.threads, "nothing is claimed before the export is known to be the same"
 
 
-async def test_the_export_changes_while_the_server_is_restarted(peers: Peers, filler_of: Any) -> None:
+async def test_the_export_changes_while_the_server_is_restarted(
+    peers: Peers, filler_of: Any
+) -> None:
     server = peers.nbdkit("--filter=delay", "pattern", f"size={SIZE}", "rdelay=20ms")
     work = Work(EXPORT, ALL)
     filler = filler_of(server)

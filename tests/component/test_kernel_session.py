@@ -121,7 +121,13 @@ def test_structures_are_the_kernels(output: bytes) -> None:
 
 
 def init_request(
-    minor: int, flags: int, *, major: int = 7, short: bool = False, unique: int = 2, flags2: int = 0xFFFFFFFF
+    minor: int,
+    flags: int,
+    *,
+    major: int = 7,
+    short: bool = False,
+    unique: int = 2,
+    flags2: int = 0xFFFFFFFF,
 ) -> bytes:
     """Return an INIT request as a kernel sends it."""
     readahead = 128 * 1024
@@ -130,16 +136,27 @@ def init_request(
         if short
         else INIT_IN.pack(major, minor, readahead, flags, flags2)
     )
-    return IN_HEADER.pack(IN_HEADER.size + len(body), kernel_session.FUSE_INIT, unique, 0, 0, 0, 1, 0, 0) + body
+    return (
+        IN_HEADER.pack(
+            IN_HEADER.size + len(body), kernel_session.FUSE_INIT, unique, 0, 0, 0, 1, 0, 0
+        )
+        + body
+    )
 
 
 def parsed(reply: bytes) -> tuple[tuple[int, ...], dict[str, int]]:
     names = [*STRUCTURES["fuse_init_out"][1], "max_stack_depth"]
-    return OUT_HEADER.unpack_from(reply), dict(zip(names, INIT_OUT.unpack_from(reply, OUT_HEADER.size), strict=False))
+    return OUT_HEADER.unpack_from(reply), dict(
+        zip(names, INIT_OUT.unpack_from(reply, OUT_HEADER.size), strict=False)
+    )
 
 
-@pytest.mark.parametrize(("minor", "short"), [(31, True), (34, True), (36, False), (38, False), (45, False)])
-@pytest.mark.parametrize("offered", [0, kernel_session.WANTED & 0xFFFFFFFF, 0xFFFFFFFF, kernel_session.ASYNC_READ])
+@pytest.mark.parametrize(
+    ("minor", "short"), [(31, True), (34, True), (36, False), (38, False), (45, False)]
+)
+@pytest.mark.parametrize(
+    "offered", [0, kernel_session.WANTED & 0xFFFFFFFF, 0xFFFFFFFF, kernel_session.ASYNC_READ]
+)
 def test_the_answer_takes_what_is_offered_and_wanted(minor: int, short: bool, offered: int) -> None:
     reply, agreed = kernel_session.answer_init(init_request(minor, offered, short=short, unique=77))
     header, body = parsed(reply)
@@ -218,12 +235,18 @@ def test_the_kernel_takes_our_answer(mountpoint: Path, count_open_files: Callabl
     before = count_open_files()
     session = kernel_session.KernelSession(str(mountpoint), "nbd://example.com, with a comma")
     try:
-        entry = next(line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(mountpoint) in line)
+        entry = next(
+            line
+            for line in Path("/proc/self/mountinfo").read_text().splitlines()
+            if str(mountpoint) in line
+        )
         options, _, rest = entry.partition(" - ")
         assert {"rw", "nosuid", "nodev", "noatime"} <= set(options.split(" ")[5].split(","))
         assert rest.split(" ")[:2] == ["fuse.lazyfs", "nbd://example.com,\\040with\\040a\\040comma"]
         made_up = os.read(int(session.libfuse_path.rpartition("/")[2]), 1 << 17)
-        assert made_up == kernel_session.encode_init_in(INIT_IN.unpack_from(made_up, IN_HEADER.size)[3])
+        assert made_up == kernel_session.encode_init_in(
+            INIT_IN.unpack_from(made_up, IN_HEADER.size)[3]
+        )
         session.connect_libfuse()
         assert session.unmount(lazy=False)
         assert not session.unmount(lazy=False), "once only"
@@ -233,7 +256,9 @@ def test_the_kernel_takes_our_answer(mountpoint: Path, count_open_files: Callabl
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
-def test_a_refused_init_leaves_no_mount_behind(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_init_leaves_no_mount_behind(
+    mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(request: bytes, wanted: int) -> tuple[bytes, int]:
         raise errors.UserError("the kernel is too old")
 
@@ -244,7 +269,9 @@ def test_a_refused_init_leaves_no_mount_behind(mountpoint: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
-def test_a_mountpoint_that_cannot_be_one(tmp_path: Path, count_open_files: Callable[[], int]) -> None:
+def test_a_mountpoint_that_cannot_be_one(
+    tmp_path: Path, count_open_files: Callable[[], int]
+) -> None:
     (tmp_path / "file").touch()
     before = count_open_files()
     for path in ("file", "missing"):

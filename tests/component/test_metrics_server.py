@@ -35,14 +35,19 @@ def picture(number: float = 7.0, mountpoint: str = "/mnt") -> Picture:
     histograms = {}
     for metric in metric_schema.METRICS:
         if metric.kind == metric_schema.HISTOGRAM:
-            histograms[metric.name] = {value: Histogram([0.1, 1.0, 10.0]) for value in metric.values}
+            histograms[metric.name] = {
+                value: Histogram([0.1, 1.0, 10.0]) for value in metric.values
+            }
             for observed in (0.05, 0.5, 0.6, 100.0):
                 histograms[metric.name]["present"].observe(observed)
         elif len(metric.labels) > 1:
             values[metric.name] = {(mountpoint, "0.1.0"): 1}
         else:
             values[metric.name] = dict.fromkeys(metric.values or [""], number)
-    done = {name: {value: one.statistics() for value, one in parts.items()} for name, parts in histograms.items()}
+    done = {
+        name: {value: one.statistics() for value, one in parts.items()}
+        for name, parts in histograms.items()
+    }
     return Picture(values, done)
 
 
@@ -87,7 +92,9 @@ async def test_everything_in_the_schema_is_exported_and_nothing_else(serving: An
     samples = {sample.name for family in parse(text) for sample in family.samples}
     assert samples == {name for metric in metric_schema.METRICS for name in metric.samples}
     for family in parse(text):
-        schema = metric_schema.BY_NAME.get(family.name) or metric_schema.BY_NAME[f"{family.name}_total"]
+        schema = (
+            metric_schema.BY_NAME.get(family.name) or metric_schema.BY_NAME[f"{family.name}_total"]
+        )
         assert (family.type, family.documentation) == (schema.kind, schema.help)
         for sample in family.samples:
             assert set(sample.labels) - {"le"} == set(schema.labels)
@@ -99,10 +106,14 @@ async def test_a_histogram_is_cumulative(serving: Any) -> None:
     _, text = await get(serving())
     (family,) = [family for family in parse(text) if family.name == "lazyfs_read_seconds"]
     present = [sample for sample in family.samples if sample.labels["served"] == "present"]
-    buckets = {sample.labels["le"]: sample.value for sample in present if sample.name.endswith("_bucket")}
+    buckets = {
+        sample.labels["le"]: sample.value for sample in present if sample.name.endswith("_bucket")
+    }
     assert buckets == {"0.1": 1, "1.0": 3, "10.0": 3, "+Inf": 4}
     assert {sample.value for sample in present if sample.name.endswith("_count")} == {4}
-    assert [sample.value for sample in present if sample.name.endswith("_sum")] == pytest.approx([101.15])
+    assert [sample.value for sample in present if sample.name.endswith("_sum")] == pytest.approx(
+        [101.15]
+    )
 
 
 async def test_openmetrics_if_the_client_asks_for_it(serving: Any) -> None:
@@ -145,7 +156,9 @@ async def test_addresses(serving: Any, address: str) -> None:
         ("nowhere.invalid:1", "Name or service not known"),
     ],
 )
-async def test_an_address_that_is_not_ours(monkeypatch: pytest.MonkeyPatch, address: str, reason: str) -> None:
+async def test_an_address_that_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, address: str, reason: str
+) -> None:
     real = socket.getaddrinfo
 
     def resolve(host: str, *args: Any, **options: Any) -> Any:
@@ -161,7 +174,9 @@ async def test_an_address_that_is_not_ours(monkeypatch: pytest.MonkeyPatch, addr
 async def test_an_address_in_use_until_it_is_closed(serving: Any) -> None:
     server = serving()
     address = server.address
-    with pytest.raises(errors.UserError, match=f"cannot serve metrics on {address}: Address already in use"):
+    with pytest.raises(
+        errors.UserError, match=f"cannot serve metrics on {address}: Address already in use"
+    ):
         MetricsServer(address)
     await get(server)
     server.close()
@@ -183,7 +198,9 @@ async def test_clients_that_say_nothing_stop_neither_others_nor_the_end(serving:
                     assert await hung_up(one)
 
 
-async def test_a_client_that_says_nothing_is_dropped(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_says_nothing_is_dropped(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics_server, "SCRAPE_S", 0.1)
     server = serving()
     with silent(server) as connection, trio.fail_after(DEADLINE_S):
@@ -226,7 +243,9 @@ async def test_other_paths_and_a_choice_of_metrics(serving: Any) -> None:
     assert (await get(server, "/metrics?name[]=lazyfs_images"))[1].count("# HELP") == 1
 
 
-async def test_a_bug_is_logged_and_ends_nothing(serving: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_logged_and_ends_nothing(
+    serving: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     broken = [True]
 
     def take() -> Picture:
@@ -244,5 +263,7 @@ async def test_a_bug_is_logged_and_ends_nothing(serving: Any, caplog: pytest.Log
 
 async def test_a_mountpoint_of_any_characters(serving: Any) -> None:
     server = serving(take=lambda: picture(mountpoint='/a "b"\\\n\N{SNOWMAN}'))
-    (family,) = [family for family in parse((await get(server))[1]) if family.name == "lazyfs_mount_info"]
+    (family,) = [
+        family for family in parse((await get(server))[1]) if family.name == "lazyfs_mount_info"
+    ]
     assert family.samples[0].labels["mountpoint"] == '/a "b"\\\n\N{SNOWMAN}'

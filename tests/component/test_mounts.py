@@ -32,7 +32,9 @@ MOUNTINFO = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 def mountinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake_open(path: str, **how: Any) -> io.StringIO:
         assert path == "/proc/self/mountinfo"
-        return io.StringIO("".join(line + "\n" for line in MOUNTINFO.splitlines() if not line.startswith("49 ")))
+        return io.StringIO(
+            "".join(line + "\n" for line in MOUNTINFO.splitlines() if not line.startswith("49 "))
+        )
 
     monkeypatch.setattr(mounts, "open", fake_open, raising=False)
 
@@ -81,7 +83,9 @@ def test_this_machines_mountinfo_can_be_read() -> None:
     assert isinstance(mounts.lazyfs_mounts(), list)
 
 
-def test_names_that_are_not_utf8_go_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_go_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     table = tmp_path / "mountinfo"
     table.write_bytes(b"41 22 0:45 / /caf\xe9 ro - fuse.lazyfs nbd://far rw\n")
     monkeypatch.setattr(mounts, "open", lambda path, **how: open(table, **how), raising=False)  # noqa: SIM115
@@ -125,10 +129,14 @@ def test_socket_names(run_folder: str, mountpoint: str, name: str) -> None:
 def test_names_are_those_of_systemd_escape(run_folder: str) -> None:
     servers.requires("systemd-escape")
     dice = random.Random(2)
-    paths = ["/" + "".join(dice.choices("abZ09-_.:/ ü\\%~@", k=12)).strip("/ ") + "x" for _ in range(200)]
+    paths = [
+        "/" + "".join(dice.choices("abZ09-_.:/ ü\\%~@", k=12)).strip("/ ") + "x" for _ in range(200)
+    ]
     paths = [path for path in paths if os.path.normpath(path) == path]
     assert len(paths) > 50
-    done = subprocess.run(["systemd-escape", "--path", "--", *paths], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["systemd-escape", "--path", "--", *paths], check=True, capture_output=True, text=True
+    )
     # It separates its answers by spaces, which it never leaves in one.
     for path, escaped in zip(paths, done.stdout.split(), strict=True):
         assert mounts.socket_path(path) == f"{run_folder}/{escaped}.sock", path
@@ -149,11 +157,21 @@ def test_long_mountpoints_get_short_names_of_their_own(run_folder: str) -> None:
 
 def test_spellings_of_one_mountpoint_have_one_socket(run_folder: str) -> None:
     for path in ("/images", "/" + "long" * 50):
-        assert len({mounts.socket_path(spelling) for spelling in (path, path + "/", "/" + path, "/x/.." + path)}) == 1
+        assert (
+            len(
+                {
+                    mounts.socket_path(spelling)
+                    for spelling in (path, path + "/", "/" + path, "/x/.." + path)
+                }
+            )
+            == 1
+        )
 
 
 @pytest.mark.parametrize("length", [60, 85, 95])
-def test_a_long_runtime_folder_leaves_room_for_the_hash(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_a_long_runtime_folder_leaves_room_for_the_hash(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     """XDG_RUNTIME_DIR can be anything; when nothing fits, making the socket fails with a message."""
     folder = "/" + "r" * (length - 1)
     monkeypatch.setattr(mounts, "runtime_dir", lambda: folder)

@@ -13,7 +13,11 @@ from lazyfs.units import MiB
 
 
 def resident() -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS:")
+    ]
     return int(line.split()[1]) * 1024
 
 
@@ -63,7 +67,9 @@ def test_views_are_kept_but_not_without_end() -> None:
         assert len(buffer._views) <= nbd_buffers.MAX_VIEWS
 
 
-def test_what_a_storm_of_readers_needed_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_storm_of_readers_needed_goes_back_to_the_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(nbd_buffers, "_free", {})
     before = resident()
     buffers = [nbd_buffers.take(MiB) for _ in range(200)]

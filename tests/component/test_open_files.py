@@ -14,9 +14,7 @@ def device_of(path: Path) -> str:
     return f"{os.major(found)}:{os.minor(found)}"
 
 
-MAPS = (
-    "import mmap, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); print(flush=True); sys.stdin.read()"
-)
+MAPS = "import mmap, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); print(flush=True); sys.stdin.read()"
 
 
 def test_descriptors_and_mappings_are_found(tmp_path: Path) -> None:

@@ -39,17 +39,33 @@ class Host:
         """Make an overlay without looking at its backing file."""
         made = self.vms / path
         made.parent.mkdir(parents=True, exist_ok=True)
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", backing_format]
+        command = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-u",
+            "-b",
+            backing,
+            "-F",
+            backing_format,
+        ]
         subprocess.run([*command, made, "1M"], check=True, timeout=TIMEOUT_S)
         return made
 
     def scan(self, *folders: Path) -> set[str]:
         scan = OverlayScan(
-            [str(folder) for folder in folders or [self.vms]], str(self.mnt), str(self.cache), lambda: self.mounts
+            [str(folder) for folder in folders or [self.vms]],
+            str(self.mnt),
+            str(self.cache),
+            lambda: self.mounts,
         )
         del self.asked[:]
         found = scan.backing_files()
-        assert not [path for path in self.asked if path == str(self.mnt) or path.startswith(f"{self.mnt}/")]
+        assert not [
+            path for path in self.asked if path == str(self.mnt) or path.startswith(f"{self.mnt}/")
+        ]
         return set(found)
 
 
@@ -81,7 +97,16 @@ def test_overlays_of_images(host: Host) -> None:
 
 @pytest.mark.parametrize("version", ["0.10", "1.1"])
 def test_both_versions_of_qcow2(host: Host, version: str) -> None:
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-o", f"compat={version},cluster_size=512"]
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-u",
+        "-o",
+        f"compat={version},cluster_size=512",
+    ]
     command += ["-b", f"{host.mnt}/a", "-F", "raw"]
     subprocess.run([*command, host.vms / "x", "1M"], check=True, timeout=TIMEOUT_S)
     assert host.scan() == {"a"}
@@ -152,9 +177,14 @@ def test_json_names(host: Host) -> None:
     flat = {"driver": "qcow2", "file.driver": "file", "file.filename": f"{host.mnt}/b"}
     chain = {"driver": "qcow2", "file": {"driver": "file", "filename": "/x"}, "backing": nested | {"file": {
         "driver": "file", "filename": f"{host.mnt}/c"}}}  # fmt: skip
-    nbd = {"driver": "raw", "file": {"driver": "nbd", "host": "h", "port": "10809", "export": f"{host.mnt}/no"}}
+    nbd = {
+        "driver": "raw",
+        "file": {"driver": "nbd", "host": "h", "port": "10809", "export": f"{host.mnt}/no"},
+    }
     for index, options in enumerate([nested, flat, chain, nbd]):
-        host.create(f"{index}.qcow2", f"json:{json.dumps(options)}", "raw" if index in (0, 3) else "qcow2")
+        host.create(
+            f"{index}.qcow2", f"json:{json.dumps(options)}", "raw" if index in (0, 3) else "qcow2"
+        )
     assert host.scan() == {"a", "b", "c"}
 
 
@@ -166,7 +196,11 @@ def test_other_files_are_ignored(host: Host) -> None:
     for image_format in ("raw", "vmdk", "vdi", "qed", "vhdx", "qcow"):
         command = ["qemu-img", "create", "-q", "-f", image_format, host.vms / image_format, "1M"]
         subprocess.run(command, check=True, timeout=TIMEOUT_S)
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", host.vms / "none.qcow2", "1M"], check=True, timeout=20)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", host.vms / "none.qcow2", "1M"],
+        check=True,
+        timeout=20,
+    )
     os.mkfifo(host.vms / "pipe")
     assert host.scan() == set()
     for name in ("empty", "short", "random"):
@@ -207,7 +241,9 @@ def test_a_mountpoint_is_no_prefix_of_its_neighbours(host: Host) -> None:
 
 
 def test_a_folder_that_is_not_there(host: Host) -> None:
-    with pytest.raises(errors.UserError, match=r"gone cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        errors.UserError, match=r"gone cannot be read \(No such file or directory\)"
+    ):
         host.scan(host.vms, host.top / "gone")
 
 

@@ -36,7 +36,16 @@ from lazyfs.units import KiB
 LOOK = FileAttributes(0o444, os.geteuid(), os.getegid())
 NOWHERE = "nbd+unix:///disk?socket=/nowhere"
 RECORD = ImageRecord(
-    2, "disk", "team/disk.qcow2", 40 * 4 * KiB + 1000, "v1", "qcow2", State.PARTIAL, "", 4 * KiB, created_ns=10**18
+    2,
+    "disk",
+    "team/disk.qcow2",
+    40 * 4 * KiB + 1000,
+    "v1",
+    "qcow2",
+    State.PARTIAL,
+    "",
+    4 * KiB,
+    created_ns=10**18,
 )
 ZEROES = BlockRun(8, 13)
 """Ranges that are zero in every export."""
@@ -76,7 +85,9 @@ class Image:
         """Return the whole file, as the mount shows it from the first open."""
         shown, content = self.record.shown, self.content
         parts = shown.split(ByteRange(0, shown.size))
-        return b"".join(part if isinstance(part, bytes) else content[part.start : part.end] for part in parts)
+        return b"".join(
+            part if isinstance(part, bytes) else content[part.start : part.end] for part in parts
+        )
 
 
 SMALL = Image()
@@ -168,7 +179,9 @@ class Lab:
         for run, state in blocks.runs():
             span = blocks.bytes_of(run)
             if state in (DATA, ZERO):
-                assert store.read(span.start, span.length) == self.content[span.start : span.end], f"wrong in {run}"
+                assert store.read(span.start, span.length) == self.content[span.start : span.end], (
+                    f"wrong in {run}"
+                )
 
     def judge(self, leaks: bool = True) -> qcow2_judge.Finding:
         """Check that the file shows the export and is not corrupt, and has leaks only if
@@ -179,7 +192,12 @@ class Lab:
         assert found.leaks == 0 or leaks
         assert found.backing in (self.backing, None)
         # Without a backing file what is missing would read as zeroes.
-        assert qcow2_judge.differences(found, image, self.content, self.content if found.backing else None) == []
+        assert (
+            qcow2_judge.differences(
+                found, image, self.content, self.content if found.backing else None
+            )
+            == []
+        )
         return found
 
 
@@ -242,7 +260,9 @@ STEPS = (
 """The clusters that are filled before each checkpoint."""
 
 
-def test_killed_between_each_pair_of_writes_qemu_finds_the_export(tmp_path: Path, peers: Peers) -> None:
+def test_killed_between_each_pair_of_writes_qemu_finds_the_export(
+    tmp_path: Path, peers: Peers
+) -> None:
     """From the creation to the removal of the partial name; the backing file is a real export, as
     in the header."""
     exports = tmp_path / "exports"
@@ -295,7 +315,9 @@ def check_with_qemu(lab: Lab, raw: Path, checkpoints: int) -> int:
     found = qemu_map(lab.data, lab.image.clusters, lab.image.record.block_size)
     assert blocks_in(STEPS[:checkpoints]) <= found <= blocks_in(STEPS[: checkpoints + 1])
     examined = lab.judge()
-    assert (examined.present, examined.check_code) == (found, code), "the judge of other tests agrees"
+    assert (examined.present, examined.check_code) == (found, code), (
+        "the judge of other tests agrees"
+    )
     if examined.backing is not None:
         assert (examined.backing, examined.backing_format) == (lab.backing, "raw")
     return code
@@ -306,14 +328,18 @@ def go_on_with_qemu(lab: Lab) -> None:
     with lab.opened() as store:
         blocks = store.load()
         assert qemu_check(lab.data) == 0, "what leaked is mended"
-        assert qemu_map(lab.data, lab.image.clusters, lab.image.record.block_size) == present(blocks)
+        assert qemu_map(lab.data, lab.image.clusters, lab.image.record.block_size) == present(
+            blocks
+        )
     lab.go_on()
 
 
 def check_finished_with_qemu(lab: Lab, raw: Path) -> None:
     assert qemu_check(lab.plain) == 0
     qemu_compare(lab.plain, raw)
-    assert qemu_map(lab.plain, lab.image.clusters, lab.image.record.block_size) == set(range(lab.image.clusters))
+    assert qemu_map(lab.plain, lab.image.clusters, lab.image.record.block_size) == set(
+        range(lab.image.clusters)
+    )
     assert "backing" not in qemu_img("info", "-f", "qcow2", lab.plain).stdout
 
 
@@ -343,7 +369,9 @@ def test_sizes_at_the_borders_of_tables(tmp_path: Path, peers: Peers, size: int)
 MUCH_LUCK = LUCK * 5
 
 
-def record_a_life(lab: Lab, patch: pytest.MonkeyPatch, steps: int) -> tuple[Recorder, list[int], list[set[int]]]:
+def record_a_life(
+    lab: Lab, patch: pytest.MonkeyPatch, steps: int
+) -> tuple[Recorder, list[int], list[set[int]]]:
     """Fill in random order and finish; return also after how many events each checkpoint ended, and
     with what."""
     recorder = Recorder(patch)
@@ -365,10 +393,17 @@ def record_a_life(lab: Lab, patch: pytest.MonkeyPatch, steps: int) -> tuple[Reco
                 lab.fill(
                     store,
                     blocks,
-                    [BlockRun(first, min(end, ZEROES.first if first < ZEROES.first else lab.image.clusters))],
+                    [
+                        BlockRun(
+                            first,
+                            min(end, ZEROES.first if first < ZEROES.first else lab.image.clusters),
+                        )
+                    ],
                 )
             promises.append(present(blocks))
-            store.checkpoint(pages_with_a_write_between(lab, store, blocks, group), blocks.mixed_zero_bytes)
+            store.checkpoint(
+                pages_with_a_write_between(lab, store, blocks, group), blocks.mixed_zero_bytes
+            )
             ends.append(len(recorder.events))
         save(store, blocks)
         store.finish()
@@ -408,7 +443,14 @@ def judge_every_power_cut(
             disk.write(copy.folder)
             if cut == len(recorder.events):
                 assert copy.plain.exists(), "then the catalog says that it is whole"
-            judge(copy, max((promises[i] for i, end in enumerate(ends) if end <= cut), key=len, default=set()))
+            judge(
+                copy,
+                max(
+                    (promises[i] for i, end in enumerate(ends) if end <= cut),
+                    key=len,
+                    default=set(),
+                ),
+            )
     return len(seen)
 
 
@@ -429,13 +471,22 @@ def check_after_power_cut(copy: Lab, promised: set[int]) -> None:
     ids=["small", "large", "coarse"],
 )
 def test_power_cut_at_every_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Image, steps: int, lucks: tuple[str, ...], least: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    image: Image,
+    steps: int,
+    lucks: tuple[str, ...],
+    least: int,
 ) -> None:
     lab, copy = Lab(tmp_path / "cache", image), Lab(tmp_path / "copy", image)
-    assert judge_every_power_cut(lab, copy, monkeypatch, steps, check_after_power_cut, lucks) > least
+    assert (
+        judge_every_power_cut(lab, copy, monkeypatch, steps, check_after_power_cut, lucks) > least
+    )
 
 
-def test_power_cut_as_qemu_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peers: Peers) -> None:
+def test_power_cut_as_qemu_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peers: Peers
+) -> None:
     raw = tmp_path / "disk"
     raw.write_bytes(TINY.content)
     backing = export_name.qemu_uri(peers.nbdkit("file", raw, log=False).uri, "disk")
@@ -449,7 +500,10 @@ def test_power_cut_as_qemu_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             qemu_compare(copy.data, raw)
             examined = copy.judge()
             assert examined.check_code == code, "the judge of the other tests agrees"
-            assert qemu_map(copy.data, copy.image.clusters, copy.image.record.block_size) == examined.present
+            assert (
+                qemu_map(copy.data, copy.image.clusters, copy.image.record.block_size)
+                == examined.present
+            )
         check_after_power_cut(copy, promised)
         assert qemu_check(copy.plain) == 0
 
@@ -458,7 +512,9 @@ def test_power_cut_as_qemu_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert codes == {0, 3}
 
 
-def test_power_cut_while_a_file_is_disowned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_power_cut_while_a_file_is_disowned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The header names one backing file or the other, and the rest of the file is unchanged."""
     lab, copy = Lab(tmp_path / "cache"), Lab(tmp_path / "copy")
     lab.partial_image(HALF)
@@ -472,7 +528,9 @@ def test_power_cut_while_a_file_is_disowned(tmp_path: Path, monkeypatch: pytest.
     assert after is not None
     assert after.startswith("nbd:the-export-is-not")
     seen = set()
-    for cut, disk in states_after_power_cut({"2.qcow2": before}, recorder.events, random.Random(3), MUCH_LUCK):
+    for cut, disk in states_after_power_cut(
+        {"2.qcow2": before}, recorder.events, random.Random(3), MUCH_LUCK
+    ):
         disk.write(copy.folder)
         found = qcow2_judge.examine(copy.data.read_bytes())
         assert found.backing in (NOWHERE, after)
@@ -493,7 +551,15 @@ def test_each_kind_is_synced_before_the_next(lab: Lab, monkeypatch: pytest.Monke
             lab.fill(store, blocks, [BlockRun(1, 3)])
             save(store, blocks)
     writes = [(event.kind, event.offset) for event in recorder.events]
-    assert [kind for kind, _ in writes] == ["write", "sync", "write", "sync", "write", "write", "sync"]
+    assert [kind for kind, _ in writes] == [
+        "write",
+        "sync",
+        "write",
+        "sync",
+        "write",
+        "write",
+        "sync",
+    ]
     # header, refcount table, refcount block, L1 table, L2 table, data
     assert writes[0][1] == at.metadata_size + 4 * KiB
     assert [offset // (4 * KiB) for kind, offset in writes[2:] if kind == "write"] == [2, 4, 0]
@@ -718,7 +784,9 @@ def test_each_bit_of_the_tables(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_damage_of_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_random_damage_of_sectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     """Metadata is zeroed, overwritten or swapped. It is refused, or is right and becomes as good as
     new when it is finished."""
     without_syncs(monkeypatch)
@@ -758,7 +826,12 @@ def test_random_damage_of_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_damage_of_what_follows_from_the_rest_is_mended_at_once(lab: Lab) -> None:
     lab.partial_image(HALF)
     # cluster 1 refcount table, 2 refcounts, 3 L1 table
-    for offset, damage in ((8192, bytes(4096)), (8192, b"\xff" * 2 * (5 + 41)), (4096, bytes(8)), (12288, bytes(8))):
+    for offset, damage in (
+        (8192, bytes(4096)),
+        (8192, b"\xff" * 2 * (5 + 41)),
+        (4096, bytes(8)),
+        (12288, bytes(8)),
+    ):
         change(lab.data, offset, damage)
         with lab.opened() as store:
             store.load()
@@ -774,7 +847,9 @@ def test_a_lost_sector_of_l2_entries_is_fetched_again(tmp_path: Path) -> None:
     assert lab.go_on() == set(range(601)) - set(range(64, 128)) - {600}
 
 
-@pytest.mark.parametrize("offset", [600, 4096, 2 * 4096 + 3, 2 * 4096 + 500, 3 * 4096, 4 * 4096 + 40 * 8 + 200])
+@pytest.mark.parametrize(
+    "offset", [600, 4096, 2 * 4096 + 3, 2 * 4096 + 500, 3 * 4096, 4 * 4096 + 40 * 8 + 200]
+)
 def test_damage_of_a_finished_file_is_mended_as_it_is_finished_again(lab: Lab, offset: int) -> None:
     """The daemon does that when the catalog was not updated."""
     lab.whole_image()
@@ -819,7 +894,9 @@ def test_what_a_crash_left_of_a_creation_is_used_or_removed(lab: Lab) -> None:
 # -- a full disk
 
 
-def fail_everywhere(patch: pytest.MonkeyPatch, calls: tuple[str, ...], act: Callable[[], object]) -> Iterator[int]:
+def fail_everywhere(
+    patch: pytest.MonkeyPatch, calls: tuple[str, ...], act: Callable[[], object]
+) -> Iterator[int]:
     """Let `act` find the disk full at its first call, its second, and so on. Yield after each."""
     for fail_at in range(1000):
         with patch.context() as failing:
@@ -837,7 +914,9 @@ def fail_everywhere(patch: pytest.MonkeyPatch, calls: tuple[str, ...], act: Call
 METADATA_CALLS = ("pwrite", "posix_fallocate", "ftruncate", "mkdir", "link", "rename")
 
 
-def test_a_disk_that_is_full_at_any_step_of_the_creation(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_any_step_of_the_creation(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load() -> None:
         with lab.opened() as store:
             store.load()
@@ -853,7 +932,9 @@ def test_a_disk_that_is_full_at_any_step_of_the_creation(lab: Lab, monkeypatch: 
     assert lab.go_on() == set()
 
 
-def test_a_disk_that_is_full_at_any_write_of_data(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_any_write_of_data(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lab.partial_image(HALF)
     with lab.opened() as store:
         store.load()
@@ -866,7 +947,9 @@ def test_a_disk_that_is_full_at_any_write_of_data(lab: Lab, monkeypatch: pytest.
     assert lab.go_on() == blocks_in([HALF])
 
 
-def test_a_disk_that_is_full_at_any_write_of_a_checkpoint(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_any_write_of_a_checkpoint(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lab.partial_image(HALF)
     with lab.opened() as store:
         blocks = store.load()
@@ -884,14 +967,18 @@ def test_a_disk_that_is_full_at_any_write_of_a_checkpoint(lab: Lab, monkeypatch:
     assert lab.go_on() == blocks_in([HALF]) | set(range(30, 35))
 
 
-def test_a_disk_that_is_full_at_any_step_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_any_step_of_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for reopen in (False, True):
         lab = Lab(tmp_path / f"cache{reopen}")
         lab.partial_image([ZEROES, BlockRun(0, lab.image.clusters)])
         with lab.opened() as store:
             store.load()
             failures = 0
-            for _ in fail_everywhere(monkeypatch, (*METADATA_CALLS, "fsync", "fdatasync"), store.finish):
+            for _ in fail_everywhere(
+                monkeypatch, (*METADATA_CALLS, "fsync", "fdatasync"), store.finish
+            ):
                 failures += 1
                 lab.judge(leaks=False)
                 if lab.plain.exists():

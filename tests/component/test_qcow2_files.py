@@ -27,7 +27,9 @@ def _qemu() -> None:
 
 
 def qemu_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["qemu-img", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["qemu-img", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -49,7 +51,9 @@ def info(path: Path) -> dict[str, Any]:
     return said
 
 
-def finished_file(path: Path, size: int, cluster_size: int, data: dict[int, bytes] | None = None) -> Layout:
+def finished_file(
+    path: Path, size: int, cluster_size: int, data: dict[int, bytes] | None = None
+) -> Layout:
     """Write the file that the mount shows for an export: its metadata, and `data` at its
     offsets."""
     at = qcow2_layout.layout(size, cluster_size)
@@ -72,7 +76,11 @@ def judge(path: Path, at: Layout) -> None:
     assert said["image-end-offset"] == at.file_size
     assert said.get("total-clusters", 0) == said.get("allocated-clusters", 0) == at.clusters
     told = info(path)
-    assert (told["format"], told["virtual-size"], told["cluster-size"]) == ("qcow2", at.size, at.cluster_size)
+    assert (told["format"], told["virtual-size"], told["cluster-size"]) == (
+        "qcow2",
+        at.size,
+        at.cluster_size,
+    )
     assert "backing-filename" not in told
     assert told["format-specific"]["data"]["compat"] == "1.1"
     assert told["format-specific"]["data"]["corrupt"] is False
@@ -83,7 +91,9 @@ SIZES = [0, 1, 512, 777, 64 * KiB - 512, 64 * KiB, 64 * KiB + 512, 5 * MiB + 512
 
 @pytest.mark.parametrize("cluster_size", [4 * KiB, 64 * KiB, 2 * MiB])
 @pytest.mark.parametrize("size", [*SIZES, 2 * MiB - 512, 2 * MiB + 512])
-def test_a_finished_file_is_clean_and_has_the_data(tmp_path: Path, size: int, cluster_size: int) -> None:
+def test_a_finished_file_is_clean_and_has_the_data(
+    tmp_path: Path, size: int, cluster_size: int
+) -> None:
     content = os.urandom(size)
     at = finished_file(tmp_path / "disk.qcow2", size, cluster_size, {0: content})
     judge(tmp_path / "disk.qcow2", at)
@@ -101,7 +111,9 @@ def test_the_layout_of_the_smallest_clusters_with_many_tables(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("cluster_size", [64 * KiB, 2 * MiB])
-def test_two_tebibytes_take_no_more_room_than_their_metadata(tmp_path: Path, cluster_size: int) -> None:
+def test_two_tebibytes_take_no_more_room_than_their_metadata(
+    tmp_path: Path, cluster_size: int
+) -> None:
     path = tmp_path / "disk.qcow2"
     places = (0, 512 * 1024 * MiB + 4 * KiB, 2 * TiB - 4 * KiB)
     at = finished_file(path, 2 * TiB, cluster_size, dict.fromkeys(places, b"\xab" * 4 * KiB))
@@ -110,7 +122,9 @@ def test_two_tebibytes_take_no_more_room_than_their_metadata(tmp_path: Path, clu
     reads = [word for place in places for word in ("-c", f"read -P 0xab {place} 4096")]
     for zeroes in (8 * KiB, 512 * 1024 * MiB, 2 * TiB - 8 * KiB):
         reads += ["-c", f"read -P 0 {zeroes} 4096"]
-    done = subprocess.run(["qemu-io", "-r", "-f", "qcow2", *reads, path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["qemu-io", "-r", "-f", "qcow2", *reads, path], capture_output=True, text=True, check=True
+    )
     assert "Pattern verification failed" not in done.stdout
     assert done.stdout.count("read 4096/4096") == 6
 
@@ -146,7 +160,15 @@ def test_qemu_opens_the_very_export_that_a_partial_file_names(tmp_path: Path) ->
         for name in ODD_NAMES:
             asked.unlink(missing_ok=True)
             partial_file(tmp_path / "disk.qcow2", export_name.qemu_uri(server.uri, name))
-            command = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 0 0 512", str(tmp_path / "disk.qcow2")]
+            command = [
+                "qemu-io",
+                "-r",
+                "-f",
+                "qcow2",
+                "-c",
+                "read -P 0 0 512",
+                str(tmp_path / "disk.qcow2"),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
             assert done.returncode == 0, (name, done.stderr)
             assert asked.read_bytes().decode() == name
@@ -158,12 +180,22 @@ def test_qemu_opens_the_very_export_that_a_partial_file_names(tmp_path: Path) ->
             asked.unlink()
             asked.touch()
             partial_file(tmp_path / "disk.qcow2", export_name.qemu_uri(server.uri, name))
-            command = ["qemu-io", "-r", "-f", "qcow2", "-c", "read 0 512", str(tmp_path / "disk.qcow2")]
+            command = [
+                "qemu-io",
+                "-r",
+                "-f",
+                "qcow2",
+                "-c",
+                "read 0 512",
+                str(tmp_path / "disk.qcow2"),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
             assert done.returncode == 1
             assert "Could not open backing file" in done.stderr
             assert asked.read_bytes() == b""
-            assert info(tmp_path / "disk.qcow2")["virtual-size"] == 1 * MiB, "info needs no backing file"
+            assert info(tmp_path / "disk.qcow2")["virtual-size"] == 1 * MiB, (
+                "info needs no backing file"
+            )
 
 
 def test_qemu_opens_such_an_export_over_tcp(tmp_path: Path) -> None:
@@ -192,8 +224,15 @@ def test_qemu_opens_such_an_export_over_tcp(tmp_path: Path) -> None:
         try:
             wait_until(listens, "nbdkit listens")
             for name in ("/disk", "disk"):
-                partial_file(tmp_path / "disk.qcow2", export_name.qemu_uri(f"nbd://127.0.0.1:{port}", name))
-                assert qemu_img("compare", "-F", "raw", tmp_path / "disk.qcow2", zeroes(tmp_path)).returncode == 0
+                partial_file(
+                    tmp_path / "disk.qcow2", export_name.qemu_uri(f"nbd://127.0.0.1:{port}", name)
+                )
+                assert (
+                    qemu_img(
+                        "compare", "-F", "raw", tmp_path / "disk.qcow2", zeroes(tmp_path)
+                    ).returncode
+                    == 0
+                )
                 assert asked.read_text() == name
         finally:
             server.terminate()

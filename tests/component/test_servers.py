@@ -82,11 +82,18 @@ async def read(source: Source, offset: int, length: int) -> bytes:
 async def check_export(repository: NbdRepository, export: Export, *, extents: bool = True) -> None:
     """Read, ask for block status, and fill, each on its own connection."""
     source = repository.source(export)
-    for offset, length in [(0, 4 * KiB), (SIZE - 4 * KiB, 4 * KiB), (512 * KiB, 3 * MiB), (0, SIZE)]:
+    for offset, length in [
+        (0, 4 * KiB),
+        (SIZE - 4 * KiB, 4 * KiB),
+        (512 * KiB, 3 * MiB),
+        (0, SIZE),
+    ]:
         assert await read(source, offset, length) == content()[offset : offset + length]
     everything = ByteRange(0, SIZE)
     data = await source.block_status(everything)
-    assert data == ([ByteRange(0, HOLE.start), ByteRange(HOLE.end, SIZE)] if extents else [everything])
+    assert data == (
+        [ByteRange(0, HOLE.start), ByteRange(HOLE.end, SIZE)] if extents else [everything]
+    )
     assert await source.block_status(ByteRange(HOLE.start, HOLE.end)) == (
         [] if extents else [ByteRange(HOLE.start, HOLE.end)]
     )
@@ -113,8 +120,12 @@ def calls(repository: NbdRepository) -> list[Callable[[], Awaitable[object]]]:
 
 @pytest.fixture
 def repository_of(nursery: trio.Nursery) -> Any:
-    def make(server: servers.Server | nbd.ScriptedServer | str, io_timeout_s: float = 30.0) -> NbdRepository:
-        return NbdRepository(server if isinstance(server, str) else server.uri, nursery, io_timeout_s)
+    def make(
+        server: servers.Server | nbd.ScriptedServer | str, io_timeout_s: float = 30.0
+    ) -> NbdRepository:
+        return NbdRepository(
+            server if isinstance(server, str) else server.uri, nursery, io_timeout_s
+        )
 
     return make
 
@@ -132,7 +143,9 @@ async def test_qemu_nbd(peers: Peers, image: Path, repository_of: Any, name: str
     await check_export(repository, found[name])
 
 
-async def test_qemu_nbd_without_a_description(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_qemu_nbd_without_a_description(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     repository = repository_of(peers.qemu_nbd(image))
     assert await repository.list_exports() == [""]
     found = await repository.describe([""])
@@ -140,9 +153,14 @@ async def test_qemu_nbd_without_a_description(peers: Peers, image: Path, reposit
     await check_export(repository, found[""])
 
 
-async def test_qemu_storage_daemon_with_several_exports(peers: Peers, tmp_path: Path, repository_of: Any) -> None:
+async def test_qemu_storage_daemon_with_several_exports(
+    peers: Peers, tmp_path: Path, repository_of: Any
+) -> None:
     names = ["a", "b/c", "with space", "ü"]
-    images = {name: (make_image(tmp_path / f"{i}.raw"), f"v{i}" if i % 2 else "") for i, name in enumerate(names)}
+    images = {
+        name: (make_image(tmp_path / f"{i}.raw"), f"v{i}" if i % 2 else "")
+        for i, name in enumerate(names)
+    }
     repository = repository_of(peers.storage_daemon(images))
     assert sorted(await repository.list_exports()) == sorted(names)
     found = await repository.describe(names)
@@ -165,13 +183,17 @@ async def test_exports_that_are_not_there_are_described_by_the_servers_words(
     assert repository.connected
 
 
-async def test_names_asked_for_twice_are_described_once(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_names_asked_for_twice_are_described_once(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     repository = repository_of(peers.qemu_nbd(image, "-x", "here"))
     with trio.fail_after(servers.DEADLINE_S):
         assert list(await repository.describe(["here", "here", "gone", "gone"])) == ["here", "gone"]
 
 
-async def test_a_server_without_structured_replies(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_a_server_without_structured_replies(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     """Such a server has no block status, so everything counts as data."""
     repository = repository_of(peers.nbdkit("--no-sr", "file", image))
     found = await repository.describe([""])
@@ -184,7 +206,9 @@ async def test_a_server_without_extents(peers: Peers, image: Path, repository_of
     await check_export(repository, found[""], extents=False)
 
 
-async def test_a_server_that_takes_64_kib_at_most(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_a_server_that_takes_64_kib_at_most(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     server = peers.nbdkit(
         "--filter=blocksize-policy", "file", image,
         "blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536", "blocksize-error-policy=error",
@@ -211,7 +235,9 @@ async def test_extents_in_small_pieces(peers: Peers, tmp_path: Path, repository_
     assert data == [ByteRange(start, start + 4096) for start in range(0, 64 * MiB, 64 * KiB)]
 
 
-async def test_many_reads_at_once_on_one_connection(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_many_reads_at_once_on_one_connection(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     server = peers.nbdkit("file", image)
     repository = repository_of(server)
     source = repository.source((await repository.describe([""]))[""])
@@ -226,7 +252,9 @@ async def test_many_reads_at_once_on_one_connection(peers: Peers, image: Path, r
     assert len(set(re.findall(r"connection=(\d+) Read", text))) == 1
 
 
-async def test_a_cancelled_read_disturbs_no_other(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_a_cancelled_read_disturbs_no_other(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     repository = repository_of(peers.nbdkit("--filter=delay", "file", image, "rdelay=100ms"))
     source = repository.source((await repository.describe([""]))[""])
     await read(source, 0, 512)
@@ -261,7 +289,9 @@ async def test_a_failed_request_is_that_requests_alone(
     assert repository.reconnects == 0
 
 
-async def test_reads_beyond_the_end_are_refused(peers: Peers, image: Path, repository_of: Any) -> None:
+async def test_reads_beyond_the_end_are_refused(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
     repository = repository_of(peers.nbdkit("file", image))
     source = repository.source((await repository.describe([""]))[""])
     with pytest.raises(errors.RequestFailed):
@@ -269,8 +299,12 @@ async def test_reads_beyond_the_end_are_refused(peers: Peers, image: Path, repos
     assert await read(source, SIZE - 100, 100) == content()[-100:]
 
 
-@pytest.mark.parametrize("option", ["--oldstyle", "--mask-handshake=0", "--mask-handshake=1", "--mask-handshake=2"])
-async def test_servers_of_another_age(peers: Peers, image: Path, repository_of: Any, option: str) -> None:
+@pytest.mark.parametrize(
+    "option", ["--oldstyle", "--mask-handshake=0", "--mask-handshake=1", "--mask-handshake=2"]
+)
+async def test_servers_of_another_age(
+    peers: Peers, image: Path, repository_of: Any, option: str
+) -> None:
     server = peers.nbdkit(option, "file", image)
     repository = repository_of(server)
     fixed_newstyle = option.endswith("=1")
@@ -317,7 +351,9 @@ async def test_restarts_between_calls(peers: Peers, image: Path, repository_of: 
     assert repository.connected
 
 
-async def test_gone_and_back(peers: Peers, image: Path, repository_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_gone_and_back(
+    peers: Peers, image: Path, repository_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     server = peers.nbdkit("file", image)
     repository = repository_of(server)
     source = repository.source((await repository.describe([""]))[""])
@@ -327,7 +363,9 @@ async def test_gone_and_back(peers: Peers, image: Path, repository_of: Any, capl
             await repository.list_exports()
     assert not repository.connected
     assert repository.trouble == str(failure.value)
-    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1, "one line for each loss"
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1, (
+        "one line for each loss"
+    )
     async with trio.open_nursery() as nursery:
         got: list[bytes] = []
 
@@ -390,7 +428,9 @@ def psk(tmp_path: Path) -> Path:
     return path
 
 
-async def test_tls_with_a_shared_key(peers: Peers, image: Path, psk: Path, repository_of: Any) -> None:
+async def test_tls_with_a_shared_key(
+    peers: Peers, image: Path, psk: Path, repository_of: Any
+) -> None:
     server = peers.nbdkit("--tls=require", f"--tls-psk={psk}", "file", image)
     repository = repository_of(tls_uri(server, "alice", psk))
     assert await repository.list_exports() == [""]
@@ -405,9 +445,13 @@ async def test_tls_with_the_wrong_key(
 ) -> None:
     server = peers.nbdkit("--tls=require", f"--tls-psk={psk}", "file", image)
     other = tmp_path / "other.psk"
-    other.write_text(f"{'eve' if wrong == 'user' else 'alice'}:{PSK if wrong == 'user' else PSK[::-1]}\n")
+    other.write_text(
+        f"{'eve' if wrong == 'user' else 'alice'}:{PSK if wrong == 'user' else PSK[::-1]}\n"
+    )
     user = "eve" if wrong == "user" else "alice"
-    repository = repository_of(tls_uri(server, user, tmp_path / "missing.psk" if wrong == "no key" else other))
+    repository = repository_of(
+        tls_uri(server, user, tmp_path / "missing.psk" if wrong == "no key" else other)
+    )
     with trio.fail_after(servers.DEADLINE_S), pytest.raises(errors.ConnectionLost) as failure:
         await repository.list_exports()
     assert failure.value.reason
@@ -415,7 +459,9 @@ async def test_tls_with_the_wrong_key(
     assert not server.request_log.read_text().count("Connect")
 
 
-async def test_a_plaintext_client_at_a_tls_server(peers: Peers, image: Path, psk: Path, repository_of: Any) -> None:
+async def test_a_plaintext_client_at_a_tls_server(
+    peers: Peers, image: Path, psk: Path, repository_of: Any
+) -> None:
     server = peers.nbdkit("--tls=require", f"--tls-psk={psk}", "file", image)
     repository = repository_of(server)
     with pytest.raises((errors.ConnectionLost, errors.Unsupported)) as failure:
@@ -423,7 +469,9 @@ async def test_a_plaintext_client_at_a_tls_server(peers: Peers, image: Path, psk
     assert "TLS" in str(failure.value)
 
 
-async def test_nbds_is_never_downgraded(peers: Peers, image: Path, psk: Path, repository_of: Any) -> None:
+async def test_nbds_is_never_downgraded(
+    peers: Peers, image: Path, psk: Path, repository_of: Any
+) -> None:
     server = peers.nbdkit("file", image)
     repository = repository_of(tls_uri(server, "alice", psk))
     for call in calls(repository):
@@ -464,7 +512,19 @@ def make_certificates(folder: Path, *, host: str) -> Path:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-subj", "/CN=CA", "-days", "2")
+    openssl(
+        "req",
+        "-x509",
+        *key,
+        "-keyout",
+        "ca-key.pem",
+        "-out",
+        "ca-cert.pem",
+        "-subj",
+        "/CN=CA",
+        "-days",
+        "2",
+    )
     openssl("req", *key, "-keyout", "server-key.pem", "-out", "server.csr", "-subj", f"/CN={host}")
     (folder / "ext").write_text(f"subjectAltName=DNS:{host}\n")
     openssl("x509", "-req", "-in", "server.csr", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial",
@@ -484,11 +544,15 @@ async def test_tls_with_certificates(image: Path, tmp_path: Path, repository_of:
         await check_export(repository, (await repository.describe([""]))[""])
 
         with pytest.raises(errors.ConnectionLost, match="certificate"):
-            await repository_of(f"nbds://localhost:{server.port}/?tls-certificates={foreign}").list_exports()
+            await repository_of(
+                f"nbds://localhost:{server.port}/?tls-certificates={foreign}"
+            ).list_exports()
 
         impostor.start()
         with pytest.raises(errors.ConnectionLost, match="certificate"):
-            await repository_of(f"nbds://localhost:{impostor.port}/?tls-certificates={other_host}").list_exports()
+            await repository_of(
+                f"nbds://localhost:{impostor.port}/?tls-certificates={other_host}"
+            ).list_exports()
     finally:
         server.kill()
         impostor.kill()
@@ -603,18 +667,26 @@ HOSTILE = {
     "speaks garbage": says(os.urandom(1000)),
     "greets, then garbage": _greets_then(os.urandom(1000)),
     "lists garbage": _lists_then(os.urandom(1000)),
-    "lists for another option": _lists_then(nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_GO, nbd.REP_ACK, 0)),
+    "lists for another option": _lists_then(
+        nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_GO, nbd.REP_ACK, 0)
+    ),
     "a name longer than its reply": _lists_then(
         nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 8) + b"\xff\xff\xff\xffname"
     ),
-    "a reply of 4 GiB": _lists_then(nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 2**32 - 1)),
-    "half a reply": _lists_then(nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 20) + b"\0\0"),
+    "a reply of 4 GiB": _lists_then(
+        nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 2**32 - 1)
+    ),
+    "half a reply": _lists_then(
+        nbd.REPLY.pack(0x3E889045565A9, nbd.OPT_LIST, nbd.REP_SERVER, 20) + b"\0\0"
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.usefixtures("impatient")
-async def test_a_hostile_server_is_a_lost_connection(peers: Peers, repository_of: Any, kind: str) -> None:
+async def test_a_hostile_server_is_a_lost_connection(
+    peers: Peers, repository_of: Any, kind: str
+) -> None:
     repository = repository_of(peers.scripted(HOSTILE[kind]))
     with trio.fail_after(5):
         for call in calls(repository):
@@ -628,7 +700,9 @@ SILENT = ["says nothing", "says nothing after the greeting", "says nothing to th
 
 
 @pytest.mark.parametrize("kind", SILENT)
-async def test_waiting_for_a_silent_server_can_be_cancelled(peers: Peers, repository_of: Any, kind: str) -> None:
+async def test_waiting_for_a_silent_server_can_be_cancelled(
+    peers: Peers, repository_of: Any, kind: str
+) -> None:
     server = peers.scripted(HOSTILE[kind])
     repository = repository_of(server)
     for call in calls(repository):
@@ -642,7 +716,9 @@ async def test_waiting_for_a_silent_server_can_be_cancelled(peers: Peers, reposi
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_a_list_that_trickles_in_takes_its_time_and_can_be_cancelled(peers: Peers, repository_of: Any) -> None:
+async def test_a_list_that_trickles_in_takes_its_time_and_can_be_cancelled(
+    peers: Peers, repository_of: Any
+) -> None:
     """The time limit is on silence, because a list of a million names takes long."""
 
     def script(conversation: Conversation) -> None:
@@ -663,7 +739,11 @@ async def test_a_list_that_trickles_in_takes_its_time_and_can_be_cancelled(peers
 async def test_a_server_that_does_not_list(peers: Peers, repository_of: Any) -> None:
     for kind in (nbd.REP_ERR_UNSUP, nbd.REP_ERR_POLICY):
         repository = repository_of(
-            peers.scripted(lambda conversation, kind=kind: _refuse_all(conversation, greeted(conversation), kind))
+            peers.scripted(
+                lambda conversation, kind=kind: _refuse_all(
+                    conversation, greeted(conversation), kind
+                )
+            )
         )
         with pytest.raises(errors.Unsupported, match="does not list its exports"):
             await repository.list_exports()
@@ -683,7 +763,18 @@ async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pyt
     """
     complaints: list[object] = []
     monkeypatch.setattr(sys, "excepthook", lambda *what: complaints.append(what))
-    names = [b"a", b"", b"\xff\xfe", b"..", b"a/b", b"\n", "\U0001f600".encode(), b"a", b"x" * 4096, b"\xed\xa0\x80"]
+    names = [
+        b"a",
+        b"",
+        b"\xff\xfe",
+        b"..",
+        b"a/b",
+        b"\n",
+        "\U0001f600".encode(),
+        b"a",
+        b"x" * 4096,
+        b"\xed\xa0\x80",
+    ]
 
     def script(conversation: Conversation) -> None:
         assert greeted(conversation) == nbd.OPT_LIST
@@ -696,7 +787,9 @@ async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pyt
     assert "2 exports whose names are not UTF-8" in caplog.text
 
 
-def info_script(answers: dict[bytes, tuple[int, bytes]], options_per_connection: int = 10**9) -> Any:
+def info_script(
+    answers: dict[bytes, tuple[int, bytes]], options_per_connection: int = 10**9
+) -> Any:
     """Describe exports by name -> (size, description), and hang up after so many."""
 
     def script(conversation: Conversation) -> None:
@@ -732,14 +825,18 @@ async def test_impossible_sizes_and_descriptions(peers: Peers, repository_of: An
         assert isinstance(found[name], str), name
     assert found["empty"] == Export("empty", 0, "nothing")
     assert found["odd"] == Export("odd", 12345, "d" * 4000)
-    assert found["last"] == Export("last", 512, ""), "no description is taken over from another export"
+    assert found["last"] == Export("last", 512, ""), (
+        "no description is taken over from another export"
+    )
     assert isinstance(found["not utf-8"], Export)
     with pytest.raises(errors.ConnectionLost):
         await repository.connect_export(Export("too large", 2**63, ""))
 
 
 @pytest.mark.parametrize("options", [2, 3, 4, 7, 33])
-async def test_a_server_that_hangs_up_after_some_options(peers: Peers, repository_of: Any, options: int) -> None:
+async def test_a_server_that_hangs_up_after_some_options(
+    peers: Peers, repository_of: Any, options: int
+) -> None:
     answers = {b"%d" % i: (512 * i, b"") for i in range(40)}
     server = peers.scripted(info_script(answers, options))
     repository = repository_of(server)
@@ -765,7 +862,9 @@ def _hangs_up(conversation: Conversation, *_: object) -> None:
     raise ConnectionResetError
 
 
-def _hangs_up_in_the_data(conversation: Conversation, handle: bytes, offset: int, length: int) -> None:
+def _hangs_up_in_the_data(
+    conversation: Conversation, handle: bytes, offset: int, length: int
+) -> None:
     conversation.send(simple_reply(handle) + b"wrong" * 10)
     raise ConnectionResetError
 
@@ -786,11 +885,20 @@ def _says_nothing(conversation: Conversation, *_: object) -> None:
     conversation.until_gone()
 
 
-MISDEEDS = [_hangs_up, _hangs_up_in_the_data, _sends_garbage, _answers_another, _shuts_down, _says_nothing]
+MISDEEDS = [
+    _hangs_up,
+    _hangs_up_in_the_data,
+    _sends_garbage,
+    _answers_another,
+    _shuts_down,
+    _says_nothing,
+]
 
 
 @pytest.mark.parametrize("misdeed", MISDEEDS)
-async def test_a_lost_connection_in_a_read_is_made_again(peers: Peers, repository_of: Any, misdeed: Any) -> None:
+async def test_a_lost_connection_in_a_read_is_made_again(
+    peers: Peers, repository_of: Any, misdeed: Any
+) -> None:
     """The first two connections misbehave."""
     began: list[int] = []
 
@@ -817,9 +925,13 @@ async def test_a_request_that_was_submitted_hears_of_a_lost_connection(
         asked.append(offset)
         (_answers_right if len(asked) == 1 else misdeed)(conversation, handle, offset, length)
 
-    source = repository_of(peers.scripted(transmission(SIZE, answer)), io_timeout_s=1.5).source(Export("", SIZE, ""))
+    source = repository_of(peers.scripted(transmission(SIZE, answer)), io_timeout_s=1.5).source(
+        Export("", SIZE, "")
+    )
     assert await read(source, 0, 4096) == content()[:4096]
-    assert isinstance(await submitted(source, memoryview(bytearray(100_000))), errors.ConnectionLost)
+    assert isinstance(
+        await submitted(source, memoryview(bytearray(100_000))), errors.ConnectionLost
+    )
     assert len(asked) == 2
     source.drop_connection()
 
@@ -834,7 +946,9 @@ async def test_what_was_answered_is_not_kept_in_memory(peers: Peers, repository_
         def answered(self, error: errors.LazyfsError | None) -> None:
             self.ended.set()
 
-    source = repository_of(peers.scripted(transmission(SIZE, _answers_right))).source(Export("", SIZE, ""))
+    source = repository_of(peers.scripted(transmission(SIZE, _answers_right))).source(
+        Export("", SIZE, "")
+    )
     assert await read(source, 0, 4096) == content()[:4096]
     reader = Reader()
     there = weakref.ref(reader)
@@ -858,7 +972,9 @@ async def test_one_request_without_an_answer_among_others(peers: Peers, reposito
         if offset != 4096:
             _answers_right(conversation, handle, offset, length)
 
-    source = repository_of(peers.scripted(transmission(SIZE, answer)), io_timeout_s=1.5).source(Export("", SIZE, ""))
+    source = repository_of(peers.scripted(transmission(SIZE, answer)), io_timeout_s=1.5).source(
+        Export("", SIZE, "")
+    )
     assert await read(source, 0, 4096) == content()[:4096]
     outcomes: list[errors.LazyfsError | None] = []
     assert source.submit(4096, memoryview(bytearray(512)), outcomes.append)
@@ -871,7 +987,9 @@ async def test_one_request_without_an_answer_among_others(peers: Peers, reposito
 
 
 @pytest.mark.parametrize("misdeed", MISDEEDS)
-async def test_a_lost_connection_in_a_fill_ends_that_run(peers: Peers, repository_of: Any, misdeed: Any) -> None:
+async def test_a_lost_connection_in_a_fill_ends_that_run(
+    peers: Peers, repository_of: Any, misdeed: Any
+) -> None:
     began: list[int] = []
 
     def script(conversation: Conversation) -> None:

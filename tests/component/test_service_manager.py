@@ -117,7 +117,9 @@ def test_nobody_listens_and_the_daemon_goes_on(
 ) -> None:
     run(ServiceManager(str(tmp_path / "gone"), 10.0), lambda: "up", 20.0)
     assert [
-        record.levelno for record in caplog.records if record.name == "lazyfs.report.service_manager"
+        record.levelno
+        for record in caplog.records
+        if record.name == "lazyfs.report.service_manager"
     ] == [logging.WARNING]
     assert "cannot send to the service manager" in caplog.text
 

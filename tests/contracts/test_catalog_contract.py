@@ -18,7 +18,9 @@ from lazyfs.engine.interfaces import ImageRecord
 
 AnyCatalog = MemoryCatalog | SqliteCatalog
 
-BLANK = ImageRecord(0, "debian-12", "debian-12", None, "", "raw", State.REMOTE, "", 65536, 1_600_000_000_123_456_789)
+BLANK = ImageRecord(
+    0, "debian-12", "debian-12", None, "", "raw", State.REMOTE, "", 65536, 1_600_000_000_123_456_789
+)
 
 
 class Keeper:
@@ -92,14 +94,18 @@ def test_what_an_operator_says_is_told_apart_from_what_nobody_said(keeper: Keepe
 
 
 def test_an_update_changes_its_own_record_only(keeper: Keeper) -> None:
-    one, two, three = keeper.now.add([BLANK, replace(BLANK, export="b", path="b"), replace(BLANK, export="c")])
+    one, two, three = keeper.now.add(
+        [BLANK, replace(BLANK, export="b", path="b"), replace(BLANK, export="c")]
+    )
     changed = replace(two, size=0, error="full", requests=7, path="elsewhere")
     keeper.now.update([changed])
     assert keeper.reopen().load() == [one, changed, three]
 
 
 def test_describing_changes_size_and_identity_of_remote_images_only(keeper: Keeper) -> None:
-    one, two, three = keeper.now.add([BLANK, replace(BLANK, export="b", path="b"), replace(BLANK, export="c")])
+    one, two, three = keeper.now.add(
+        [BLANK, replace(BLANK, export="b", path="b"), replace(BLANK, export="c")]
+    )
     begun = replace(two, state=State.PARTIAL, size=7)
     keeper.now.update([begun])
     gone = three.inode
@@ -231,10 +237,16 @@ def test_a_catalog_of_version_1_is_brought_up_to_date(version_1: str) -> None:
         ("whole", "changed in the repository (was 'a', now 'b')", Cause.EXPORT_CHANGED),
         ("failed", "its bytes do not have the digest sha256:1: evict it", Cause.WRONG_DIGEST),
         ("failed", "its plain file was changed by hand; remove that", Cause.CHANGED_BY_HAND),
-        ("partial", "cannot put the whole image at a: a file is where its folder belongs", Cause.OTHER),
+        (
+            "partial",
+            "cannot put the whole image at a: a file is where its folder belongs",
+            Cause.OTHER,
+        ),
     ],
 )
-def test_texts_of_older_versions_become_causes(version_1: str, state: str, error: str, cause: Cause) -> None:
+def test_texts_of_older_versions_become_causes(
+    version_1: str, state: str, error: str, cause: Cause
+) -> None:
     with closing(sqlite3.connect(version_1)) as db, db:
         db.execute("UPDATE images SET state = ?, error = ? WHERE inode = 7", (state, error))
     salvaged = catalog_module.salvage(version_1)[0]
@@ -249,12 +261,16 @@ def test_it_then_has_the_schema_of_a_new_one(version_1: str, tmp_path: Path) -> 
     for path in (version_1, new):
         SqliteCatalog(path).close()
         with closing(sqlite3.connect(path)) as db:
-            columns = db.execute("SELECT name, type, [notnull], dflt_value, pk FROM pragma_table_info('images')")
+            columns = db.execute(
+                "SELECT name, type, [notnull], dflt_value, pk FROM pragma_table_info('images')"
+            )
             described.append((columns.fetchall(), db.execute("PRAGMA user_version").fetchone()))
     assert described[0] == described[1]
 
 
-def test_an_upgrade_that_is_cut_off_is_repeated(version_1: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_that_is_cut_off_is_repeated(
+    version_1: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = catalog_module._UPGRADES | {
         1: catalog_module._UPGRADES[1].strip() + "\nALTER TABLE nothing ADD COLUMN x INTEGER"
     }

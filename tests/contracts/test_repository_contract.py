@@ -207,7 +207,12 @@ async def test_a_repository_that_is_down_says_so_at_once_and_comes_back(lab: Lab
 async def test_a_source_reads_any_range(lab: Lab) -> None:
     async with connected(lab) as (repository, export):
         source = repository.source(export)
-        for asked in [ByteRange(0, 1), ByteRange(511, 70000), ByteRange(SIZE - 1, SIZE), ByteRange(0, SIZE)]:
+        for asked in [
+            ByteRange(0, 1),
+            ByteRange(511, 70000),
+            ByteRange(SIZE - 1, SIZE),
+            ByteRange(0, SIZE),
+        ]:
             buffer = bytearray(asked.length)
             await source.pread(asked.start, memoryview(buffer))
             assert buffer == lab.content[asked.start : asked.end]
@@ -224,7 +229,9 @@ async def test_many_reads_at_once(lab: Lab) -> None:
         found = bytearray(SIZE)
         async with trio.open_nursery() as nursery:
             for piece in ByteRange(0, SIZE).split(100_000):
-                nursery.start_soon(source.pread, piece.start, memoryview(found)[piece.start : piece.end])
+                nursery.start_soon(
+                    source.pread, piece.start, memoryview(found)[piece.start : piece.end]
+                )
         assert found == lab.content
         assert sorted(lab.reads()) == list(ByteRange(0, SIZE).split(100_000))
         source.drop_connection()
@@ -304,7 +311,11 @@ async def test_what_is_submitted_before_a_loss_hears_of_it(lab: Lab, loss: str) 
 async def test_block_status_leaves_out_what_reads_as_zeroes(lab: Lab) -> None:
     async with connected(lab) as (repository, export):
         source = repository.source(export)
-        data = [ByteRange(0, HOLES[0].start), ByteRange(HOLES[0].end, HOLES[1].start), ByteRange(HOLES[1].end, SIZE)]
+        data = [
+            ByteRange(0, HOLES[0].start),
+            ByteRange(HOLES[0].end, HOLES[1].start),
+            ByteRange(HOLES[1].end, SIZE),
+        ]
         assert await source.block_status(ByteRange(0, SIZE)) == data
         part = ByteRange(300 * KiB, 600 * KiB)
         assert await source.block_status(part) == [ByteRange(512 * KiB, 600 * KiB)]
@@ -437,7 +448,9 @@ class Work:
                 return None
             self.blocks.claim(run)
             span = self.blocks.bytes_of(run)
-            claim = BookedClaim(self, run, tuple(piece.clip(span) for piece in self._data if piece.overlaps(span)))
+            claim = BookedClaim(
+                self, run, tuple(piece.clip(span) for piece in self._data if piece.overlaps(span))
+            )
             self._out.add(claim)
             return claim
 
@@ -479,7 +492,9 @@ async def test_a_filler_moves_every_claim_and_only_data(lab: Lab) -> None:
         assert work.all_back()
         assert work.found == lab.content
         assert not work.dropped
-        assert sum(asked.length for asked in lab.reads()) == SIZE - sum(hole.length for hole in HOLES)
+        assert sum(asked.length for asked in lab.reads()) == SIZE - sum(
+            hole.length for hole in HOLES
+        )
         await filler.run(work, 10)  # nothing left
         await filler.aclose()
 
@@ -528,7 +543,9 @@ async def test_a_filler_gives_back_what_could_not_be_written(lab: Lab, error: Ex
         await filler.aclose()
 
 
-async def test_a_filler_says_when_the_repository_is_lost_and_works_when_it_is_back(lab: Lab) -> None:
+async def test_a_filler_says_when_the_repository_is_lost_and_works_when_it_is_back(
+    lab: Lab,
+) -> None:
     async with connected(lab) as (repository, export):
         work = await work_on(repository, export)
         filler = repository.filler(export)
@@ -581,11 +598,15 @@ async def test_a_cancelled_attempt_is_no_loss_of_the_repository(tmp_path: Path) 
         mute.listen()
         with trio.fail_after(DEADLINE_S):
             async with trio.open_nursery() as nursery:
-                repository = NbdRepository(f"nbd+unix:///?socket={tmp_path}/mute.sock", nursery, io_timeout_s=60)
+                repository = NbdRepository(
+                    f"nbd+unix:///?socket={tmp_path}/mute.sock", nursery, io_timeout_s=60
+                )
                 repository.connected = True
                 for attempt in (
                     repository.list_exports,
-                    lambda: repository.source(Export("disk", 512, "")).pread(0, memoryview(bytearray(1))),
+                    lambda: repository.source(Export("disk", 512, "")).pread(
+                        0, memoryview(bytearray(1))
+                    ),
                 ):
                     with trio.move_on_after(0.1) as scope:
                         await attempt()

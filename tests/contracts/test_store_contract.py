@@ -23,7 +23,16 @@ from lazyfs.units import KiB
 BLOCK = 16 * KiB
 SIZE = 40 * BLOCK - 512
 RECORD = ImageRecord(
-    7, "team/disk", "team/disk", SIZE, "v1", "raw", State.PARTIAL, "", BLOCK, 1_600_000_000_000_000_000
+    7,
+    "team/disk",
+    "team/disk",
+    SIZE,
+    "v1",
+    "raw",
+    State.PARTIAL,
+    "",
+    BLOCK,
+    1_600_000_000_000_000_000,
 )
 CONTENT = pattern(SIZE)
 """The content of the export."""
@@ -63,7 +72,9 @@ class Disk:
         assert record.size is not None
         shown, content = self.of_format(record).shown, CONTENT[: record.size]
         parts = shown.split(ByteRange(0, shown.size))
-        return b"".join(part if isinstance(part, bytes) else content[part.start : part.end] for part in parts)
+        return b"".join(
+            part if isinstance(part, bytes) else content[part.start : part.end] for part in parts
+        )
 
 
 def memory(_folder: Path, image_format: str = shown_file.RAW) -> tuple[Disk, Callable[[], None]]:
@@ -73,7 +84,9 @@ def memory(_folder: Path, image_format: str = shown_file.RAW) -> tuple[Disk, Cal
         return bytes(stores.plain[path]) if path in stores.plain else None
 
     files = lambda: len(stores.partials)  # noqa: E731
-    return Disk(stores.partial, stores.whole, stores.plain.__setitem__, get, files, image_format), lambda: None
+    return Disk(
+        stores.partial, stores.whole, stores.plain.__setitem__, get, files, image_format
+    ), lambda: None
 
 
 def memory_qcow2(folder: Path) -> tuple[Disk, Callable[[], None]]:
@@ -116,7 +129,9 @@ def on_disk(
     return disk, lambda: os.close(root_fd)
 
 
-@pytest.fixture(params=[memory, memory_qcow2, raw, qcow2], ids=["memory", "memory qcow2", "raw", "qcow2"])
+@pytest.fixture(
+    params=[memory, memory_qcow2, raw, qcow2], ids=["memory", "memory qcow2", "raw", "qcow2"]
+)
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     made, close = request.param(tmp_path)
     yield made
@@ -148,7 +163,12 @@ def finished(disk: Disk) -> Store:
 
 def test_a_new_store_has_nothing(disk: Disk) -> None:
     _, blocks = disk.load()
-    assert (blocks.size, blocks.block_size, blocks.present_bytes, blocks.zero_bytes) == (SIZE, BLOCK, 0, 0)
+    assert (blocks.size, blocks.block_size, blocks.present_bytes, blocks.zero_bytes) == (
+        SIZE,
+        BLOCK,
+        0,
+        0,
+    )
     assert not blocks.dirty
 
 
@@ -210,7 +230,11 @@ def test_a_map_of_several_pages(disk: Disk) -> None:
         save(store, blocks)
     store.close()
     store, again = disk.load(record)
-    assert [run.first for run, state in again.runs() if state == DATA] == [0, PAGE_BLOCKS, 2 * PAGE_BLOCKS + 4]
+    assert [run.first for run, state in again.runs() if state == DATA] == [
+        0,
+        PAGE_BLOCKS,
+        2 * PAGE_BLOCKS + 4,
+    ]
     assert store.read(record.size - 4096, 4096) == bytes([(2 * PAGE_BLOCKS + 4) % 251 + 1]) * 4096
 
 
@@ -224,7 +248,9 @@ def test_a_map_of_several_pages(disk: Disk) -> None:
         replace(RECORD, size=SIZE + BLOCK),
     ],
 )
-def test_a_map_of_another_image_is_refused_and_can_be_removed(disk: Disk, other: ImageRecord) -> None:
+def test_a_map_of_another_image_is_refused_and_can_be_removed(
+    disk: Disk, other: ImageRecord
+) -> None:
     store, blocks = disk.load()
     keep(store, blocks, 0, 2)
     save(store, blocks)
@@ -250,7 +276,9 @@ def test_images_are_kept_apart(disk: Disk) -> None:
 
 def test_writes_from_several_threads_at_once(disk: Disk) -> None:
     store, blocks = disk.load()
-    threads = [threading.Thread(target=keep_only, args=(store, first)) for first in range(0, 40, 10)]
+    threads = [
+        threading.Thread(target=keep_only, args=(store, first)) for first in range(0, 40, 10)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -444,7 +472,9 @@ def test_the_plain_file_of_a_whole_image(disk: Disk) -> None:
     ],
     ids=["missing", "empty", "too short", "too long"],
 )
-def test_a_plain_file_that_cannot_be_the_image_is_refused(disk: Disk, change: Callable[[bytes], bytes] | None) -> None:
+def test_a_plain_file_that_cannot_be_the_image_is_refused(
+    disk: Disk, change: Callable[[bytes], bytes] | None
+) -> None:
     if change is not None:
         disk.put("team/disk", change(disk.shown()))
     with pytest.raises(errors.CacheCorrupt):
@@ -455,7 +485,9 @@ def test_a_plain_file_that_cannot_be_the_image_is_refused(disk: Disk, change: Ca
 
 
 @pytest.mark.parametrize("disk", [raw, qcow2], ids=["raw", "qcow2"], indirect=True)
-def test_a_close_waits_for_the_write_that_is_under_way(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_close_waits_for_the_write_that_is_under_way(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise the descriptor could be another file's by the time the write uses it."""
     store, _ = disk.load()
     writing, closed = threading.Event(), threading.Event()

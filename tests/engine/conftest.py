@@ -2,5 +2,7 @@
 
 import hypothesis
 
-hypothesis.settings.register_profile("engine", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.register_profile(
+    "engine", derandomize=True, deadline=None, database=None, max_examples=60
+)
 hypothesis.settings.load_profile("engine")

@@ -86,7 +86,10 @@ class World:
         self.stores = MemoryStores()
         self.catalog = MemoryCatalog(self.stores.journal)
         self.options = replace(
-            Options(block_size=BLOCK, io_timeout_s=IO_TIMEOUT_S, replace_changed=False, populate=True), **options
+            Options(
+                block_size=BLOCK, io_timeout_s=IO_TIMEOUT_S, replace_changed=False, populate=True
+            ),
+            **options,
         )
         self.may_leave_files_open = False
         """A daemon that ends in the middle of a replacement leaves the old file to the operating system."""
@@ -104,7 +107,9 @@ class World:
         return self.backing_files()
 
     @asynccontextmanager
-    async def daemon(self, *, populate: bool = False, crash: bool = False) -> AsyncIterator["World"]:
+    async def daemon(
+        self, *, populate: bool = False, crash: bool = False
+    ) -> AsyncIterator["World"]:
         """Run a daemon as `daemon.py` does; it ends with the block, cleanly or (`crash`) not."""
         self.stores.sweep(self.catalog.load())
         self.handles.clear()
@@ -122,8 +127,16 @@ class World:
                 nursery=nursery,
             )
             self.filesystem = filesystem = parts.filesystem
-            self.operations, self.room, self.population = parts.operations, parts.room, parts.population
-            self.jobs, self._commands, self.supervisor = parts.jobs, parts.commands.handlers, parts.supervisor
+            self.operations, self.room, self.population = (
+                parts.operations,
+                parts.room,
+                parts.population,
+            )
+            self.jobs, self._commands, self.supervisor = (
+                parts.jobs,
+                parts.commands.handlers,
+                parts.supervisor,
+            )
             filesystem.list_trouble = "the repository does not answer"
             with trio.move_on_after(FIRST_LIST_S), suppress(errors.ConnectionLost):
                 await filesystem.refresh()
@@ -170,7 +183,9 @@ class World:
 
     async def open_image(self, image: Image, whole: bool = False) -> None:
         """Open as the kernel does: by the first inode number, or (`whole`) by the second."""
-        opened: Handle = await (self.filesystem.open_whole(image) if whole else self.filesystem.open(image))
+        opened: Handle = await (
+            self.filesystem.open_whole(image) if whole else self.filesystem.open(image)
+        )
         self.handles.setdefault((image.inode, whole), []).append(opened)
 
     async def close(self, image: Image, whole: bool = False) -> None:
@@ -196,10 +211,21 @@ class World:
         return self.repository.reads(name, "demand")
 
     def fills(self, name: str | None = None) -> list[Request]:
-        return [r for r in self.repository.log if r.kind == "fill" and (name is None or r.export == name)]
+        return [
+            r
+            for r in self.repository.log
+            if r.kind == "fill" and (name is None or r.export == name)
+        ]
 
 
-JSON_TYPES = {"str": str, "int": int, "bool": bool, "number": (int, float), "list": list, "object": dict}
+JSON_TYPES = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "number": (int, float),
+    "list": list,
+    "object": dict,
+}
 
 
 def check_answer(schema: control_schema.Command | control_schema.Event, answer: Any) -> None:
@@ -219,7 +245,11 @@ def check_answer(schema: control_schema.Command | control_schema.Event, answer: 
             else:
                 value = row[field.name]
                 assert isinstance(value, JSON_TYPES[field.type]), (schema.name, field.name, value)
-                assert isinstance(value, bool) == (field.type == "bool"), (schema.name, field.name, value)
+                assert isinstance(value, bool) == (field.type == "bool"), (
+                    schema.name,
+                    field.name,
+                    value,
+                )
 
 
 async def until(condition: Callable[[], object], limit_s: float = 300.0) -> None:

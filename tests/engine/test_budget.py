@@ -10,7 +10,8 @@ from lazyfs.engine.budget import Budget, BudgetDemand, Reservation
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["reader", "background", "keep", "release", "shrink", "count", "look"]), st.integers(0, 60)
+        st.sampled_from(["reader", "background", "keep", "release", "shrink", "count", "look"]),
+        st.integers(0, 60),
     ),
     max_size=60,
 )

@@ -35,7 +35,9 @@ async def test_the_right_digest(algorithm: str) -> None:
     content = world.repository.exports["disk"].content
     async with world.daemon(populate=True):
         image = world.image("disk")
-        await world.operations.set_digest(image, f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}")
+        await world.operations.set_digest(
+            image, f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+        )
         await world.open("disk")
         await until(lambda: image.record.state is State.WHOLE)
         assert world.stores.plain["disk"] == content
@@ -135,7 +137,9 @@ async def test_an_end_in_the_middle_waits_for_one_piece(monkeypatch: pytest.Monk
         await world.operations.set_digest(image, right)
         await world.open("disk")
         threads.delay_s = 10
-        await until(lambda: image.filling is not None and image.filling.table.completed.is_set(), 10000)
+        await until(
+            lambda: image.filling is not None and image.filling.table.completed.is_set(), 10000
+        )
         began = trio.current_time()
     assert trio.current_time() < began + 100
     threads.delay_s = 0

@@ -37,7 +37,11 @@ class Bench:
     """A cache file that is being filled, over a fake export "disk" and a memory store."""
 
     def __init__(
-        self, nursery: trio.Nursery, size: int = SIZE, holes: list[ByteRange] | None = None, block_size: int = BLOCK
+        self,
+        nursery: trio.Nursery,
+        size: int = SIZE,
+        holes: list[ByteRange] | None = None,
+        block_size: int = BLOCK,
     ) -> None:
         self.nursery = nursery
         self.syncs = trio.CapacityLimiter(1)
@@ -73,7 +77,9 @@ class Bench:
         """As `PartialHandle.read` does it."""
         data = None
         if not self.table.present(where):
-            data = await self.reader.read_missing(where, lambda gap: self.store.read(gap.start, gap.length))
+            data = await self.reader.read_missing(
+                where, lambda gap: self.store.read(gap.start, gap.length)
+            )
         return self.store.read(where.start, where.length) if data is None else data
 
     async def check(self, where: ByteRange) -> None:
@@ -107,7 +113,9 @@ async def test_eight_readers_of_a_cold_block_cause_one_request() -> None:
         b.repository.delay_s = 1
         async with trio.open_nursery() as readers:
             for i in range(8):
-                readers.start_soon(b.check, ByteRange(5 * BLOCK + i * 8 * KiB, 5 * BLOCK + (i + 1) * 8 * KiB))
+                readers.start_soon(
+                    b.check, ByteRange(5 * BLOCK + i * 8 * KiB, 5 * BLOCK + (i + 1) * 8 * KiB)
+                )
         assert b.demand() == [blocks(5)]
         assert b.repository.status_log == [("disk", ByteRange(0, SIZE))]
         await b.settled()
@@ -124,7 +132,10 @@ async def test_overlapping_readers_fetch_each_byte_once() -> None:
                 readers.start_soon(b.check, ByteRange(start * BLOCK + 100, end * BLOCK - 100))
         await b.settled()
         asked = b.demand()
-        assert sum(r.length for r in asked) == len({i for r in asked for i in range(r.start, r.end, 512)}) * 512
+        assert (
+            sum(r.length for r in asked)
+            == len({i for r in asked for i in range(r.start, r.end, 512)}) * 512
+        )
         assert b.repository.bytes_read() == b.table.present_bytes == b.table.counters().demand_bytes
 
 
@@ -229,16 +240,33 @@ async def test_readers_wait_for_a_disk_that_falls_behind_and_get_what_they_asked
         assert not b.table.present(blocks(30)), "there is room again"
 
 
-async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(fetch_plan, "WAITS", 1)
     async with bench() as b:
         b.repository.demand_delay_s = 0.02
-        for block in (1, 17, 33):  # the unit doubles with each rest: two blocks, four, and then sixteen
+        for block in (
+            1,
+            17,
+            33,
+        ):  # the unit doubles with each rest: two blocks, four, and then sixteen
             await b.check(blocks(block))
             await b.settled()
-        assert b.demand() == [blocks(1), blocks(17), blocks(16), blocks(33), blocks(34, 36), blocks(32)]
+        assert b.demand() == [
+            blocks(1),
+            blocks(17),
+            blocks(16),
+            blocks(33),
+            blocks(34, 36),
+            blocks(32),
+        ]
         await b.check(ByteRange(60 * BLOCK + 100, 60 * BLOCK + 200))
-        assert b.demand()[6:] == [blocks(60), blocks(61, 64).clip(ByteRange(0, SIZE)), blocks(48, 60)]
+        assert b.demand()[6:] == [
+            blocks(60),
+            blocks(61, 64).clip(ByteRange(0, SIZE)),
+            blocks(48, 60),
+        ]
         await b.check(blocks(58))
         await b.settled()
         assert len(b.demand()) == 9, "it joined"
@@ -250,7 +278,9 @@ async def test_around_a_miss_of_a_far_repository_the_rest_of_its_unit_follows(mo
         assert b.demand()[-1] == blocks(27)
 
 
-async def test_a_disk_that_stalls_is_named_by_the_reads_that_time_out_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_stalls_is_named_by_the_reads_that_time_out_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(write_queue, "MAX_WAITING", BLOCK)
     async with bench() as b:
         await b.check(blocks(60))
@@ -261,7 +291,9 @@ async def test_a_disk_that_stalls_is_named_by_the_reads_that_time_out_for_it(mon
             await b.read(blocks(10))
         await b.settled()
         await b.check(blocks(10))
-        assert b.demand() == [blocks(60), blocks(0), blocks(10)], "what was asked for is kept in the end"
+        assert b.demand() == [blocks(60), blocks(0), blocks(10)], (
+            "what was asked for is kept in the end"
+        )
 
 
 # -- population's claims
@@ -334,7 +366,9 @@ async def test_beside_readers_population_has_little_under_way() -> None:
         assert take(b, 16 * BLOCK).flight.run == (45, 61)
 
 
-async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(extent_map, "WINDOW", MiB)
     async with bench() as b:
         await b.check(blocks(13))  # claims of 4 blocks now meet the window's end in their middle
@@ -392,7 +426,10 @@ async def test_each_window_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) 
         async with trio.open_nursery() as readers:
             for place in (3, 14, 20, 17, 27):
                 readers.start_soon(b.check, blocks(place, place + 4))
-        assert sorted(window for _, window in b.repository.status_log) == [ByteRange(0, MiB), ByteRange(MiB, 2 * MiB)]
+        assert sorted(window for _, window in b.repository.status_log) == [
+            ByteRange(0, MiB),
+            ByteRange(MiB, 2 * MiB),
+        ]
 
 
 # -- failures
@@ -495,7 +532,9 @@ async def test_a_short_outage_costs_many_readers_no_more_than_one() -> None:
 
 @pytest.mark.parametrize("how", ["down", "hang"])
 @pytest.mark.parametrize("learned", [False, True])
-async def test_a_repository_that_stays_away_times_out_each_read_alone(how: str, learned: bool) -> None:
+async def test_a_repository_that_stays_away_times_out_each_read_alone(
+    how: str, learned: bool
+) -> None:
     async with bench() as b:
         if learned:
             await b.reader.learn_next()
@@ -523,7 +562,9 @@ async def test_a_repository_that_stays_away_times_out_each_read_alone(how: str, 
         await b.check(blocks(3, 6))
 
 
-async def test_the_kernels_second_try_of_a_read_that_timed_out_fails_at_once_and_nothing_else_does() -> None:
+async def test_the_kernels_second_try_of_a_read_that_timed_out_fails_at_once_and_nothing_else_does() -> (
+    None
+):
     async with bench() as b:
         await b.check(blocks(0))
         await b.settled()
@@ -623,7 +664,9 @@ async def test_what_readers_were_given_is_written_although_the_daemon_s_tasks_ha
         assert all(b.table.present(blocks(block)) for block in (0, 10, 20, 30))
 
 
-async def test_parts_of_which_one_cannot_be_asked_for_are_fetched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_parts_of_which_one_cannot_be_asked_for_are_fetched_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with bench(holes=[ByteRange(32 * KiB, 40 * KiB)]) as b:
         await b.check(blocks(9))
         await b.settled()

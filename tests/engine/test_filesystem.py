@@ -66,7 +66,19 @@ async def test_slashes_make_folders() -> None:
 
 
 async def test_names_that_cannot_be_files_are_encoded() -> None:
-    hostile = ["", ".", "..", "../../etc/passwd", "/abs", "a//b", "end/", ".lazyfs", ".lazyfs/lock", "nul\0", "x" * 300]
+    hostile = [
+        "",
+        ".",
+        "..",
+        "../../etc/passwd",
+        "/abs",
+        "a//b",
+        "end/",
+        ".lazyfs",
+        ".lazyfs/lock",
+        "nul\0",
+        "x" * 300,
+    ]
     world = world_with(*hostile, "100%", "100%25")
     async with world.daemon():
         found = tree(world)
@@ -76,7 +88,9 @@ async def test_names_that_cannot_be_files_are_encoded() -> None:
         assert found["%2Elazyfs"] == ".lazyfs"
         assert all(len(part.encode()) <= 255 for path in found for part in path.split("/"))
         assert not any(path.split("/")[0] == ".lazyfs" for path in found)
-        world.repository.exports["../../etc/passwd"] = replace(world.repository.exports[""], content=b"harmless")
+        world.repository.exports["../../etc/passwd"] = replace(
+            world.repository.exports[""], content=b"harmless"
+        )
         assert await world.read(await world.open("../../etc/passwd"), 0, 100) == b"harmless"
 
 
@@ -115,7 +129,9 @@ async def test_new_exports_appear_and_unused_ones_disappear() -> None:
     world = world_with("old", "kept", "team/only")
     async with world.daemon():
         invalid: list[str] = []
-        world.filesystem.names.on_invalid_entry = lambda folder, name: invalid.append(f"{folder.path}/{name}")
+        world.filesystem.names.on_invalid_entry = lambda folder, name: invalid.append(
+            f"{folder.path}/{name}"
+        )
         await world.open("kept")
         folder = world.filesystem.names.node_at("team")
         assert isinstance(folder, Folder)
@@ -147,7 +163,9 @@ async def test_what_is_cached_outlasts_its_export() -> None:
 async def test_inodes_stay_and_are_never_given_twice() -> None:
     world = world_with("a", "b", "c/d")
     async with world.daemon():
-        before = {path: world.filesystem.names.node_at(path).inode for path in ("a", "b", "c/d", "c")}
+        before = {
+            path: world.filesystem.names.node_at(path).inode for path in ("a", "b", "c/d", "c")
+        }
     async with world.daemon():
         assert {path: world.filesystem.names.node_at(path).inode for path in before} == before
         keep = world.repository.exports.pop("b")
@@ -212,7 +230,9 @@ async def test_sizes_are_asked_in_batches_and_once() -> None:
             for _ in range(5):
                 nursery.start_soon(world.filesystem.sizes.learn, images)
         assert world.repository.describes == -(-600 // DESCRIBE_BATCH)
-        assert {image.record.export: image.record.size for image in images} == {f"disk {i}": i for i in range(600)}
+        assert {image.record.export: image.record.size for image in images} == {
+            f"disk {i}": i for i in range(600)
+        }
     async with world.daemon():
         world.filesystem.sizes.learn_soon(list(world.filesystem.names.images()))
         await trio.sleep(1)
@@ -360,7 +380,9 @@ async def test_an_open_in_the_middle_of_a_replacement_is_told_to_look_again(whol
 
 
 @pytest.mark.parametrize("crash", [True, False])
-async def test_replacing_an_image_between_its_plain_file_and_the_word_to_the_catalog(crash: bool) -> None:
+async def test_replacing_an_image_between_its_plain_file_and_the_word_to_the_catalog(
+    crash: bool,
+) -> None:
     world = world_with("disk", replace_changed=True)
     new = pattern(SIZE, seed=1)
     async with world.daemon(crash=crash):

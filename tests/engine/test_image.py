@@ -119,7 +119,9 @@ async def test_a_catalog_that_cannot_be_written_delays_the_hand_off() -> None:
 
 
 @pytest.mark.parametrize("after", ["finish", "whole"])
-async def test_a_crash_in_the_middle_of_a_hand_off_is_finished_by_the_next_daemon(after: str) -> None:
+async def test_a_crash_in_the_middle_of_a_hand_off_is_finished_by_the_next_daemon(
+    after: str,
+) -> None:
     world = world_with_disk()
     async with world.daemon(crash=True):
         image = await world.open("disk")
@@ -137,7 +139,9 @@ async def test_a_crash_in_the_middle_of_a_hand_off_is_finished_by_the_next_daemo
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("wait_s", [0.0, 0.3, 1.5, 2.5, 3.5, 4.5, 60.0])
-async def test_a_daemon_that_ends_hands_off_what_is_complete(image_format: str, wait_s: float) -> None:
+async def test_a_daemon_that_ends_hands_off_what_is_complete(
+    image_format: str, wait_s: float
+) -> None:
     """Also what arrived, and was read, a moment ago and is not written yet; each call to the disk takes 1 s."""
     world = World(format=image_format)
     world.repository.add("disk", pattern(SIZE))
@@ -270,7 +274,9 @@ async def test_a_damaged_cache_is_discarded_and_fetched_again() -> None:
         await world.check(image, ALL)
 
 
-async def test_a_damaged_cache_whose_plain_file_the_catalog_does_not_know_is_discarded_too() -> None:
+async def test_a_damaged_cache_whose_plain_file_the_catalog_does_not_know_is_discarded_too() -> (
+    None
+):
     world = world_with_disk()
     async with world.daemon(crash=True):
         image = await world.open("disk")
@@ -415,7 +421,9 @@ async def test_equal_sizes_alone_are_no_proof_that_the_old_version_is_back() -> 
         await world.check(image, blocks(0))
         world.repository.add("disk", bytes(2 * SIZE))
         await world.filesystem.refresh()
-        world.repository.add("disk", pattern(SIZE, seed=1))  # a third version, as likely as the first
+        world.repository.add(
+            "disk", pattern(SIZE, seed=1)
+        )  # a third version, as likely as the first
         await world.filesystem.refresh()
         assert image.record.state is State.FAILED
         with pytest.raises(errors.LazyfsError, match="changed in the repository"):
@@ -433,7 +441,10 @@ async def test_a_whole_image_whose_export_changed_keeps_its_bytes_and_says_so() 
         for _ in range(2):
             await world.filesystem.refresh()
         assert image.record.state is State.WHOLE
-        assert image.statistics().error == f"changed in the repository (was {SIZE} bytes, now {2 * SIZE} bytes)"
+        assert (
+            image.statistics().error
+            == f"changed in the repository (was {SIZE} bytes, now {2 * SIZE} bytes)"
+        )
         await world.check(image, ALL, old.content)
         assert world.stores.plain["disk"] == old.content
         world.repository.exports["disk"] = old
@@ -463,7 +474,9 @@ async def test_a_retired_image_serves_what_it_had_until_its_last_close() -> None
     async with world.daemon():
         image = await world.open("disk")
         await world.check(image, blocks(0, 2))
-        await image.retire(errors.ExportChanged("disk", "a", "b"), lambda: world.catalog.remove([image.inode]))
+        await image.retire(
+            errors.ExportChanged("disk", "a", "b"), lambda: world.catalog.remove([image.inode])
+        )
         assert not world.stores.partials
         await world.check(image, blocks(0, 2))
         with pytest.raises(errors.ExportChanged):
@@ -480,7 +493,9 @@ async def test_retiring_a_whole_image_whose_file_is_gone() -> None:
         await until(lambda: image.record.state is State.WHOLE)
         await world.close(image)
         world.stores.plain.clear()
-        await image.retire(errors.ExportChanged("disk", "a", "b"), lambda: world.catalog.remove([image.inode]))
+        await image.retire(
+            errors.ExportChanged("disk", "a", "b"), lambda: world.catalog.remove([image.inode])
+        )
         assert image.retired
         assert world.catalog.load() == []
 
@@ -507,14 +522,27 @@ async def test_statistics_tell_each_byte_from_the_others() -> None:
         await world.check(image, blocks(0, 4))
         await until(lambda: image.statistics().present_bytes)
         found = image.statistics()
-        assert (found.name, found.path, found.size, found.state) == ("disk", "disk", SIZE, "partial")
-        assert (found.present_bytes, found.zero_bytes, found.open_count) == (2 * BLOCK, 2 * BLOCK, 1)
+        assert (found.name, found.path, found.size, found.state) == (
+            "disk",
+            "disk",
+            SIZE,
+            "partial",
+        )
+        assert (found.present_bytes, found.zero_bytes, found.open_count) == (
+            2 * BLOCK,
+            2 * BLOCK,
+            1,
+        )
         assert (found.fetched_bytes, found.populated_bytes, found.requests) == (2 * BLOCK, 0, 1)
         await world.check(image, ALL)
         await until(lambda: image.record.state is State.WHOLE)
         await world.close(image)
         found = image.statistics()
-        assert (found.present_bytes, found.zero_bytes, found.state) == (SIZE - 2 * BLOCK, 2 * BLOCK, "whole")
+        assert (found.present_bytes, found.zero_bytes, found.state) == (
+            SIZE - 2 * BLOCK,
+            2 * BLOCK,
+            "whole",
+        )
         assert found.fill_rate == 0
 
 

@@ -57,7 +57,10 @@ async def test_an_image_that_is_populated_is_a_job_until_it_is_whole() -> None:
         assert await jobs(world) == {}
         heard = statuses(world, "disk")
         assert (heard[0], heard[-1]) == ("running", "null")
-        assert [e for e in world.events if e[1] in ("partial", "whole")] == [("disk", "partial"), ("disk", "whole")]
+        assert [e for e in world.events if e[1] in ("partial", "whole")] == [
+            ("disk", "partial"),
+            ("disk", "whole"),
+        ]
         await world.close(image)
 
 
@@ -284,7 +287,10 @@ async def test_a_rate_of_one_image_counts_from_now_on() -> None:
         await until(lambda: two.record.state is State.WHOLE)
         before = one.statistics().populated_bytes
         await trio.sleep(10)
-        assert one.statistics().populated_bytes - before <= 10 * 64 * KiB + 2 * world.repository.REQUEST
+        assert (
+            one.statistics().populated_bytes - before
+            <= 10 * 64 * KiB + 2 * world.repository.REQUEST
+        )
         assert one.record.state is State.PARTIAL
         assert trio.current_time() - at < 60
         await world.command("set-rate", path="one", rate=0)

@@ -42,7 +42,9 @@ seconds = st.sampled_from([0.0, 0.01, 1.0, 7.0, 100.0])
 @st.composite
 def ranges(draw: st.DrawFn) -> ByteRange:
     start = draw(st.integers(0, 40 * BLOCK))
-    return ByteRange(start, start + draw(st.sampled_from([1, 512, 4096, BLOCK, 3 * BLOCK, 40 * BLOCK])))
+    return ByteRange(
+        start, start + draw(st.sampled_from([1, 512, 4096, BLOCK, 3 * BLOCK, 40 * BLOCK]))
+    )
 
 
 @st.composite
@@ -61,7 +63,9 @@ class Read:
     patience_s: float | None
 
 
-reads = st.builds(Read, names, ranges(), st.sampled_from([0.0, 0.0, 0.5, 1.5]), st.sampled_from([None, None, 0.7]))
+reads = st.builds(
+    Read, names, ranges(), st.sampled_from([0.0, 0.0, 0.5, 1.5]), st.sampled_from([None, None, 0.7])
+)
 
 operations = st.one_of(
     st.tuples(st.just("read"), st.lists(reads, min_size=1, max_size=6)),
@@ -82,7 +86,9 @@ operations = st.one_of(
     st.tuples(st.just("refresh")),
 )
 lives = st.lists(
-    st.tuples(st.lists(operations, max_size=12), st.booleans(), st.booleans()),  # operations, populate, crash
+    st.tuples(
+        st.lists(operations, max_size=12), st.booleans(), st.booleans()
+    ),  # operations, populate, crash
     min_size=1,
     max_size=4,
 )
@@ -107,7 +113,9 @@ class Model:
     def change(self, name: str) -> None:
         version = sum(1 for known, _ in self.contents if known == name)
         size = SIZES[name] + (BLOCK if version == 2 else 0)
-        made = self.world.repository.add(name, pattern(size, version), self.holes.get(name, []), f"version {version}")
+        made = self.world.repository.add(
+            name, pattern(size, version), self.holes.get(name, []), f"version {version}"
+        )
         self.contents[name, made.identity] = made.content
         if version:
             self.changed.add(name)
@@ -163,7 +171,9 @@ class Model:
                 async with trio.open_nursery() as nursery:
                     repository.down = self.unreachable = True
                     for name in SIZES:
-                        nursery.start_soon(self.read, Read(name, ByteRange(5, 12 * BLOCK), 0.0, None))
+                        nursery.start_soon(
+                            self.read, Read(name, ByteRange(5, 12 * BLOCK), 0.0, None)
+                        )
                     await trio.sleep(time_s)
                     self.may_time_out()
                     repository.down = False
@@ -209,7 +219,9 @@ class Model:
             assert self.may_time_out(), blame
         except errors.RequestFailed:
             whole = one.where.align_out(BLOCK, 100 * BLOCK)
-            assert any(name == one.name and where.overlaps(whole) for name, where in self.bad), blame
+            assert any(name == one.name and where.overlaps(whole) for name, where in self.bad), (
+                blame
+            )
         except (errors.ExportChanged, errors.UserError):  # the latter after a restart
             assert one.name in self.changed, blame
 
@@ -259,14 +271,20 @@ class Model:
         if record.state is not State.REMOTE:
             content = self.contents[name, record.identity]
             holes = self.holes.get(name, [])
-            assert self.world.repository.add(name, content, holes, record.identity).content == content
+            assert (
+                self.world.repository.add(name, content, holes, record.identity).content == content
+            )
 
 
 some_holes = st.fixed_dictionaries({name: st.lists(grain_ranges(), max_size=3) for name in SIZES})
 
 
 @given(some_holes, st.booleans(), lives)
-@example({}, True, [([("read", [Read("a", ByteRange(0, 40 * BLOCK), 0.0, None)]), ("change", "a")], True, False)])
+@example(
+    {},
+    True,
+    [([("read", [Read("a", ByteRange(0, 40 * BLOCK), 0.0, None)]), ("change", "a")], True, False)],
+)
 def test_no_byte_is_ever_wrong(
     holes: dict[str, list[ByteRange]],
     replace_changed: bool,
@@ -289,7 +307,11 @@ def test_no_byte_is_ever_wrong(
     st.sampled_from([0.0, 0.3]),
 )
 def test_without_faults_each_byte_of_data_is_fetched_exactly_once(
-    holes: dict[str, list[ByteRange]], wanted: list[Read], populate: bool, delay_s: float, thread_delay_s: float
+    holes: dict[str, list[ByteRange]],
+    wanted: list[Read],
+    populate: bool,
+    delay_s: float,
+    thread_delay_s: float,
 ) -> None:
     async def scenario() -> None:
         model = Model(holes, replace_changed=False)
@@ -319,7 +341,9 @@ def test_without_faults_each_byte_of_data_is_fetched_exactly_once(
 
 # -- names
 
-shown = st.lists(st.text(st.sampled_from("ab/.%\0") | st.characters(codec="utf-8"), max_size=6), max_size=12)
+shown = st.lists(
+    st.text(st.sampled_from("ab/.%\0") | st.characters(codec="utf-8"), max_size=6), max_size=12
+)
 
 
 @given(st.lists(shown, min_size=1, max_size=4))

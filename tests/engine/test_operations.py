@@ -53,7 +53,9 @@ async def partial(world: World, name: str = "disk") -> Image:
 
 
 def states(world: World) -> dict[str, str]:
-    return {image.record.path: image.record.state.value for image in world.filesystem.names.images()}
+    return {
+        image.record.path: image.record.state.value for image in world.filesystem.names.images()
+    }
 
 
 # -- prefetch
@@ -89,7 +91,10 @@ async def test_prefetch_in_another_format_changes_the_name() -> None:
     world = world_with("disk", "pinned")
     async with world.daemon(populate=True):
         await world.command("pin", path="pinned")
-        assert await world.command("prefetch", path="disk", format="qcow2") == {"images": 1, "paths": ["disk.qcow2"]}
+        assert await world.command("prefetch", path="disk", format="qcow2") == {
+            "images": 1,
+            "paths": ["disk.qcow2"],
+        }
         image = world.image("disk")
         assert (image.record.format, image.record.path) == ("qcow2", "disk.qcow2")
         assert world.filesystem.names.node_at("disk") is None
@@ -99,8 +104,12 @@ async def test_prefetch_in_another_format_changes_the_name() -> None:
         # Evicted it keeps its format, and may get another.
         await world.command("evict", path="disk.qcow2")
         assert states(world)["disk.qcow2"] == "remote"
-        assert (await world.command("prefetch", path="disk.qcow2", format="raw"))["paths"] == ["disk"]
-        assert (await world.command("prefetch", path="pinned", format="qcow2"))["paths"] == ["pinned.qcow2"]
+        assert (await world.command("prefetch", path="disk.qcow2", format="raw"))["paths"] == [
+            "disk"
+        ]
+        assert (await world.command("prefetch", path="pinned", format="qcow2"))["paths"] == [
+            "pinned.qcow2"
+        ]
         assert world.image("pinned").record.pinned
     async with world.daemon():
         assert world.image("disk").record.path == "disk"
@@ -114,7 +123,10 @@ async def test_prefetch_refuses_another_format_where_something_is_cached() -> No
         for name in ("disk", "open"):
             with pytest.raises(errors.UserError, match="is cached as raw; evict it first"):
                 await world.command("prefetch", path=name, format="qcow2")
-        assert await world.command("prefetch", path="disk", format="raw") == {"images": 1, "paths": ["disk"]}
+        assert await world.command("prefetch", path="disk", format="raw") == {
+            "images": 1,
+            "paths": ["disk"],
+        }
         await world.close(opened)
 
 
@@ -126,7 +138,9 @@ async def test_prefetch_of_what_cannot_be_had() -> None:
             await world.command("prefetch", path="refused")
         with pytest.raises(CommandError, match="does not describe refused"):
             await world.command("prefetch", path="")
-        await until(lambda: states(world)["disk"] == "whole")  # one that fails does not stop the others
+        await until(
+            lambda: states(world)["disk"] == "whole"
+        )  # one that fails does not stop the others
         assert world.image("refused").record.state is State.REMOTE
 
 
@@ -168,14 +182,21 @@ async def test_evict(make: Callable[[World], Awaitable[Image]], format_: str, op
         new = world.image("disk")
         assert new is not old
         assert new.inode != old.inode
-        assert (new.record.state, new.record.path, new.record.format) == (State.REMOTE, path, format_)
+        assert (new.record.state, new.record.path, new.record.format) == (
+            State.REMOTE,
+            path,
+            format_,
+        )
         assert new.statistics().present_bytes == 0
         assert path not in world.stores.plain
         assert not world.stores.partials
         if opened:
             content = world.repository.exports["disk"].content
             for start in (0, 20 * BLOCK, 0):  # what was there, what was not, and again
-                assert await world.read(old, begin + start, BLOCK, plain) == content[start : start + BLOCK]
+                assert (
+                    await world.read(old, begin + start, BLOCK, plain)
+                    == content[start : start + BLOCK]
+                )
             (row,) = [row for row in await world.command("query-images") if row["replaced"]]
             assert row["open_count"] == 1
             await world.close(old, plain)
@@ -184,7 +205,9 @@ async def test_evict(make: Callable[[World], Awaitable[Image]], format_: str, op
         assert [row["replaced"] for row in await world.command("query-images")] == [False]
         # It begins anew.
         await world.open("disk")
-        assert await world.read(new, begin, BLOCK) == world.repository.exports["disk"].content[:BLOCK]
+        assert (
+            await world.read(new, begin, BLOCK) == world.repository.exports["disk"].content[:BLOCK]
+        )
         await world.close(new)
     async with world.daemon():
         assert states(world) == {path: "partial"}
@@ -210,7 +233,12 @@ async def test_evict_of_folders_leaves_pinned_ones() -> None:
         # A folder with a single image is a folder, too.
         assert await world.command("evict", path="b") == {"images": 0}
         assert await world.command("evict", path="") == {"images": 1}
-        assert states(world) == {"a/one": "remote", "a/two": "whole", "b/three": "whole", "four": "remote"}
+        assert states(world) == {
+            "a/one": "remote",
+            "a/two": "whole",
+            "b/three": "whole",
+            "four": "remote",
+        }
         assert await world.command("unpin", path="") == {"images": 4}
         assert await world.command("evict", path="") == {"images": 2}
         assert set(states(world).values()) == {"remote"}
@@ -252,7 +280,10 @@ async def test_no_reader_fails_because_of_evictions(thread_s: float, format_: st
                 begin = image.record.shown.metadata_size
                 for k in range(3):
                     start = (seed * 7 + n * 3 + k) * BLOCK % (SIZE - BLOCK)
-                    assert await world.read(image, begin + start, BLOCK, plain) == content[start : start + BLOCK]
+                    assert (
+                        await world.read(image, begin + start, BLOCK, plain)
+                        == content[start : start + BLOCK]
+                    )
                     reads += 1
                     await trio.sleep(0.05)
                 await world.close(image, plain)
@@ -389,7 +420,10 @@ async def test_evicting_takes_a_new_version_without_the_digest_of_the_old() -> N
     content = world.repository.exports["disk"].content
     async with world.daemon():
         await whole(world)
-        assert await verified(world, "disk", digest=f"sha256:{hashlib.sha256(content).hexdigest()}") == ""
+        assert (
+            await verified(world, "disk", digest=f"sha256:{hashlib.sha256(content).hexdigest()}")
+            == ""
+        )
         world.repository.add("disk", pattern(len(content), 9), identity="new")
         await world.filesystem.refresh()
         await world.command("evict", path="disk")
@@ -416,7 +450,9 @@ async def test_evict_heeds_overlays_and_leaves_last_copies() -> None:
         world.backing_files = lambda: frozenset({"a"})
         with pytest.raises(CommandError, match="a is the backing file of an overlay"):
             await world.command("evict", path="a")
-        with pytest.raises(CommandError, match="c is gone from the repository; lazyfs forget drops it"):
+        with pytest.raises(
+            CommandError, match="c is gone from the repository; lazyfs forget drops it"
+        ):
             await world.command("evict", path="c")
         assert await world.command("evict", path="") == {"images": 1}
         assert states(world) == {"a": "whole", "b": "remote", "c": "whole"}
@@ -480,7 +516,11 @@ async def test_forget_drops_what_the_repository_does_not_have() -> None:
         await world.filesystem.refresh()
         opened = world.image("opened")
         await world.open_image(opened, True)
-        for name, reason in {"kept": "in the repository", "pinned": "is pinned", "opened": "is open"}.items():
+        for name, reason in {
+            "kept": "in the repository",
+            "pinned": "is pinned",
+            "opened": "is open",
+        }.items():
             with pytest.raises(CommandError, match=reason):
                 await world.command("forget", path=name)
         assert await world.command("forget", path="old") == {"images": 1}
@@ -512,7 +552,10 @@ async def test_the_map_of_a_partial_image(format_: str) -> None:
         assert await world.command("query-map", path=path) == [missing]
         await partial(world)
         entries = await world.command("query-map", path=path)
-        assert [entry["start"] for entry in entries] == [0, *(e["start"] + e["length"] for e in entries[:-1])]
+        assert [entry["start"] for entry in entries] == [
+            0,
+            *(e["start"] + e["length"] for e in entries[:-1]),
+        ]
         assert sum(entry["length"] for entry in entries) == SIZE
         here = {(e["start"], e["length"]): (e["present"], e["zero"], e["data"]) for e in entries}
         assert here[HOLE.start, HOLE.length] == (True, True, False)
@@ -596,16 +639,23 @@ async def test_a_digest_is_compared_and_kept() -> None:
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     async with world.daemon():
         image = await whole(world)
-        assert await verified(world, "disk", digest=digest.upper().replace("SHA256", "sha256")) == ""
+        assert (
+            await verified(world, "disk", digest=digest.upper().replace("SHA256", "sha256")) == ""
+        )
         assert image.record.digest == digest
-        assert await verified(world, "disk", digest=f"sha512:{hashlib.sha512(content).hexdigest()}") == ""
+        assert (
+            await verified(world, "disk", digest=f"sha512:{hashlib.sha512(content).hexdigest()}")
+            == ""
+        )
         assert await verified(world, "disk", digest=digest) == ""
     async with world.daemon():
         assert world.image("disk").record.digest == digest
         damage(world.stores, world.image("disk"), 7)
         error = await verified(world, "disk")
         assert error.startswith("the cache is damaged: its digest is sha256:")
-        assert world.image("disk").record.digest == digest, "what it must be does not change with the damage"
+        assert world.image("disk").record.digest == digest, (
+            "what it must be does not change with the damage"
+        )
         await whole(world)
         assert await verified(world, "disk") == ""
         await world.command("evict", path="disk")
@@ -626,7 +676,9 @@ async def test_a_comparison_with_a_repository_that_hangs_ends() -> None:
     async with world.daemon():
         image = await whole(world)
         world.repository.hang()
-        assert "the repository does not answer" in await verified(world, "disk", **{"against-repository": True})
+        assert "the repository does not answer" in await verified(
+            world, "disk", **{"against-repository": True}
+        )
         assert (image.record.state, image.open_count) == (State.WHOLE, 0)
 
 
@@ -675,7 +727,16 @@ async def test_a_damaged_image_that_must_stay_is_kept(why: str) -> None:
 
 @pytest.mark.parametrize(
     "digest",
-    ["", "sha256", "sha256:", "sha256:12", "md5:" + "0" * 32, "sha256:" + "g" * 64, "0" * 64, "sha512:" + "0" * 64],
+    [
+        "",
+        "sha256",
+        "sha256:",
+        "sha256:12",
+        "md5:" + "0" * 32,
+        "sha256:" + "g" * 64,
+        "0" * 64,
+        "sha512:" + "0" * 64,
+    ],
 )
 async def test_digests_that_are_none(digest: str) -> None:
     world = world_with("disk", populate=False)
@@ -717,7 +778,9 @@ async def test_a_plain_file_that_is_gone_is_damage() -> None:
         assert await verified(world, "disk") == ""
 
 
-async def test_sectors_that_the_disk_cannot_read_are_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sectors_that_the_disk_cannot_read_are_damage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = world_with("disk", populate=False)
     async with world.daemon():
         image = await whole(world)

@@ -247,7 +247,9 @@ async def test_exports_that_cannot_be_opened_do_not_hold_up_others(how: str) -> 
         world.repository.exports = exports
         world.repository.refused.clear()
         await world.filesystem.refresh()
-        await until(lambda: all(world.image(name).record.state is State.WHOLE for name in names), 60)
+        await until(
+            lambda: all(world.image(name).record.state is State.WHOLE for name in names), 60
+        )
 
 
 async def test_a_lost_repository_is_tried_again_and_the_fill_goes_on() -> None:

@@ -23,12 +23,16 @@ SIZE = 20 * BLOCK + 777
 def shown(content: bytes, cluster_size: int = BLOCK) -> bytes:
     """The finished qcow2 of an export."""
     at = qcow2_layout.layout(len(content), cluster_size)
-    return qcow2_layout.finished(at, 0, at.data_offset) + content.ljust(at.clusters * cluster_size, b"\0")
+    return qcow2_layout.finished(at, 0, at.data_offset) + content.ljust(
+        at.clusters * cluster_size, b"\0"
+    )
 
 
 def world_with_disk(**options: object) -> tuple[World, bytes]:
     world = World(format="qcow2", **options)
-    export = world.repository.add("disk", pattern(SIZE), [blocks(3, 5), ByteRange(7 * BLOCK + 4 * KiB, 8 * BLOCK)])
+    export = world.repository.add(
+        "disk", pattern(SIZE), [blocks(3, 5), ByteRange(7 * BLOCK + 4 * KiB, 8 * BLOCK)]
+    )
     return world, export.content
 
 
@@ -54,7 +58,11 @@ def test_reads_are_those_of_the_finished_file_over_restarts_and_crashes(
     async def scenario() -> None:
         world = World(format="qcow2", block_size=cluster_size)
         ranges = [ByteRange(start * 4 * KiB, (start + length) * 4 * KiB) for start, length in holes]
-        ranges = [one for i, one in enumerate(sorted(ranges)) if all(one.start >= o.end for o in sorted(ranges)[:i])]
+        ranges = [
+            one
+            for i, one in enumerate(sorted(ranges))
+            if all(one.start >= o.end for o in sorted(ranges)[:i])
+        ]
         content = world.repository.add("disk", pattern(size), ranges).content
         expected = shown(content, cluster_size)
         for wanted, populate, crash in lives:
@@ -64,7 +72,9 @@ def test_reads_are_those_of_the_finished_file_over_restarts_and_crashes(
                 assert image.record.file_size == len(expected)
 
                 async def one(image: Image, start: int, length: int) -> None:
-                    assert await world.read(image, start, length) == expected[start : start + length]
+                    assert (
+                        await world.read(image, start, length) == expected[start : start + length]
+                    )
 
                 async with trio.open_nursery() as nursery:
                     for where, length in wanted:
@@ -101,7 +111,10 @@ async def test_a_read_across_the_border_fetches_the_first_cluster_alone() -> Non
     async with world.daemon():
         image = await world.open("disk")
         metadata = image.record.shown.metadata_size
-        assert await world.read(image, metadata - 100, 200) == shown(content)[metadata - 100 : metadata + 100]
+        assert (
+            await world.read(image, metadata - 100, 200)
+            == shown(content)[metadata - 100 : metadata + 100]
+        )
         assert world.demand() == [blocks(0)]
 
 
@@ -121,7 +134,12 @@ async def test_the_metadata_counts_as_space_from_the_first_open() -> None:
         data = sum(piece.length for piece in world.repository.exports["disk"].data)
         assert image.allocated_bytes() == metadata + data
         found = image.statistics()
-        assert (found.present_bytes, found.zero_bytes, found.size, found.format) == (data, SIZE - data, SIZE, "qcow2")
+        assert (found.present_bytes, found.zero_bytes, found.size, found.format) == (
+            data,
+            SIZE - data,
+            SIZE,
+            "qcow2",
+        )
 
 
 @in_trio
@@ -143,7 +161,9 @@ async def test_with_no_room_at_all_it_is_served_and_cached_when_there_is_some() 
 @in_trio
 async def test_each_image_keeps_its_format_whatever_the_mount_s_default_is() -> None:
     world = World(block_size=16 * KiB)
-    contents = {name: world.repository.add(name, pattern(SIZE, i)).content for i, name in enumerate("abc")}
+    contents = {
+        name: world.repository.add(name, pattern(SIZE, i)).content for i, name in enumerate("abc")
+    }
     async with world.daemon():
         image = await world.open("a")
         await world.read(image, 0, 100)
@@ -201,7 +221,9 @@ async def test_two_exports_that_want_one_name_both_have_one() -> None:
     world.options = replace(world.options, format="raw")
     world.repository.add("a.qcow2", b"3" * 512)
     async with world.daemon(populate=True):
-        paths = {image.record.export: image.record.path for image in world.filesystem.names.images()}
+        paths = {
+            image.record.export: image.record.path for image in world.filesystem.names.images()
+        }
         assert paths == {"a.qcow2/b": "a.qcow2/b", "a": "%61.qcow2", "a.qcow2": "%61.qcow2%00"}
         for name, path in paths.items():
             assert world.filesystem.names.node_at(path) is world.image(name)

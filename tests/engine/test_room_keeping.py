@@ -30,7 +30,9 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time_ns", lambda: next(now))
 
 
-def world_with(*names: str, limits: Limits | None = None, size: int = SIZE, **options: object) -> World:
+def world_with(
+    *names: str, limits: Limits | None = None, size: int = SIZE, **options: object
+) -> World:
     world = World(Limits(max_cache=LIMIT) if limits is None else limits, **options)
     for seed, name in enumerate(names):
         world.repository.add(name, pattern(size, seed))
@@ -73,10 +75,17 @@ async def test_population_evicts_the_least_recently_used() -> None:
         await fill(world, "c")
         assert [state(world, name) for name in "abc"] == [State.WHOLE, State.REMOTE, State.WHOLE]
         await fill(world, "d")
-        assert [state(world, name) for name in "abcd"] == [State.REMOTE, State.REMOTE, State.WHOLE, State.WHOLE]
+        assert [state(world, name) for name in "abcd"] == [
+            State.REMOTE,
+            State.REMOTE,
+            State.WHOLE,
+            State.WHOLE,
+        ]
         assert set(world.stores.plain) == {"c", "d"}
         assert within(world)
-        assert world.repository.bytes_read() == 4 * SIZE  # whatever was evicted, nothing was fetched twice
+        assert (
+            world.repository.bytes_read() == 4 * SIZE
+        )  # whatever was evicted, nothing was fetched twice
 
 
 async def test_an_evicted_image_is_as_one_never_used() -> None:
@@ -178,7 +187,12 @@ async def test_never_an_open_one_whatever_its_age() -> None:
         old = await world.open("a")
         await is_whole(world, "a")
         await fill(world, "b", "c", "d")
-        assert [state(world, name) for name in "abcd"] == [State.WHOLE, State.REMOTE, State.REMOTE, State.WHOLE]
+        assert [state(world, name) for name in "abcd"] == [
+            State.WHOLE,
+            State.REMOTE,
+            State.REMOTE,
+            State.WHOLE,
+        ]
         await read_all(world, old)
         assert not old.retired
 

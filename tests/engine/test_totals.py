@@ -23,7 +23,11 @@ async def read(world: World, image: Image, where: ByteRange) -> None:
 
 
 def served(world: World) -> dict[str, int]:
-    return {how: found.count for how, found in world.filesystem.totals.statistics().reads.items() if found.count}
+    return {
+        how: found.count
+        for how, found in world.filesystem.totals.statistics().reads.items()
+        if found.count
+    }
 
 
 async def test_one_of_eight_readers_fetches_and_the_others_join() -> None:

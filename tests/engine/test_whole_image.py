@@ -36,7 +36,9 @@ async def test_the_name_leads_to_the_second_number_and_the_kernel_is_told() -> N
     world = world_with_disk()
     async with world.daemon():
         told: list[tuple[str, str]] = []
-        world.filesystem.names.on_invalid_entry = lambda folder, name: told.append((folder.path, name))
+        world.filesystem.names.on_invalid_entry = lambda folder, name: told.append(
+            (folder.path, name)
+        )
         image = await world.open("disk")
         assert image.shown_inode == image.inode
         await world.read(image, 0, SIZE)
@@ -64,7 +66,9 @@ async def test_both_kinds_of_opens_read_the_same_side_by_side() -> None:
         assert image.open_count == 3
         for plain in (False, True):
             for offset in (0, 70_000, SIZE - 5):
-                assert await world.read(image, offset, 4096, plain) == content[offset : offset + 4096]
+                assert (
+                    await world.read(image, offset, 4096, plain) == content[offset : offset + 4096]
+                )
         await world.close(image, True)
         assert await world.read(image, 9, 9, whole=True) == content[9:18]
         await world.close(image, True)

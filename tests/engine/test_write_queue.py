@@ -12,7 +12,9 @@ from lazyfs.engine.fetch.write_queue import MAX_WAITING, WriteQueue
 pytestmark = pytest.mark.trio(run=run)
 
 
-async def test_writes_are_made_in_order_and_what_comes_meanwhile_after_them(nursery: trio.Nursery) -> None:
+async def test_writes_are_made_in_order_and_what_comes_meanwhile_after_them(
+    nursery: trio.Nursery,
+) -> None:
     queue, made = WriteQueue(nursery), list[int]()
     threads.delay_s = 1
     for i in range(3):
@@ -39,7 +41,9 @@ async def test_it_is_full_until_what_waits_is_written(nursery: trio.Nursery) -> 
     assert not queue.full
 
 
-async def test_a_write_that_raises_spoils_no_other(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_write_that_raises_spoils_no_other(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
     queue, made = WriteQueue(nursery), list[int]()
     queue.put(1, lambda: 1 // 0)  # type: ignore[arg-type, return-value]
     queue.put(1, lambda: made.append(1))

@@ -78,7 +78,14 @@ class Nbdkit:
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         self.socket.unlink(missing_ok=True)
-        command = ["nbdkit", "--foreground", "--readonly", "--unix", str(self.socket), *self.arguments]
+        command = [
+            "nbdkit",
+            "--foreground",
+            "--readonly",
+            "--unix",
+            str(self.socket),
+            *self.arguments,
+        ]
         with self.log.with_suffix(".stderr").open("ab") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, preexec_fn=die_with_parent)
         return self.process
@@ -115,7 +122,9 @@ class Nbdkit:
         for line in self.log.read_text().splitlines() if self.log.exists() else []:
             if opened := re.search(r'connection=(\d+) .*?export="?([^" ]*)"?', line):
                 connections.setdefault(opened[1], opened[2])
-            read = re.search(r"connection=(\d+) Read id=\d+ offset=(0x[0-9a-f]+) count=(0x[0-9a-f]+)", line)
+            read = re.search(
+                r"connection=(\d+) Read id=\d+ offset=(0x[0-9a-f]+) count=(0x[0-9a-f]+)", line
+            )
             if read and (export is None or connections.get(read[1]) == export):
                 found.append((int(read[2], 16), int(read[3], 16)))
         return found
@@ -165,31 +174,59 @@ class Lab:
     def serve(self, *filters: str, parameters: tuple[str, ...] = ()) -> Nbdkit:
         """Serve the repository folder, with the log filter on top."""
         log = self.folder / "nbdkit.log"
-        arguments = ["--filter=log", *(f"--filter={name}" for name in filters), "file", f"dir={self.repository}"]
+        arguments = [
+            "--filter=log",
+            *(f"--filter={name}" for name in filters),
+            "file",
+            f"dir={self.repository}",
+        ]
         return self.serve_with(*arguments, f"logfile={log}", *parameters)
 
     def serve_with(self, *arguments: str) -> Nbdkit:
-        server = Nbdkit(self.folder / f"nbd{len(self._servers)}.sock", *arguments, log=self.folder / "nbdkit.log")
+        server = Nbdkit(
+            self.folder / f"nbd{len(self._servers)}.sock",
+            *arguments,
+            log=self.folder / "nbdkit.log",
+        )
         self._servers.append(server)
         return server
 
     # -- the user
 
-    def lazyfs(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def lazyfs(
+        self, *arguments: str | Path, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command as a user would."""
         command = [sys.executable, "-m", "lazyfs", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-        assert not check or done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr}{self.log_text()}"
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        assert not check or done.returncode == 0, (
+            f"{arguments}: exit {done.returncode}\n{done.stderr}{self.log_text()}"
+        )
         return done
 
-    def mount(self, uri: str, *options: str | Path, program: tuple[str, ...] = ("-m", "lazyfs")) -> None:
+    def mount(
+        self, uri: str, *options: str | Path, program: tuple[str, ...] = ("-m", "lazyfs")
+    ) -> None:
         """Mount in the foreground, as a child that cannot outlive the test; return when it
         answers."""
         assert self.daemon is None
         read_fd, write_fd = os.pipe()
-        command = [sys.executable, *program, "mount", uri, str(self.mnt), "--foreground", "--io-timeout", "20"]
+        command = [
+            sys.executable,
+            *program,
+            "mount",
+            uri,
+            str(self.mnt),
+            "--foreground",
+            "--io-timeout",
+            "20",
+        ]
         command += [*map(str, options), "--ready-fd", str(write_fd), "--log-file", str(self.log)]
-        self.daemon = subprocess.Popen(command, pass_fds=[write_fd], preexec_fn=die_with_parent, text=True)
+        self.daemon = subprocess.Popen(
+            command, pass_fds=[write_fd], preexec_fn=die_with_parent, text=True
+        )
         os.close(write_fd)
         with os.fdopen(read_fd) as answer:
             said = answer.readline().strip()

@@ -59,21 +59,30 @@ def test_utime_is_the_last_use_and_nothing_else(lab: Lab) -> None:
     before = time.time_ns() - 10**8  # the kernel's clock for files ticks every few milliseconds
     os.utime(disk)
     assert before <= lab.image_status("disk")["last_used_ns"] <= time.time_ns()
-    assert (lab.image_status("disk")["state"], lab.image_status("disk")["requests"]) == ("remote", 0)
+    assert (lab.image_status("disk")["state"], lab.image_status("disk")["requests"]) == (
+        "remote",
+        0,
+    )
 
     subprocess.run(["touch", "-c", "-d", "2001-02-03 04:05:06 UTC", disk], check=True)
     assert lab.image_status("disk")["last_used_ns"] == 981173106 * 10**9
     subprocess.run(["touch", "-a", disk], check=True)
     assert before <= lab.image_status("disk")["last_used_ns"]
     os.utime(disk, (time.time() + 10**6, time.time() + 10**6))
-    assert lab.image_status("disk")["last_used_ns"] <= time.time_ns(), "nobody used it in the future"
+    assert lab.image_status("disk")["last_used_ns"] <= time.time_ns(), (
+        "nobody used it in the future"
+    )
     os.utime(disk, ns=(5, 7))
     assert lab.image_status("disk")["last_used_ns"] == 7
 
     with disk.open("rb") as file:
         os.utime(file.fileno())
         after = os.fstat(file.fileno())
-    assert (after.st_mtime_ns, after.st_ctime_ns, after.st_ino) == (shown.st_mtime_ns, shown.st_ctime_ns, shown.st_ino)
+    assert (after.st_mtime_ns, after.st_ctime_ns, after.st_ino) == (
+        shown.st_mtime_ns,
+        shown.st_ctime_ns,
+        shown.st_ino,
+    )
     assert disk.read_bytes() == source
     os.utime(disk, ns=(5, 10**18))
     lab.wait_for_state("disk", "whole")
@@ -197,7 +206,18 @@ def look(lab: Lab, length: int) -> list[tuple[object, ...]]:
     for name in ("plain", "team/disk"):
         assert pread(lab.mnt / name, 0, length) == bytes(length)
         s = (lab.mnt / name).stat()
-        found.append((s.st_mode, s.st_uid, s.st_gid, s.st_size, s.st_nlink, s.st_ino, s.st_mtime_ns, s.st_ctime_ns))
+        found.append(
+            (
+                s.st_mode,
+                s.st_uid,
+                s.st_gid,
+                s.st_size,
+                s.st_nlink,
+                s.st_ino,
+                s.st_mtime_ns,
+                s.st_ctime_ns,
+            )
+        )
     return found
 
 
@@ -253,7 +273,9 @@ def test_an_admin_can_have_it_read_only_for_the_kernel_too(lab: Lab) -> None:
     lab.daemon.send_signal(signal.SIGSTOP)
     try:
         os.pread(fd, 4096, 0)
-        assert os.fstat(fd).st_size == 1 * MiB, "after a read, too, the kernel need not ask for the attributes"
+        assert os.fstat(fd).st_size == 1 * MiB, (
+            "after a read, too, the kernel need not ask for the attributes"
+        )
     finally:
         lab.daemon.send_signal(signal.SIGCONT)
     os.close(fd)
@@ -315,7 +337,9 @@ def test_what_must_stay_is_not_unlinked(lab: Lab) -> None:
     lab.lazyfs("pin", lab.mnt / "disk")
     with pytest.raises(PermissionError):
         os.unlink(lab.mnt / "disk")
-    removed = subprocess.run(["rm", "-f", lab.mnt / "disk"], capture_output=True, text=True, check=False)
+    removed = subprocess.run(
+        ["rm", "-f", lab.mnt / "disk"], capture_output=True, text=True, check=False
+    )
     assert removed.returncode == 1
     assert "Operation not permitted" in removed.stderr
     assert lab.image_status("disk")["present_bytes"] >= 64 * KiB
@@ -332,7 +356,8 @@ def test_the_backing_file_of_an_overlay_is_not_unlinked(lab: Lab) -> None:
     overlay = overlays / "vm.qcow2"
     lab.mount(lab.serve().uri, "--allow-evict", "--overlays", overlays)
     subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", lab.mnt / "disk", "-F", "raw", overlay], check=True
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", lab.mnt / "disk", "-F", "raw", overlay],
+        check=True,
     )
     (lab.mnt / "disk").read_bytes()
     lab.wait_for_state("disk", "whole")
@@ -351,7 +376,10 @@ def test_rm_rf_of_everything_evicts_everything(lab: Lab) -> None:
     lab.wait_for_state("plain", "whole")
     lab.wait_for_state("team/disk", "whole")
     done = subprocess.run(
-        ["rm", "-rf", lab.mnt / "plain", lab.mnt / "team"], capture_output=True, text=True, check=False
+        ["rm", "-rf", lab.mnt / "plain", lab.mnt / "team"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "team" in done.stderr, "a folder stays"
     assert [image["state"] for image in lab.status()["images"]] == ["remote", "remote"]
@@ -386,7 +414,9 @@ def test_unlinking_under_readers_shows_no_wrong_byte_and_hangs_nobody(lab: Lab) 
     for _ in range(20):
         seen = list(rounds)
         wait_until(
-            lambda seen=seen: wrong or all(now > then for now, then in zip(rounds, seen, strict=True)),  # type: ignore[misc]
+            lambda seen=seen: (
+                wrong or all(now > then for now, then in zip(rounds, seen, strict=True))
+            ),  # type: ignore[misc]
             "all have read once more",
         )
         os.unlink(lab.mnt / "disk")
@@ -406,12 +436,18 @@ def test_st_blocks_is_what_the_cache_takes(lab: Lab) -> None:
     lab.mount(lab.serve().uri, "--cache-dir", cache, "--no-populate")
     pread(lab.mnt / "disk", 0, 4 * KiB)
     wait_until(
-        lambda: (lab.mnt / "disk").stat().st_blocks == next(cache.glob(".lazyfs/partial/*.raw")).stat().st_blocks > 0,
+        lambda: (
+            (lab.mnt / "disk").stat().st_blocks
+            == next(cache.glob(".lazyfs/partial/*.raw")).stat().st_blocks
+            > 0
+        ),
         "a partial image takes what its file takes",
     )
     (lab.mnt / "disk").read_bytes()
     lab.wait_for_state("disk", "whole")
-    wait_until(lambda: (lab.mnt / "disk").stat().st_blocks == (MiB + 16 * KiB) // 512, "and a whole one")
+    wait_until(
+        lambda: (lab.mnt / "disk").stat().st_blocks == (MiB + 16 * KiB) // 512, "and a whole one"
+    )
     assert (cache / "disk").stat().st_blocks == (MiB + 16 * KiB) // 512
 
 
@@ -459,10 +495,15 @@ def test_extended_attributes(lab: Lab) -> None:
     disk = lab.mnt / "disk"
 
     def ours() -> dict[str, str]:
-        return {name.removeprefix("user.lazyfs."): os.getxattr(disk, name).decode() for name in os.listxattr(disk)}
+        return {
+            name.removeprefix("user.lazyfs."): os.getxattr(disk, name).decode()
+            for name in os.listxattr(disk)
+        }
 
     assert ours() == {"state": "remote", "present": "0", "export": "disk"}
-    dump = subprocess.run(["getfattr", "-d", disk], capture_output=True, text=True, check=True).stdout
+    dump = subprocess.run(
+        ["getfattr", "-d", disk], capture_output=True, text=True, check=True
+    ).stdout
     assert 'user.lazyfs.state="remote"\n' in dump
     assert 'user.lazyfs.present="0"\n' in dump
     assert lab.image_status("disk")["requests"] == 0, "to look fetches nothing"
@@ -475,15 +516,25 @@ def test_extended_attributes(lab: Lab) -> None:
     lab.wait_for_state("disk", "whole")
     lab.lazyfs("verify", disk, "--digest", digest)
     assert ours() == {"state": "whole", "present": str(2 * MiB), "export": "disk", "digest": digest}
-    dump = subprocess.run(["getfattr", "-d", disk], capture_output=True, text=True, check=True).stdout
+    dump = subprocess.run(
+        ["getfattr", "-d", disk], capture_output=True, text=True, check=True
+    ).stdout
     assert f'user.lazyfs.digest="{digest}"\n' in dump
 
-    for name in ("user.other", "user.lazyfs.other", "security.capability", "system.posix_acl_access", "trusted.x"):
+    for name in (
+        "user.other",
+        "user.lazyfs.other",
+        "security.capability",
+        "system.posix_acl_access",
+        "trusted.x",
+    ):
         with pytest.raises(OSError) as failure:  # noqa: PT011
             os.getxattr(disk, name)
         # Not supported, as where no such attribute can be: `ls -l` and `cp -a` do not ask for each
         # file then.
-        assert failure.value.errno == (errno.ENODATA if name.startswith("user.") else errno.EOPNOTSUPP), name
+        assert failure.value.errno == (
+            errno.ENODATA if name.startswith("user.") else errno.EOPNOTSUPP
+        ), name
     assert os.listxattr(lab.mnt) == []
     with pytest.raises(OSError, match="No data"):
         os.getxattr(lab.mnt, "user.lazyfs.state")
@@ -519,7 +570,9 @@ class ImageCacheManager:
         """Return files whose names are SHA-1s, as `_list_base_images` does."""
         digest_size = hashlib.sha1().digest_size * 2
         return [
-            name for name in os.listdir(self.base_dir) if len(name) == digest_size and (self.base_dir / name).is_file()
+            name
+            for name in os.listdir(self.base_dir)
+            if len(name) == digest_size and (self.base_dir / name).is_file()
         ]
 
     def mark_in_use(self, image_id: str) -> Path:
@@ -551,7 +604,9 @@ class ImageCacheManager:
 
 def test_novas_image_cache_manager(lab: Lab) -> None:
     images = {f"{i}" * 8 + "-4e14-4e4c-a73d-069cbf4541e6": MiB for i in range(3)}
-    contents = {image_id: lab.image(image_id, size).read_bytes() for image_id, size in images.items()}
+    contents = {
+        image_id: lab.image(image_id, size).read_bytes() for image_id, size in images.items()
+    }
     lab.mount(lab.serve().uri, "--names", "sha1", "--allow-evict")
     manager = ImageCacheManager(lab.mnt)
     assert len(manager.list_base_images()) == 3
@@ -560,12 +615,18 @@ def test_novas_image_cache_manager(lab: Lab) -> None:
     for image_id, base_file in bases.items():
         assert manager.get_disk_size(base_file) == 0
         overlay = lab.folder / f"{image_id}.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base_file, "-F", "raw", overlay], check=True)
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base_file, "-F", "raw", overlay],
+            check=True,
+        )
         copy = lab.folder / "copy"
         subprocess.run(["qemu-img", "convert", "-O", "raw", overlay, copy], check=True)
         assert copy.read_bytes() == contents[image_id]
         lab.wait_for_state(image_id, "whole")
-        wait_until(lambda base_file=base_file: manager.get_disk_size(base_file) == MiB, "as much as it takes")  # type: ignore[misc]
+        wait_until(
+            lambda base_file=base_file: manager.get_disk_size(base_file) == MiB,
+            "as much as it takes",
+        )  # type: ignore[misc]
 
     used, *unused = images
     removed = manager.age_and_verify_cached_images({manager.mark_in_use(used)})

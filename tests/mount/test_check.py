@@ -40,10 +40,22 @@ def test_a_cache_that_a_killed_daemon_left_is_checked_and_repaired(lab: Lab) -> 
     server = lab.serve()
     cache = lab.folder / "cache"
     for turn in range(3):
-        lab.mount(server.uri, "--cache-dir", cache, "--fill-rate", "4M", "--format", ("raw", "qcow2")[turn % 2])
+        lab.mount(
+            server.uri,
+            "--cache-dir",
+            cache,
+            "--fill-rate",
+            "4M",
+            "--format",
+            ("raw", "qcow2")[turn % 2],
+        )
         for path in lab.mnt.iterdir():
             pread(path, random.randrange(2 * MiB), 64 * KiB)
-        wait_until(lambda: sum(image["present_bytes"] for image in lab.status()["images"]) > (turn + 1) * MiB, "some")  # noqa: B023
+
+        def much_is_here(enough: int = (turn + 1) * MiB) -> bool:
+            return sum(image["present_bytes"] for image in lab.status()["images"]) > enough
+
+        wait_until(much_is_here, "some")
         lab.kill_daemon()
         refused = lab.lazyfs("check", lab.mnt, check=False)
         assert "unmount" in refused.stderr, "a dead mount is in the way"

@@ -96,7 +96,9 @@ def test_umount_of_a_daemon_that_hangs_waits_for_it(lab: Lab) -> None:
     pread(lab.mnt / "dense", 0, 64 * KiB)
     assert lab.daemon is not None
     lab.daemon.send_signal(signal.SIGSTOP)
-    umount = subprocess.Popen([sys.executable, "-m", "lazyfs", "umount", str(lab.mnt)], preexec_fn=die_with_parent)
+    umount = subprocess.Popen(
+        [sys.executable, "-m", "lazyfs", "umount", str(lab.mnt)], preexec_fn=die_with_parent
+    )
     try:
         with pytest.raises(subprocess.TimeoutExpired):
             umount.wait(1)
@@ -114,7 +116,9 @@ def test_output_that_cannot_be_written_is_one_line(lab: Lab) -> None:
     lab.mount(lab.serve().uri)
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "lazyfs", "status", "--json"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
     assert (done.returncode, done.stderr) == (1, "lazyfs: No space left on device\n")
 
 
@@ -149,7 +153,14 @@ def test_status_json_has_what_programs_rely_on(lab: Lab) -> None:
     server = lab.serve()
     lab.mount(server.uri, "--no-populate")
     status = lab.status()
-    assert {"mountpoint", "cache_dir", "repository", "connected", "control_socket", "images"} <= set(status)
+    assert {
+        "mountpoint",
+        "cache_dir",
+        "repository",
+        "connected",
+        "control_socket",
+        "images",
+    } <= set(status)
     assert status["mountpoint"] == status["cache_dir"] == str(lab.mnt)
     assert status["repository"] == server.uri
     assert status["connected"] is True
@@ -160,7 +171,9 @@ def test_status_json_has_what_programs_rely_on(lab: Lab) -> None:
     assert (image["name"], image["path"], image["state"]) == ("flat", f"{lab.mnt}/flat", "remote")
     fd = os.open(lab.mnt / "flat", os.O_RDONLY)
     os.pread(fd, 1, 0)
-    (opened,) = json.loads(lab.lazyfs("status", lab.mnt / "flat", "--json").stdout)["mounts"][0]["images"]
+    (opened,) = json.loads(lab.lazyfs("status", lab.mnt / "flat", "--json").stdout)["mounts"][0][
+        "images"
+    ]
     assert (opened["open_count"], opened["state"], opened["size"]) == (1, "partial", 1 * MiB)
     os.close(fd)
     everything = json.loads(lab.lazyfs("status", "--json").stdout)

@@ -34,7 +34,14 @@ def places(lab: Lab, server: Nbdkit) -> tuple[str, str]:
 
 def test_a_file_says_it_all_and_options_win(lab: Lab) -> None:
     source = lab.image("dense", 1 * MiB)
-    config = write_config(lab, *places(lab, lab.serve()), "no-populate = true", 'mode = "0400"', "uid = 12", "gid = 13")
+    config = write_config(
+        lab,
+        *places(lab, lab.serve()),
+        "no-populate = true",
+        'mode = "0400"',
+        "uid = 12",
+        "gid = 13",
+    )
     lab.lazyfs("mount", "--config", config, "--gid", "14")
     try:
         look = (lab.mnt / "dense").stat()
@@ -95,7 +102,9 @@ def helper_in_sbin(folder: Path) -> Iterator[str]:
     if os.geteuid() != 0:
         pytest.skip("only root can write to /sbin")
     program = folder / "mount.lazyfs"
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -P -m lazyfs.cli.mount_helper "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -P -m lazyfs.cli.mount_helper "$@"\n'
+    )
     program.chmod(0o755)
     kind = f"fuse.lazyfs-test-{os.getpid()}"
     link = Path("/sbin") / f"mount.{kind}"
@@ -107,7 +116,9 @@ def helper_in_sbin(folder: Path) -> Iterator[str]:
 
 
 def run(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    return subprocess.run(
+        [*map(str, words)], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
 
 
 def test_mount_8_mounts(lab: Lab) -> None:
@@ -115,14 +126,19 @@ def test_mount_8_mounts(lab: Lab) -> None:
     source = lab.image("dense", 1 * MiB)
     server = lab.serve()
     with helper_in_sbin(lab.folder) as kind:
-        done = run("mount", "-t", kind, server.uri, lab.mnt, "-o", f"mode=0400,noatime,log-file={lab.log}")
+        done = run(
+            "mount", "-t", kind, server.uri, lab.mnt, "-o", f"mode=0400,noatime,log-file={lab.log}"
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         pid = lab.status()["pid"]
         assert (lab.mnt / "dense").stat().st_mode & 0o777 == 0o400
         assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
         assert (run("umount", lab.mnt).returncode, os.path.ismount(lab.mnt)) == (0, False)
         wait_until(lambda: ended(pid), "the daemon has ended")
-        for options, code, says in (("frobnicate", 1, "not known"), ("config=/nonexistent.toml", 32, "cannot read")):
+        for options, code, says in (
+            ("frobnicate", 1, "not known"),
+            ("config=/nonexistent.toml", 32, "cannot read"),
+        ):
             done = run("mount", "-t", kind, server.uri, lab.mnt, "-o", options)
             assert (done.returncode, done.stderr.count("\n")) == (code, 1)
             assert says in done.stderr
@@ -187,11 +203,23 @@ class Manager:
         command = [sys.executable, "-m", "lazyfs", *words]
         if os.geteuid() == 0:
             servers.requires("setpriv")
-            allowed = [f"+{name.removeprefix('CAP_').lower()}" for name in unit["CapabilityBoundingSet"].split()]
-            command = ["setpriv", "--no-new-privs", f"--bounding-set=-all,{','.join(allowed)}", *command]
+            allowed = [
+                f"+{name.removeprefix('CAP_').lower()}"
+                for name in unit["CapabilityBoundingSet"].split()
+            ]
+            command = [
+                "setpriv",
+                "--no-new-privs",
+                f"--bounding-set=-all,{','.join(allowed)}",
+                *command,
+            ]
         lab.daemon = subprocess.Popen(
             command,
-            env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": str(int(watchdog_s * 1e6))},
+            env={
+                **os.environ,
+                "NOTIFY_SOCKET": address,
+                "WATCHDOG_USEC": str(int(watchdog_s * 1e6)),
+            },
             preexec_fn=_confine,
             text=True,
         )
@@ -234,7 +262,9 @@ def test_the_service_is_ready_when_the_mount_answers_and_lives_as_long_as_it_is_
     assert not os.path.ismount(lab.mnt)
 
 
-def test_a_service_that_was_killed_starts_again_on_its_dead_mount(managed: tuple[Lab, Manager, Nbdkit]) -> None:
+def test_a_service_that_was_killed_starts_again_on_its_dead_mount(
+    managed: tuple[Lab, Manager, Nbdkit],
+) -> None:
     lab, manager, server = managed
     manager.hear_until("READY")
     lab.wait_for_state("dense", "remote")

@@ -40,7 +40,10 @@ def test_refused_while_an_open_image_is_not_whole_naming_its_readers(lab: Lab) -
     with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
         os.close(fd)
         assert mapped[0] is not None
-        with (lab.mnt / "disk").open("rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as sleeper:
+        with (
+            (lab.mnt / "disk").open("rb") as file,
+            subprocess.Popen(["sleep", "60"], stdin=file) as sleeper,
+        ):
             refused = lab.lazyfs("detach", lab.mnt, check=False)
             sleeper.kill()
         assert refused.returncode == 1
@@ -186,7 +189,9 @@ def test_waiting_for_an_image_that_has_failed_ends_with_the_reason(lab: Lab) -> 
     os.close(fd)
 
 
-def test_a_replaced_image_that_is_open_and_not_whole_counts_and_its_readers_are_named(lab: Lab) -> None:
+def test_a_replaced_image_that_is_open_and_not_whole_counts_and_its_readers_are_named(
+    lab: Lab,
+) -> None:
     source = lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri, "--no-populate", "--refresh", "0.2", "--on-change", "replace")
     fd = os.open(lab.mnt / "disk", os.O_RDONLY)
@@ -243,7 +248,9 @@ def test_many_detaches_at_once_unmount_one_file_system(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_daemon_unmounted_by_hand_leaves_what_is_below_alone(lab: Lab, number: signal.Signals) -> None:
+def test_a_daemon_unmounted_by_hand_leaves_what_is_below_alone(
+    lab: Lab, number: signal.Signals
+) -> None:
     with disk_below(lab):
         lab.image("disk", 1 * MiB)
         lab.mount(lab.serve().uri)
@@ -257,7 +264,9 @@ def test_a_daemon_unmounted_by_hand_leaves_what_is_below_alone(lab: Lab, number:
 
 @pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize("verb", ["umount", "mount"])
-def test_clearing_away_a_killed_daemon_leaves_what_is_below_alone(lab: Lab, verb: str, opened: bool) -> None:
+def test_clearing_away_a_killed_daemon_leaves_what_is_below_alone(
+    lab: Lab, verb: str, opened: bool
+) -> None:
     with disk_below(lab):
         lab.image("disk", 1 * MiB)
         server = lab.serve()
@@ -313,7 +322,9 @@ assert len(ctypes.string_at(address, 4096)) == 4096
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_what_holds_the_mount_without_an_open_file_does_not_hold_detach(lab: Lab, holder: str) -> None:
+def test_what_holds_the_mount_without_an_open_file_does_not_hold_detach(
+    lab: Lab, holder: str
+) -> None:
     lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri)
     (lab.mnt / "disk").read_bytes()
@@ -339,7 +350,9 @@ def test_waiting_goes_on_when_another_image_is_opened_meanwhile(lab: Lab) -> Non
     lab.image("other", 2 * MiB)
     fd = os.open(lab.mnt / "disk", os.O_RDONLY)
     command = [sys.executable, "-m", "lazyfs", "detach", str(lab.mnt), "--wait"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waits:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waits:
         assert waits.stderr is not None
         assert "waiting for" in waits.stderr.readline()
         more = os.open(lab.mnt / "disk", os.O_RDONLY)
@@ -400,8 +413,13 @@ def test_umount_and_detach_at_once_are_both_content_or_say_why(lab: Lab) -> None
     for _ in range(3):
         lab.image("disk", 1 * MiB)
         lab.mount(lab.serve().uri)
-        commands = [[sys.executable, "-m", "lazyfs", verb, str(lab.mnt)] for verb in ("detach", "umount") * 2]
-        many = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        commands = [
+            [sys.executable, "-m", "lazyfs", verb, str(lab.mnt)]
+            for verb in ("detach", "umount") * 2
+        ]
+        many = [
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands
+        ]
         said = [one.communicate(timeout=DEADLINE_S)[1] for one in many]
         assert not any("bug" in text or "Invalid argument" in text for text in said), said
         assert 0 in [one.returncode for one in many]

@@ -36,7 +36,9 @@ def _waits_in(thread: int) -> str:
 
 
 @pytest.mark.parametrize("program", [("-m", "lazyfs"), OLD_KERNEL])
-def test_a_daemon_killed_while_a_lookup_waits_and_names_change(lab: Lab, program: tuple[str, ...]) -> None:
+def test_a_daemon_killed_while_a_lookup_waits_and_names_change(
+    lab: Lab, program: tuple[str, ...]
+) -> None:
     """No process hangs, or the next mount ends that at the latest."""
     for name in ("one", "two"):
         lab.image(name, 1 * MiB)
@@ -48,14 +50,19 @@ def test_a_daemon_killed_while_a_lookup_waits_and_names_change(lab: Lab, program
     try:
         stat = ["stat", "--format=%s", str(lab.mnt / "two")]
         with subprocess.Popen(stat, stderr=subprocess.PIPE, preexec_fn=die_with_parent) as waiting:
-            wait_until(lambda: _waits_in(waiting.pid) == "request_wait_answer", "it waits for the size")
+            wait_until(
+                lambda: _waits_in(waiting.pid) == "request_wait_answer", "it waits for the size"
+            )
             lab.lazyfs("evict", lab.mnt / "one")
             daemon = lab.daemon
             assert daemon is not None
             if program is OLD_KERNEL:
                 threads = Path(f"/proc/{daemon.pid}/task")
                 told = "fuse_reverse_inval_entry"
-                wait_until(lambda: told in [_waits_in(int(task.name)) for task in threads.iterdir()], "it waits, too")
+                wait_until(
+                    lambda: told in [_waits_in(int(task.name)) for task in threads.iterdir()],
+                    "it waits, too",
+                )
             assert waiting.poll() is None
             daemon.kill()
             wait_until(lambda: process_files.has_ended(daemon.pid), "it is dead")
@@ -83,7 +90,10 @@ def test_repository_dies_and_returns_while_readers_wait(lab: Lab) -> None:
     server.kill()
     assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]  # present: nobody notices
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(pread, lab.mnt / "dense", i * 3 * MiB + 64 * KiB, 128 * KiB) for i in range(4)]
+        waiting = [
+            pool.submit(pread, lab.mnt / "dense", i * 3 * MiB + 64 * KiB, 128 * KiB)
+            for i in range(4)
+        ]
         wait_until(lambda: not lab.status()["connected"], "status says the repository is gone")
         assert not any(read.done() for read in waiting)
         server.start()
@@ -158,11 +168,15 @@ def test_read_error_from_the_server_fails_that_read_and_keeps_nothing(lab: Lab) 
     source = lab.image("dense", 4 * MiB)
     trigger = lab.folder / "trigger"
     trigger.touch()
-    server = lab.serve("error", parameters=("error-pread=EIO", "error-pread-rate=100%", f"error-file={trigger}"))
+    server = lab.serve(
+        "error", parameters=("error-pread=EIO", "error-pread-rate=100%", f"error-file={trigger}")
+    )
     lab.mount(server.uri)
     with pytest.raises(OSError, match="Input/output error"):
         pread(lab.mnt / "dense", 0, 4 * KiB)
-    wait_until(lambda: "Input/output error" in lab.image_status("dense")["error"], "status says why")
+    wait_until(
+        lambda: "Input/output error" in lab.image_status("dense")["error"], "status says why"
+    )
     assert lab.image_status("dense")["present_bytes"] == 0
     trigger.unlink()
     wait_until(lambda: _readable(lab.mnt / "dense"), "works again")
@@ -317,7 +331,9 @@ def test_export_that_changes_while_partial(lab: Lab) -> None:
         pread(lab.mnt / "dense", 2 * MiB, 1)
     # a third version, of the first one's size: it must not be mixed in
     _replace(source, os.urandom(4 * MiB))
-    wait_until(lambda: lab.log.read_text().count("changed") and lab.status()["connected"], "refreshed")
+    wait_until(
+        lambda: lab.log.read_text().count("changed") and lab.status()["connected"], "refreshed"
+    )
     with pytest.raises(OSError, match="Input/output error"):
         pread(lab.mnt / "dense", 2 * MiB, 1)
     assert pread(lab.mnt / "dense", 0, 64 * KiB) == expected[: 64 * KiB]
@@ -346,7 +362,9 @@ def test_export_that_changes_while_whole_is_kept(lab: Lab) -> None:
     assert (lab.mnt / "dense").read_bytes() == expected
     lab.wait_for_state("dense", "whole")
     _replace(source, os.urandom(2 * MiB))
-    wait_until(lambda: "changed in the repository" in lab.image_status("dense")["error"], "status says so")
+    wait_until(
+        lambda: "changed in the repository" in lab.image_status("dense")["error"], "status says so"
+    )
     assert lab.image_status("dense")["state"] == "whole"
     assert (lab.mnt / "dense").read_bytes() == expected
     lab.umount()

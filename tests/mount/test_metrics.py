@@ -25,16 +25,24 @@ class Scrape(dict[str, float]):
 
     def by(self, name: str) -> dict[str, float]:
         """Return the values of a metric that are not zero, by its label."""
-        return {key[len(name) + 1 : -1]: n for key, n in self.items() if n and key.startswith(name + "{")}
+        return {
+            key[len(name) + 1 : -1]: n
+            for key, n in self.items()
+            if n and key.startswith(name + "{")
+        }
 
 
 def scrape(lab: Lab) -> Scrape:
     found = Scrape()
-    with urllib.request.urlopen(f"http://{lab.status()['metrics']}/metrics", timeout=DEADLINE_S) as answer:
+    with urllib.request.urlopen(
+        f"http://{lab.status()['metrics']}/metrics", timeout=DEADLINE_S
+    ) as answer:
         for family in parse(answer.read().decode()):
             for sample in family.samples:
                 if "le" not in sample.labels:
-                    label = "".join(f"{{{value}}}" for key, value in sample.labels.items() if key != "version")
+                    label = "".join(
+                        f"{{{value}}}" for key, value in sample.labels.items() if key != "version"
+                    )
                     found[sample.name + label] = sample.value
     return found
 
@@ -73,8 +81,13 @@ def test_bytes_by_kind_are_those_of_the_servers_log_and_outlive_eviction(lab: La
     lab.wait_for_state("sparse", "whole")
     filled = scrape(lab)
     assert filled["lazyfs_bytes_total{demand}"] > 0
-    assert filled["lazyfs_bytes_total{demand}"] + filled["lazyfs_bytes_total{population}"] == server.bytes_read()
-    assert filled["lazyfs_requests_total{demand}"] + filled["lazyfs_requests_total{population}"] == len(server.reads())
+    assert (
+        filled["lazyfs_bytes_total{demand}"] + filled["lazyfs_bytes_total{population}"]
+        == server.bytes_read()
+    )
+    assert filled["lazyfs_requests_total{demand}"] + filled[
+        "lazyfs_requests_total{population}"
+    ] == len(server.reads())
     assert sum(filled.by("lazyfs_bytes_total").values()) == 8 * MiB
     assert filled["lazyfs_present_bytes"] == server.bytes_read() == 1280 * KiB
     assert filled.by("lazyfs_images") == {"remote": 1, "whole": 1}
@@ -87,7 +100,10 @@ def test_bytes_by_kind_are_those_of_the_servers_log_and_outlive_eviction(lab: La
         os.pread(fd, 4096, 0)
         lab.wait_for_state("sparse", "whole")
     again = scrape(lab)
-    assert again["lazyfs_bytes_total{demand}"] + again["lazyfs_bytes_total{population}"] == server.bytes_read()
+    assert (
+        again["lazyfs_bytes_total{demand}"] + again["lazyfs_bytes_total{population}"]
+        == server.bytes_read()
+    )
     assert again["lazyfs_bytes_total{zero}"] == 2 * filled["lazyfs_bytes_total{zero}"]
 
 
@@ -98,7 +114,9 @@ def test_only_demand_without_population(lab: Lab) -> None:
     with page_reader(lab.mnt / "dense") as fd:
         os.pread(fd, 4096, 1 * MiB)
         found = until(lab, "lazyfs_bytes_total{demand}", 1)
-        assert found.by("lazyfs_bytes_total") == {"demand": server.bytes_read()} == {"demand": BLOCK}
+        assert (
+            found.by("lazyfs_bytes_total") == {"demand": server.bytes_read()} == {"demand": BLOCK}
+        )
         assert found.by("lazyfs_read_seconds_count") == {"fetched": 1}
         assert found.by("lazyfs_opens_total") == {"daemon": 1}
         assert found["lazyfs_open_images"] == 1
@@ -142,7 +160,9 @@ def test_errors(lab: Lab) -> None:
     lab.image("dense", 1 * MiB)
     trigger = lab.folder / "trigger"
     trigger.touch()
-    server = lab.serve("error", parameters=("error-pread=EIO", "error-pread-rate=100%", f"error-file={trigger}"))
+    server = lab.serve(
+        "error", parameters=("error-pread=EIO", "error-pread-rate=100%", f"error-file={trigger}")
+    )
     lab.mount(server.uri, "--metrics", "0")
     with pytest.raises(OSError, match="Input/output error"):
         pread(lab.mnt / "dense", 0, 4 * KiB)
@@ -201,7 +221,9 @@ def test_whole_images_without_passthrough(lab: Lab) -> None:
     pread(lab.mnt / "disk", 0, 4 * KiB)
     after = scrape(lab)
     assert after.by("lazyfs_opens_total") == {"daemon": before["lazyfs_opens_total{daemon}"] + 1}
-    assert after["lazyfs_read_seconds_count{present}"] > before["lazyfs_read_seconds_count{present}"]
+    assert (
+        after["lazyfs_read_seconds_count{present}"] > before["lazyfs_read_seconds_count{present}"]
+    )
 
 
 def test_room(lab: Lab) -> None:
@@ -210,7 +232,10 @@ def test_room(lab: Lab) -> None:
     room = os.statvfs(lab.folder / "cache")
     found = scrape(lab)
     assert found["lazyfs_room_size_bytes"] == room.f_blocks * room.f_frsize
-    assert abs(found["lazyfs_room_free_bytes"] - room.f_bavail * room.f_frsize) < room.f_blocks * room.f_frsize / 10
+    assert (
+        abs(found["lazyfs_room_free_bytes"] - room.f_bavail * room.f_frsize)
+        < room.f_blocks * room.f_frsize / 10
+    )
     assert found["lazyfs_room_used_bytes"] == found["lazyfs_room_short"] == 0
     assert found["lazyfs_room_max_cache_bytes"] == found["lazyfs_room_min_free_bytes"] == 0
     (lab.mnt / "disk").read_bytes()
@@ -252,12 +277,16 @@ def test_an_address_in_use(lab: Lab, extra: list[str]) -> None:
         port = taken.getsockname()[1]
         done = lab.lazyfs("mount", server.uri, lab.mnt, "--metrics", str(port), *extra, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"lazyfs: cannot serve metrics on 127.0.0.1:{port}: Address already in use\n"
+    assert (
+        done.stderr == f"lazyfs: cannot serve metrics on 127.0.0.1:{port}: Address already in use\n"
+    )
     assert not os.path.ismount(lab.mnt)
     lab.mount(server.uri, "--metrics", str(port))
 
 
-@pytest.mark.parametrize("address", ["", "x", "1:2:3", "::1:9100", ":9100", "[]:9100", "host:", "99999", "-1", "h:1e3"])
+@pytest.mark.parametrize(
+    "address", ["", "x", "1:2:3", "::1:9100", ":9100", "[]:9100", "host:", "99999", "-1", "h:1e3"]
+)
 def test_an_address_that_is_none(lab: Lab, address: str) -> None:
     done = lab.lazyfs("mount", "nbd://localhost", lab.mnt, f"--metrics={address}", check=False)
     assert done.returncode == 2

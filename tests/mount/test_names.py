@@ -22,10 +22,22 @@ def test_hostile_names_are_safe_files(lab: Lab) -> None:
     before = sorted(os.listdir(lab.folder))
     lab.mount(server.uri)
     shown = sorted(
-        os.path.relpath(os.path.join(folder, name), lab.mnt) for folder, _, names in os.walk(lab.mnt) for name in names
+        os.path.relpath(os.path.join(folder, name), lab.mnt)
+        for folder, _, names in os.walk(lab.mnt)
+        for name in names
     )
     assert len(shown) == len(HOSTILE)
-    assert {"plain", "..%2Fx", "%2Fabs", "a", "a%2Fb", "x%2F%2Fy", "%2Elazyfs", "100%25", "tab%09here"} <= set(shown)
+    assert {
+        "plain",
+        "..%2Fx",
+        "%2Fabs",
+        "a",
+        "a%2Fb",
+        "x%2F%2Fy",
+        "%2Elazyfs",
+        "100%25",
+        "tab%09here",
+    } <= set(shown)
     for name in shown:
         assert (lab.mnt / name).read_bytes() == bytes(4096)
     by_name = {image["name"]: image for image in lab.status()["images"]}
@@ -35,7 +47,9 @@ def test_hostile_names_are_safe_files(lab: Lab) -> None:
     lab.umount()
     for name in shown:
         assert (lab.mnt / name).stat().st_size == 4096
-    assert sorted(set(os.listdir(lab.folder)) - {"lazyfs.log"}) == sorted(set(before) - {"lazyfs.log"})
+    assert sorted(set(os.listdir(lab.folder)) - {"lazyfs.log"}) == sorted(
+        set(before) - {"lazyfs.log"}
+    )
 
 
 def test_export_names_that_are_not_utf8_are_left_out(lab: Lab) -> None:
@@ -57,7 +71,9 @@ def test_images_come_and_go_without_a_remount(lab: Lab) -> None:
     assert (lab.mnt / "second").read_bytes() == second.read_bytes()
     (lab.repository / "first").unlink()
     second.unlink()
-    wait_until(lambda: os.listdir(lab.mnt) == ["second"], "an image without a cache goes, one with stays")
+    wait_until(
+        lambda: os.listdir(lab.mnt) == ["second"], "an image without a cache goes, one with stays"
+    )
     assert "not in the repository" in lab.image_status("second")["error"]
 
 
@@ -68,7 +84,9 @@ def test_ten_thousand_exports(lab: Lab) -> None:
     server = lab.serve_with("file", f"dir={lab.repository}")
     lab.mount(server.uri)
     assert sorted(os.listdir(lab.mnt)) == [f"image-{i:05}" for i in range(10_000)]
-    long_list = subprocess.run(["ls", "-l", lab.mnt], capture_output=True, text=True, check=True).stdout
+    long_list = subprocess.run(
+        ["ls", "-l", lab.mnt], capture_output=True, text=True, check=True
+    ).stdout
     assert long_list.count("image-") == 10_000
     assert (lab.mnt / "image-09000").stat().st_size == 1 << 30
     assert len(lab.status()["images"]) == 10_000
@@ -93,7 +111,9 @@ def test_files_are_read_only_and_look_as_asked(lab: Lab) -> None:
         assert failure.value.errno == errno.EROFS
     with pytest.raises(FileNotFoundError):
         (lab.mnt / ".lazyfs").stat()
-    options = next(line for line in Path("/proc/mounts").read_text().splitlines() if f" {lab.mnt} " in line)
+    options = next(
+        line for line in Path("/proc/mounts").read_text().splitlines() if f" {lab.mnt} " in line
+    )
     assert {"nosuid", "nodev", "noatime"} <= set(options.split()[3].split(","))
 
 
@@ -149,7 +169,9 @@ def test_an_image_too_large_for_its_blocks_is_refused_with_a_reason(
 
 
 @pytest.mark.parametrize(("image_format", "name"), [("raw", "large"), ("qcow2", "large.qcow2")])
-def test_a_file_system_that_cannot_hold_such_a_file_is_named_in_status(lab: Lab, image_format: str, name: str) -> None:
+def test_a_file_system_that_cannot_hold_such_a_file_is_named_in_status(
+    lab: Lab, image_format: str, name: str
+) -> None:
     """ext4 ends at 16 TiB.
 
     Here a limit of the process (RLIMIT_FSIZE) gives the same error, EFBIG.

@@ -74,12 +74,15 @@ def test_a_whole_image_is_read_cold_with_the_daemon_stopped(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("-i", "io_uring"), ("-i", "native", "-n"), ("-i", "io_uring", "-n"), ("-i", "threads", "-n")]
+    "options",
+    [("-i", "io_uring"), ("-i", "native", "-n"), ("-i", "io_uring", "-n"), ("-i", "threads", "-n")],
 )
 def test_qemu_reads_with_the_daemon_stopped(lab: Lab, options: tuple[str, ...]) -> None:
     expected = whole_image(lab)
     command = ["qemu-io", "-r", "-f", "raw", *options, str(lab.mnt / "disk")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as qemu_io:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as qemu_io:
         killer = threading.Timer(30, qemu_io.kill)
         killer.start()
         # io_uring asks the file for its readiness; the kernel learns once for a mount that we have
@@ -134,12 +137,18 @@ def test_an_image_that_becomes_whole_is_a_new_inode_and_old_files_go_on(lab: Lab
         for _ in range(40):
             offset = dice.randrange(len(expected))
             length = dice.choice([1, 4 * KiB, 300 * KiB])
-            assert os.pread(dice.choice([old, new]), length, offset) == expected[offset : offset + length]
+            assert (
+                os.pread(dice.choice([old, new]), length, offset)
+                == expected[offset : offset + length]
+            )
             assert pread(path, offset, length) == expected[offset : offset + length]
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(reader, range(6)))
-    with mmap.mmap(old, 0, prot=mmap.PROT_READ) as before, mmap.mmap(new, 0, prot=mmap.PROT_READ) as after:
+    with (
+        mmap.mmap(old, 0, prot=mmap.PROT_READ) as before,
+        mmap.mmap(new, 0, prot=mmap.PROT_READ) as after,
+    ):
         assert before[:] == after[:] == expected
     os.close(new)
     assert os.pread(old, 4096, 1 * MiB) == expected[1 * MiB : 1 * MiB + 4096]
@@ -180,7 +189,9 @@ def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
         source = lab.image("disk", 8 * MiB)
         content = source.read_bytes()[4096:8192]
         empty = _used(disk)
-        lab.mount(lab.serve().uri, "--cache-dir", disk / "c", "--on-change", "replace", "--refresh", "0.2")
+        lab.mount(
+            lab.serve().uri, "--cache-dir", disk / "c", "--on-change", "replace", "--refresh", "0.2"
+        )
         (lab.mnt / "disk").read_bytes()
         lab.wait_for_state("disk", "whole")
         assert lab.daemon is not None
@@ -194,19 +205,32 @@ def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
         wait_until(lambda: lab.image_status("disk")["open_count"] == 0, "all closed")
         # Each refresh has a connection for a moment.
         folder = f"/proc/{lab.daemon.pid}/fd"
-        wait_until(lambda: len(os.listdir(folder)) <= fds, "the daemon has no more files open than before")
+        wait_until(
+            lambda: len(os.listdir(folder)) <= fds, "the daemon has no more files open than before"
+        )
         replace_file(source, os.urandom(4096))
         wait_until(lambda: _used(disk) < empty + 1 * MiB, "the old version's space is free")
         lab.umount()
 
 
 @pytest.mark.parametrize("option", [(), ("--no-passthrough",)])
-def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: tuple[str, ...]) -> None:
+def test_a_replaced_image_frees_its_space_with_the_last_close(
+    lab: Lab, option: tuple[str, ...]
+) -> None:
     with lab_disk(lab) as disk:
         source = lab.image("disk", 8 * MiB)
         old = source.read_bytes()
         empty = _used(disk)
-        lab.mount(lab.serve().uri, "--cache-dir", disk / "c", "--on-change", "replace", "--refresh", "0.2", *option)
+        lab.mount(
+            lab.serve().uri,
+            "--cache-dir",
+            disk / "c",
+            "--on-change",
+            "replace",
+            "--refresh",
+            "0.2",
+            *option,
+        )
         for _ in range(3):
             before_whole = os.open(lab.mnt / "disk", os.O_RDONLY)
             lab.wait_for_state("disk", "whole")
@@ -215,7 +239,10 @@ def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: 
             size = len(old)
             old = os.urandom(size + 4096)
             replace_file(source, old)
-            wait_until(lambda size=size: (lab.mnt / "disk").stat().st_size != size, "the new version has the name")
+            wait_until(
+                lambda size=size: (lab.mnt / "disk").stat().st_size != size,
+                "the new version has the name",
+            )
             assert len(os.pread(fd, 4096, 4096)) == 4096
             assert _used(disk) >= size
             os.close(fd)
@@ -227,9 +254,7 @@ def test_a_replaced_image_frees_its_space_with_the_last_close(lab: Lab, option: 
 def test_closing_does_not_wait_for_the_daemon(lab: Lab) -> None:
     """FUSE_FLUSH would ask it, once for each mount."""
     whole_image(lab)
-    program = (
-        "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(flush=True); sys.stdin.read(); os.close(fd)"
-    )
+    program = "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(flush=True); sys.stdin.read(); os.close(fd)"
     command = [sys.executable, "-c", program, str(lab.mnt / "disk")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -252,7 +277,10 @@ def test_no_passthrough_reads_through_the_daemon(lab: Lab) -> None:
         resumed.enter_context(stopped(lab))  # the proof that the other tests prove something
         with subprocess.Popen(["cat"], stdin=fd, stdout=subprocess.PIPE) as cat:
             assert cat.stdout is not None
-            wait_until(lambda: "request_wait_answer" in Path(f"/proc/{cat.pid}/wchan").read_text(), "cat waits")
+            wait_until(
+                lambda: "request_wait_answer" in Path(f"/proc/{cat.pid}/wchan").read_text(),
+                "cat waits",
+            )
             resumed.close()
             assert cat.stdout.read() == expected
     os.close(fd)
@@ -278,7 +306,9 @@ def test_a_stacked_cache_falls_back_and_says_so(lab: Lab) -> None:
         layer.mkdir()
     lower, upper, work, merged = layers
     options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    done = subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(merged)], check=False)
+    done = subprocess.run(
+        ["mount", "-t", "overlay", "-o", options, "overlay", str(merged)], check=False
+    )
     if done.returncode:
         pytest.skip("no overlayfs on this file system")
     try:

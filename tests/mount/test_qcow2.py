@@ -21,7 +21,11 @@ from servers import requires
 
 from lazyfs.core import qcow2_layout
 
-SPARSE = {3 * MiB: os.urandom(300 * KiB), 40 * MiB + 12 * KiB: os.urandom(4 * KiB), 63 * MiB: os.urandom(1 * MiB)}
+SPARSE = {
+    3 * MiB: os.urandom(300 * KiB),
+    40 * MiB + 12 * KiB: os.urandom(4 * KiB),
+    63 * MiB: os.urandom(1 * MiB),
+}
 QCOW2 = ("--format", "qcow2")
 
 
@@ -33,7 +37,9 @@ def _qemu() -> None:
 
 def qemu(*command: str | Path) -> str:
     """Run one of QEMU's programs. It must succeed."""
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     assert "Pattern verification failed" not in done.stdout
     return done.stdout
@@ -64,7 +70,9 @@ def compare(server: Nbdkit, name: str, path: Path) -> None:
 def shown(content: bytes, cluster_size: int = 64 * KiB) -> bytes:
     """Return the finished qcow2 of an export."""
     at = qcow2_layout.layout(len(content), cluster_size)
-    return qcow2_layout.finished(at, 0, at.data_offset) + content.ljust(at.clusters * cluster_size, b"\0")
+    return qcow2_layout.finished(at, 0, at.data_offset) + content.ljust(
+        at.clusters * cluster_size, b"\0"
+    )
 
 
 def guest_read(disk: Path, offset: int, length: int) -> bytes:
@@ -138,12 +146,18 @@ def test_a_cold_image_is_a_finished_qcow2_to_qemu_before_anything_of_it_is_read(
     said = check(path)
     assert said["allocated-clusters"] == said["total-clusters"] == 129
     told = info(path)
-    assert (told["format"], told["virtual-size"], told["cluster-size"]) == ("qcow2", 8 * MiB + 512, 64 * KiB)
+    assert (told["format"], told["virtual-size"], told["cluster-size"]) == (
+        "qcow2",
+        8 * MiB + 512,
+        64 * KiB,
+    )
     assert "backing-filename" not in told
     assert path.stat().st_size == len(shown(source.read_bytes()))
     status = lab.image_status("disk")
     assert status["state"] == "partial"
-    assert status["fetched_bytes"] < 4 * MiB, "of the data no more than the kernel's readahead behind the tables"
+    assert status["fetched_bytes"] < 4 * MiB, (
+        "of the data no more than the kernel's readahead behind the tables"
+    )
     compare(server, "disk", path)
     lab.wait_for_state("disk", "whole")
     assert path.read_bytes() == shown(source.read_bytes())
@@ -188,8 +202,15 @@ def test_random_parallel_reads_while_it_is_filled_are_those_of_the_final_file(la
         found = []
         try:
             for _ in range(60):
-                offset = dice.choice([dice.randrange(size), dice.randrange(metadata + 64 * KiB), size - 5000])
-                found.append((offset, os.pread(fd, dice.choice([1, 512, 4 * KiB, 70 * KiB, 300 * KiB]), offset)))
+                offset = dice.choice(
+                    [dice.randrange(size), dice.randrange(metadata + 64 * KiB), size - 5000]
+                )
+                found.append(
+                    (
+                        offset,
+                        os.pread(fd, dice.choice([1, 512, 4 * KiB, 70 * KiB, 300 * KiB]), offset),
+                    )
+                )
         finally:
             os.close(fd)
         return found
@@ -206,8 +227,12 @@ def test_random_parallel_reads_while_it_is_filled_are_those_of_the_final_file(la
     assert server.bytes_read() == 16 * MiB + 777, "each byte once"
 
 
-def test_the_file_on_disk_when_whole_is_byte_for_byte_what_the_mount_showed_before(lab: Lab) -> None:
-    source = lab.image("disk", 3 * MiB + 512, {0: os.urandom(1 * MiB), 2 * MiB + 4 * KiB: os.urandom(1 * MiB)})
+def test_the_file_on_disk_when_whole_is_byte_for_byte_what_the_mount_showed_before(
+    lab: Lab,
+) -> None:
+    source = lab.image(
+        "disk", 3 * MiB + 512, {0: os.urandom(1 * MiB), 2 * MiB + 4 * KiB: os.urandom(1 * MiB)}
+    )
     cache = lab.folder / "cache"
     server = lab.serve()
     lab.mount(server.uri, *QCOW2, "--cache-dir", cache, "--fill-rate", "100K")
@@ -270,7 +295,9 @@ def test_sizes_that_are_no_multiple_of_anything(lab: Lab, cluster_size: int) -> 
         if size:
             compare(server, name, path)
         assert path.read_bytes() == shown(source.read_bytes(), cluster_size)
-    wait_until(lambda: {image["state"] for image in lab.status()["images"]} == {"whole"}, "all are whole")
+    wait_until(
+        lambda: {image["state"] for image in lab.status()["images"]} == {"whole"}, "all are whole"
+    )
     lab.umount()
     for name, source in sources.items():
         assert (lab.mnt / f"{name}.qcow2").read_bytes() == shown(source.read_bytes(), cluster_size)
@@ -284,7 +311,9 @@ def test_a_cluster_is_what_is_fetched(lab: Lab, cluster_size: int) -> None:
     at = data_offset(8 * MiB, cluster_size)
     fd = os.open(lab.mnt / "disk.qcow2", os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    assert os.pread(fd, 10, at + 5 * MiB + 100) == source.read_bytes()[5 * MiB + 100 : 5 * MiB + 110]
+    assert (
+        os.pread(fd, 10, at + 5 * MiB + 100) == source.read_bytes()[5 * MiB + 100 : 5 * MiB + 110]
+    )
     os.close(fd)
     assert server.reads() == [(5 * MiB, cluster_size)]
 
@@ -311,11 +340,23 @@ def test_two_tebibytes_sparse(lab: Lab) -> None:
     itself."""
     cluster_size = 2 * MiB
     size = 2 * 1024 * 1024 * MiB
-    data = {0: os.urandom(64 * KiB), size // 2 + 4 * KiB: os.urandom(8 * KiB), size - 4 * KiB: os.urandom(4 * KiB)}
+    data = {
+        0: os.urandom(64 * KiB),
+        size // 2 + 4 * KiB: os.urandom(8 * KiB),
+        size - 4 * KiB: os.urandom(4 * KiB),
+    }
     source = lab.image("disk", size, data)
     server = lab.serve()
     cache = lab.folder / "cache"
-    lab.mount(server.uri, *QCOW2, "--cluster-size", str(cluster_size), "--cache-dir", cache, "--no-populate")
+    lab.mount(
+        server.uri,
+        *QCOW2,
+        "--cluster-size",
+        str(cluster_size),
+        "--cache-dir",
+        cache,
+        "--no-populate",
+    )
     path = lab.mnt / "disk.qcow2"
     allocated = source.stat().st_blocks * 512
     at = data_offset(size, cluster_size)
@@ -342,7 +383,9 @@ def test_two_tebibytes_sparse(lab: Lab) -> None:
 # -- space
 
 
-def test_holes_are_never_fetched_and_take_no_space_and_each_allocated_byte_comes_once(lab: Lab) -> None:
+def test_holes_are_never_fetched_and_take_no_space_and_each_allocated_byte_comes_once(
+    lab: Lab,
+) -> None:
     source = lab.image("sparse", 64 * MiB, SPARSE)
     allocated = source.stat().st_blocks * 512
     server = lab.serve()
@@ -545,7 +588,9 @@ def test_kill_9_at_random_moments_never_shows_another_byte(lab: Lab) -> None:
     dice = random.Random(11)
     sources = {
         "dense": lab.image("dense", 12 * MiB),
-        "sparse": lab.image("sparse", 100 * MiB, {i * 9 * MiB: os.urandom(200 * KiB) for i in range(11)}),
+        "sparse": lab.image(
+            "sparse", 100 * MiB, {i * 9 * MiB: os.urandom(200 * KiB) for i in range(11)}
+        ),
     }
     expected = {name: shown(path.read_bytes()) for name, path in sources.items()}
     server = lab.serve("rate", parameters=("rate=80M", "burstiness=0.05"))
@@ -573,9 +618,15 @@ def test_kill_9_at_random_moments_never_shows_another_byte(lab: Lab) -> None:
             )
             lab.kill_daemon()
         for one in (cache / ".lazyfs/partial").glob("*.qcow2"):
-            alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(one)}}
+            alone = {
+                "driver": "qcow2",
+                "backing": None,
+                "file": {"driver": "file", "filename": str(one)},
+            }
             command = ["qemu-img", "check", f"json:{json.dumps(alone)}"]
-            checked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            checked = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, check=False
+            )
             assert checked.returncode in (0, 3), checked.stdout + checked.stderr  # at most leaks
     assert resumed > 0
     lab.mount(server.uri, "--cache-dir", cache)
@@ -646,9 +697,13 @@ def test_qemu_alone_never_reads_a_mixture_of_two_versions_that_lazyfs_has_notice
 
     def opened_alone() -> str:
         command = ["qemu-io", "-r", "-f", "qcow2", "-c", "read 0 512", str(partial_file(cache))]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False
+        ).stderr
 
-    wait_until(lambda: "Could not open backing file" in opened_alone(), "it names no export any more")
+    wait_until(
+        lambda: "Could not open backing file" in opened_alone(), "it names no export any more"
+    )
     assert pread(path, at, 64 * KiB) == expected[: 64 * KiB]
     lab.umount()
     lab.mount(server.uri, "--cache-dir", cache)
@@ -690,7 +745,13 @@ def test_raw_and_qcow2_images_live_in_one_cache(lab: Lab) -> None:
         lab.wait_for_state(name, "whole")
     assert info(lab.mnt / "new.qcow2")["cluster-size"] == 128 * KiB
     formats = {image["name"]: image["format"] for image in lab.status()["images"]}
-    assert formats == {"partial": "raw", "whole": "raw", "remote": "raw", "newer": "raw", "new": "qcow2"}
+    assert formats == {
+        "partial": "raw",
+        "whole": "raw",
+        "remote": "raw",
+        "newer": "raw",
+        "new": "qcow2",
+    }
     lab.umount()
     for name in ("partial", "whole", "newer"):
         assert (cache / name).read_bytes() == sources[name].read_bytes()
@@ -788,12 +849,17 @@ def test_on_change_replace_takes_the_new_version_as_a_new_inode(lab: Lab, whole:
     assert path.read_bytes() == shown(new, 4 * KiB)
     assert os.fstat(old).st_size == size
     os.posix_fadvise(old, 0, 0, os.POSIX_FADV_DONTNEED)
-    assert os.pread(old, metadata + 64 * KiB, 0) == shown(old_content, 4 * KiB)[: metadata + 64 * KiB]
+    assert (
+        os.pread(old, metadata + 64 * KiB, 0) == shown(old_content, 4 * KiB)[: metadata + 64 * KiB]
+    )
     os.close(old)
     lab.wait_for_state("disk", "whole")
     assert (cache / "disk.qcow2").read_bytes() == shown(new, 4 * KiB)
     check(cache / "disk.qcow2")
-    wait_until(lambda: not list((cache / ".lazyfs/partial").iterdir()), "nothing is left of the old version")
+    wait_until(
+        lambda: not list((cache / ".lazyfs/partial").iterdir()),
+        "nothing is left of the old version",
+    )
 
 
 # -- the command
@@ -812,8 +878,17 @@ def test_on_change_replace_takes_the_new_version_as_a_new_inode(lab: Lab, whole:
 def test_wrong_arguments_are_one_line_and_exit_2(
     tmp_path: Path, arguments: list[str], says: str, foreground: tuple[str, ...]
 ) -> None:
-    command = [sys.executable, "-m", "lazyfs", "mount", "nbd+unix:///?socket=/nonexistent", str(tmp_path)]
-    done = subprocess.run([*command, *arguments, *foreground], capture_output=True, text=True, timeout=60, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "lazyfs",
+        "mount",
+        "nbd+unix:///?socket=/nonexistent",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, *arguments, *foreground], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert says in done.stderr
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import KiB, Lab, MiB, lab_in, pread
 
-SPARSE = {3 * MiB: os.urandom(300 * KiB), 40 * MiB + 12 * KiB: os.urandom(4 * KiB), 63 * MiB: os.urandom(1 * MiB)}
+SPARSE = {
+    3 * MiB: os.urandom(300 * KiB),
+    40 * MiB + 12 * KiB: os.urandom(4 * KiB),
+    63 * MiB: os.urandom(1 * MiB),
+}
 
 
 def test_random_parallel_reads_while_population_runs_are_identical(lab: Lab) -> None:
@@ -29,7 +33,11 @@ def test_random_parallel_reads_while_population_runs_are_identical(lab: Lab) -> 
             for _ in range(60):
                 offset = dice.randrange(len(expected))
                 length = dice.choice([1, 512, 4 * KiB, 70 * KiB, 300 * KiB])
-                assert os.pread(fd, length, offset) == expected[offset : offset + length], (seed, offset, length)
+                assert os.pread(fd, length, offset) == expected[offset : offset + length], (
+                    seed,
+                    offset,
+                    length,
+                )
         finally:
             os.close(fd)
 
@@ -50,8 +58,14 @@ def sparse_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(reads=st.lists(st.tuples(st.integers(0, 64 * MiB + 10), st.integers(0, 2 * MiB)), min_size=1, max_size=4))
-def test_any_reads_match_the_model(sparse_mount: tuple[Path, bytes], reads: list[tuple[int, int]]) -> None:
+@given(
+    reads=st.lists(
+        st.tuples(st.integers(0, 64 * MiB + 10), st.integers(0, 2 * MiB)), min_size=1, max_size=4
+    )
+)
+def test_any_reads_match_the_model(
+    sparse_mount: tuple[Path, bytes], reads: list[tuple[int, int]]
+) -> None:
     path, model = sparse_mount
     for offset, length in reads:
         assert pread(path, offset, length) == model[offset : offset + length]
@@ -93,7 +107,11 @@ def test_nothing_but_the_block_is_fetched_without_population(lab: Lab) -> None:
     os.close(fd)
     assert server.reads() == [(5 * MiB, 64 * KiB)]
     status = lab.image_status("dense")
-    assert (status["state"], status["present_bytes"], status["demand_bytes"]) == ("partial", 64 * KiB, 64 * KiB)
+    assert (status["state"], status["present_bytes"], status["demand_bytes"]) == (
+        "partial",
+        64 * KiB,
+        64 * KiB,
+    )
     assert os.stat(lab.mnt / "dense").st_blocks == 64 * KiB // 512
 
 
@@ -135,5 +153,8 @@ def test_sizes_that_are_no_multiple_of_anything(lab: Lab, size: int) -> None:
 def test_mmap_and_sequential_reads(lab: Lab) -> None:
     source = lab.image("dense", 5 * MiB)
     lab.mount(lab.serve().uri, "--no-populate")
-    with (lab.mnt / "dense").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+    with (
+        (lab.mnt / "dense").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory,
+    ):
         assert memory[:] == source.read_bytes()

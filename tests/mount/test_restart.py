@@ -64,7 +64,9 @@ def test_kill_9_at_random_moments_never_shows_a_wrong_byte(lab: Lab) -> None:
     dice = random.Random(7)
     sources = {
         "dense": lab.image("dense", 24 * MiB),
-        "sparse": lab.image("sparse", 200 * MiB, {i * 9 * MiB: os.urandom(200 * KiB) for i in range(22)}),
+        "sparse": lab.image(
+            "sparse", 200 * MiB, {i * 9 * MiB: os.urandom(200 * KiB) for i in range(22)}
+        ),
     }
     expected = {name: path.read_bytes() for name, path in sources.items()}
     server = lab.serve("rate", parameters=("rate=100M", "burstiness=0.05"))
@@ -74,7 +76,9 @@ def test_kill_9_at_random_moments_never_shows_a_wrong_byte(lab: Lab) -> None:
         for name, content in expected.items():
             for _ in range(4):
                 offset = dice.randrange(len(content))
-                assert pread(lab.mnt / name, offset, 100 * KiB) == content[offset : offset + 100 * KiB], (name, offset)
+                assert (
+                    pread(lab.mnt / name, offset, 100 * KiB) == content[offset : offset + 100 * KiB]
+                ), (name, offset)
         time.sleep(dice.random() * 0.3)  # the moment of death is the point of this test
         fetched = sum(image["present_bytes"] for image in lab.status()["images"])
         lab.kill_daemon()

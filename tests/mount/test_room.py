@@ -75,7 +75,9 @@ def test_max_cache(lab: Lab, disk: Path, image_format: str) -> None:
     """The limit is never exceeded, not even while images are filled at full speed."""
     images(lab, "abcde")
     server = lab.serve()
-    lab.mount(server.uri, "--cache-dir", disk / "cache", "--max-cache", "20M", "--format", image_format)
+    lab.mount(
+        server.uri, "--cache-dir", disk / "cache", "--max-cache", "20M", "--format", image_format
+    )
     with watched(disk / "cache") as peak:
         for name in "abcde":
             path = lab.mnt / (name if image_format == "raw" else f"{name}.qcow2")
@@ -85,7 +87,12 @@ def test_max_cache(lab: Lab, disk: Path, image_format: str) -> None:
     assert states(lab) == {"a": "remote", "b": "remote", "c": "remote", "d": "whole", "e": "whole"}
     now = room(lab)
     assert 16 * MiB <= now["used"] <= 17 * MiB
-    assert (now["max_cache"], now["min_free"], now["message"], now["total"]) == (20 * MiB, None, "", 48 * MiB)
+    assert (now["max_cache"], now["min_free"], now["message"], now["total"]) == (
+        20 * MiB,
+        None,
+        "",
+        48 * MiB,
+    )
     assert "evicted for room: image=a" in lab.log.read_text()
     lab.umount()
     assert {path.name for path in (disk / "cache").iterdir()} - {".lazyfs"} == {
@@ -103,7 +110,10 @@ def test_many_at_once(lab: Lab, disk: Path) -> None:
     lab.mount(server.uri, "--cache-dir", disk / "cache", "--max-cache", "21M")
     with watched(disk / "cache") as peak:
         for _ in range(2):
-            compares = [subprocess.Popen(["cmp", lab.repository / name, lab.mnt / name]) for name in "abcdefgh"]
+            compares = [
+                subprocess.Popen(["cmp", lab.repository / name, lab.mnt / name])
+                for name in "abcdefgh"
+            ]
             assert [compare.wait(60) for compare in compares] == [0] * 8
         assert peak() <= 21 * MiB + OTHER
     wait_until(lambda: not room(lab)["message"], "there is room once all are closed")
@@ -129,7 +139,10 @@ def test_opens_and_reads_during_evictions(lab: Lab, disk: Path) -> None:
                 except OSError as error:
                     failures.append(str(error))
 
-    threads = [threading.Thread(target=read_again_and_again, args=(names,)) for names in ("abcdef", "fbdace")]
+    threads = [
+        threading.Thread(target=read_again_and_again, args=(names,))
+        for names in ("abcdef", "fbdace")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -197,7 +210,9 @@ def test_overlays_protect(lab: Lab, disk: Path) -> None:
     (lab.folder / "away").rename(vms)
     lab.wait_for_state("d", "whole")
     assert states(lab) == {"a": "whole", "b": "remote", "c": "remote", "d": "whole"}
-    subprocess.run(["qemu-img", "check", overlay], check=True, timeout=30, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["qemu-img", "check", overlay], check=True, timeout=30, stdout=subprocess.DEVNULL
+    )
 
 
 NO_RESERVE = (
@@ -247,7 +262,9 @@ def test_disk_full_in_the_middle_of_a_write(lab: Lab, disk: Path, program: tuple
 
 def test_a_digest_is_compared_before_the_hand_off(lab: Lab) -> None:
     lab.image("dense", 4 * MiB)
-    digest = subprocess.run(["sha256sum", lab.repository / "dense"], capture_output=True, text=True, check=True).stdout
+    digest = subprocess.run(
+        ["sha256sum", lab.repository / "dense"], capture_output=True, text=True, check=True
+    ).stdout
     server = lab.serve()
     lab.mount(server.uri, "--no-populate")
     pread(lab.mnt / "dense", 0, 4 * KiB)
@@ -270,7 +287,9 @@ def test_after_detach_nothing_is_evicted(lab: Lab, disk: Path) -> None:
     held = os.open(lab.mnt / "a", os.O_RDONLY)
     lab.lazyfs("detach", lab.mnt)
     (disk / "ballast").write_bytes(b"x" * 20 * MiB)
-    wait_until(lambda: "nothing is evicted after detach" in lab.log.read_text(), "it noticed the disk")
+    wait_until(
+        lambda: "nothing is evicted after detach" in lab.log.read_text(), "it noticed the disk"
+    )
     assert (disk / "cache" / "a").read_bytes() == (lab.repository / "a").read_bytes()
     os.close(held)
     assert lab.daemon is not None

@@ -21,7 +21,14 @@ from qemu.qmp import ExecuteError, QMPClient
 from lazyfs.core import control_schema
 
 SIZE = 2 * MiB
-JSON_TYPES = {"str": str, "int": int, "bool": bool, "number": (int, float), "list": list, "object": dict}
+JSON_TYPES = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "number": (int, float),
+    "list": list,
+    "object": dict,
+}
 
 
 @pytest.fixture
@@ -52,13 +59,28 @@ def refused(lab: Lab, *arguments: str | Path, says: str) -> None:
 def cached_blocks(lab: Lab) -> int:
     """Return the 512-byte blocks of all files in the cache, whatever is mounted over it."""
     cache = lab.folder / "cache"
-    return sum(path.stat().st_blocks for path in cache.rglob("*") if path.is_file() and "sqlite" not in path.name)
+    return sum(
+        path.stat().st_blocks
+        for path in cache.rglob("*")
+        if path.is_file() and "sqlite" not in path.name
+    )
 
 
 # -- the same for all
 
 
-VERBS = ("prefetch", "pause", "resume", "cancel", "evict", "pin", "unpin", "verify", "forget", "map")
+VERBS = (
+    "prefetch",
+    "pause",
+    "resume",
+    "cancel",
+    "evict",
+    "pin",
+    "unpin",
+    "verify",
+    "forget",
+    "map",
+)
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "set-rate"])
@@ -75,7 +97,12 @@ def test_every_verb_says_in_one_line_what_is_wrong(lab: Lab, server: Nbdkit) -> 
         refused(lab, verb, "/proc", says="is not on a lazyfs mount")
         refused(lab, verb, lab.mnt / "absent", says="no image at 'absent'")
     refused(lab, "set-rate", "1M", lab.mnt / "absent", says="no image at 'absent'")
-    for wrong in (["evict"], ["set-rate", "fast", "x"], ["set-rate", "1M"], ["prefetch", "--format", "vmdk", "x"]):
+    for wrong in (
+        ["evict"],
+        ["set-rate", "fast", "x"],
+        ["set-rate", "1M"],
+        ["prefetch", "--format", "vmdk", "x"],
+    ):
         done = lab.lazyfs(*wrong, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     refused(lab, "map", lab.mnt, says="is a mountpoint; name an image on it")
@@ -110,8 +137,15 @@ def test_the_65th_client_is_told_why(lab: Lab, server: Nbdkit) -> None:
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.connect(path)
             client.recv(1)  # of the greeting: it is one of those served
-        refused(lab, "pin", lab.mnt / "one", says="its control socket has as many clients as it takes (64)")
-    wait_until(lambda: lab.lazyfs("pin", lab.mnt / "one", check=False).returncode == 0, "they have gone")
+        refused(
+            lab,
+            "pin",
+            lab.mnt / "one",
+            says="its control socket has as many clients as it takes (64)",
+        )
+    wait_until(
+        lambda: lab.lazyfs("pin", lab.mnt / "one", check=False).returncode == 0, "they have gone"
+    )
 
 
 # -- prefetch and jobs
@@ -133,9 +167,25 @@ def test_prefetch_in_another_format(lab: Lab, server: Nbdkit) -> None:
     lab.mount(server.uri, "--no-populate")
     lab.lazyfs("prefetch", lab.mnt / "sparse", "--format", "qcow2", "--wait")
     assert not (lab.mnt / "sparse").exists()
-    compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw", lab.mnt / "sparse.qcow2", lab.repository / "sparse"]
+    compare = [
+        "qemu-img",
+        "compare",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        lab.mnt / "sparse.qcow2",
+        lab.repository / "sparse",
+    ]
     subprocess.run(compare, check=True, timeout=60, capture_output=True)
-    refused(lab, "prefetch", lab.mnt / "sparse.qcow2", "--format", "raw", says="is cached as qcow2; evict it first")
+    refused(
+        lab,
+        "prefetch",
+        lab.mnt / "sparse.qcow2",
+        "--format",
+        "raw",
+        says="is cached as qcow2; evict it first",
+    )
     lab.lazyfs("evict", lab.mnt / "sparse.qcow2")
     lab.lazyfs("prefetch", lab.mnt / "sparse.qcow2", "--format", "raw", "--wait")
     assert (lab.mnt / "sparse").read_bytes() == (lab.repository / "sparse").read_bytes()
@@ -143,10 +193,14 @@ def test_prefetch_in_another_format(lab: Lab, server: Nbdkit) -> None:
 
 def test_pause_resume_cancel(lab: Lab, server: Nbdkit) -> None:
     lab.mount(server.uri, "--fill-rate", "64K")
-    refused(lab, "pause", lab.mnt / "one", says="is not being populated; lazyfs prefetch begins that")
+    refused(
+        lab, "pause", lab.mnt / "one", says="is not being populated; lazyfs prefetch begins that"
+    )
     fds = [os.open(lab.mnt / name, os.O_RDONLY) for name in ("one", "two")]
     try:
-        assert json_of(lab, "pause", lab.mnt / "one") == [{"path": f"{lab.mnt}/one", "jobs": ["one"]}]
+        assert json_of(lab, "pause", lab.mnt / "one") == [
+            {"path": f"{lab.mnt}/one", "jobs": ["one"]}
+        ]
         jobs = {job["id"]: job["status"] for job in lab.status()["jobs"]}
         assert jobs == {"one": "paused", "two": "running"}
         assert re.search(r"one .* paused", lab.lazyfs("status", lab.mnt).stdout)
@@ -173,7 +227,9 @@ def test_set_rate_is_live(lab: Lab) -> None:
     lab.mount(lab.serve().uri, "--fill-rate", "1K")
     pread(lab.mnt / "big", 0, 4 * KiB)
     assert lab.image_status("big")["state"] == "partial"
-    assert json_of(lab, "set-rate", "1K", lab.mnt / "big") == [{"path": f"{lab.mnt}/big", "images": 1}]
+    assert json_of(lab, "set-rate", "1K", lab.mnt / "big") == [
+        {"path": f"{lab.mnt}/big", "images": 1}
+    ]
     assert json_of(lab, "set-rate", "1G", lab.mnt) == [{"path": str(lab.mnt), "images": 1}]
     assert lab.image_status("big")["state"] == "partial"
     lab.lazyfs("set-rate", "0", lab.mnt / "big")
@@ -184,7 +240,9 @@ def test_set_rate_is_live(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
-def test_an_evicted_image_frees_its_room_and_comes_again(lab: Lab, server: Nbdkit, format_: str) -> None:
+def test_an_evicted_image_frees_its_room_and_comes_again(
+    lab: Lab, server: Nbdkit, format_: str
+) -> None:
     lab.mount(server.uri, "--no-populate", "--cache-dir", lab.folder / "cache", "--format", format_)
     path = lab.mnt / ("one" if format_ == "raw" else "one.qcow2")
     make_whole(lab, path.name)
@@ -206,8 +264,15 @@ def test_open_files_keep_theirs_until_closed(lab: Lab, server: Nbdkit, begun: st
     with (lab.mnt / "one").open("rb", buffering=0) as file:
         assert file.read(MiB) == content[:MiB]
         lab.lazyfs("evict", lab.mnt / "one")
-        (now, old) = sorted((i for i in lab.status()["images"] if i["name"] == "one"), key=lambda i: i["replaced"])
-        assert (now["state"], now["open_count"], old["replaced"], old["open_count"]) == ("remote", 0, True, 1)
+        (now, old) = sorted(
+            (i for i in lab.status()["images"] if i["name"] == "one"), key=lambda i: i["replaced"]
+        )
+        assert (now["state"], now["open_count"], old["replaced"], old["open_count"]) == (
+            "remote",
+            0,
+            True,
+            1,
+        )
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert os.pread(file.fileno(), SIZE, 0) == content
         assert (lab.mnt / "one").read_bytes() == content  # a new open, a new cache
@@ -218,7 +283,10 @@ def test_open_files_keep_theirs_until_closed(lab: Lab, server: Nbdkit, begun: st
 def test_evict_of_a_folder_leaves_pinned_images(lab: Lab, server: Nbdkit) -> None:
     lab.mount(server.uri, "--no-populate")
     lab.lazyfs("prefetch", lab.mnt, "--wait")
-    assert json_of(lab, "pin", lab.mnt / "one", lab.mnt / "two")[1] == {"path": f"{lab.mnt}/two", "images": 1}
+    assert json_of(lab, "pin", lab.mnt / "one", lab.mnt / "two")[1] == {
+        "path": f"{lab.mnt}/two",
+        "images": 1,
+    }
     refused(lab, "evict", lab.mnt / "one", says="one is pinned; lazyfs unpin it first")
     assert json_of(lab, "evict", lab.mnt) == [{"path": str(lab.mnt), "images": 1}]
     states = {image["name"]: image["state"] for image in lab.status()["images"]}
@@ -249,9 +317,17 @@ def test_readers_do_not_notice_evictions(lab: Lab, server: Nbdkit) -> None:
 def test_forget_what_is_gone(lab: Lab, server: Nbdkit) -> None:
     lab.mount(server.uri, "--no-populate", "--refresh", "0.2")
     lab.lazyfs("prefetch", lab.mnt, "--wait")
-    refused(lab, "forget", lab.mnt / "one", says="one is in the repository; evict drops what is cached of it")
+    refused(
+        lab,
+        "forget",
+        lab.mnt / "one",
+        says="one is in the repository; evict drops what is cached of it",
+    )
     (lab.repository / "one").unlink()
-    wait_until(lambda: "not in the repository" in lab.image_status("one")["error"], "it is known to be gone")
+    wait_until(
+        lambda: "not in the repository" in lab.image_status("one")["error"],
+        "it is known to be gone",
+    )
     with (lab.mnt / "one").open("rb"):
         refused(lab, "forget", lab.mnt / "one", says="one is open")
     wait_until(lambda: lab.image_status("one")["open_count"] == 0, "it is closed")
@@ -337,8 +413,17 @@ def test_a_verification_is_cancelled(lab: Lab) -> None:
     lab.mount(lab.serve("rate", parameters=(f"rate-file={rate}",)).uri, "--no-populate")
     make_whole(lab)
     rate.write_text("1M\n")
-    command = [sys.executable, "-m", "lazyfs", "verify", str(lab.mnt / "one"), "--against-repository"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as verify:
+    command = [
+        sys.executable,
+        "-m",
+        "lazyfs",
+        "verify",
+        str(lab.mnt / "one"),
+        "--against-repository",
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+    ) as verify:
         wait_until(lambda: lab.status()["jobs"] != [], "the job has begun")
         lab.lazyfs("cancel", lab.mnt / "one")
         _, complaint = verify.communicate(timeout=30)
@@ -432,13 +517,17 @@ def test_every_answer_of_a_daemon_is_what_its_schema_says(lab: Lab, server: Nbdk
         return answers
 
     answers = asyncio.run(ask())
-    assert answers.keys() >= {c.name for c in control_schema.COMMANDS} - may_be_too_late - {"qmp_capabilities"}
+    assert answers.keys() >= {c.name for c in control_schema.COMMANDS} - may_be_too_late - {
+        "qmp_capabilities"
+    }
     for command in control_schema.COMMANDS:
         if command.name in answers:
             answer = answers[command.name]
             for row in answer if command.returns_list else [answer]:
                 # Of query-qmp-schema the common members alone are declared, as in QEMU's own.
-                check_fields(command.name, command.returns, row, open_=command.name == "query-qmp-schema")
+                check_fields(
+                    command.name, command.returns, row, open_=command.name == "query-qmp-schema"
+                )
     declared = {event.name: event for event in control_schema.EVENTS}
     assert {event["event"] for event in events} == set(declared)
     for event in events:
@@ -449,7 +538,9 @@ def test_every_answer_of_a_daemon_is_what_its_schema_says(lab: Lab, server: Nbdk
     lab.daemon = None
 
 
-def check_fields(what: str, fields: tuple[control_schema.Field, ...], row: dict[str, Any], open_: bool = False) -> None:
+def check_fields(
+    what: str, fields: tuple[control_schema.Field, ...], row: dict[str, Any], open_: bool = False
+) -> None:
     known = {field.name: field for field in fields}
     assert open_ or row.keys() <= known.keys(), (what, row.keys() - known.keys())
     for name, field in known.items():

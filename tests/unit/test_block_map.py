@@ -17,7 +17,9 @@ BLOCKS = 2 * PAGE_BLOCKS + 5
 # Where mistakes live: both ends and the edges of pages.
 edges = st.sampled_from([0, PAGE_BLOCKS, 2 * PAGE_BLOCKS, BLOCKS])
 spots = st.builds(lambda edge, off: min(max(edge + off, 0), BLOCKS), edges, st.integers(-6, 6))
-spans = st.builds(lambda first, length: BlockRun(first, min(first + length, BLOCKS)), spots, st.integers(0, 12))
+spans = st.builds(
+    lambda first, length: BlockRun(first, min(first + length, BLOCKS)), spots, st.integers(0, 12)
+)
 
 
 def runs_of(states: list[int]) -> list[tuple[BlockRun, int]]:
@@ -54,7 +56,11 @@ class Model(RuleBasedStateMachine):
 
     def missing_in(self, span: BlockRun) -> list[BlockRun]:
         states = [self.states.get(block, MISSING) for block in range(*span)]
-        return [BlockRun(span.first + r.first, span.first + r.end) for r, state in runs_of(states) if state == MISSING]
+        return [
+            BlockRun(span.first + r.first, span.first + r.end)
+            for r, state in runs_of(states)
+            if state == MISSING
+        ]
 
     def put(self, run: BlockRun, state: int) -> None:
         for block in range(*run):
@@ -145,10 +151,14 @@ class Model(RuleBasedStateMachine):
         if span.first == span.end:
             return
         within = self.map.bytes_of(span)
-        wanted = ByteRange(within.start + cut[0], max(within.start + cut[0] + 1, within.end - cut[1]))
+        wanted = ByteRange(
+            within.start + cut[0], max(within.start + cut[0] + 1, within.end - cut[1])
+        )
         touched = range(wanted.start // BLOCK, (wanted.end - 1) // BLOCK + 1)
         if wanted.end <= self.size:
-            assert self.map.is_present(wanted) == all(self.states.get(b, MISSING) in (DATA, ZERO) for b in touched)
+            assert self.map.is_present(wanted) == all(
+                self.states.get(b, MISSING) in (DATA, ZERO) for b in touched
+            )
 
     # -- what always holds
 
@@ -162,12 +172,19 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def states_agree(self) -> None:
-        found = {block: state for run, state in self.map.runs() if state != MISSING for block in range(*run)}
+        found = {
+            block: state
+            for run, state in self.map.runs()
+            if state != MISSING
+            for block in range(*run)
+        }
         assert found == {block: state for block, state in self.states.items() if state != MISSING}
 
     @invariant()
     def disk_claims_nothing_untrue(self) -> None:
-        assert all(self.states.get(m.start()) == m.group()[0] for m in re.finditer(rb"[^\0]", self.disk))
+        assert all(
+            self.states.get(m.start()) == m.group()[0] for m in re.finditer(rb"[^\0]", self.disk)
+        )
 
 
 TestModel = Model.TestCase
@@ -176,9 +193,9 @@ TestModel.settings = settings(max_examples=100, stateful_step_count=40)
 
 # -- questions, on small maps of any content
 
-states_lists = st.lists(st.tuples(st.sampled_from([MISSING, DATA, ZERO]), st.integers(1, 6)), max_size=8).map(
-    lambda runs: [state for state, count in runs for _ in range(count)]
-)
+states_lists = st.lists(
+    st.tuples(st.sampled_from([MISSING, DATA, ZERO]), st.integers(1, 6)), max_size=8
+).map(lambda runs: [state for state, count in runs for _ in range(count)])
 
 
 def small_map(states: list[int], tail: int = 0) -> BlockMap:
@@ -191,7 +208,9 @@ def test_runs_tile_the_image(states: list[int], tail: int) -> None:
 
 
 @given(states_lists, st.integers(0, 45), st.one_of(st.integers(1, 3), st.integers(1, 45)))
-def test_next_missing_is_the_first_run_from_there(states: list[int], first: int, max_blocks: int) -> None:
+def test_next_missing_is_the_first_run_from_there(
+    states: list[int], first: int, max_blocks: int
+) -> None:
     expected = None
     for run, state in runs_of(states):
         if state == MISSING and run.end > first:
@@ -240,7 +259,9 @@ def test_an_empty_image_is_complete() -> None:
 def test_whatever_the_disk_says_is_read_as_states(saved: bytes, tail: int, mixed: int) -> None:
     size = max(len(saved) * BLOCK - tail, 0)
     blocks = BlockMap(size, BLOCK, saved, mixed)
-    assert [blocks.state(i) for i in range(len(saved))] == [b if b in (DATA, ZERO) else MISSING for b in saved]
+    assert [blocks.state(i) for i in range(len(saved))] == [
+        b if b in (DATA, ZERO) else MISSING for b in saved
+    ]
     assert blocks.present_bytes >= 0
     assert blocks.zero_bytes >= 0
     assert blocks.present_bytes + blocks.zero_bytes <= size
@@ -284,13 +305,19 @@ def test_a_run_across_pages_dirties_each_of_them() -> None:
 # -- misuse is our own bug
 
 FORBIDDEN = [("claim", DATA), ("claim", ZERO), ("claim", CLAIMED)] + [
-    (operation, state) for operation in ("release", "mark_present") for state in (MISSING, DATA, ZERO)
+    (operation, state)
+    for operation in ("release", "mark_present")
+    for state in (MISSING, DATA, ZERO)
 ]
 
 
 @pytest.mark.parametrize(("operation", "state"), FORBIDDEN)
-def test_a_change_from_any_other_state_is_refused_and_changes_nothing(operation: str, state: int) -> None:
-    blocks = BlockMap(3 * BLOCK, BLOCK, bytes([MISSING, MISSING if state == CLAIMED else state, MISSING]))
+def test_a_change_from_any_other_state_is_refused_and_changes_nothing(
+    operation: str, state: int
+) -> None:
+    blocks = BlockMap(
+        3 * BLOCK, BLOCK, bytes([MISSING, MISSING if state == CLAIMED else state, MISSING])
+    )
     if state == CLAIMED:
         blocks.claim(BlockRun(1, 2))
     before = list(blocks.runs()), blocks.present_bytes, blocks.zero_bytes

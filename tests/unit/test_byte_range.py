@@ -7,7 +7,9 @@ from lazyfs.core.byte_range import ByteRange
 
 LIMIT = 60
 
-ranges = st.tuples(st.integers(0, LIMIT), st.integers(0, LIMIT)).map(lambda pair: ByteRange(*sorted(pair)))
+ranges = st.tuples(st.integers(0, LIMIT), st.integers(0, LIMIT)).map(
+    lambda pair: ByteRange(*sorted(pair))
+)
 
 
 def offsets(of: ByteRange) -> set[int]:
@@ -44,7 +46,9 @@ def test_an_empty_range_overlaps_nothing() -> None:
 
 
 @given(ranges, st.integers(1, 16), st.integers(0, 20))
-def test_align_out_covers_whole_blocks_within_size(a: ByteRange, block_size: int, beyond: int) -> None:
+def test_align_out_covers_whole_blocks_within_size(
+    a: ByteRange, block_size: int, beyond: int
+) -> None:
     size = a.end + beyond
     wide = a.align_out(block_size, size)
     assert wide.start % block_size == 0

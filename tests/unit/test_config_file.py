@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,14 +75,20 @@ def test_values_are_those_of_the_options() -> None:
         ("populate = true", "populate: there is no such key; did you mean no-populate?"),
         ("fill-rate = 'fast'", "fill-rate: 'fast' is not a size; write bytes or a suffix"),
         ("fill-rate = 0", "fill-rate: a rate is at least 1 byte per second"),
-        ("fill-rate = true", "fill-rate: true or false is given; allowed is BYTES/s, a number or a text in quotes"),
+        (
+            "fill-rate = true",
+            "fill-rate: true or false is given; allowed is BYTES/s, a number or a text in quotes",
+        ),
         ("fill-rate = [1]", "fill-rate: a list is given; allowed is"),
         ("fill-rate.x = 1", "fill-rate: a table is given; allowed is"),
         ("fill-rate = 1979-05-27", "fill-rate: a date or time is given; allowed is"),
         ("refresh = nan", "refresh: 'nan' is not a number of seconds, at least 0.1"),
         ("no-populate = 1", "no-populate: a number is given; allowed is true or false"),
         ("no-populate = 'yes'", "no-populate: a text is given; allowed is true or false"),
-        ("mode = 444", 'mode: a number is given; allowed is an octal number in quotes, such as "0444"'),
+        (
+            "mode = 444",
+            'mode: a number is given; allowed is an octal number in quotes, such as "0444"',
+        ),
         ("mode = 0o444", "mode: a number is given; allowed is an octal number in quotes"),
         ("mode = '999'", "mode: '999' is not an octal file mode such as 0444"),
         ("format = 'vmdk'", 'format: \'vmdk\' is not "raw" or "qcow2"'),
@@ -133,11 +140,15 @@ def values_of(key: config_key.Key) -> st.SearchStrategy[object]:
     if key.choices:
         one = st.sampled_from(key.choices)
     elif key.is_path:
-        one = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).map(lambda text: f"/{text}")
+        one = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).map(
+            lambda text: f"/{text}"
+        )
     elif key.metavar == config_key.OCTAL:
         one = st.integers(0, 0o777).map(lambda mode: mode & ~0o222)
     elif key.takes_numbers:
-        one = st.sampled_from([key.parse(text) for text in ("4096", "65536", "1048576", "9100") if takes(key, text)])
+        one = st.sampled_from(
+            [key.parse(text) for text in ("4096", "65536", "1048576", "9100") if takes(key, text)]
+        )
     else:
         one = st.just("nbd+unix:///?socket=/run/nbd \"'\\é.sock")
     return st.lists(one, max_size=3) if key.is_list else one
@@ -153,14 +164,18 @@ def takes(key: config_key.Key, text: str) -> bool:
 
 @given(st.data())
 def test_what_config_prints_is_a_configuration_of_the_same_values(data: st.DataObject) -> None:
-    values: Mapping[str, object] = data.draw(st.fixed_dictionaries({}, optional={k.dest: values_of(k) for k in KEYS}))
+    values: Mapping[str, object] = data.draw(
+        st.fixed_dictionaries({}, optional={k.dest: values_of(k) for k in KEYS})
+    )
     given_too: Mapping[str, object] = data.draw(
         st.fixed_dictionaries({}, optional={k.dest: values_of(k) for k in KEYS})
     )
     effective = config_file.settle(KEYS, values, given_too)
     text = config_file.render(effective, FILE)
     again = parse(text)
-    assert {s.key.dest: again.get(s.key.dest) for s in effective} == {s.key.dest: s.value for s in effective}
+    assert {s.key.dest: again.get(s.key.dest) for s in effective} == {
+        s.key.dest: s.value for s in effective
+    }
     assert text.count("\n") == len(KEYS)
     for setting in effective:
         first = given_too if setting.key.dest in given_too else values
@@ -170,8 +185,15 @@ def test_what_config_prints_is_a_configuration_of_the_same_values(data: st.DataO
 def test_each_value_says_where_it_came_from() -> None:
     settings = config_file.settle(KEYS, {"fill_rate": 5, "uid": 7}, {"uid": 8, "unknown": 1})
     origins = {setting.key.name: setting.origin for setting in settings}
-    assert (origins["fill-rate"], origins["uid"], origins["gid"]) == (Origin.FILE, Origin.COMMAND_LINE, Origin.DEFAULT)
-    lines = [" ".join(line.split()) for line in config_file.render(settings, "/etc/a\nb.toml").splitlines()]
+    assert (origins["fill-rate"], origins["uid"], origins["gid"]) == (
+        Origin.FILE,
+        Origin.COMMAND_LINE,
+        Origin.DEFAULT,
+    )
+    lines = [
+        " ".join(line.split())
+        for line in config_file.render(settings, "/etc/a\nb.toml").splitlines()
+    ]
     assert "fill-rate = 5 # /etc/a\\x0ab.toml: fill-rate" in lines
     assert "uid = 8 # command line" in lines
     assert "# cache-dir is not set # default" in lines
@@ -187,12 +209,21 @@ def test_every_option_of_mount_is_a_key() -> None:
     scratch = arguments.OneLineParser(prog="lazyfs")
     arguments._add_mount(scratch.add_subparsers(parser_class=arguments.OneLineParser), lambda _: 0)
     usage = scratch._subparsers._group_actions[0].choices["mount"].format_usage()  # type: ignore
-    options = {word.strip("[]").removeprefix("--") for word in usage.split() if word.startswith("[--")}
+    options = {
+        word.strip("[]").removeprefix("--") for word in usage.split() if word.startswith("[--")
+    }
     assert options - {"config"} == KEY.keys() - {"repository", "mountpoint"}
     assert options & KEY.keys()
 
 
-TEXTS = {"BYTES/s": "50M", "SIZE": "64K", "SECONDS": "12", "OCTAL": "0400", "N": "12", "MOUNTPOINT": "/mnt"}
+TEXTS = {
+    "BYTES/s": "50M",
+    "SIZE": "64K",
+    "SECONDS": "12",
+    "OCTAL": "0400",
+    "N": "12",
+    "MOUNTPOINT": "/mnt",
+}
 
 
 @pytest.mark.parametrize("name", [key.name for key in KEYS if not key.required])
@@ -203,20 +234,31 @@ def test_a_key_means_what_its_option_means(name: str) -> None:
         text = next(other for other in ("1048576", "9100") if takes(key, other))
     words = [f"--{name}"] if key.is_flag else [f"--{name}", text]
     value: object = True if key.is_flag else [text] if key.is_list else text
-    assert parse(f"{name} = {json.dumps(value)}") == {key.dest: getattr(parsed("mount", *words), key.dest)}
+    assert parse(f"{name} = {json.dumps(value)}") == {
+        key.dest: getattr(parsed("mount", *words), key.dest)
+    }
 
 
 def test_only_what_is_given_is_in_the_namespace() -> None:
     assert vars(parsed("mount")).keys() & {key.dest for key in KEYS} == set()
     options = parsed("mount", "nbd://h", "--uid", "5", "/mnt", "--no-populate")
-    assert (options.repository, options.mountpoint, options.uid, options.no_populate) == ("nbd://h", "/mnt", 5, True)
+    assert (options.repository, options.mountpoint, options.uid, options.no_populate) == (
+        "nbd://h",
+        "/mnt",
+        5,
+        True,
+    )
 
 
 @pytest.mark.parametrize("verb", ["mount", "config"])
 def test_flags_can_be_undone(verb: str) -> None:
     for key in KEYS:
         if key.is_flag:
-            opposite = f"--{key.name.removeprefix('no-')}" if key.name.startswith("no-") else f"--no-{key.name}"
+            opposite = (
+                f"--{key.name.removeprefix('no-')}"
+                if key.name.startswith("no-")
+                else f"--no-{key.name}"
+            )
             assert getattr(parsed(verb, opposite), key.dest) is False
             assert getattr(parsed(verb, opposite, f"--{key.name}"), key.dest) is True
 
@@ -236,9 +278,15 @@ def test_an_option_that_repeats_is_a_list() -> None:
         "folder": ["/a", "/b"], "level": [1, 2],
     }  # fmt: skip
     for text, says in (
-        ('folder = "/a"', "folder: a text is given; allowed is a list, each item an absolute path in quotes"),
+        (
+            'folder = "/a"',
+            "folder: a text is given; allowed is a list, each item an absolute path in quotes",
+        ),
         ('folder = ["/a", "b"]', "folder: 'b' is not an absolute path"),
-        ("level = [[1]]", "level: a list is given; allowed is a list, each item N, a number or a text in quotes"),
+        (
+            "level = [[1]]",
+            "level: a list is given; allowed is a list, each item N, a number or a text in quotes",
+        ),
         ("level = ['x']", "level: invalid literal"),
     ):
         with pytest.raises(errors.WrongConfiguration) as caught:
@@ -246,14 +294,19 @@ def test_an_option_that_repeats_is_a_list() -> None:
         assert says in str(caught.value)
     effective = config_file.settle(keys, {"folder": ["/a"]}, {"folder": ["/b"]})
     assert effective[0].value == ["/b"]  # of the command line alone
-    assert config_file.parse(config_file.render(effective, None), keys, FILE) == {"folder": ["/b"], "level": [1]}
+    assert config_file.parse(config_file.render(effective, None), keys, FILE) == {
+        "folder": ["/b"],
+        "level": [1],
+    }
 
 
 def options(**given: Any) -> argparse.Namespace:
     return argparse.Namespace(**{"config": None, "json": False, **given})
 
 
-def test_a_name_is_looked_for_in_etc_and_a_path_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_looked_for_in_etc_and_a_path_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert configuration.path_of("main") == "/etc/lazyfs/main.toml"
     for path in ("main.toml", "./main", "/x/y", "a/b.toml"):
         assert configuration.path_of(path) == path
@@ -265,7 +318,9 @@ def test_a_name_is_looked_for_in_etc_and_a_path_is_not(tmp_path: Path, monkeypat
     (tmp_path / "ci.toml").write_text("")
     (tmp_path / "main.toml").write_text("uid = 5")
     assert configuration.load(configuration.path_of("main"), KEYS) == {"uid": 5}
-    with pytest.raises(errors.UserError, match=r"No such file or directory \(there are: ci, main\)") as caught:
+    with pytest.raises(
+        errors.UserError, match=r"No such file or directory \(there are: ci, main\)"
+    ) as caught:
         configuration.load(configuration.path_of("nope"), KEYS)
     assert caught.value.exit_code == 1
 
@@ -273,7 +328,9 @@ def test_a_name_is_looked_for_in_etc_and_a_path_is_not(tmp_path: Path, monkeypat
 def test_files_that_cannot_be_read_or_are_no_text(tmp_path: Path) -> None:
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"# x\nuid = 5 # \xff\n")
-    with pytest.raises(errors.WrongConfiguration, match=r"binary.toml: line 2: not TOML: this is not UTF-8"):
+    with pytest.raises(
+        errors.WrongConfiguration, match=r"binary.toml: line 2: not TOML: this is not UTF-8"
+    ):
         configuration.load(str(binary), KEYS)
     with pytest.raises(errors.WrongConfiguration, match=r"/dev/zero: is larger than 1048576 bytes"):
         configuration.load("/dev/zero", KEYS)
@@ -303,7 +360,18 @@ def test_options_get_every_key(tmp_path: Path) -> None:
 
 def test_the_document_is_up_to_date() -> None:
     document = (ROOT / "doc" / "CONFIGURATION.md").read_text()
-    assert f"<!-- keys -->\n\n{config_file.table(KEYS)}\n<!-- end of keys -->" in document, "run tools/make-docs"
+    assert f"<!-- keys -->\n\n{config_file.table(KEYS)}\n<!-- end of keys -->" in document, (
+        "run tools/make-docs"
+    )
+
+
+def test_a_bar_in_a_value_or_help_does_not_break_the_table() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--some", metavar="A|B", type=int, help="this | that (default: x|y)")
+    rows = config_file.table(config_key.keys_of(parser._actions)).splitlines()
+    assert rows[2] == "| `some` | A\\|B, a number or a text in quotes | x\\|y | this \\| that |"
+    for row in [*rows, *config_file.table(KEYS).splitlines()]:
+        assert len(re.findall(r"(?<!\\)\|", row)) == 5, row
 
 
 def test_the_documents_example_is_right() -> None:

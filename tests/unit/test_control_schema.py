@@ -53,7 +53,10 @@ def test_what_fits_is_taken(arguments: dict[str, Any]) -> None:
         ({"path": "x", "count": 1.0}, "Invalid parameter type for 'count', expected: integer"),
         ({"path": "x", "count": True}, "Invalid parameter type for 'count', expected: integer"),
         ({"path": "x", "count": 2**63}, "Invalid parameter type for 'count', expected: integer"),
-        ({"path": "x", "count": -(2**63) - 1}, "Invalid parameter type for 'count', expected: integer"),
+        (
+            {"path": "x", "count": -(2**63) - 1},
+            "Invalid parameter type for 'count', expected: integer",
+        ),
         ({"path": "x", "deep": 1}, "Invalid parameter type for 'deep', expected: boolean"),
         ({"path": "x", "enable": {}}, "Invalid parameter type for 'enable', expected: array"),
         ({"path": "x", "format": "vmdk"}, "Parameter 'format' does not accept value 'vmdk'"),
@@ -69,7 +72,9 @@ def test_what_does_not_is_named(arguments: dict[str, Any], complaint: str) -> No
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 names = st.sampled_from(
@@ -77,7 +82,10 @@ names = st.sampled_from(
 )
 
 
-@given(st.sampled_from(control_schema.COMMANDS), st.dictionaries(names | st.text(max_size=4), values, max_size=4))
+@given(
+    st.sampled_from(control_schema.COMMANDS),
+    st.dictionaries(names | st.text(max_size=4), values, max_size=4),
+)
 def test_anything_is_taken_or_named(command: Command, arguments: dict[str, Any]) -> None:
     failure = ""
     try:
@@ -169,12 +177,18 @@ def test_introspection_tells_of_everything() -> None:
         entity = by_name[command.name]
         assert entity["meta-type"] == "command"
         members = by_name[entity["arg-type"]]["members"]
-        assert [member["name"] for member in members] == [argument.name for argument in command.arguments]
-        assert ["default" in member for member in members] == [argument.optional for argument in command.arguments]
+        assert [member["name"] for member in members] == [
+            argument.name for argument in command.arguments
+        ]
+        assert ["default" in member for member in members] == [
+            argument.optional for argument in command.arguments
+        ]
         result = by_name[entity["ret-type"]]
         assert (result["meta-type"] == "array") == command.returns_list
         result = by_name[result["element-type"]] if command.returns_list else result
-        assert [member["name"] for member in result["members"]] == [field.name for field in command.returns]
+        assert [member["name"] for member in result["members"]] == [
+            field.name for field in command.returns
+        ]
     for event in control_schema.EVENTS:
         assert by_name[event.name]["meta-type"] == "event"
     formats = next(m for m in by_name["prefetch-arg"]["members"] if m["name"] == "format")
@@ -195,7 +209,7 @@ def test_the_document_is_made_from_it() -> None:
 def test_the_document_has_every_word_of_it() -> None:
     text = control_schema.document()
     for named in chain(control_schema.COMMANDS, control_schema.EVENTS):
-        assert f"### {named.name}\n\n{named.meaning} Since {named.since}." in text
+        assert f"### {named.name} {named.meaning} Since {named.since}." in " ".join(text.split())
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.count("|") == 4, line

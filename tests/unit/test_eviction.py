@@ -27,7 +27,9 @@ candidates = st.lists(
 
 
 def may_go(candidate: Candidate) -> bool:
-    return candidate.size > 0 and not (candidate.opened or candidate.pinned or candidate.backing or candidate.spared)
+    return candidate.size > 0 and not (
+        candidate.opened or candidate.pinned or candidate.backing or candidate.spared
+    )
 
 
 @given(candidates, st.integers(-10, 500))

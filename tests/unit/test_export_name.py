@@ -16,10 +16,31 @@ from lazyfs.core.export_name import NAME_MAX, PATH_MAX, RESERVED
 # No NUL: an export's name is a C string to libnbd.
 fragments = st.one_of(
     st.sampled_from(
-        ["a", "b", "/", "/", "//", ".", "..", "%", "%%", "%61", "%25", "%2F", "%00", "%~", ".lazyfs", "lost+found"]
+        [
+            "a",
+            "b",
+            "/",
+            "/",
+            "//",
+            ".",
+            "..",
+            "%",
+            "%%",
+            "%61",
+            "%25",
+            "%2F",
+            "%00",
+            "%~",
+            ".lazyfs",
+            "lost+found",
+        ]
     ),
-    st.sampled_from(["\t", "\n", "\x7f", "\x85", "\u202e", "é", "😀", "\ud800", "\udc80", "~" + "0" * 32]),
-    st.sampled_from(["a" * 255, "a" * 256, "é" * 127, "é" * 128, "%" * 85, "%" * 86, "😀" * 64, "x/" * 1600]),
+    st.sampled_from(
+        ["\t", "\n", "\x7f", "\x85", "\u202e", "é", "😀", "\ud800", "\udc80", "~" + "0" * 32]
+    ),
+    st.sampled_from(
+        ["a" * 255, "a" * 256, "é" * 127, "é" * 128, "%" * 85, "%" * 86, "😀" * 64, "x/" * 1600]
+    ),
 )
 hostile = st.one_of(
     st.lists(fragments, max_size=5).map("".join),
@@ -42,7 +63,9 @@ class Mount:
 
     def allot(self, export: str, suffix: str = "") -> str:
         path = export_name.file_name(export, self.is_free, suffix)
-        assert self.is_free(path), f"{export!r} shown as {path!r}, which is not free beside {self.taken}"
+        assert self.is_free(path), (
+            f"{export!r} shown as {path!r}, which is not free beside {self.taken}"
+        )
         self.taken.add(path)
         return path
 
@@ -86,12 +109,18 @@ def test_no_two_exports_are_in_each_others_way(exports: list[str]) -> None:
 def test_nor_are_many_short_ones(exports: list[str]) -> None:
     mount = Mount()
     shown = {export: mount.allot(export) for export in exports}
-    assert {export: decode(path) for export, path in shown.items()} == {export: export for export in exports}
+    assert {export: decode(path) for export, path in shown.items()} == {
+        export: export for export in exports
+    }
 
 
 @given(hostile)
 def test_a_shown_name_decodes_to_the_export_unless_shortened(export: str) -> None:
-    forms: list[Callable[[str], bool]] = [lambda path: True, lambda path: "/" not in path, lambda path: False]
+    forms: list[Callable[[str], bool]] = [
+        lambda path: True,
+        lambda path: "/" not in path,
+        lambda path: False,
+    ]
     for is_free in forms:
         path = export_name.file_name(export, is_free)
         assert "%~" in path or decode(path).removesuffix("\0") == export
@@ -178,13 +207,17 @@ def test_a_path_too_long_for_folders_is_one_name() -> None:
 def test_sha1_names_are_the_hash_and_nothing_else(exports: list[str], suffix: str) -> None:
     for export in exports:
         expected = hashlib.sha1(export.encode("utf-8", "surrogatepass")).hexdigest()
-        assert export_name.shown_path(export, export_name.SHA1, lambda path: True, suffix) == expected
+        assert (
+            export_name.shown_path(export, export_name.SHA1, lambda path: True, suffix) == expected
+        )
 
 
 def test_sha1_is_that_of_nova() -> None:
     """Source: nova/virt/libvirt/imagecache.py, get_cache_fname:
     hashlib.sha1(image_id.encode('utf-8')).hexdigest()."""
-    path = export_name.shown_path("155d900f-4e14-4e4c-a73d-069cbf4541e6", export_name.SHA1, lambda path: True, "")
+    path = export_name.shown_path(
+        "155d900f-4e14-4e4c-a73d-069cbf4541e6", export_name.SHA1, lambda path: True, ""
+    )
     assert path == "f2d1a8250ed3d4b744a8250dab8f6840179d502a"
 
 
@@ -198,7 +231,10 @@ def test_a_sha1_that_is_taken_by_another_name_gets_another() -> None:
 
 
 def test_other_names_are_as_ever() -> None:
-    assert export_name.shown_path("team/disk", export_name.EXPORT, lambda path: True, ".qcow2") == "team/disk.qcow2"
+    assert (
+        export_name.shown_path("team/disk", export_name.EXPORT, lambda path: True, ".qcow2")
+        == "team/disk.qcow2"
+    )
 
 
 # -- with a suffix, as of qcow2 images
@@ -206,7 +242,11 @@ def test_other_names_are_as_ever() -> None:
 
 @given(hostile, suffixes)
 def test_a_name_with_a_suffix_is_safe_too_and_ends_with_it(export: str, suffix: str) -> None:
-    forms: list[Callable[[str], bool]] = [lambda path: True, lambda path: "/" not in path, lambda path: False]
+    forms: list[Callable[[str], bool]] = [
+        lambda path: True,
+        lambda path: "/" not in path,
+        lambda path: False,
+    ]
     for is_free in forms:
         path = export_name.file_name(export, is_free, suffix)
         check_safe(path)
@@ -216,22 +256,51 @@ def test_a_name_with_a_suffix_is_safe_too_and_ends_with_it(export: str, suffix: 
 
 mixed_names = st.one_of(
     st.sampled_from(
-        ["a", "a.qcow2", "a.qcow2.qcow2", "a/b", "a.qcow2/b", "%61", "%61.qcow2", "", ".qcow2", "%", "%.qcow2"]
+        [
+            "a",
+            "a.qcow2",
+            "a.qcow2.qcow2",
+            "a/b",
+            "a.qcow2/b",
+            "%61",
+            "%61.qcow2",
+            "",
+            ".qcow2",
+            "%",
+            "%.qcow2",
+        ]
     ),
     st.sampled_from(
-        ["a.qcow2/", "%.qcow2/b", "%25.qcow2/b", ".qcow2/b", "%00.qcow2", "%00", "a.qcow2%00", "a%00", "/b"]
+        [
+            "a.qcow2/",
+            "%.qcow2/b",
+            "%25.qcow2/b",
+            ".qcow2/b",
+            "%00.qcow2",
+            "%00",
+            "a.qcow2%00",
+            "a%00",
+            "/b",
+        ]
     ),
-    st.tuples(st.text(alphabet="a/%.", max_size=3), st.sampled_from(["", ".qcow2", ".qcow2/a", ".qcow2%00"])).map(
-        "".join
-    ),
+    st.tuples(
+        st.text(alphabet="a/%.", max_size=3),
+        st.sampled_from(["", ".qcow2", ".qcow2/a", ".qcow2%00"]),
+    ).map("".join),
     hostile,
-    st.builds(lambda start, end: start * end, st.sampled_from(["a", "é", "%", "a.qcow2/"]), st.integers(245, 260)),
+    st.builds(
+        lambda start, end: start * end,
+        st.sampled_from(["a", "é", "%", "a.qcow2/"]),
+        st.integers(245, 260),
+    ),
 )
 
 
 @settings(max_examples=400)
 @given(st.lists(st.tuples(mixed_names, suffixes), unique_by=lambda pair: pair[0], max_size=20))
-def test_in_a_mixed_cache_no_two_exports_are_in_each_others_way(exports: list[tuple[str, str]]) -> None:
+def test_in_a_mixed_cache_no_two_exports_are_in_each_others_way(
+    exports: list[tuple[str, str]],
+) -> None:
     """Each mount of one cache may have another --format."""
     mount = Mount()
     for export, suffix in exports:
@@ -252,8 +321,14 @@ RAW, QCOW2 = "", ".qcow2"
         ([("a", QCOW2), ("a/b", QCOW2)], ["a.qcow2", "a/b.qcow2"]),
         ([("a/b", QCOW2), ("a", QCOW2)], ["a/b.qcow2", "a.qcow2"]),
         ([("a.qcow2/b", RAW), ("a", QCOW2)], ["a.qcow2/b", "%61.qcow2"]),
-        ([("a.qcow2/b", RAW), ("a.qcow2", RAW), ("a", QCOW2)], ["a.qcow2/b", "%61.qcow2", "%61%00.qcow2"]),
-        ([("a.qcow2/b", RAW), ("a", QCOW2), ("a.qcow2", RAW)], ["a.qcow2/b", "%61.qcow2", "%61.qcow2%00"]),
+        (
+            [("a.qcow2/b", RAW), ("a.qcow2", RAW), ("a", QCOW2)],
+            ["a.qcow2/b", "%61.qcow2", "%61%00.qcow2"],
+        ),
+        (
+            [("a.qcow2/b", RAW), ("a", QCOW2), ("a.qcow2", RAW)],
+            ["a.qcow2/b", "%61.qcow2", "%61.qcow2%00"],
+        ),
         ([("", RAW), ("", QCOW2)][1:], ["%00.qcow2"]),
         ([(".", QCOW2), ("..", QCOW2)], ["%2E.qcow2", "%2E..qcow2"]),
         ([(".lazyfs", QCOW2), ("lost+found", QCOW2)], ["%2Elazyfs.qcow2", "%6Cost+found.qcow2"]),
@@ -279,7 +354,15 @@ def test_a_suffix_counts_towards_the_length_of_a_name_and_a_path() -> None:
 
 
 @given(
-    st.sampled_from(["nbd://host", "nbd://host:10810/", "nbd://[::1]", "nbd+unix:///?socket=/run/a%20b?c", "nbds://h"]),
+    st.sampled_from(
+        [
+            "nbd://host",
+            "nbd://host:10810/",
+            "nbd://[::1]",
+            "nbd+unix:///?socket=/run/a%20b?c",
+            "nbds://h",
+        ]
+    ),
     hostile.filter(lambda export: not export.startswith("/")),
 )
 def test_the_uri_of_an_export_names_it_and_nothing_else(repository: str, export: str) -> None:
@@ -287,7 +370,12 @@ def test_the_uri_of_an_export_names_it_and_nothing_else(repository: str, export:
     assert uri.isascii()
     assert uri.isprintable()
     parts, server = urlsplit(uri), urlsplit(repository)
-    assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == (server.scheme, server.netloc, server.query, "")
+    assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == (
+        server.scheme,
+        server.netloc,
+        server.query,
+        "",
+    )
     assert unquote(parts.path.removeprefix("/"), errors="surrogatepass") == export
 
 
@@ -313,8 +401,17 @@ def test_an_export_whose_slash_qemu_would_drop_is_described_in_json(
 
 @pytest.mark.parametrize(
     "repository",
-    ["nbds://host", "nbd+vsock://2", "nbds+unix:///?socket=/s", "nbds+vsock://2", "nbd://host:99999", "nbd+unix:///?x"],
+    [
+        "nbds://host",
+        "nbd+vsock://2",
+        "nbds+unix:///?socket=/s",
+        "nbds+vsock://2",
+        "nbd://host:99999",
+        "nbd+unix:///?x",
+    ],
 )
-def test_where_qemu_has_no_address_such_an_export_gets_a_name_that_opens_nothing(repository: str) -> None:
+def test_where_qemu_has_no_address_such_an_export_gets_a_name_that_opens_nothing(
+    repository: str,
+) -> None:
     for export in ("/", "/a", "//a/b"):
         assert export_name.qemu_uri(repository, export).startswith("nbd:the-name")

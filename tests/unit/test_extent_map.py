@@ -19,9 +19,15 @@ from lazyfs.errors import RequestFailed
 lengths = st.one_of(st.integers(1, 40), st.integers(0, 40), st.integers(2**31, 2**64 - 1))
 flags = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1))
 replies = st.lists(st.tuples(lengths, flags), max_size=12).flatmap(
-    lambda pairs: st.sampled_from([[n for pair in pairs for n in pair], [n for pair in pairs for n in pair][:-1]])
+    lambda pairs: st.sampled_from(
+        [[n for pair in pairs for n in pair], [n for pair in pairs for n in pair][:-1]]
+    )
 )
-asks = st.builds(lambda start, length: ByteRange(start, start + length), st.integers(0, 2**40), st.integers(1, 150))
+asks = st.builds(
+    lambda start, length: ByteRange(start, start + length),
+    st.integers(0, 2**40),
+    st.integers(1, 150),
+)
 
 
 def read_reply(asked: ByteRange, entries: list[int]) -> list[bool] | None:
@@ -57,7 +63,11 @@ def test_a_reply_is_read_byte_for_byte_or_refused(asked: ByteRange, entries: lis
 
 def test_only_the_zero_flag_makes_zeroes() -> None:
     entries = [10, 0, 10, STATE_HOLE, 10, STATE_ZERO, 10, STATE_HOLE | STATE_ZERO, 10, STATE_HOLE]
-    assert extent_map.parse_block_status(ByteRange(0, 50), entries, "disk") == [(0, 20), (40, 50), (50, 50)]
+    assert extent_map.parse_block_status(ByteRange(0, 50), entries, "disk") == [
+        (0, 20),
+        (40, 50),
+        (50, 50),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +85,10 @@ def test_a_reply_without_progress_is_refused(entries: list[int], message: str) -
 
 
 def test_nothing_is_read_past_what_was_asked() -> None:
-    assert extent_map.parse_block_status(ByteRange(0, 10), [2**64 - 1, 0, 0, 0], "disk") == [(0, 10), (10, 10)]
+    assert extent_map.parse_block_status(ByteRange(0, 10), [2**64 - 1, 0, 0, 0], "disk") == [
+        (0, 10),
+        (10, 10),
+    ]
 
 
 def test_asking_until_the_end_is_reached_learns_everything() -> None:
@@ -84,7 +97,9 @@ def test_asking_until_the_end_is_reached_learns_everything() -> None:
     learned: list[ByteRange] = []
     position = asked.start
     while position < asked.end:  # a server that answers with one extent at a time
-        *data, reached = extent_map.parse_block_status(ByteRange(position, asked.end), server[:2], "disk")
+        *data, reached = extent_map.parse_block_status(
+            ByteRange(position, asked.end), server[:2], "disk"
+        )
         learned += data
         position = reached.start
         del server[:2]
@@ -125,13 +140,18 @@ def grains_of(size: int, pieces: list[ByteRange]) -> bytearray:
 def learn_all(extents: ExtentMap, pieces: list[ByteRange]) -> None:
     whole = ByteRange(0, extents.size)
     while (window := extents.first_unknown(whole)) is not None:
-        extents.learn(window, [clipped for p in pieces if (clipped := p.clip(window)).length or not p.length])
+        extents.learn(
+            window, [clipped for p in pieces if (clipped := p.clip(window)).length or not p.length]
+        )
 
 
 def ranges_in(grains: bytearray, value: int, within: ByteRange) -> list[ByteRange]:
     first, end = within.start // GRAIN, -(-within.end // GRAIN)
     found = re.finditer(bytes([value]) + b"+", grains[first:end])
-    return [ByteRange((first + m.start()) * GRAIN, (first + m.end()) * GRAIN).clip(within) for m in found]
+    return [
+        ByteRange((first + m.start()) * GRAIN, (first + m.end()) * GRAIN).clip(within)
+        for m in found
+    ]
 
 
 @given(st.data(), sizes)
@@ -167,7 +187,9 @@ def test_windows_tile_the_image(size: int, offset: int) -> None:
 
 
 @given(st.data(), sizes)
-def test_the_first_unknown_window_is_asked_about_until_none_is_left(data: st.DataObject, size: int) -> None:
+def test_the_first_unknown_window_is_asked_about_until_none_is_left(
+    data: st.DataObject, size: int
+) -> None:
     extents = ExtentMap(size)
     start, end = sorted(min(data.draw(near_edges), size) for _ in range(2))
     end = max(end, start + 1)
@@ -176,13 +198,17 @@ def test_the_first_unknown_window_is_asked_about_until_none_is_left(data: st.Dat
     while (window := extents.first_unknown(within)) is not None:
         asked.append(window)
         extents.learn(window, [])
-    assert [w.start // WINDOW for w in asked] == list(range(within.start // WINDOW, (within.end - 1) // WINDOW + 1))
+    assert [w.start // WINDOW for w in asked] == list(
+        range(within.start // WINDOW, (within.end - 1) // WINDOW + 1)
+    )
     assert extents.data_ranges(within) == []
     assert extents.zero_ranges(within) == [within]
 
 
 @given(st.sets(st.integers(0, 3)), near_edges, near_edges)
-def test_known_until_is_the_first_byte_nobody_asked_about(known: set[int], offset: int, limit: int) -> None:
+def test_known_until_is_the_first_byte_nobody_asked_about(
+    known: set[int], offset: int, limit: int
+) -> None:
     offset, limit = sorted((offset, limit))
     extents = ExtentMap(5 * WINDOW)
     for window in known:

@@ -40,7 +40,9 @@ def block_map(states: list[int], block_size: int = BLOCK, tail: int = 0) -> Bloc
 
 # -- plan_read
 
-state_runs = st.lists(st.tuples(st.sampled_from([MISSING, DATA, ZERO, CLAIMED]), st.integers(1, 24)), min_size=1)
+state_runs = st.lists(
+    st.tuples(st.sampled_from([MISSING, DATA, ZERO, CLAIMED]), st.integers(1, 24)), min_size=1
+)
 images = state_runs.map(lambda runs: [state for state, count in runs for _ in range(count)])
 
 
@@ -89,14 +91,19 @@ def test_a_run_is_no_longer_than_needed() -> None:
 def test_readahead_ends_at_the_end_of_the_image() -> None:
     blocks = block_map([MISSING] * 3, tail=100)
     assert fetch_plan.plan_read(blocks, ByteRange(0, 1), READAHEAD_MAX) == [(0, 1), (1, 3)]
-    assert fetch_plan.plan_read(blocks, ByteRange(2 * BLOCK, blocks.size), READAHEAD_MAX) == [(2, 3)]
+    assert fetch_plan.plan_read(blocks, ByteRange(2 * BLOCK, blocks.size), READAHEAD_MAX) == [
+        (2, 3)
+    ]
 
 
 # -- plan_rest
 
 
 @given(
-    images, st.sampled_from([4 * KiB, BLOCK, 2 * MAX_FETCH]), st.sampled_from([BLOCK, 4 * BLOCK, UNIT_MAX]), st.data()
+    images,
+    st.sampled_from([4 * KiB, BLOCK, 2 * MAX_FETCH]),
+    st.sampled_from([BLOCK, 4 * BLOCK, UNIT_MAX]),
+    st.data(),
 )
 def test_the_rest_of_a_unit_is_what_is_missing_around_the_wanted_blocks(
     states: list[int], block_size: int, unit: int, data: st.DataObject
@@ -112,7 +119,9 @@ def test_the_rest_of_a_unit_is_what_is_missing_around_the_wanted_blocks(
     around = [b for b in range(blocks.blocks) if b not in own and b * block_size // unit in units]
     planned = [b for run in rest for b in range(*run)]
     assert sorted(planned) == [b for b in around if states[b] == MISSING]
-    assert planned == [b for b in planned if b > own.start] + [b for b in planned if b < own.start], "behind it first"
+    assert planned == [b for b in planned if b > own.start] + [
+        b for b in planned if b < own.start
+    ], "behind it first"
     assert all((run.end - run.first) * block_size <= max(MAX_FETCH, block_size) for run in rest)
 
 
@@ -171,7 +180,10 @@ def test_blocks_larger_than_the_largest_unit_stay_alone() -> None:
 
 
 def read_on(readahead: Readahead, start: int, count: int, length: int = BLOCK) -> list[int]:
-    return [readahead.window(ByteRange(start + i * length, start + (i + 1) * length)) for i in range(count)]
+    return [
+        readahead.window(ByteRange(start + i * length, start + (i + 1) * length))
+        for i in range(count)
+    ]
 
 
 def test_the_window_doubles_while_reads_are_sequential() -> None:
@@ -190,7 +202,9 @@ def test_the_window_doubles_while_reads_are_sequential() -> None:
 def test_random_reads_cause_no_readahead(places: list[int]) -> None:
     readahead = Readahead()
     far = 4 * READAHEAD_MAX
-    assert all(readahead.window(ByteRange(place * far, place * far + BLOCK)) == 0 for place in places)
+    assert all(
+        readahead.window(ByteRange(place * far, place * far + BLOCK)) == 0 for place in places
+    )
 
 
 @given(st.lists(st.integers(0, STREAMS - 1), max_size=100))
@@ -327,7 +341,9 @@ def test_population_of_an_empty_image_is_over_at_once() -> None:
 # -- choose_image
 
 candidates = st.lists(
-    st.builds(Candidate, st.integers(1, 20), st.booleans(), st.integers(0, 5)), max_size=8, unique_by=lambda c: c.inode
+    st.builds(Candidate, st.integers(1, 20), st.booleans(), st.integers(0, 5)),
+    max_size=8,
+    unique_by=lambda c: c.inode,
 )
 
 
@@ -351,7 +367,9 @@ def test_equals_take_turns(has_readers: bool) -> None:
     served = dict.fromkeys([30, 10, 20], 0)
     order = []
     for turn in range(1, 7):
-        chosen = fetch_plan.choose_image([Candidate(inode, has_readers, last) for inode, last in served.items()])
+        chosen = fetch_plan.choose_image(
+            [Candidate(inode, has_readers, last) for inode, last in served.items()]
+        )
         assert chosen is not None
         served[chosen] = turn
         order.append(chosen)

@@ -9,13 +9,19 @@ from lazyfs.core.histogram import Histogram
 numbers = st.floats(min_value=-1e6, max_value=1e6)
 
 
-@given(bounds=st.lists(numbers, min_size=1, max_size=30, unique=True).map(sorted), seen=st.lists(numbers))
+@given(
+    bounds=st.lists(numbers, min_size=1, max_size=30, unique=True).map(sorted),
+    seen=st.lists(numbers),
+)
 @example(bounds=[1.0, 2.0], seen=[1.0, 2.0, 2.0000001, 0.0])
 def test_each_bucket_counts_what_is_at_most_its_bound_and_above_the_one_before(
     bounds: list[float], seen: list[float]
 ) -> None:
     histogram = Histogram(bounds)
-    for value in [*seen, *bounds]:  # what equals a bound belongs below it, as Prometheus has it (le)
+    for value in [
+        *seen,
+        *bounds,
+    ]:  # what equals a bound belongs below it, as Prometheus has it (le)
         histogram.observe(value)
     found, below = histogram.statistics(), 0
     for i, bound in enumerate(bounds):

@@ -3,7 +3,15 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from lazyfs.core.block_map import CLAIMED, DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
@@ -81,7 +89,9 @@ class Model(RuleBasedStateMachine):
             return multiple()
         assert flight.purpose is Purpose.POPULATION
         assert self.blocks.bytes_of(flight.run).length <= max(limit, BLOCK)
-        assert flight.run.end * BLOCK <= max(known * BLOCK, 0) or flight.run.end == self.blocks.blocks
+        assert (
+            flight.run.end * BLOCK <= max(known * BLOCK, 0) or flight.run.end == self.blocks.blocks
+        )
         self.under_way.add(flight)
         return flight
 
@@ -115,7 +125,9 @@ class Model(RuleBasedStateMachine):
             return
         fetched = [block for flight in self.under_way for block in range(*flight.run)]
         assert len(fetched) == len(set(fetched)), "two flights fetch one block"
-        assert {block for block in range(self.blocks.blocks) if self.blocks.state(block) == CLAIMED} == set(fetched)
+        assert {
+            block for block in range(self.blocks.blocks) if self.blocks.state(block) == CLAIMED
+        } == set(fetched)
         assert set(self.table) == self.under_way
         assert len(self.table) == len(self.under_way)
 
@@ -137,7 +149,9 @@ class Model(RuleBasedStateMachine):
                 break
             self._settle(min(self.under_way, key=lambda flight: flight.run.first), 0)
         assert not self.waiting, "everything has come, and somebody waits"
-        assert all(self.blocks.state(block) in (MISSING, DATA, ZERO) for block in range(self.blocks.blocks))
+        assert all(
+            self.blocks.state(block) in (MISSING, DATA, ZERO) for block in range(self.blocks.blocks)
+        )
 
 
 TestModel = Model.TestCase

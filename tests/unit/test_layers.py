@@ -72,7 +72,11 @@ PACKAGE = Path(lazyfs.__file__).parent
 
 def name_of(path: Path) -> str:
     """`lazyfs/core/pacing.py` -> `core.pacing`; every `__init__.py` -> `__init__`."""
-    return "__init__" if path.stem == "__init__" else ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return (
+        "__init__"
+        if path.stem == "__init__"
+        else ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    )
 
 
 def imports(tree: ast.AST, package: str = "lazyfs") -> Iterator[str]:
@@ -95,11 +99,15 @@ def is_ours(module: str) -> bool:
 def own(tree: ast.AST, package: str) -> set[str]:
     """The imported modules of lazyfs, named as in ORDER."""
     found = {module for module in imports(tree, package) if is_ours(module)}
-    return {"__init__" if is_package(module) else module.removeprefix("lazyfs.") for module in found}
+    return {
+        "__init__" if is_package(module) else module.removeprefix("lazyfs.") for module in found
+    }
 
 
 def is_package(module: str) -> bool:
-    return module == "lazyfs" or (PACKAGE / module.removeprefix("lazyfs.").replace(".", "/")).is_dir()
+    return (
+        module == "lazyfs" or (PACKAGE / module.removeprefix("lazyfs.").replace(".", "/")).is_dir()
+    )
 
 
 def others(tree: ast.AST, package: str) -> set[str]:
@@ -118,12 +126,16 @@ def violations(name: str, source: str, package: str = "lazyfs") -> list[str]:
     ours, theirs = own(tree, package), others(tree, package)
     found = []
     if is_in(name, INNER):  # first: it holds for a module that nobody has put into PACKAGES, too
-        found += [f"{name} imports {module}, and is inside" for module in sorted(theirs & NOT_INNER)]
+        found += [
+            f"{name} imports {module}, and is inside" for module in sorted(theirs & NOT_INNER)
+        ]
     if is_in(name, ("core", "errors", "units")):
         found += impurities(name, tree, theirs)
     if name not in ORDER:
         return [*found, f"{name} is not in PACKAGES"]
-    found += [f"{name} imports {module}, which is not in PACKAGES" for module in sorted(ours - set(ORDER))]
+    found += [
+        f"{name} imports {module}, which is not in PACKAGES" for module in sorted(ours - set(ORDER))
+    ]
     above = {module for module in ORDER if ORDER.index(module) <= ORDER.index(name)}
     found += [f"{name} imports {module}, which is not below it" for module in sorted(ours & above)]
     if not is_in(name, MAY_CHOOSE):
@@ -131,14 +143,18 @@ def violations(name: str, source: str, package: str = "lazyfs") -> list[str]:
         found += [f"{name} imports {module}; only the daemon chooses it" for module in chosen]
     lines = source.count("\n")
     if lines > MAX_LINES and LONG not in source:
-        found.append(f"{name} has {lines} lines; split it by idea, or say why not in a line that begins with {LONG!r}")
+        found.append(
+            f"{name} has {lines} lines; split it by idea, or say why not in a line that begins with {LONG!r}"
+        )
     return found
 
 
 def impurities(name: str, tree: ast.AST, theirs: set[str]) -> Iterator[str]:
     """Say what a module of the core must not do and does."""
     allowed = {"os"} if name == "errors" else set()
-    yield from (f"{name} imports {module}, and is pure" for module in sorted((theirs & IMPURE) - allowed))
+    yield from (
+        f"{name} imports {module}, and is pure" for module in sorted((theirs & IMPURE) - allowed)
+    )
     for node in ast.walk(tree):
         if isinstance(node, ast.AsyncFunctionDef):
             yield f"{name} is async, and is pure"
@@ -222,13 +238,19 @@ def test_a_breach_is_found(name: str, source: str, complaint: str) -> None:
     [
         ("cli.main", "from lazyfs import __version__, daemon, errors"),
         ("daemon", "from lazyfs.cache import catalog\nfrom lazyfs.cache.store import raw, qcow2"),
-        ("repository.nbd_repository", "from lazyfs.repository import nbd_handle\nimport nbd, trio, os"),
+        (
+            "repository.nbd_repository",
+            "from lazyfs.repository import nbd_handle\nimport nbd, trio, os",
+        ),
         (
             "engine.image.image",
             "from lazyfs.engine.fetch import block_table\nfrom lazyfs.host import mounts\nimport trio",
         ),
         ("errors", "import os"),
-        ("core.map_file", "import struct, zlib\nfrom .block_map import BlockMap\nfrom lazyfs.units import MiB"),
+        (
+            "core.map_file",
+            "import struct, zlib\nfrom .block_map import BlockMap\nfrom lazyfs.units import MiB",
+        ),
         ("cli.main", "\n" * 500),
         ("cli.main", f"{LONG}the parser is one table.\n" + "\n" * 600),
     ],

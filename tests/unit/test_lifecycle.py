@@ -37,6 +37,14 @@ def test_an_image_is_fetched_before_it_is_whole() -> None:
 
 
 def test_a_life_may_go_round() -> None:
-    life = [State.REMOTE, State.PARTIAL, State.FAILED, State.PARTIAL, State.WHOLE, State.REMOTE, State.PARTIAL]
+    life = [
+        State.REMOTE,
+        State.PARTIAL,
+        State.FAILED,
+        State.PARTIAL,
+        State.WHOLE,
+        State.REMOTE,
+        State.PARTIAL,
+    ]
     for old, new in itertools.pairwise(life):
         assert lifecycle.check(old, new) is new

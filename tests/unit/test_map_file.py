@@ -14,7 +14,9 @@ from lazyfs.core.block_map import PAGE_BLOCKS
 from lazyfs.core.map_file import COUNTERS_OFFSET, PAGE, STATES_OFFSET, MapHeader
 from lazyfs.errors import CacheCorrupt
 
-HEADER = MapHeader(inode=7, size=10 << 40, block_size=65536, export="team/ubuntu", identity="etag-1")
+HEADER = MapHeader(
+    inode=7, size=10 << 40, block_size=65536, export="team/ubuntu", identity="etag-1"
+)
 USED = 16 + 84
 """The number of bytes of page 0 that have a meaning."""
 
@@ -58,7 +60,13 @@ def test_a_header_recognises_no_other(one: MapHeader, other: MapHeader) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"inode": 8}, {"size": (10 << 40) + 1}, {"block_size": 4096}, {"export": "team/ubuntU"}, {"identity": ""}],
+    [
+        {"inode": 8},
+        {"size": (10 << 40) + 1},
+        {"block_size": 4096},
+        {"export": "team/ubuntU"},
+        {"identity": ""},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_fact_of_the_header_counts(change: dict[str, object]) -> None:
@@ -80,7 +88,10 @@ def test_a_flipped_bit_anywhere_is_noticed() -> None:
         (b"", "cut short"),
         (HEADER.encode()[: USED - 1], "cut short"),
         (bytes(PAGE), "not a map"),
-        (b"LAZYFSMP" + struct.pack("<I", 2) + HEADER.encode()[12:], "format version 2; this lazyfs knows version 1"),
+        (
+            b"LAZYFSMP" + struct.pack("<I", 2) + HEADER.encode()[12:],
+            "format version 2; this lazyfs knows version 1",
+        ),
         (HEADER.encode()[:60] + bytes(PAGE - 60), "header is damaged"),
     ],
     ids=["empty", "short", "zeroes", "version", "torn"],
@@ -90,7 +101,12 @@ def test_the_reason_for_refusing_is_told(page: bytes, message: str) -> None:
         HEADER.check(page)
 
 
-@given(st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(lambda tail: b"LAZYFSMP\1\0\0\0" + tail)))
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.binary(max_size=200).map(lambda tail: b"LAZYFSMP\1\0\0\0" + tail),
+    )
+)
 def test_garbage_is_corrupt_and_nothing_else(page: bytes) -> None:
     with pytest.raises(CacheCorrupt):
         HEADER.check(page)
@@ -101,7 +117,10 @@ def test_garbage_is_corrupt_and_nothing_else(page: bytes) -> None:
 
 @given(u64, st.binary(max_size=50))
 def test_counters_come_back(mixed_zero_bytes: int, rest: bytes) -> None:
-    assert map_file.decode_counters(map_file.encode_counters(mixed_zero_bytes) + rest) == mixed_zero_bytes
+    assert (
+        map_file.decode_counters(map_file.encode_counters(mixed_zero_bytes) + rest)
+        == mixed_zero_bytes
+    )
 
 
 @given(u64, st.integers(0, 95))
@@ -111,7 +130,9 @@ def test_damaged_counters_read_as_zero(mixed_zero_bytes: int, bit: int) -> None:
     assert map_file.decode_counters(bytes(page)) == 0
 
 
-@pytest.mark.parametrize("page", [b"", bytes(11), bytes(12), bytes(PAGE), map_file.encode_counters(5)[:11]])
+@pytest.mark.parametrize(
+    "page", [b"", bytes(11), bytes(12), bytes(PAGE), map_file.encode_counters(5)[:11]]
+)
 def test_unwritten_or_short_counters_read_as_zero(page: bytes) -> None:
     assert map_file.decode_counters(page) == 0
 

@@ -37,7 +37,9 @@ def test_a_metric_follows_the_conventions_of_prometheus(metric: metric_schema.Me
     assert metric.name.endswith("_total") == (metric.kind == COUNTER)
     assert metric.help.endswith(".")
     assert not metric.values or len(metric.labels) == 1
-    assert metric.values or not metric.labels or metric.name.endswith("_info"), "a label whose values nobody can list"
+    assert metric.values or not metric.labels or metric.name.endswith("_info"), (
+        "a label whose values nobody can list"
+    )
 
 
 def test_the_names_are_unique() -> None:
@@ -58,14 +60,21 @@ def test_the_dashboard_groups_by_labels_that_exist() -> None:
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
             (name,) = set(re.findall(r"\blazyfs_\w+", target["expr"]))
-            known = {*SAMPLES[name].labels, "instance"} | ({"le"} if name.endswith("_bucket") else set())
+            known = {*SAMPLES[name].labels, "instance"} | (
+                {"le"} if name.endswith("_bucket") else set()
+            )
             for by, legend, selected in LABELS.findall(target["expr"] + target["legendFormat"]):
-                assert {*filter(None, by.split(", ")), *filter(None, (legend, selected))} <= known, panel["title"]
+                assert {
+                    *filter(None, by.split(", ")),
+                    *filter(None, (legend, selected)),
+                } <= known, panel["title"]
 
 
 def test_every_metric_is_on_the_dashboard() -> None:
     asked = " ".join(expressions())
-    assert [m.name for m in METRICS if not any(re.search(rf"\b{s}\b", asked) for s in m.samples)] == []
+    assert [
+        m.name for m in METRICS if not any(re.search(rf"\b{s}\b", asked) for s in m.samples)
+    ] == []
 
 
 def test_the_dashboard_can_be_imported() -> None:
@@ -79,7 +88,9 @@ def test_the_dashboard_can_be_imported() -> None:
     for panel in panels:
         assert panel["datasource"]["uid"] == "${datasource}"
         where = panel["gridPos"]
-        cells = {(where["x"] + i, where["y"] + j) for i in range(where["w"]) for j in range(where["h"])}
+        cells = {
+            (where["x"] + i, where["y"] + j) for i in range(where["w"]) for j in range(where["h"])
+        }
         assert not cells & taken, f"{panel['title']} lies over another"
         assert max(x for x, _ in cells) < 24
         taken |= cells

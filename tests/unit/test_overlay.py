@@ -13,7 +13,11 @@ from lazyfs.units import KiB, MiB
 
 
 def header(
-    version: int = 3, offset: int = 512, length: int = 5, cluster_bits: int = 16, extensions: bytes = b""
+    version: int = 3,
+    offset: int = 512,
+    length: int = 5,
+    cluster_bits: int = 16,
+    extensions: bytes = b"",
 ) -> bytes:
     start = struct.pack(">4sIQII", b"QFI\xfb", version, offset, length, cluster_bits)
     size = {1: 48, 2: 72, 3: 104}.get(version, 104)
@@ -32,10 +36,14 @@ FORMAT = 0xE2792ACA
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_header(version: int) -> None:
-    extensions = extension(0x6803F857, b"feature names") + extension(FORMAT, b"raw") + extension(0, b"")
+    extensions = (
+        extension(0x6803F857, b"feature names") + extension(FORMAT, b"raw") + extension(0, b"")
+    )
     assert find_name(header(version, extensions=extensions)) == NameAt(512, 5, "raw")
     assert find_name(header(version)) == NameAt(512, 5, "")
-    assert find_name(header(version, extensions=extension(0, b"") + extension(FORMAT, b"raw"))) == NameAt(512, 5, "")
+    assert find_name(
+        header(version, extensions=extension(0, b"") + extension(FORMAT, b"raw"))
+    ) == NameAt(512, 5, "")
 
 
 def test_version_1() -> None:
@@ -75,7 +83,9 @@ def test_a_name_behind_what_was_read() -> None:
 
 def test_our_own_partial_file() -> None:
     own = map_file.MapHeader(1, MiB, 64 * KiB, "disk", "")
-    content = qcow2_layout.partial_header(qcow2_layout.layout(MiB, 64 * KiB), own, "nbd://host/disk", 0)
+    content = qcow2_layout.partial_header(
+        qcow2_layout.layout(MiB, 64 * KiB), own, "nbd://host/disk", 0
+    )
     at = find_name(content[:HEADER_SIZE])
     assert at is not None
     assert at.format == "raw"
@@ -127,10 +137,17 @@ def test_names(name: str, paths: list[str]) -> None:
         ({"driver": "raw", "file.driver": "file", "file.filename": "/mnt/a"}, ["/mnt/a"]),
         ({"file": {"filename": "file:/mnt/a"}}, ["/mnt/a"]),
         (
-            {"driver": "qcow2", "file": {"filename": "/b"}, "backing": {"driver": "raw", "file": {"filename": "/c"}}},
+            {
+                "driver": "qcow2",
+                "file": {"filename": "/b"},
+                "backing": {"driver": "raw", "file": {"filename": "/c"}},
+            },
             ["/b", "/c"],
         ),
-        ({"file.filename": "/b", "backing.file.filename": "/c", "backing.file.driver": "file"}, ["/b", "/c"]),
+        (
+            {"file.filename": "/b", "backing.file.filename": "/c", "backing.file.driver": "file"},
+            ["/b", "/c"],
+        ),
         ({"driver": "nbd", "server": {"type": "unix", "path": "/run/x"}, "export": "a"}, []),
         ({"filename": 7, "file": None, "backing": ["/x"]}, []),
         ({"filename": "\ud800"}, []),
@@ -142,4 +159,6 @@ def test_json_names(options: object, paths: list[str]) -> None:
 
 
 def test_names_are_bytes() -> None:
-    assert [path.encode("utf-8", "surrogateescape") for path in paths_of(b"/mnt/\xff\xfe")] == [b"/mnt/\xff\xfe"]
+    assert [path.encode("utf-8", "surrogateescape") for path in paths_of(b"/mnt/\xff\xfe")] == [
+        b"/mnt/\xff\xfe"
+    ]

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.pacing import BESIDE_READERS, QUEUE_S, RETRY_S, Backoff, DemandGate, RateMeter, TokenBucket
+from lazyfs.core.pacing import (
+    BESIDE_READERS,
+    QUEUE_S,
+    RETRY_S,
+    Backoff,
+    DemandGate,
+    RateMeter,
+    TokenBucket,
+)
 from lazyfs.units import KiB, MiB
 
 BURST_S = 0.1
@@ -27,7 +35,9 @@ def test_after_the_wait_the_next_piece_may_start(rate: float, now: float, amount
 
 
 @given(rates, clocks, pieces)
-def test_no_interval_carries_more_than_rate_and_burst(rate: float, now: float, plan: list[tuple[int, float]]) -> None:
+def test_no_interval_carries_more_than_rate_and_burst(
+    rate: float, now: float, plan: list[tuple[int, float]]
+) -> None:
     bucket = TokenBucket(rate, BURST_S)
     sent = []
     for amount, idle_s in plan:
@@ -45,7 +55,9 @@ def test_no_interval_carries_more_than_rate_and_burst(rate: float, now: float, p
 
 
 @given(rates, clocks, pieces)
-def test_a_busy_sender_gets_the_whole_rate(rate: float, start: float, plan: list[tuple[int, float]]) -> None:
+def test_a_busy_sender_gets_the_whole_rate(
+    rate: float, start: float, plan: list[tuple[int, float]]
+) -> None:
     bucket = TokenBucket(rate, BURST_S)
     now = start
     for amount, _ in plan:
@@ -118,7 +130,9 @@ def test_the_gate_opens_a_little_when_the_last_reader_has_left_and_then_all_the_
     assert gate.most(0.35) == math.inf
 
 
-@pytest.mark.parametrize(("rate", "most"), [(1 * MiB, BESIDE_READERS), (1024 * MiB, 1024 * MiB * QUEUE_S)])
+@pytest.mark.parametrize(
+    ("rate", "most"), [(1 * MiB, BESIDE_READERS), (1024 * MiB, 1024 * MiB * QUEUE_S)]
+)
 def test_beside_readers_a_fast_link_takes_more(rate: float, most: float) -> None:
     gate = DemandGate()
     now = 0.0
@@ -168,7 +182,11 @@ def test_steady_arrivals_are_measured_at_any_age(
         assert measured == 0
     elif age > 0.11:
         # The first piece arrived without an interval before it: one too many, which shows while young.
-        assert 0.99 * rate < measured < 1.01 * rate * (1 + interval_s / horizon_s) * (1 + interval_s / age)
+        assert (
+            0.99 * rate
+            < measured
+            < 1.01 * rate * (1 + interval_s / horizon_s) * (1 + interval_s / age)
+        )
 
 
 def test_a_new_rate_takes_over_within_a_few_horizons() -> None:

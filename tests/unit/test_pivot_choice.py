@@ -17,7 +17,14 @@ DETACHED = Place(PLAIN, 99, SIZE, TIME, True)
 
 
 def node(now: Place | None, **changes: object) -> FileNode:
-    plain = FileNode("base-file", PATH, SIZE, now, "" if now else "nowhere", now is not None and now.device == MOUNT)
+    plain = FileNode(
+        "base-file",
+        PATH,
+        SIZE,
+        now,
+        "" if now else "nowhere",
+        now is not None and now.device == MOUNT,
+    )
     return replace(plain, **changes)
 
 
@@ -109,19 +116,29 @@ def test_the_plain_file_below_the_mount_needs_nothing() -> None:
     """Detached, pivoted, and mounted again over it."""
     below = opened(PLAIN, 99, plain=True)
     assert only([node(ON_MOUNT)], [image(ON_MOUNT)], [below]).action is Action.ALREADY
-    for other in (replace(below, mtime_ns=TIME + 1), replace(below, size=SIZE + 1), replace(below, plain=False)):
+    for other in (
+        replace(below, mtime_ns=TIME + 1),
+        replace(below, size=SIZE + 1),
+        replace(below, plain=False),
+    ):
         choice = only([node(ON_MOUNT)], [image(ON_MOUNT)], [other])
         assert (choice.action, "cannot be checked" in choice.message) == (Action.SKIPPED, True)
     nodes = [node(ON_MOUNT), node(ON_MOUNT, name="later")]
-    assert {one.action for one in choose(nodes, [image(ON_MOUNT)], [below])[0]} == {Action.SKIPPED}, (
-        "one of them has it"
-    )
+    assert {one.action for one in choose(nodes, [image(ON_MOUNT)], [below])[0]} == {
+        Action.SKIPPED
+    }, "one of them has it"
 
 
 def test_an_old_version_beside_a_new_one_that_is_not_whole() -> None:
-    old, new = image(None, replaced=True), image(replace(FILLING, inode=KEY + 1), "partial", key=KEY + 1)
+    old, new = (
+        image(None, replaced=True),
+        image(replace(FILLING, inode=KEY + 1), "partial", key=KEY + 1),
+    )
     choice = only([node(new.now)], [old, new], [opened(MOUNT, KEY)])
-    assert (choice.action, "another version of the image open" in choice.message) == (Action.SKIPPED, True)
+    assert (choice.action, "another version of the image open" in choice.message) == (
+        Action.SKIPPED,
+        True,
+    )
 
 
 def test_a_mount_that_is_detached_elsewhere_is_not_moved_to() -> None:

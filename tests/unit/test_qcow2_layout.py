@@ -22,12 +22,16 @@ SECTOR = 512
 cluster_sizes = st.sampled_from([4 * KiB << i for i in range(10)])
 edges = st.builds(
     lambda base, off: max(base + off, 0),
-    st.sampled_from([0, 4 * KiB, 64 * KiB, 2 * MiB, 8 * MiB, 512 * MiB, 1 * GiB, 2 * TiB, 64 * TiB - 4 * KiB]),
+    st.sampled_from(
+        [0, 4 * KiB, 64 * KiB, 2 * MiB, 8 * MiB, 512 * MiB, 1 * GiB, 2 * TiB, 64 * TiB - 4 * KiB]
+    ),
     st.sampled_from([-4096, -513, -512, -1, 0, 1, 511, 512, 513, 777, 4096]),
 )
 export_sizes = st.one_of(st.integers(0, 64 * TiB), st.integers(0, 64 * MiB), edges)
 layouts = st.builds(layout, export_sizes, cluster_sizes)
-small_layouts = st.builds(layout, st.integers(0, 3 * MiB), st.sampled_from([4 * KiB, 8 * KiB, 64 * KiB]))
+small_layouts = st.builds(
+    layout, st.integers(0, 3 * MiB), st.sampled_from([4 * KiB, 8 * KiB, 64 * KiB])
+)
 
 
 # -- a reader of qcow2 files, from the specification
@@ -59,7 +63,12 @@ def read_header(file: bytes) -> tuple[Read, dict[str, int]]:
     assert at["version"] == 3
     assert at["header_length"] == 104
     assert 9 <= at["bits"] <= 21
-    assert (at["crypt"], at["snapshots"], at["snapshots_offset"], at["refcount_order"]) == (0, 0, 0, 4)
+    assert (at["crypt"], at["snapshots"], at["snapshots_offset"], at["refcount_order"]) == (
+        0,
+        0,
+        0,
+        4,
+    )
     assert (at["incompatible"], at["compatible"], at["autoclear"]) == (0, 0, 0)
     assert at["size"] % SECTOR == 0
     extensions = []
@@ -76,7 +85,9 @@ def read_header(file: bytes) -> tuple[Read, dict[str, int]]:
     # "The backing file name must be in the remaining space between the end of the extensions and
     # the first cluster's."
     assert at["backing_offset"] + at["backing_length"] <= 1 << at["bits"]
-    return Read(at["size"], 1 << at["bits"], at["backing_offset"], at["backing_length"], extensions), at
+    return Read(
+        at["size"], 1 << at["bits"], at["backing_offset"], at["backing_length"], extensions
+    ), at
 
 
 def read_file(file: bytes, file_size: int) -> Read:
@@ -98,7 +109,9 @@ def read_file(file: bytes, file_size: int) -> Read:
     for i, block in enumerate(entries(at["rt_offset"], at["rt_clusters"] * size // 8)):
         if block:
             counts = struct.unpack_from(f">{size // 2}H", file, own(block, 1))
-            found.refcounts.update((i * size // 2 + j, count) for j, count in enumerate(counts) if count)
+            found.refcounts.update(
+                (i * size // 2 + j, count) for j, count in enumerate(counts) if count
+            )
     guest_clusters = -(-found.size // size)
     assert at["l1_size"] * (size // 8) >= guest_clusters, "the L1 table is too small for the disk"
     own(at["l1_offset"], -(-at["l1_size"] * 8 // size))
@@ -113,7 +126,9 @@ def read_file(file: bytes, file_size: int) -> Read:
                 assert offset + size <= file_size
                 own(offset, 1)
             found.data.append((offset, l2 & 1))
-    assert not any(offset for offset, _ in found.data[guest_clusters:]), "clusters behind the end of the disk"
+    assert not any(offset for offset, _ in found.data[guest_clusters:]), (
+        "clusters behind the end of the disk"
+    )
     del found.data[guest_clusters:]
     assert max(found.owners) < file_size // size
     return found
@@ -124,7 +139,9 @@ def read_file(file: bytes, file_size: int) -> Read:
 
 @given(export_sizes, cluster_sizes)
 @settings(max_examples=300)
-def test_every_cluster_of_the_file_has_one_use_and_every_table_covers_what_it_must(size: int, cluster: int) -> None:
+def test_every_cluster_of_the_file_has_one_use_and_every_table_covers_what_it_must(
+    size: int, cluster: int
+) -> None:
     at = layout(size, cluster)
     assert at.size % SECTOR == 0
     assert size <= at.size < size + SECTOR
@@ -187,7 +204,9 @@ def test_a_larger_export_never_has_a_smaller_part(sizes: list[int], cluster: int
 
 
 @given(layouts, st.data())
-def test_any_entry_of_a_finished_file_is_what_the_specification_asks(at: Layout, data: st.DataObject) -> None:
+def test_any_entry_of_a_finished_file_is_what_the_specification_asks(
+    at: Layout, data: st.DataObject
+) -> None:
     """The largest files count, too, which no test could read completely."""
 
     def number(offset: int, width: int) -> int:
@@ -205,14 +224,26 @@ def test_any_entry_of_a_finished_file_is_what_the_specification_asks(at: Layout,
     assert number(at.refcount_blocks_offset + 2 * i, 2) == (1 if i < at.file_size // size else 0)
     if at.clusters:
         i = index(at.l1_clusters * size // 8)
-        assert number(at.l1_offset + 8 * i, 8) == ((at.l2_offset + i * size) | 1 << 63 if i < at.l2_tables else 0)
+        assert number(at.l1_offset + 8 * i, 8) == (
+            (at.l2_offset + i * size) | 1 << 63 if i < at.l2_tables else 0
+        )
         i = index(at.l2_tables * size // 8)
-        assert number(at.l2_offset + 8 * i, 8) == ((at.data_offset + i * size) | 1 << 63 if i < at.clusters else 0)
+        assert number(at.l2_offset + 8 * i, 8) == (
+            (at.data_offset + i * size) | 1 << 63 if i < at.clusters else 0
+        )
     found, header = read_header(qcow2_layout.finished(at, 0, size))
-    assert (found.size, found.cluster_size, found.backing_offset, found.backing_length) == (at.size, size, 0, 0)
+    assert (found.size, found.cluster_size, found.backing_offset, found.backing_length) == (
+        at.size,
+        size,
+        0,
+        0,
+    )
     assert found.extensions == []
     assert (header["l1_size"], header["l1_offset"]) == (at.l2_tables, at.l1_offset)
-    assert (header["rt_offset"], header["rt_clusters"]) == (at.refcount_table_offset, at.refcount_table_clusters)
+    assert (header["rt_offset"], header["rt_clusters"]) == (
+        at.refcount_table_offset,
+        at.refcount_table_clusters,
+    )
 
 
 @settings(max_examples=30)
@@ -225,7 +256,9 @@ def test_a_finished_file_read_as_a_whole(at: Layout) -> None:
     found = read_file(qcow2_layout.finished(at, 0, at.data_offset), at.file_size)
     assert found.size == at.size
     assert found.data == [(at.data_offset + i * at.cluster_size, 0) for i in range(at.clusters)]
-    assert found.owners == found.refcounts == dict.fromkeys(range(at.file_size // at.cluster_size), 1)
+    assert (
+        found.owners == found.refcounts == dict.fromkeys(range(at.file_size // at.cluster_size), 1)
+    )
 
 
 @given(small_layouts, st.lists(st.integers(0, 1 << 40), max_size=12))
@@ -238,9 +271,15 @@ def test_slices_joined_are_the_whole(at: Layout, cuts: list[int]) -> None:
 
 
 @given(layouts, st.data())
-def test_a_slice_anywhere_has_its_length_and_equals_its_bytes_one_by_one(at: Layout, data: st.DataObject) -> None:
-    near = st.sampled_from([0, at.refcount_table_offset, at.refcount_blocks_offset, at.l1_offset, at.l2_offset])
-    start = data.draw(st.one_of(st.integers(0, at.data_offset), near.map(lambda at_: max(at_ - 7, 0))))
+def test_a_slice_anywhere_has_its_length_and_equals_its_bytes_one_by_one(
+    at: Layout, data: st.DataObject
+) -> None:
+    near = st.sampled_from(
+        [0, at.refcount_table_offset, at.refcount_blocks_offset, at.l1_offset, at.l2_offset]
+    )
+    start = data.draw(
+        st.one_of(st.integers(0, at.data_offset), near.map(lambda at_: max(at_ - 7, 0)))
+    )
     end = min(start + data.draw(st.integers(0, 40)), at.data_offset)
     one_by_one = [qcow2_layout.finished(at, i, i + 1) for i in range(start, end)]
     assert qcow2_layout.finished(at, start, end) == b"".join(one_by_one)
@@ -260,7 +299,11 @@ def draw_states(data: st.DataObject, count: int) -> bytes:
         states += data.draw(
             st.one_of(
                 st.binary(min_size=1, max_size=40).map(lambda raw: bytes(b % 4 for b in raw)),
-                st.builds(lambda s, n: bytes([s]) * n, st.sampled_from([MISSING, DATA, ZERO]), st.integers(1, 700)),
+                st.builds(
+                    lambda s, n: bytes([s]) * n,
+                    st.sampled_from([MISSING, DATA, ZERO]),
+                    st.integers(1, 700),
+                ),
             )
         )
     return states[:count]
@@ -271,7 +314,10 @@ def draw_states(data: st.DataObject, count: int) -> bytes:
 def test_a_partial_file_is_a_valid_qcow2_in_any_state(at: Layout, data: st.DataObject) -> None:
     states = draw_states(data, at.clusters)
     disk = bytearray(at.data_offset)
-    parts = [(0, qcow2_layout.partial_header(at, OWN, BACKING, 0)), *qcow2_layout.initial_tables(at)]
+    parts = [
+        (0, qcow2_layout.partial_header(at, OWN, BACKING, 0)),
+        *qcow2_layout.initial_tables(at),
+    ]
     first = data.draw(st.integers(0, at.clusters))
     for start, end in [(0, first), (first, at.clusters)]:
         parts.append(qcow2_layout.encode_refcounts(at, start, states[start:end]))
@@ -286,9 +332,13 @@ def test_a_partial_file_is_a_valid_qcow2_in_any_state(at: Layout, data: st.DataO
         DATA: lambda offset: (offset, 0),
         ZERO: lambda offset: (offset, 1),
     }
-    assert found.data == [expected[s](at.data_offset + i * at.cluster_size) for i, s in enumerate(states)]
+    assert found.data == [
+        expected[s](at.data_offset + i * at.cluster_size) for i, s in enumerate(states)
+    ]
     assert found.owners == found.refcounts
-    assert disk[found.backing_offset : found.backing_offset + found.backing_length] == BACKING.encode()
+    assert (
+        disk[found.backing_offset : found.backing_offset + found.backing_length] == BACKING.encode()
+    )
 
 
 @given(layouts, st.data())
@@ -298,18 +348,28 @@ def test_states_survive_the_disk(at: Layout, data: st.DataObject) -> None:
     states = draw_states(data, count)
     offset, table = qcow2_layout.encode_l2(at, first, states)
     assert (offset, len(table)) == (at.l2_offset + 8 * first, 8 * count)
-    assert qcow2_layout.decode_l2(at, first, table) == states.replace(bytes([CLAIMED]), bytes([MISSING]))
+    assert qcow2_layout.decode_l2(at, first, table) == states.replace(
+        bytes([CLAIMED]), bytes([MISSING])
+    )
     offset, counts = qcow2_layout.encode_refcounts(at, first, states)
     assert offset == at.refcount_blocks_offset + 2 * (at.metadata_clusters + first)
-    assert struct.unpack(f">{count}H", counts) == tuple(int(state in (DATA, ZERO)) for state in states)
+    assert struct.unpack(f">{count}H", counts) == tuple(
+        int(state in (DATA, ZERO)) for state in states
+    )
 
 
-@given(layouts, st.binary(max_size=200).map(lambda raw: raw[: len(raw) // 8 * 8]), st.integers(0, 1 << 40))
+@given(
+    layouts,
+    st.binary(max_size=200).map(lambda raw: raw[: len(raw) // 8 * 8]),
+    st.integers(0, 1 << 40),
+)
 @example(layout(1 * MiB, 64 * KiB), struct.pack(">Q", 1 << 63), 0)
 @example(layout(1 * MiB, 64 * KiB), struct.pack(">Q", ZERO), 0)
 @example(layout(1 * MiB, 64 * KiB), struct.pack(">Q", 1 << 62), 0)
 @example(layout(1 * MiB, 64 * KiB), struct.pack(">Q", (1 << 64) - 1), 0)
-def test_l2_entries_that_lazyfs_never_writes_are_corrupt(at: Layout, table: bytes, first: int) -> None:
+def test_l2_entries_that_lazyfs_never_writes_are_corrupt(
+    at: Layout, table: bytes, first: int
+) -> None:
     states = None
     try:
         states = qcow2_layout.decode_l2(at, first, table)
@@ -333,7 +393,9 @@ def test_one_wrong_bit_in_an_l2_table_is_corrupt_or_another_state(data: st.DataO
     saved = states.replace(bytes([CLAIMED]), bytes([MISSING]))
     assert bit % 64 == 63, "only the zero flag leads from one valid entry to another"
     assert {found[bit // 64], saved[bit // 64]} == {DATA, ZERO}
-    assert found[: bit // 64] + found[bit // 64 + 1 :] == saved[: bit // 64] + saved[bit // 64 + 1 :]
+    assert (
+        found[: bit // 64] + found[bit // 64 + 1 :] == saved[: bit // 64] + saved[bit // 64 + 1 :]
+    )
 
 
 names = st.one_of(
@@ -352,7 +414,10 @@ def test_the_header_of_a_partial_file(at: Layout, name: str, mixed: int) -> None
     found, header = read_header(cluster)
     assert (found.size, found.cluster_size) == (at.size, at.cluster_size)
     assert (header["l1_size"], header["l1_offset"]) == (at.l2_tables, at.l1_offset)
-    assert (header["rt_offset"], header["rt_clusters"]) == (at.refcount_table_offset, at.refcount_table_clusters)
+    assert (header["rt_offset"], header["rt_clusters"]) == (
+        at.refcount_table_offset,
+        at.refcount_table_clusters,
+    )
     backing = cluster[found.backing_offset : found.backing_offset + found.backing_length]
     assert backing == name.encode("utf-8", "surrogateescape")
     by_kind = {kind: (data, where) for kind, data, where in found.extensions}
@@ -366,10 +431,17 @@ def test_the_header_of_a_partial_file(at: Layout, name: str, mixed: int) -> None
     assert not qcow2_layout.is_finished_header(at, cluster)
 
 
-@given(names.filter(lambda name: len(name.encode("utf-8", "surrogateescape")) <= 100), st.integers(924, 5000))
-def test_a_backing_name_too_long_for_qcow2_becomes_one_that_cannot_be_opened(name: str, padding: int) -> None:
+@given(
+    names.filter(lambda name: len(name.encode("utf-8", "surrogateescape")) <= 100),
+    st.integers(924, 5000),
+)
+def test_a_backing_name_too_long_for_qcow2_becomes_one_that_cannot_be_opened(
+    name: str, padding: int
+) -> None:
     at = layout(1 * MiB, 4 * KiB)
-    cluster = qcow2_layout.partial_header(at, OWN, "x" * (MAX_BACKING_NAME + 1 - 924 + padding) + name, 0)
+    cluster = qcow2_layout.partial_header(
+        at, OWN, "x" * (MAX_BACKING_NAME + 1 - 924 + padding) + name, 0
+    )
     found, _ = read_header(cluster.ljust(at.cluster_size, b"\0"))
     backing = cluster[found.backing_offset : found.backing_offset + found.backing_length]
     assert backing.startswith(b"nbd:the-name")
@@ -380,7 +452,9 @@ def test_a_backing_name_too_long_for_qcow2_becomes_one_that_cannot_be_opened(nam
 def test_a_disowned_header_names_another_backing_file_and_is_the_same_image_s(
     at: Layout, name: str, mixed: int
 ) -> None:
-    cluster = bytearray(qcow2_layout.partial_header(at, OWN, name, mixed).ljust(at.cluster_size, b"\0"))
+    cluster = bytearray(
+        qcow2_layout.partial_header(at, OWN, name, mixed).ljust(at.cluster_size, b"\0")
+    )
     before = bytes(cluster)
     (there, new_name), (reference, changed) = qcow2_layout.disown()
     assert there >= 512 + MAX_BACKING_NAME, "the name that is in use meanwhile is left alone"
@@ -419,9 +493,13 @@ def test_a_garbage_header_is_corrupt_and_not_finished(at: Layout, garbage: bytes
 
 @settings(max_examples=200)
 @given(st.integers(0, 511), st.integers(1, 255))
-def test_a_damaged_partial_header_is_corrupt_unless_it_only_tells_people(where: int, change: int) -> None:
+def test_a_damaged_partial_header_is_corrupt_unless_it_only_tells_people(
+    where: int, change: int
+) -> None:
     at = layout(1 * MiB, 64 * KiB)
-    cluster = bytearray(qcow2_layout.partial_header(at, OWN, BACKING, 5).ljust(at.cluster_size, b"\0"))
+    cluster = bytearray(
+        qcow2_layout.partial_header(at, OWN, BACKING, 5).ljust(at.cluster_size, b"\0")
+    )
     cluster[where] ^= change
     own_end = 112 + 100
     length_of_backing_name, length_of_extension = range(16, 20), range(108, 112)
@@ -442,7 +520,9 @@ def test_the_header_of_another_layout_or_image_is_refused(at: Layout, other: Lay
     if at != other:
         with pytest.raises(CacheCorrupt, match="not the header"):
             qcow2_layout.check_partial_header(other, OWN, cluster)
-        assert not qcow2_layout.is_finished_header(other, qcow2_layout.finished(at, 0, at.cluster_size))
+        assert not qcow2_layout.is_finished_header(
+            other, qcow2_layout.finished(at, 0, at.cluster_size)
+        )
 
 
 @given(layouts, st.integers(0, 511))

@@ -10,11 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazyfs.core import qmp_wire
-from lazyfs.core.qmp_wire import MAX_MESSAGE, Command, CommandError, Decoder, JsonObject, ServerSession, WireError
+from lazyfs.core.qmp_wire import (
+    MAX_MESSAGE,
+    Command,
+    CommandError,
+    Decoder,
+    JsonObject,
+    ServerSession,
+    WireError,
+)
 
 texts = st.one_of(st.text(max_size=10), st.text(alphabet='{}[]"\\, \n', max_size=10))
 values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), texts),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        texts,
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
     max_leaves=5,
 )
@@ -29,7 +43,9 @@ def streams(draw: st.DrawFn) -> tuple[list[JsonObject], bytes]:
     wire = draw(gaps)
     for message in messages:
         indent = draw(st.sampled_from([None, 0, 2]))
-        wire += json.dumps(message, indent=indent, ensure_ascii=draw(st.booleans())).encode() + draw(gaps)
+        wire += json.dumps(
+            message, indent=indent, ensure_ascii=draw(st.booleans())
+        ).encode() + draw(gaps)
     return messages, wire
 
 
@@ -38,7 +54,9 @@ def cut(wire: bytes, places: Iterable[int]) -> list[bytes]:
     return [wire[a:b] for a, b in pairwise(bounds)]
 
 
-def decode(chunks: Iterable[bytes], max_message: int = MAX_MESSAGE) -> tuple[list[JsonObject], bool]:
+def decode(
+    chunks: Iterable[bytes], max_message: int = MAX_MESSAGE
+) -> tuple[list[JsonObject], bool]:
     """Return the messages, and whether the stream was refused after them."""
     decoder = Decoder(max_message)
     messages: list[JsonObject] = []
@@ -180,7 +198,9 @@ def test_the_greeting_is_as_in_the_specification() -> None:
 def test_a_command_comes_with_its_arguments_and_id() -> None:
     server = session()
     assert server.command({"execute": "x"}) == Command("x", {}, None, has_id=False)
-    assert server.command({"execute": "x", "arguments": {"a": 1}, "id": 7}) == Command("x", {"a": 1}, 7, has_id=True)
+    assert server.command({"execute": "x", "arguments": {"a": 1}, "id": 7}) == Command(
+        "x", {"a": 1}, 7, has_id=True
+    )
     assert server.command({"execute": "x", "id": None}) == Command("x", {}, None, has_id=True)
 
 
@@ -189,7 +209,10 @@ def test_negotiation_comes_first_and_once() -> None:
     with pytest.raises(CommandError, match="Expecting capabilities negotiation") as refusal:
         server.command({"execute": "query-images"})
     assert refusal.value.kind == "CommandNotFound"
-    assert server.command({"execute": "qmp_capabilities", "arguments": {"enable": []}}).name == "qmp_capabilities"
+    assert (
+        server.command({"execute": "qmp_capabilities", "arguments": {"enable": []}}).name
+        == "qmp_capabilities"
+    )
     assert server.command({"execute": "query-images"}).name == "query-images"
     with pytest.raises(CommandError, match="already complete") as refusal:
         server.command({"execute": "qmp_capabilities"})
@@ -223,7 +246,10 @@ def test_what_is_no_command_is_refused(message: dict[str, Any], desc: str) -> No
     assert refusal.value.kind == "GenericError"
 
 
-@given(st.booleans(), st.one_of(objects, st.builds(lambda o, name: {**o, "execute": name}, objects, values)))
+@given(
+    st.booleans(),
+    st.one_of(objects, st.builds(lambda o, name: {**o, "execute": name}, objects, values)),
+)
 def test_any_object_is_a_command_or_a_command_error(negotiated: bool, message: JsonObject) -> None:
     try:
         outcome = session(negotiated).command(message).name
@@ -237,6 +263,12 @@ def test_an_answer_carries_the_id_if_there_was_one(identity: object, value: obje
     error = CommandError("no such image", "DeviceNotFound")
     failure = {"class": "DeviceNotFound", "desc": "no such image"}
     assert qmp_wire.returned({"execute": "x"}, value) == {"return": value}
-    assert qmp_wire.returned({"execute": "x", "id": identity}, value) == {"return": value, "id": identity}
+    assert qmp_wire.returned({"execute": "x", "id": identity}, value) == {
+        "return": value,
+        "id": identity,
+    }
     assert qmp_wire.failed({"execute": "x"}, error) == {"error": failure}
-    assert qmp_wire.failed({"execute": "x", "id": identity}, error) == {"error": failure, "id": identity}
+    assert qmp_wire.failed({"execute": "x", "id": identity}, error) == {
+        "error": failure,
+        "id": identity,
+    }

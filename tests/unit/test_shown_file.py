@@ -30,7 +30,9 @@ def whole(image_format: str, size: int, cluster_size: int) -> tuple[ShownFile, b
     return shown, qcow2_layout.finished(at, 0, at.data_offset) + data
 
 
-sizes = st.one_of(st.integers(0, len(EXPORT)), st.sampled_from([0, 1, 511, 512, 777, 4095, 4096, 64 * KiB]))
+sizes = st.one_of(
+    st.integers(0, len(EXPORT)), st.sampled_from([0, 1, 511, 512, 777, 4095, 4096, 64 * KiB])
+)
 
 
 @given(
@@ -50,7 +52,9 @@ def test_any_range_is_what_the_whole_file_has_there(
         start = round(where * shown.size)
         end = min(start + length, shown.size)
         parts = shown.split(ByteRange(start, end))
-        limited = [p if isinstance(p, bytes) else ByteRange(p.start, min(p.end, size)) for p in parts]
+        limited = [
+            p if isinstance(p, bytes) else ByteRange(p.start, min(p.end, size)) for p in parts
+        ]
         assert limited == parts, "behind the end of the export"
         assert content_of(parts) == expected[start:end]
         assert len(parts) <= 3
@@ -64,18 +68,31 @@ def test_pieces_joined_are_the_file(size: int, cluster_size: int, cuts: list[int
     assert b"".join(pieces) == expected
 
 
-@given(st.integers(0, 1 << 46), st.sampled_from([4 * KiB << i for i in range(10)]), st.floats(0, 1), st.integers(0, 64))
-def test_the_largest_files_are_split_without_being_made(size: int, cluster: int, where: float, length: int) -> None:
+@given(
+    st.integers(0, 1 << 46),
+    st.sampled_from([4 * KiB << i for i in range(10)]),
+    st.floats(0, 1),
+    st.integers(0, 64),
+)
+def test_the_largest_files_are_split_without_being_made(
+    size: int, cluster: int, where: float, length: int
+) -> None:
     shown = shown_file.of(QCOW2, size, cluster)
     start = min(int(where * shown.size), shown.size)
     wanted = ByteRange(start, min(start + length, shown.size))
     parts = shown.split(wanted)
-    assert sum(len(part) if isinstance(part, bytes) else part.length for part in parts) == wanted.length
+    assert (
+        sum(len(part) if isinstance(part, bytes) else part.length for part in parts)
+        == wanted.length
+    )
     ranges = [part for part in parts if isinstance(part, ByteRange)]
     assert len(ranges) <= 1
     for found in ranges:
         data = shown.metadata_size
-        assert (found.start + data, found.end + data) == (max(start, data), min(wanted.end, data + size))
+        assert (found.start + data, found.end + data) == (
+            max(start, data),
+            min(wanted.end, data + size),
+        )
 
 
 def test_what_takes_room_besides_the_data() -> None:

@@ -26,7 +26,13 @@ def mount(*images: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def job(name: str, status: str, kind: str = "populate", **changes: Any) -> dict[str, Any]:
-    return {"id": name, "type": kind, "status": status, "current-progress": 30, "total-progress": 120} | changes
+    return {
+        "id": name,
+        "type": kind,
+        "status": status,
+        "current-progress": 30,
+        "total-progress": 120,
+    } | changes
 
 
 def drawn(*mounts: dict[str, Any], width: int = 120) -> str:
@@ -50,7 +56,9 @@ def test_nothing_is_mounted() -> None:
 
 @pytest.mark.parametrize("status", ["paused", "standby"])
 def test_a_job_that_does_not_run_is_seen_in_its_images_line(status: str) -> None:
-    text = drawn(mount(image("one"), image("team/two", fill_rate=2.0 * MiB), jobs=[job("team/two", status)]))
+    text = drawn(
+        mount(image("one"), image("team/two", fill_rate=2.0 * MiB), jobs=[job("team/two", status)])
+    )
     assert status not in line_of(text, "one ")
     if status == "paused":
         assert "paused" in line_of(text, "team/two")
@@ -82,20 +90,41 @@ def test_other_jobs_have_a_line() -> None:
 
 
 def test_room() -> None:
-    room = {"total": 100 * MiB, "free": 25 * MiB, "used": 3 * MiB, "max_cache": None, "min_free": None, "message": ""}
+    room = {
+        "total": 100 * MiB,
+        "free": 25 * MiB,
+        "used": 3 * MiB,
+        "max_cache": None,
+        "min_free": None,
+        "message": "",
+    }
     assert "\n  cache 3 MiB  disk 25 MiB free of 100 MiB\n" in drawn(mount(room=room))
     room |= {"max_cache": 50 * MiB, "min_free": 10 * MiB}
-    assert "cache 3 MiB of at most 50 MiB  disk 25 MiB free of 100 MiB, 10 MiB kept free" in drawn(mount(room=room))
+    assert "cache 3 MiB of at most 50 MiB  disk 25 MiB free of 100 MiB, 10 MiB kept free" in drawn(
+        mount(room=room)
+    )
 
 
 def test_events_come_last() -> None:
-    text = drawn(mount(image("one"), events=["12:00:01 one: whole", "12:00:02 job one: gone\x1b[2J"]))
-    assert text.splitlines()[-2:] == ["  12:00:01 one: whole", "  12:00:02 job one: gone\N{REPLACEMENT CHARACTER}[2J"]
+    text = drawn(
+        mount(image("one"), events=["12:00:01 one: whole", "12:00:02 job one: gone\x1b[2J"])
+    )
+    assert text.splitlines()[-2:] == [
+        "  12:00:01 one: whole",
+        "  12:00:02 job one: gone\N{REPLACEMENT CHARACTER}[2J",
+    ]
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 99, 100, 200])
 def test_every_width(width: int) -> None:
-    room = {"total": 100 * MiB, "free": 25 * MiB, "used": 3 * MiB, "max_cache": 50 * MiB, "min_free": 1, "message": ""}
+    room = {
+        "total": 100 * MiB,
+        "free": 25 * MiB,
+        "used": 3 * MiB,
+        "max_cache": 50 * MiB,
+        "min_free": 1,
+        "message": "",
+    }
     text = drawn(
         mount(
             image("a-rather-long-name-of-an-image/of-some-team/debian-12-generic-amd64"),
@@ -145,11 +174,16 @@ def entry(start: int, length: int, kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("width", [1, 2, 7, 80, 1000])
 def test_a_strip_is_as_wide_as_the_terminal(width: int) -> None:
-    cells = map_view.strip([entry(0, 50, "data"), entry(50, 25, "zero"), entry(75, 25, "missing")], width)
+    cells = map_view.strip(
+        [entry(0, 50, "data"), entry(50, 25, "zero"), entry(75, 25, "missing")], width
+    )
     assert len(cells) == width
     if width >= 7:
         assert (cells[0], cells[-1], cells[width * 6 // 10]) == ("data", "missing", "zero")
-        assert [cell for i, cell in enumerate(cells) if not i or cells[i - 1] != cell][:2] == ["data", "zero"]
+        assert [cell for i, cell in enumerate(cells) if not i or cells[i - 1] != cell][:2] == [
+            "data",
+            "zero",
+        ]
 
 
 def test_what_a_cell_shows_of_a_mixture() -> None:
@@ -160,4 +194,7 @@ def test_what_a_cell_shows_of_a_mixture() -> None:
 
 
 def test_a_byte_is_as_wide_as_it_must_be() -> None:
-    assert map_view.strip([entry(0, 1, "data"), entry(1, 1, "missing")], 6) == ["data"] * 3 + ["missing"] * 3
+    assert (
+        map_view.strip([entry(0, 1, "data"), entry(1, 1, "missing")], 6)
+        == ["data"] * 3 + ["missing"] * 3
+    )

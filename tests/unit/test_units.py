@@ -65,7 +65,11 @@ def test_what_is_no_size_says_what_is(text: str) -> None:
         units.parse_size(text)
 
 
-@given(st.one_of(st.text(), st.text(alphabet="0123456789.KMGTPEiB \t", max_size=12), st.integers(300, 6000)))
+@given(
+    st.one_of(
+        st.text(), st.text(alphabet="0123456789.KMGTPEiB \t", max_size=12), st.integers(300, 6000)
+    )
+)
 def test_any_text_is_a_size_or_a_value_error(text: str | int) -> None:
     if isinstance(text, int):
         text = "9" * text + ".5G"
@@ -77,7 +81,11 @@ def test_any_text_is_a_size_or_a_value_error(text: str | int) -> None:
 def test_whole_numbers_are_exact(number: int, letter: str) -> None:
     power = "KMGTPE".index(letter) + 1
     assert units.parse_size(f"{number}") == number
-    assert units.parse_size(f"{number}{letter}") == units.parse_size(f"{number}{letter}iB") == number * 1024**power
+    assert (
+        units.parse_size(f"{number}{letter}")
+        == units.parse_size(f"{number}{letter}iB")
+        == number * 1024**power
+    )
     assert units.parse_size(f"{number}{letter}B") == number * 1000**power
 
 

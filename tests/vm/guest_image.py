@@ -155,7 +155,9 @@ def build(folder: Path, cache: Path) -> GuestImage:
             _run("dpkg-deb", "-x", package, root)
         (image,) = (root / "boot").glob("vmlinuz-*")
         shutil.copyfile(image, guest.kernel)
-        guest.initrd.write_bytes(_initrd(root, root / "lib/modules" / image.name.removeprefix("vmlinuz-")))
+        guest.initrd.write_bytes(
+            _initrd(root, root / "lib/modules" / image.name.removeprefix("vmlinuz-"))
+        )
         guest.cmdline.write_text(_CMDLINE + "\n")
         _add_own_files(root)
         built = Path(temporary) / "disk"
@@ -201,7 +203,9 @@ def _fetched(cache: Path) -> list[Path]:
         # Two runs may fetch the same package. Each uses a folder of its own, and a rename replaces
         # a file by an equal one.
         with tempfile.TemporaryDirectory(dir=cache) as private:
-            _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *missing, cwd=private)
+            _run(
+                "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *missing, cwd=private
+            )
             for file in os.listdir(private):
                 os.replace(Path(private) / file, cache / file)
     for file, _, digest in wanted:
@@ -221,8 +225,12 @@ def _initrd(root: Path, modules: Path) -> bytes:
     names = [module.rpartition("/")[2] for module in _MODULES]
     entries = [(name, stat.S_IFDIR | 0o755, b"", (0, 0)) for name in ("bin", "dev", "modules")]
     entries.append(("dev/console", stat.S_IFCHR | 0o600, b"", (5, 1)))
-    entries.append(("bin/busybox", stat.S_IFREG | 0o755, (root / "bin/busybox").read_bytes(), (0, 0)))
-    entries.append(("init", stat.S_IFREG | 0o755, _INIT.format(modules=" ".join(names)).encode(), (0, 0)))
+    entries.append(
+        ("bin/busybox", stat.S_IFREG | 0o755, (root / "bin/busybox").read_bytes(), (0, 0))
+    )
+    entries.append(
+        ("init", stat.S_IFREG | 0o755, _INIT.format(modules=" ".join(names)).encode(), (0, 0))
+    )
     for module, name in zip(_MODULES, names, strict=True):
         content = (modules / f"kernel/drivers/{module}.ko").read_bytes()
         entries.append((f"modules/{name}.ko", stat.S_IFREG | 0o644, content, (0, 0)))
@@ -235,7 +243,9 @@ def _cpio(entries: Iterable[tuple[str, int, bytes, tuple[int, int]]]) -> bytes:
     Source: Documentation/driver-api/early-userspace/buffer-format.rst in the Linux sources.
     """
     archive = bytearray()
-    for inode, (name, mode, content, device) in enumerate([*entries, ("TRAILER!!!", 0, b"", (0, 0))], 1):
+    for inode, (name, mode, content, device) in enumerate(
+        [*entries, ("TRAILER!!!", 0, b"", (0, 0))], 1
+    ):
         fields = (inode, mode, 0, 0, 1, _EPOCH, len(content), 0, 0, *device, len(name) + 1, 0)
         archive += b"070701" + b"".join(b"%08X" % field for field in fields)
         for part in (name.encode() + b"\0", content):
@@ -257,7 +267,11 @@ def _checksums(root: Path) -> list[str]:
 
     The files are all over the disk, and in another order than on it.
     """
-    files = {f"/{path.relative_to(root)}": path for path in root.rglob("*") if path.is_file() and not path.is_symlink()}
+    files = {
+        f"/{path.relative_to(root)}": path
+        for path in root.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
     left, lines = VERIFIED_SIZE, []
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
         content = files[name].read_bytes()
@@ -272,21 +286,48 @@ def _make_disk(disk: Path, root: Path) -> None:
         os.utime(path, (_EPOCH, _EPOCH), follow_symlinks=False)
     with disk.open("wb") as file:
         file.truncate(DISK_SIZE)
-    environment = {**os.environ, "E2FSPROGS_FAKE_TIME": str(_EPOCH), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    environment = {
+        **os.environ,
+        "E2FSPROGS_FAKE_TIME": str(_EPOCH),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+    }
     # Few inodes, initialised now: a guest would write zeros into their tables at moments of its own
     # choice.
-    extended = f"offset={PARTITION_OFFSET},hash_seed={_UUID},root_owner=0:0,lazy_itable_init=0,nodiscard"
-    options = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-N", "4096", "-J", "size=8", "-U", _UUID]
+    extended = (
+        f"offset={PARTITION_OFFSET},hash_seed={_UUID},root_owner=0:0,lazy_itable_init=0,nodiscard"
+    )
+    options = [
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-b",
+        "4096",
+        "-m",
+        "0",
+        "-N",
+        "4096",
+        "-J",
+        "size=8",
+        "-U",
+        _UUID,
+    ]
     length = f"{(DISK_SIZE - PARTITION_OFFSET) // 1024}K"
     _run("mke2fs", *options, "-E", extended, "-d", root, disk, length, environment=environment)
     # mke2fs copies the owner, the ctime, and perhaps an atime that its own reading made. Inodes
     # count up from 11.
     inodes = [2, *range(11, 12 + len({path.lstat().st_ino for path in root.rglob("*")}))]
     values = {"ctime": f"@{_EPOCH}", "atime": f"@{_EPOCH}", "uid": "0", "gid": "0"}
-    fields = [f"set_inode_field <{inode}> {name} {value}\n" for inode in inodes for name, value in values.items()]
+    fields = [
+        f"set_inode_field <{inode}> {name} {value}\n"
+        for inode in inodes
+        for name, value in values.items()
+    ]
     script = root.parent / "debugfs-script"
     script.write_text("".join(fields))
-    _run("debugfs", "-w", "-f", script, f"{disk}?offset={PARTITION_OFFSET}", environment=environment)
+    _run(
+        "debugfs", "-w", "-f", script, f"{disk}?offset={PARTITION_OFFSET}", environment=environment
+    )
     # Source of the layout: "Master boot record" as every BIOS and kernel reads it; addresses as LBA
     # only.
     start, sectors = PARTITION_OFFSET // SECTOR, (DISK_SIZE - PARTITION_OFFSET) // SECTOR
@@ -295,9 +336,13 @@ def _make_disk(disk: Path, root: Path) -> None:
         file.write(bytes(440) + struct.pack("<IH", 0x1A2F5, 0) + entry + bytes(48) + b"\x55\xaa")
 
 
-def _run(*command: str | Path, cwd: str | None = None, environment: dict[str, str] | None = None) -> str:
+def _run(
+    *command: str | Path, cwd: str | None = None, environment: dict[str, str] | None = None
+) -> str:
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr}")
     return done.stdout

@@ -57,7 +57,12 @@ class GuestLab(Lab):
         return found
 
     def boot(
-        self, arguments: str = "", *, size: str | None = None, direct: bool = False, iothread: bool = False
+        self,
+        arguments: str = "",
+        *,
+        size: str | None = None,
+        direct: bool = False,
+        iothread: bool = False,
     ) -> VirtualMachine:
         """Start a virtual machine on the image; see `VirtualMachine` for the arguments."""
         name = f"vm{len(self._machines)}"
@@ -80,7 +85,9 @@ class GuestLab(Lab):
 
         Then a slow host, too, does things before the image is whole.
         """
-        return self.serve("rate", parameters=(f"rate={rate}", f"rate-file={self._rate_file}", "burstiness=0.1"))
+        return self.serve(
+            "rate", parameters=(f"rate={rate}", f"rate-file={self._rate_file}", "burstiness=0.1")
+        )
 
     def hurry(self) -> None:
         """Let the slow repository have 1.5 Gbit/s."""

@@ -15,7 +15,9 @@ READING = "guest.loop=1000000"
 
 
 @pytest.mark.parametrize(
-    ("direct", "iothread"), [(False, False), (True, False), (True, True)], ids=["cached", "cache=none", "iothread"]
+    ("direct", "iothread"),
+    [(False, False), (True, False), (True, True)],
+    ids=["cached", "cache=none", "iothread"],
 )
 def test_guests_outlive_lazyfs(lab: GuestLab, direct: bool, iothread: bool) -> None:
     """One guest is moved as soon as the image is whole, another only when lazyfs is detached.
@@ -76,7 +78,9 @@ def test_a_guest_boots_from_a_qcow2_that_is_being_filled_and_outlives_lazyfs(lab
     machine.wait_for_cold_passes()
     machine.finish()
     subprocess.run(["qemu-img", "check", "-q", lab.disk], check=True)
-    subprocess.run(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", lab.source, lab.disk], check=True)
+    subprocess.run(
+        ["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", lab.source, lab.disk], check=True
+    )
 
 
 def test_a_guest_uses_the_file_it_was_moved_to_and_no_other(lab: GuestLab) -> None:

@@ -71,20 +71,45 @@ class VirtualMachine:
         self.qmp_socket = folder / f"{name}.qmp"
         self._serial = folder / f"{name}.serial"
         self._messages = folder / f"{name}.messages"
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", backing_format]
+        create = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            str(backing),
+            "-F",
+            backing_format,
+        ]
         create += [str(self.overlay)]
         subprocess.run(create, check=True, timeout=DEADLINE_S)
         if size is not None:
-            subprocess.run(["qemu-img", "resize", "-q", str(self.overlay), size], check=True, timeout=DEADLINE_S)
+            subprocess.run(
+                ["qemu-img", "resize", "-q", str(self.overlay), size],
+                check=True,
+                timeout=DEADLINE_S,
+            )
         cmdline = f"{guest.cmdline.read_text().strip()} {arguments}"
-        command = ["qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config", "-display", "none"]
+        command = [
+            "qemu-system-x86_64",
+            "-name",
+            name,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+        ]
         command += ["-M", "q35", "-accel", "tcg", "-cpu", "qemu64", "-m", "256", "-no-reboot"]
         command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", cmdline]
         for node in self._nodes(backing, backing_format, direct):
             command += ["-blockdev", json.dumps(node)]
         if iothread:
             command += ["-object", "iothread,id=disk-thread"]
-        command += ["-device", "virtio-blk-pci,drive=vm" + (",iothread=disk-thread" if iothread else "")]
+        command += [
+            "-device",
+            "virtio-blk-pci,drive=vm" + (",iothread=disk-thread" if iothread else ""),
+        ]
         command += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         command += ["-qmp", f"unix:{self.qmp_socket},server=on,wait=off"]
         with self._serial.open("wb") as serial, self._messages.open("wb") as messages:
@@ -99,8 +124,20 @@ class VirtualMachine:
     def _nodes(self, backing: Path, backing_format: str, direct: bool) -> list[dict[str, object]]:
         cache = {"cache": {"direct": direct}}
         return [
-            {"driver": "file", "node-name": "base-file", "filename": str(backing), "read-only": True, **cache},
-            {"driver": backing_format, "node-name": "base", "file": "base-file", "read-only": True, **cache},
+            {
+                "driver": "file",
+                "node-name": "base-file",
+                "filename": str(backing),
+                "read-only": True,
+                **cache,
+            },
+            {
+                "driver": backing_format,
+                "node-name": "base",
+                "file": "base-file",
+                "read-only": True,
+                **cache,
+            },
             {"driver": "file", "node-name": "vm-file", "filename": str(self.overlay), **cache},
             {"driver": "qcow2", "node-name": "vm", "file": "vm-file", "backing": "base", **cache},
         ]
@@ -117,7 +154,9 @@ class VirtualMachine:
         """Wait until the guest has read everything `count` times, in passes that begin after
         now."""
         goal = self.passes() + 1 + count  # the one under way began before
-        self._wait(lambda text: text.count("LAZYFS-GUEST-PASS") >= goal, f"makes {count} more passes")
+        self._wait(
+            lambda text: text.count("LAZYFS-GUEST-PASS") >= goal, f"makes {count} more passes"
+        )
 
     def passes(self) -> int:
         """Return how many times the guest has read everything."""
@@ -167,7 +206,9 @@ class VirtualMachine:
             if target.startswith("/") and not target.startswith(("/dev/", self._own)):
                 lines = Path(f"/proc/{self._process.pid}/fdinfo/{fd}").read_text().splitlines()
                 fields = dict(line.split(":", 1) for line in lines if ":" in line)
-                found.append(BackingFile(int(fields["ino"]), bool(int(fields["flags"], 8) & os.O_DIRECT)))
+                found.append(
+                    BackingFile(int(fields["ino"]), bool(int(fields["flags"], 8) & os.O_DIRECT))
+                )
         (one,) = found
         return one
 
@@ -199,8 +240,12 @@ class VirtualMachine:
                 self._check(text)
             if condition(text):
                 return
-            assert running, self._explained(f"QEMU ended (exit {self._process.returncode}) before the guest {what}")
-            assert time.monotonic() < end, self._explained(f"not in {DEADLINE_S:g} s: the guest {what}")
+            assert running, self._explained(
+                f"QEMU ended (exit {self._process.returncode}) before the guest {what}"
+            )
+            assert time.monotonic() < end, self._explained(
+                f"not in {DEADLINE_S:g} s: the guest {what}"
+            )
             time.sleep(0.02)
 
     def _check(self, text: str) -> None:

@@ -17,8 +17,12 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tools/bench", description="Compare lazyfs with its peers, side by side.")
-    parser.add_argument("--quick", action="store_true", help="small images, two rounds: under 3 minutes")
+    parser = argparse.ArgumentParser(
+        prog="tools/bench", description="Compare lazyfs with its peers, side by side."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small images, two rounds: under 3 minutes"
+    )
     parser.add_argument(
         "--only",
         metavar="ROW",
@@ -27,7 +31,9 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, help=f"instead of {ROUNDS}")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every sample")
-    parser.add_argument("--plot", metavar="DIR", type=Path, help="draw ratios and time series as PNG")
+    parser.add_argument(
+        "--plot", metavar="DIR", type=Path, help="draw ratios and time series as PNG"
+    )
     parser.add_argument("--dir", metavar="DIR", type=Path, default=Path(tempfile.gettempdir()),
                         help="where caches and copies lie: the disk that counts (default: %(default)s)")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the rows")

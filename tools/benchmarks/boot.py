@@ -32,7 +32,9 @@ class _NbdMachine(VirtualMachine):
         return [{"node-name": first["node-name"], "read-only": True, **remote}, *others]
 
 
-def _boot(lab: Lab, guest: GuestImage, backing: object, kind: type[VirtualMachine] = VirtualMachine) -> None:
+def _boot(
+    lab: Lab, guest: GuestImage, backing: object, kind: type[VirtualMachine] = VirtualMachine
+) -> None:
     """Until the guest has read and checked its files, written one, and powered itself off."""
     folder = lab.fresh("vm")
     machine = kind(folder, "vm", guest, backing)  # type: ignore[arg-type]
@@ -99,7 +101,9 @@ def _later(lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
         def all_of_them(disk: Path) -> float:
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                return _timed(lambda: list(pool.map(lambda _: _boot(lab, guest, disk), range(count))))
+                return _timed(
+                    lambda: list(pool.map(lambda _: _boot(lab, guest, disk), range(count)))
+                )
 
         yield {LAZYFS: lambda: all_of_them(mount.mnt / "guest"), PLAIN: lambda: all_of_them(plain)}
         notes.lines.append(f"{count} VMs, four at a time")
@@ -123,13 +127,45 @@ def _units(delay_ms: int, lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
     with _guest(lab) as (guest, _):
         default = "64K"
-        yield {LAZYFS: partial(boot, default), **{f"--block-size {b}": partial(boot, b) for b in ("256K", "1M", "4M")}}
+        yield {
+            LAZYFS: partial(boot, default),
+            **{f"--block-size {b}": partial(boot, b) for b in ("256K", "1M", "4M")},
+        }
         notes.lines += [f"{block}: {text}" for block, text in seen.items()]
 
 
 BOOT_ROWS = [
-    Row("boot-first", "VM boot, repository at 50 MB/s", "s", _first, [Target(PLAIN, at_most=1.2)], rounds=3),
-    Row("boot-later", "the second to twentieth VM", "s", _later, [Target(PLAIN, at_most=1.05)], rounds=2, slow=True),
-    Row("boot-units-1ms", "VM boot, nothing populated, 1 ms away", "s", partial(_units, 1), rounds=2, slow=True),
-    Row("boot-units-20ms", "VM boot, nothing populated, 20 ms away", "s", partial(_units, 20), rounds=2, slow=True),
+    Row(
+        "boot-first",
+        "VM boot, repository at 50 MB/s",
+        "s",
+        _first,
+        [Target(PLAIN, at_most=1.2)],
+        rounds=3,
+    ),
+    Row(
+        "boot-later",
+        "the second to twentieth VM",
+        "s",
+        _later,
+        [Target(PLAIN, at_most=1.05)],
+        rounds=2,
+        slow=True,
+    ),
+    Row(
+        "boot-units-1ms",
+        "VM boot, nothing populated, 1 ms away",
+        "s",
+        partial(_units, 1),
+        rounds=2,
+        slow=True,
+    ),
+    Row(
+        "boot-units-20ms",
+        "VM boot, nothing populated, 20 ms away",
+        "s",
+        partial(_units, 20),
+        rounds=2,
+        slow=True,
+    ),
 ]

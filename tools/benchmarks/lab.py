@@ -131,10 +131,14 @@ class Lab:
             (self.repository / name).unlink(missing_ok=True)
 
     @contextmanager
-    def served(self, *filters: str, parameters: Sequence[str] = (), folder: Path | None = None) -> Iterator[str]:
+    def served(
+        self, *filters: str, parameters: Sequence[str] = (), folder: Path | None = None
+    ) -> Iterator[str]:
         """Serve the repository with nbdkit on a unix socket; yields the URI without an export's name."""
         path = self.memory / f"nbd{next(self._numbers)}.sock"
-        command = self._nbdkit("--unix", path, filters=filters, parameters=parameters, folder=folder)
+        command = self._nbdkit(
+            "--unix", path, filters=filters, parameters=parameters, folder=folder
+        )
         with self._kept(command, ready=path.exists, clear=lambda: path.unlink(missing_ok=True)):
             yield f"nbd+unix:///?socket={path}"
 
@@ -153,7 +157,11 @@ class Lab:
                 yield f"nbd://{way.address}:{port}"
 
     def _nbdkit(
-        self, *where: object, filters: Sequence[str], parameters: Sequence[str], folder: Path | None = None
+        self,
+        *where: object,
+        filters: Sequence[str],
+        parameters: Sequence[str],
+        folder: Path | None = None,
     ) -> list[object]:
         command = ["nbdkit", "--foreground", "--readonly", *where, "--threads", "16"]
         command += [f"--filter={name}" for name in filters]
@@ -188,8 +196,24 @@ class Lab:
         own = cache is None
         cache = cache or self.fresh("cache")
         read_fd, write_fd = os.pipe()
-        command: list[object] = [sys.executable, "-m", "lazyfs", "mount", uri, mnt, "--cache-dir", cache]
-        command += ["--foreground", "--ready-fd", write_fd, "--log-file", self.folder / "lazyfs.log", *options]
+        command: list[object] = [
+            sys.executable,
+            "-m",
+            "lazyfs",
+            "mount",
+            uri,
+            mnt,
+            "--cache-dir",
+            cache,
+        ]
+        command += [
+            "--foreground",
+            "--ready-fd",
+            write_fd,
+            "--log-file",
+            self.folder / "lazyfs.log",
+            *options,
+        ]
         process = start(*command, pass_fds=[write_fd])
         os.close(write_fd)
         try:
@@ -199,7 +223,9 @@ class Lab:
                 raise RuntimeError(f"lazyfs mount: {said}")
             yield Mount(mnt, cache, process, self._socket(mnt))
         finally:
-            subprocess.run([sys.executable, "-m", "lazyfs", "umount", mnt], capture_output=True, check=False)
+            subprocess.run(
+                [sys.executable, "-m", "lazyfs", "umount", mnt], capture_output=True, check=False
+            )
             end(process)
             subprocess.run(["umount", "-l", str(mnt)], capture_output=True, check=False)
             if own:
@@ -228,7 +254,15 @@ class Lab:
         overlay, shown = folder / "cache.qcow2", folder / "shown"
         shown.touch()
         if not overlay.exists():
-            run("qemu-img", "create", "-q", "-f", "qcow2", overlay, (self.repository / name).stat().st_size)
+            run(
+                "qemu-img",
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                overlay,
+                (self.repository / name).stat().st_size,
+            )
         command = ["qemu-storage-daemon"]
         remote = ",".join(f"server.{key}={value}" for key, value in self.server(uri).items())
         remote += f",export={name},read-only=on"

@@ -26,7 +26,9 @@ class Target:
     at_least: float | None = None
 
     def reached(self, value: float) -> bool:
-        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+        return (self.at_most is None or value <= self.at_most) and (
+            self.at_least is None or value >= self.at_least
+        )
 
     def __str__(self) -> str:
         sign, limit = ("<=", self.at_most) if self.at_most is not None else (">=", self.at_least)
@@ -83,7 +85,12 @@ class Outcome:
             "unit": self.row.unit,
             "samples": self.samples,
             "targets": [
-                {"peer": t.peer, "target": str(t), "value": self.against(t), "reached": t.reached(self.against(t))}
+                {
+                    "peer": t.peer,
+                    "target": str(t),
+                    "value": self.against(t),
+                    "reached": t.reached(self.against(t)),
+                }
                 for t in self.row.targets
                 if not self.error
             ],

@@ -28,7 +28,9 @@ def run(*command: object, **options: Any) -> str:
         words, capture_output=True, text=True, check=False, preexec_fn=_die_with_parent, **options
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-2000:]}"
+        )
     return done.stdout
 
 
@@ -51,7 +53,9 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def running(*command: object, ready: Callable[[], object], **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+def running(
+    *command: object, ready: Callable[[], object], **options: Any
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Run in the background while the block lasts; it begins when `ready` returns something true."""
     process = start(*command, **options)
     try:
@@ -96,7 +100,9 @@ def kept_running(
             keeper.join(0.1)
 
 
-def wait_until(condition: Callable[[], object], what: str, process: "subprocess.Popen[bytes] | None" = None) -> None:
+def wait_until(
+    condition: Callable[[], object], what: str, process: "subprocess.Popen[bytes] | None" = None
+) -> None:
     """Poll every few milliseconds: for set-up, never inside what is measured."""
     limit = time.monotonic() + DEADLINE_S
     while not condition():
@@ -108,11 +114,15 @@ def wait_until(condition: Callable[[], object], what: str, process: "subprocess.
 
 
 @contextmanager
-def fuse(command: Sequence[object], mountpoint: Path, shown: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def fuse(
+    command: Sequence[object], mountpoint: Path, shown: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a program that mounts, until the block ends; `shown` is a file that is not empty once it serves."""
     process = start(*command)
     try:
-        wait_until(lambda: shown.exists() and shown.stat().st_size > 0, f"{command[0]} serves", process)
+        wait_until(
+            lambda: shown.exists() and shown.stat().st_size > 0, f"{command[0]} serves", process
+        )
         yield process
     finally:
         subprocess.run(["umount", str(mountpoint)], stderr=subprocess.DEVNULL, check=False)

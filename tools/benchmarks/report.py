@@ -27,7 +27,11 @@ def environment(folder: Path) -> dict[str, str]:
         platform.machine(),
     )
     revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     return {
@@ -98,7 +102,11 @@ def plot(folder: Path, outcomes: Sequence[Outcome]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     bars = [
-        (f"{o.row.name} / {t.peer}", o.against(t), t) for o in outcomes if not o.error for t in o.row.targets if t.peer
+        (f"{o.row.name} / {t.peer}", o.against(t), t)
+        for o in outcomes
+        if not o.error
+        for t in o.row.targets
+        if t.peer
     ]
     if bars:
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(bars)))
@@ -116,9 +124,13 @@ def plot(folder: Path, outcomes: Sequence[Outcome]) -> None:
         series = outcome.notes.series
         if not series:
             continue
-        figure, axes = pyplot.subplots(len(series), 1, sharex=True, figsize=(9, 3 * len(series)), squeeze=False)
+        figure, axes = pyplot.subplots(
+            len(series), 1, sharex=True, figsize=(9, 3 * len(series)), squeeze=False
+        )
         for (name, points), one in zip(series.items(), axes[:, 0], strict=True):
-            one.plot([at for at, _ in points], [value for _, value in points], marker=".", linewidth=0.8)
+            one.plot(
+                [at for at, _ in points], [value for _, value in points], marker=".", linewidth=0.8
+            )
             one.set_ylabel(name)
         axes[-1, 0].set_xlabel("s")
         figure.suptitle(outcome.row.title)

@@ -19,7 +19,12 @@ from benchmarks.processes import cpu_seconds, drop_caches, rss_mib, run, wait_un
 GiB = 1 << 30
 KiB = 1 << 10
 
-NBDCOPY, NBDFUSE, QSD, COW = "nbdcopy --flush", "nbdfuse", "qemu-storage-daemon", "nbdkit cow + nbdfuse"
+NBDCOPY, NBDFUSE, QSD, COW = (
+    "nbdcopy --flush",
+    "nbdfuse",
+    "qemu-storage-daemon",
+    "nbdkit cow + nbdfuse",
+)
 PLAIN = "plain file"
 
 
@@ -95,9 +100,28 @@ def _convert(lab: Lab, uri: str, image_format: str) -> float:
 def _fio(path: Path, *, pattern: str, block: str, jobs: int, size: int, seconds: int) -> float:
     """Return reads per second of cold data: each job has a part of the file, and reads nothing twice."""
     share = size // jobs
-    command = ["fio", "--name=read", f"--filename={path}", "--readonly", f"--rw={pattern}", f"--bs={block}"]
-    command += [f"--numjobs={jobs}", "--thread", "--group_reporting", f"--size={share}", f"--offset_increment={share}"]
-    command += [f"--runtime={seconds}", "--ioengine=psync", "--invalidate=0", "--output-format=json", "--randrepeat=0"]
+    command = [
+        "fio",
+        "--name=read",
+        f"--filename={path}",
+        "--readonly",
+        f"--rw={pattern}",
+        f"--bs={block}",
+    ]
+    command += [
+        f"--numjobs={jobs}",
+        "--thread",
+        "--group_reporting",
+        f"--size={share}",
+        f"--offset_increment={share}",
+    ]
+    command += [
+        f"--runtime={seconds}",
+        "--ioengine=psync",
+        "--invalidate=0",
+        "--output-format=json",
+        "--randrepeat=0",
+    ]
     found = json.loads(run(*command))
     return float(found["jobs"][0]["read"]["iops"])
 
@@ -110,7 +134,10 @@ def _whole(pattern: str, block: str, lab: Lab, notes: Notes) -> Iterator[Contend
     with lab.served() as uri, lab.lazyfs(uri, "--no-populate") as mount:
         mount.populate(["disk"])
         reads = partial(_fio, pattern=pattern, block=block, jobs=1, size=size, seconds=seconds)
-        yield {LAZYFS: lambda: reads(mount.mnt / "disk"), PLAIN: lambda: reads(mount.cache / "disk")}
+        yield {
+            LAZYFS: lambda: reads(mount.mnt / "disk"),
+            PLAIN: lambda: reads(mount.cache / "disk"),
+        }
     lab.forget("disk")
 
 
@@ -118,7 +145,9 @@ def _whole(pattern: str, block: str, lab: Lab, notes: Notes) -> Iterator[Contend
 def _present(jobs: int, lab: Lab, notes: Notes) -> Iterator[Contenders]:
     size = lab.size(GiB, 256 * MiB)
     lab.image("disk", 2 * size)
-    reads = partial(_fio, pattern="randread", block="4k", jobs=jobs, size=size, seconds=lab.size(5, 2))
+    reads = partial(
+        _fio, pattern="randread", block="4k", jobs=jobs, size=size, seconds=lab.size(5, 2)
+    )
     with ExitStack() as stack:
         uri = stack.enter_context(lab.served())
         mount = stack.enter_context(lab.lazyfs(uri, "--no-populate"))
@@ -252,7 +281,10 @@ def _fetched_bytes(lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
     def fetched() -> float:
         with lab.served("stats", parameters=(f"statsfile={log}",)) as uri, lab.lazyfs(uri) as mount:
-            readers = [threading.Thread(target=_wander, args=(mount.mnt / "disk", size, seed)) for seed in range(4)]
+            readers = [
+                threading.Thread(target=_wander, args=(mount.mnt / "disk", size, seed))
+                for seed in range(4)
+            ]
             for reader in readers:
                 reader.start()
             for reader in readers:
@@ -304,7 +336,8 @@ def _many(what: str, lab: Lab, notes: Notes) -> Iterator[Contenders]:
         with lab.served(folder=folder) as uri, lab.lazyfs(uri) as mount:
             run("ls", "-l", mount.mnt)
             wait_until(
-                lambda: run("stat", "-c", "%s", mount.mnt / "image-09999").strip() == str(GiB), "sizes are known"
+                lambda: run("stat", "-c", "%s", mount.mnt / "image-09999").strip() == str(GiB),
+                "sizes are known",
             )
             began = time.perf_counter()
             run("ls", "-l", mount.mnt)
@@ -317,7 +350,10 @@ def _many(what: str, lab: Lab, notes: Notes) -> Iterator[Contenders]:
             before, cpu = wakeups(mount.pid), cpu_seconds(mount.pid)
             time.sleep(10)
             notes.lines.append(f"CPU in 10 s: {cpu_seconds(mount.pid) - cpu:.2f} s")
-            return sum(count - before.get(thread, 0) for thread, count in wakeups(mount.pid).items()) / 10
+            return (
+                sum(count - before.get(thread, 0) for thread, count in wakeups(mount.pid).items())
+                / 10
+            )
 
     yield {LAZYFS: second_list}
     shutil.rmtree(folder)

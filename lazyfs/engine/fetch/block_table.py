@@ -1,8 +1,9 @@
-"""What is known of the blocks of one image: present, under way, or missing; shared by readers and population.
+"""What is known of the blocks of one image: present, under way, or missing; shared by readers and
+population.
 
-The pure table (`core/in_flight.py`), the extents and the counters, under one lock, because population's threads
-change them as well as the trio thread. The lock is held for microseconds, and never across an await, a system call or
-a callback.
+The pure table (`core/in_flight.py`), the extents and the counters, under one lock, because
+population's threads change them as well as the trio thread. The lock is held for microseconds, and
+never across an await, a system call or a callback.
 """
 
 import threading
@@ -23,7 +24,8 @@ from lazyfs.engine.totals import Totals
 
 
 class BlockTable:
-    """The blocks of one image. Every method may be called from any thread, unless it says otherwise."""
+    """The blocks of one image. Every method may be called from any thread, unless it says
+    otherwise."""
 
     def __init__(self, blocks: BlockMap, counters: FetchCounters, totals: Totals) -> None:
         """Begin with what a store loaded. Must be made in the trio thread.
@@ -57,7 +59,8 @@ class BlockTable:
 
     @property
     def failure(self) -> errors.LazyfsError | None:
-        """Why nothing more is fetched; None if it is. A fact: never raise it, raise `failure.again()`."""
+        """Why nothing more is fetched; None if it is. A fact: never raise it, raise
+        `failure.again()`."""
         return self._failure
 
     @property
@@ -83,7 +86,8 @@ class BlockTable:
     # -- what is here
 
     def present(self, wanted: ByteRange) -> bool:
-        """Whether `wanted` can be read from the cache file. Takes no lock: blocks never become missing again."""
+        """Whether `wanted` can be read from the cache file. Takes no lock: blocks never become
+        missing again."""
         return self._blocks.is_present(wanted)
 
     @property
@@ -133,18 +137,21 @@ class BlockTable:
     # -- extents
 
     def first_unknown(self, within: ByteRange) -> ByteRange | None:
-        """Return the first window touching `within` of which it is not known what the export holds."""
+        """Return the first window touching `within` of which it is not known what the export
+        holds."""
         with self._lock:
             return self._extents.first_unknown(within)
 
     def next_unknown(self) -> ByteRange | None:
-        """Return the window that population needs to know before it can go on; None if it knows enough."""
+        """Return the window that population needs to know before it can go on; None if it knows
+        enough."""
         with self._lock:
             run = self._flights.next_missing()
             return None if run is None else self._extents.first_unknown(self._blocks.bytes_of(run))
 
     def missing_window(self, position: int) -> tuple[ByteRange, bool] | None:
-        """Return the first window at or after byte `position` with missing blocks, and whether it is known."""
+        """Return the first window at or after byte `position` with missing blocks, and whether it
+        is known."""
         with self._lock:
             run = self._blocks.next_missing(-(-position // self.block_size), 1)
             if run is None:
@@ -153,7 +160,8 @@ class BlockTable:
             return window, self._extents.first_unknown(window) is None
 
     def learn(self, window: ByteRange, data: Iterable[ByteRange]) -> None:
-        """Take in which ranges of `window` hold data; the other blocks of it are present from now on."""
+        """Take in which ranges of `window` hold data; the other blocks of it are present from now
+        on."""
         with self._lock:
             self._extents.learn(window, data)
             for zeroes in self._extents.zero_ranges(window):
@@ -176,7 +184,9 @@ class BlockTable:
     def claim(self, limit: int) -> Flight | None:
         """As `InFlight.claim`."""
         with self._lock:
-            return self._flights.claim(limit, lambda span: self._extents.known_until(span.start, span.end))
+            return self._flights.claim(
+                limit, lambda span: self._extents.known_until(span.start, span.end)
+            )
 
     def count_requests(self, amount: int) -> None:
         """Count requests that are sent to the repository."""
@@ -226,7 +236,8 @@ class BlockTable:
     # -- saving
 
     async def until_changed(self) -> None:
-        """Wait until something has changed since the last checkpoint, or everything is present. Trio thread only."""
+        """Wait until something has changed since the last checkpoint, or everything is present.
+        Trio thread only."""
 
         async def until(event: trio.Event) -> None:
             await event.wait()
@@ -237,7 +248,8 @@ class BlockTable:
             nursery.start_soon(until, self.completed)
 
     def take_dirty(self) -> tuple[list[tuple[int, bytes]], int]:
-        """Return the pages of the map that have changed since the last call, and the zero bytes in mixed blocks.
+        """Return the pages of the map that have changed since the last call, and the zero bytes in
+        mixed blocks.
 
         Trio thread only.
         """
@@ -255,7 +267,10 @@ class BlockTable:
 
     def _note_progress(self) -> None:
         with self._lock:
-            zero, self._zero_counted = self._blocks.zero_bytes - self._zero_counted, self._blocks.zero_bytes
+            zero, self._zero_counted = (
+                self._blocks.zero_bytes - self._zero_counted,
+                self._blocks.zero_bytes,
+            )
             complete = self._blocks.complete
         self._totals.add(totals.ZERO_BYTES, zero)
         if not self.dirtied.is_set():

@@ -1,4 +1,5 @@
-"""Writes what was fetched for one image to its cache file, within the budget, and says whether that works."""
+"""Writes what was fetched for one image to its cache file, within the budget, and says whether that
+works."""
 
 import errno
 import logging
@@ -19,7 +20,8 @@ class CacheWriter:
     def __init__(self, name: str, store: Store, budget: Budget, totals: Totals) -> None:
         """`name`: of the export, for the log."""
         self.refused = False
-        """Whether the latest write found the cache's file system full, or the cache at its limit."""
+        """Whether the latest write found the cache's file system full, or the cache at its
+        limit."""
         self.budget = budget
         self.store = store
         self._limited = False

@@ -18,9 +18,9 @@ ReadCache = Callable[[ByteRange], bytes]
 """Reads present blocks from the cache file. Blocks."""
 
 KERNEL_RETRY_S = 0.05
-"""A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c): that second
-request for the same offset fails with the first, or the reader would wait for two timeouts. It comes within a
-millisecond; this leaves room for a busy host."""
+"""A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c):
+that second request for the same offset fails with the first, or the reader would wait for two
+timeouts. It comes within a millisecond; this leaves room for a busy host."""
 
 
 class Timeouts:
@@ -41,7 +41,8 @@ class Timeouts:
 
 @dataclass(eq=False, slots=True)
 class Miss:
-    """One read that missed while nothing else was under way: how long the repository takes to answer."""
+    """One read that missed while nothing else was under way: how long the repository takes to
+    answer."""
 
     began: float
     """When its flights were sent; trio's clock."""
@@ -61,7 +62,8 @@ class Miss:
 
 @dataclass(eq=False, slots=True)
 class DemandFetch:
-    """A flight that fetches for readers: its bytes are good once `done` is set and `failure` is None."""
+    """A flight that fetches for readers: its bytes are good once `done` is set and `failure` is
+    None."""
 
     flight: Flight
     span: ByteRange
@@ -73,8 +75,11 @@ class DemandFetch:
     miss: Miss | None = None
     """Of the read that began it, if that is timed."""
     done: trio.Event = field(default_factory=trio.Event)
-    failure: errors.LazyfsError | None = field(default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED))
-    """Why there are no bytes: a fact, never raised itself. It is preset, so that an unforeseen end counts as one."""
+    failure: errors.LazyfsError | None = field(
+        default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED)
+    )
+    """Why there are no bytes: a fact, never raised itself. It is preset, so that an unforeseen end
+    counts as one."""
     ended: bool = False
     """It has been answered, or given up."""
     written: trio.Event = field(default_factory=trio.Event)
@@ -103,7 +108,8 @@ class DemandFetch:
 
 
 def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch], None]) -> bool:
-    """Ask for all parts of `fetch` at once; return whether that could be done (`interfaces.Source.submit`).
+    """Ask for all parts of `fetch` at once; return whether that could be done
+    (`interfaces.Source.submit`).
 
     `answered` is called when nothing is under way any more; `fetch.failure` says how it ended.
     """
@@ -125,7 +131,9 @@ def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch],
         elif not waiting:
             return False
         else:
-            failures.append(errors.ConnectionLost("the repository", "it ended between two requests"))
+            failures.append(
+                errors.ConnectionLost("the repository", "it ended between two requests")
+            )
             break
     return waiting > 0
 
@@ -174,7 +182,9 @@ async def assemble(
     for fetch in sorted(fetches, key=lambda f: f.span):
         piece = fetch.span.clip(wanted)
         start = piece.start - fetch.span.start
-        out[piece.start - wanted.start : piece.end - wanted.start] = fetch.data[start : start + piece.length]
+        out[piece.start - wanted.start : piece.end - wanted.start] = fetch.data[
+            start : start + piece.length
+        ]
         if piece.start > position:
             gaps.append(ByteRange(position, piece.start))
         position = piece.end

@@ -1,8 +1,8 @@
 """The readers' side of one image: fetches what a read misses, and joins what others fetch already.
 
-A fetch belongs to the mount's nursery and not to the reader who began it: a reader that is cancelled does not cancel
-what others have joined, and what was asked for is kept. A reader is answered when its bytes have arrived; they are
-written to the cache file afterwards.
+A fetch belongs to the mount's nursery and not to the reader who began it: a reader that is
+cancelled does not cancel what others have joined, and what was asked for is kept. A reader is
+answered when its bytes have arrived; they are written to the cache file afterwards.
 """
 
 from collections import deque
@@ -73,8 +73,11 @@ class DemandReader:
         """The connection is to be dropped as soon as nothing is under way on it."""
         self._token = trio.lowlevel.current_trio_token()
 
-    async def read_missing(self, wanted: ByteRange, read_cache: ReadCache, read: Read | None = None) -> bytes | None:
-        """Return the bytes of `wanted`, fetching what is missing; None if all of it is in the cache now.
+    async def read_missing(
+        self, wanted: ByteRange, read_cache: ReadCache, read: Read | None = None
+    ) -> bytes | None:
+        """Return the bytes of `wanted`, fetching what is missing; None if all of it is in the cache
+        now.
 
         Args:
             read_cache: reads present blocks from the cache file; called in a thread.
@@ -97,9 +100,13 @@ class DemandReader:
                     if (failure := self._table.failure) is not None:
                         raise failure.again()
                     await self._learn_extents(wanted, read or Read(self._totals))
-                    if ahead is None:  # once: another attempt of one read must not look like a sequential stream
+                    if (
+                        ahead is None
+                    ):  # once: another attempt of one read must not look like a sequential stream
                         ahead = 0 if self._writer.refused else self._readahead.window(wanted)
-                    data = await self._try_missing(wanted, ahead, read_cache, read or Read(self._totals))
+                    data = await self._try_missing(
+                        wanted, ahead, read_cache, read or Read(self._totals)
+                    )
                     if data is not None:
                         return data
         except trio.TooSlowError:
@@ -114,21 +121,32 @@ class DemandReader:
             read.waits(asks=not self._questions.is_asked(window))
             await self.learn(window)
 
-    async def _try_missing(self, wanted: ByteRange, ahead: int, read_cache: ReadCache, read: Read) -> bytes | None:
-        """Make one attempt; None if the state has changed meanwhile, and the caller should try again.
+    async def _try_missing(
+        self, wanted: ByteRange, ahead: int, read_cache: ReadCache, read: Read
+    ) -> bytes | None:
+        """Make one attempt; None if the state has changed meanwhile, and the caller should try
+        again.
 
         What the blocks of `wanted` hold is known.
         """
         kept = not self._writer.refused
         alone = not self._fetches  # beside others, the time would say nothing of the distance
-        plan = self._table.plan(wanted, ahead, self._read_around.unit if kept else self._table.block_size)
+        plan = self._table.plan(
+            wanted, ahead, self._read_around.unit if kept else self._table.block_size
+        )
         read.waits(asks=bool(plan.new))
         begun = self._begin(plan, timed=alone and kept)
         # Before anything is awaited: a fetch that has ended is not in the table any more.
-        joined = [self._fetches[flight] for flight in plan.joined if flight.purpose is not Purpose.POPULATION]
+        joined = [
+            self._fetches[flight]
+            for flight in plan.joined
+            if flight.purpose is not Purpose.POPULATION
+        ]
         await self._send(begun)
         for flight in plan.joined:
-            if flight.purpose is Purpose.POPULATION:  # its bytes are in the cache file then, or nowhere
+            if (
+                flight.purpose is Purpose.POPULATION
+            ):  # its bytes are in the cache file then, or nowhere
                 await self._table.until_settled(flight)
                 return None
         own = self._table.whole_blocks(wanted)
@@ -136,7 +154,10 @@ class DemandReader:
             await fetch.done.wait()
             if isinstance(fetch.failure, errors.TimedOut):
                 return None  # its time was up, ours may not be
-            if isinstance(fetch.failure, errors.RequestFailed) and fetch.span.clip(own) != fetch.span:
+            if (
+                isinstance(fetch.failure, errors.RequestFailed)
+                and fetch.span.clip(own) != fetch.span
+            ):
                 return None  # others' blocks may be to blame: ask for our own
             if fetch.failure is not None:
                 raise fetch.failure.again()
@@ -145,7 +166,8 @@ class DemandReader:
     # -- fetches
 
     def _begin(self, plan: Plan, timed: bool) -> list[DemandFetch]:
-        """Make the fetches of a plan. If that fails, as for want of memory, none of its flights is left."""
+        """Make the fetches of a plan. If that fails, as for want of memory, none of its flights is
+        left."""
         begun: list[DemandFetch] = []
         now = trio.current_time()
         miss = Miss(now) if timed else None
@@ -153,7 +175,9 @@ class DemandReader:
             for flight in plan.new:
                 span = self._table.span_of(flight)
                 parts = self._table.data_ranges(span)
-                fetch = DemandFetch(flight, span, parts, bytearray(span.length), now, self._pace.reader_waits())
+                fetch = DemandFetch(
+                    flight, span, parts, bytearray(span.length), now, self._pace.reader_waits()
+                )
                 if flight.purpose is Purpose.REST or flight is plan.new[0]:
                     fetch.miss = miss
                 begun.append(fetch)
@@ -170,7 +194,8 @@ class DemandReader:
         return begun
 
     async def _send(self, fetches: list[DemandFetch]) -> None:
-        """Send requests, or have tasks do it that connect first. Cannot be cancelled; every fetch ends."""
+        """Send requests, or have tasks do it that connect first. Cannot be cancelled; every fetch
+        ends."""
         unsent = deque(fetches)
         try:
             while unsent:
@@ -244,7 +269,11 @@ class DemandReader:
 
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
         what = f"reading {self.export.name} at {wanted.start}"
-        why = "the cache's disk does not take what came" if self._writes.full else "the repository does not answer"
+        why = (
+            "the cache's disk does not take what came"
+            if self._writes.full
+            else "the repository does not answer"
+        )
         return errors.TimedOut(what, self._io_timeout_s, why)
 
     # -- extents
@@ -260,15 +289,17 @@ class DemandReader:
             self._drop_if_resting()
 
     async def learn_next(self) -> None:
-        """Learn windows from where population goes on, until one has something to fetch. Raises as `learn`."""
+        """Learn windows from where population goes on, until one has something to fetch. Raises as
+        `learn`."""
         while (window := self._table.next_unknown()) is not None:
             await self.learn(window)
 
     async def learn_ahead(self) -> None:
-        """Learn every window with missing blocks: so population never stops at one, and its time to go is right.
+        """Learn every window with missing blocks: so population never stops at one, and its time to
+        go is right.
 
-        Goes on where an earlier call ended. A failure ends it silently: whoever needs the window asks again, and
-        reports the failure.
+        Goes on where an earlier call ended. A failure ends it silently: whoever needs the window
+        asks again, and reports the failure.
         """
         with suppress(errors.LazyfsError):
             while (found := self._table.missing_window(self._ahead_until)) is not None:
@@ -287,11 +318,14 @@ class DemandReader:
 
     async def written(self) -> None:
         """Wait until what has arrived is written: its readers were let go before."""
-        while (fetch := next((one for one in self._fetches.values() if one.failure is None), None)) is not None:
+        while (
+            fetch := next((one for one in self._fetches.values() if one.failure is None), None)
+        ) is not None:
             await fetch.written.wait()
 
     def rest(self) -> None:
-        """Nobody reads any more: drop the connection once nothing is under way on it, unless a read comes before."""
+        """Nobody reads any more: drop the connection once nothing is under way on it, unless a read
+        comes before."""
         self._resting = True
         self._drop_if_resting()
 

@@ -1,4 +1,5 @@
-"""Asks the repository which ranges of an export hold data: a window at a time, once, when somebody needs to know."""
+"""Asks the repository which ranges of an export hold data: a window at a time, once, when somebody
+needs to know."""
 
 import trio
 
@@ -27,8 +28,8 @@ class ExtentQuestions:
         """Learn what `window` holds, by one request however many callers want to know.
 
         Raises:
-            RequestFailed, ExportChanged: to the caller who asked. The others return; they find the window unknown,
-                and ask again.
+            RequestFailed, ExportChanged: to the caller who asked. The others return; they find the
+                window unknown, and ask again.
         """
         if (asked := self._asked.get(window.start)) is not None:
             await asked.wait()

@@ -1,4 +1,5 @@
-"""Population's side of one image: what its workers may fetch next. Implements `interfaces.FillWork`."""
+"""Population's side of one image: what its workers may fetch next. Implements
+`interfaces.FillWork`."""
 
 from collections.abc import Callable
 
@@ -15,7 +16,8 @@ from lazyfs.engine.totals import Totals
 
 
 class FillPort:
-    """Gives population the next missing blocks of one image. Every method may be called from any thread."""
+    """Gives population the next missing blocks of one image. Every method may be called from any
+    thread."""
 
     def __init__(
         self,
@@ -26,10 +28,12 @@ class FillPort:
         totals: Totals,
         is_open: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`is_open`: whether somebody may soon read what population writes; called from its threads."""
+        """`is_open`: whether somebody may soon read what population writes; called from its
+        threads."""
         self.export = export
         self.trouble: Exception | None = None
-        """The latest failure of a request of population, for a message; None after `forget_trouble`."""
+        """The latest failure of a request of population, for a message; None after
+        `forget_trouble`."""
         self._table = table
         self._writer = writer
         self._pace = pace
@@ -56,7 +60,9 @@ class FillPort:
         return claim
 
     def _claim(self, permit: Permit) -> "FillClaim | None":
-        reservation = self._writer.budget.reserve(max(permit.most, self._table.block_size), background=True)
+        reservation = self._writer.budget.reserve(
+            max(permit.most, self._table.block_size), background=True
+        )
         if reservation is None:
             return None
         flight = self._table.claim(permit.most)
@@ -79,7 +85,9 @@ class FillPort:
 class FillClaim:
     """Blocks that population fetches. Implements `interfaces.Claim`."""
 
-    def __init__(self, port: FillPort, flight: Flight, permit: Permit, reservation: Reservation) -> None:
+    def __init__(
+        self, port: FillPort, flight: Flight, permit: Permit, reservation: Reservation
+    ) -> None:
         self.parts: tuple[ByteRange, ...] = ()
         self.flight = flight
         self._port = port
@@ -100,7 +108,9 @@ class FillClaim:
         """As `interfaces.Claim.finish`."""
         assert not self._ended
         fetched, port = self.data_bytes, self._port
-        port._table.count_populated(fetched)  # first: whoever hears that the image is complete saves the count
+        port._table.count_populated(
+            fetched
+        )  # first: whoever hears that the image is complete saves the count
         port._table.settle(self.flight, fetched)
         self._ended = True
         self._reservation.keep()
@@ -114,10 +124,13 @@ class FillClaim:
         self._ended = True
         port = self._port
         if isinstance(error, errors.RequestFailed):
-            # The cursor is past it: the next turn goes on behind the bad place, and comes round to it again.
+            # The cursor is past it: the next turn goes on behind the bad place, and comes round to
+            # it again.
             port.trouble = error.again()
         elif isinstance(error, errors.NoSpace | OSError):
-            port.trouble = error.again() if isinstance(error, errors.LazyfsError) else OSError(*error.args)
+            port.trouble = (
+                error.again() if isinstance(error, errors.LazyfsError) else OSError(*error.args)
+            )
             port._writer.failed(error)
         self._permit.end()
         port._table.settle(self.flight, None)

@@ -1,7 +1,8 @@
 """What readers were given already, on its way to the cache files.
 
-A reader does not wait for the disk, nor for its bytes to be handed to a thread, which takes the event loop 60 us: they
-lie here until the replies are sent, and go to a thread with what else has come.
+A reader does not wait for the disk, nor for its bytes to be handed to a thread, which takes the
+event loop 60 us: they lie here until the replies are sent, and go to a thread with what else has
+come.
 """
 
 import logging
@@ -14,15 +15,17 @@ from lazyfs.units import MiB
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 16 * MiB
-"""What may wait for a disk that is slower than the repository; the readers of what comes on top wait with it.
-Measured, 1 GiB in order: 8 MiB let through a tenth less than 16 and 32."""
+"""What may wait for a disk that is slower than the repository; the readers of what comes on top
+wait with it. Measured, 1 GiB in order: 8 MiB let through a tenth less than 16 and 32."""
 
 
 class WriteQueue:
-    """The writes of one mount, one after the other: a file takes one at a time anyway. Trio thread only."""
+    """The writes of one mount, one after the other: a file takes one at a time anyway. Trio thread
+    only."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
-        """Work until `nursery` is cancelled; what waits then, or comes later, is written at once."""
+        """Work until `nursery` is cancelled; what waits then, or comes later, is written at
+        once."""
         self._ended = False
         self._writes: list[tuple[int, Callable[[], None]]] = []
         self._some = trio.Event()
@@ -56,7 +59,8 @@ class WriteQueue:
                 await trio.to_thread.run_sync(_call, writes)
                 self._waiting -= size
         finally:
-            # Whoever ends the daemon waits for them (`Fetcher.written`), also when a bug has ended the nursery.
+            # Whoever ends the daemon waits for them (`Fetcher.written`), also when a bug has ended
+            # the nursery.
             self._ended = True
             _call([write for _, write in self._writes])
 

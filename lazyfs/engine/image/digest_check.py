@@ -1,4 +1,5 @@
-"""Compares the bytes of a complete image with its export's digest, if known, before it becomes a plain file."""
+"""Compares the bytes of a complete image with its export's digest, if known, before it becomes a
+plain file."""
 
 import hashlib
 import logging
@@ -17,8 +18,8 @@ CHUNK = 1 * MiB
 """Read and hashed at once; as in verifying.py."""
 
 PIECE = 16 * MiB
-"""Hashed in one call of a thread: how late the daemon's end can interrupt it, 0.05 s at sha256's 300 MB/s without
-hardware support."""
+"""Hashed in one call of a thread: how late the daemon's end can interrupt it, 0.05 s at sha256's
+300 MB/s without hardware support."""
 
 
 class WrongDigest(errors.LazyfsError):
@@ -36,7 +37,8 @@ class WrongDigest(errors.LazyfsError):
 
 
 class DigestCheck:
-    """Of one image. Remembers the outcome, so that each digest is compared once. Trio thread only."""
+    """Of one image. Remembers the outcome, so that each digest is compared once. Trio thread
+    only."""
 
     def __init__(
         self,
@@ -59,7 +61,8 @@ class DigestCheck:
     async def passes(self, store: Store) -> bool:
         """Compare the complete image with the digest that is known, if any.
 
-        A mismatch fails the image; when another digest has come to be known and is right, it recovers. Nothing need be
+        A mismatch fails the image; when another digest has come to be known and is right, it
+        recovers. Nothing need be
         locked: the bytes of a complete image stay.
 
         Cancellation: takes effect between two pieces.

@@ -1,7 +1,7 @@
 """A cache file that is being filled: reads through it, its fetches, and its checkpoints.
 
-An image has at most one that it fills; whoever opened the image meanwhile keeps his until he closes it. The order of
-a checkpoint is data first, then the map (`interfaces.Store.checkpoint`).
+An image has at most one that it fills; whoever opened the image meanwhile keeps his until he closes
+it. The order of a checkpoint is data first, then the map (`interfaces.Store.checkpoint`).
 """
 
 from collections.abc import Callable
@@ -52,7 +52,9 @@ class Filling:
     def message(self) -> str:
         """Return what an operator should know of it, or ""."""
         if self.table.distrust is not None:
-            return f"{self.table.distrust}: reads fail; mount anew to go on from the last checkpoint"
+            return (
+                f"{self.table.distrust}: reads fail; mount anew to go on from the last checkpoint"
+            )
         return self.writer.message()
 
     async def checkpoint(self, limiter: trio.CapacityLimiter) -> None:
@@ -60,7 +62,8 @@ class Filling:
 
         Raises:
             NoSpace, OSError: nothing is lost; the next checkpoint tries again.
-            CacheCorrupt: data was lost, and present blocks are not to be trusted; nothing is read any more.
+            CacheCorrupt: data was lost, and present blocks are not to be trusted; nothing is read
+                any more.
         Cancellation: takes effect before or after, not within.
         """
         async with self._checkpointing:
@@ -71,7 +74,9 @@ class Filling:
                 return
             saved = False
             try:
-                await trio.to_thread.run_sync(self.store.checkpoint, pages, mixed_zero_bytes, limiter=limiter)
+                await trio.to_thread.run_sync(
+                    self.store.checkpoint, pages, mixed_zero_bytes, limiter=limiter
+                )
                 saved = True
             except errors.CacheCorrupt as error:
                 self.table.stop_reading(error)
@@ -86,7 +91,8 @@ class Filling:
 
 
 class Unkept(Filling):
-    """The same for an image that is read although there was no room even for its map: nothing is kept."""
+    """The same for an image that is read although there was no room even for its map: nothing is
+    kept."""
 
     kept = False
 
@@ -101,7 +107,8 @@ def make_filling(
     on_changed: Callable[[errors.ExportChanged], None],
     is_open: Callable[[], bool],
 ) -> Filling:
-    """Return what serves reads of a cache file that was opened, and fetches for it. Connects when first needed.
+    """Return what serves reads of a cache file that was opened, and fetches for it. Connects when
+    first needed.
 
     Args:
         counters: what was fetched of the image before.
@@ -128,7 +135,8 @@ def make_filling(
 
 
 def read_now(filling: Filling, shown: ShownFile, offset: int, length: int) -> bytes | None:
-    """Return bytes of the file shown, if they are present and in the page cache; else None. Does not block."""
+    """Return bytes of the file shown, if they are present and in the page cache; else None. Does
+    not block."""
     wanted = clip(shown, offset, length)
     parts = shown.split(wanted)
     if len(parts) != 1 or not isinstance(part := parts[0], ByteRange):
@@ -144,7 +152,8 @@ def clip(shown: ShownFile, offset: int, length: int) -> ByteRange:
 
 
 def nowait(file: ImageFile, wanted: ByteRange) -> bytes | None:
-    """As `ImageFile.read_nowait`; None also if it fails: who reads in a thread then reports what it was."""
+    """As `ImageFile.read_nowait`; None also if it fails: who reads in a thread then reports what it
+    was."""
     try:
         return file.read_nowait(wanted.start, wanted.length)
     except OSError:
@@ -156,4 +165,8 @@ async def read_file(file: ImageFile, wanted: ByteRange) -> bytes:
     if not wanted.length:
         return b""
     ready = file.read_nowait(wanted.start, wanted.length)
-    return ready if ready is not None else await trio.to_thread.run_sync(file.read, wanted.start, wanted.length)
+    return (
+        ready
+        if ready is not None
+        else await trio.to_thread.run_sync(file.read, wanted.start, wanted.length)
+    )

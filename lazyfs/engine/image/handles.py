@@ -1,4 +1,5 @@
-"""Open images: what `Image.open` returns. A handle serves reads until `aclose`, whatever becomes of the image.
+"""Open images: what `Image.open` returns. A handle serves reads until `aclose`, whatever becomes of
+the image.
 
 PartialHandle   through the cache file that is being filled; missing ranges are fetched
 WholeHandle     from the plain file
@@ -18,7 +19,8 @@ class Handle(Protocol):
     """An open image. Trio thread only."""
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """Return what `read` would, if the host's page cache has all of it; None if not, or if anything is wrong."""
+        """Return what `read` would, if the host's page cache has all of it; None if not, or if
+        anything is wrong."""
         ...
 
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
@@ -46,11 +48,15 @@ class PartialHandle:
     """An image that was opened before it was whole."""
 
     def __init__(
-        self, shown: ShownFile, filling: Filling, closed: Callable[["PartialHandle"], Awaitable[None]]
+        self,
+        shown: ShownFile,
+        filling: Filling,
+        closed: Callable[["PartialHandle"], Awaitable[None]],
     ) -> None:
         """`closed`: called by the first `aclose`."""
         self.filling = filling
-        """The image gives it another when there is room to keep what had to be served without being kept."""
+        """The image gives it another when there is room to keep what had to be served without being
+        kept."""
         self._shown = shown
         self._closed = closed
         self._open = True
@@ -62,7 +68,10 @@ class PartialHandle:
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
         """As `Handle.read`."""
         wanted = self._shown.split(clip(self._shown, offset, length))
-        parts = [part if isinstance(part, bytes) else await self._read_export(part, read) for part in wanted]
+        parts = [
+            part if isinstance(part, bytes) else await self._read_export(part, read)
+            for part in wanted
+        ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _read_export(self, wanted: ByteRange, read: Read | None) -> bytes:
@@ -88,7 +97,9 @@ class PartialHandle:
 class WholeHandle:
     """A whole image: its plain file."""
 
-    def __init__(self, shown: ShownFile, file: PlainFile, closed: Callable[["WholeHandle"], Awaitable[None]]) -> None:
+    def __init__(
+        self, shown: ShownFile, file: PlainFile, closed: Callable[["WholeHandle"], Awaitable[None]]
+    ) -> None:
         """`closed`: called by the first `aclose`."""
         self.file = file
         """Shared by all who have the image open as a whole one."""

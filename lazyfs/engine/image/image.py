@@ -1,4 +1,5 @@
-"""One image: its state, its catalog row, what is open of it, and the task that attends to its cache.
+"""One image: its state, its catalog row, what is open of it, and the task that attends to its
+cache.
 
 What is open is one of four variants, and holds just what it needs:
 
@@ -8,15 +9,19 @@ What is open is one of four variants, and holds just what it needs:
 
 Invariants (more in `doc/CONCURRENCY.md`):
 
-- `_changing` serialises every change of state and of what is open. `record` is replaced, never edited, and the catalog
-  knows a state before anybody relies on it.
-- The bytes behind one Image never change version: when the export changes, a new Image with a new inode takes the name
-  (`engine/filesystem.py`), and this one serves what it has to those who have it open.
-- Everybody who has the image open holds a handle (`handles.py`). What a handle reads from stays open as long as it.
-- An image that has lost its name is given up by `Context.on_unused` as soon as nobody has it open, on every path.
+- `_changing` serialises every change of state and of what is open. `record` is replaced, never
+  edited, and the catalog knows a state before anybody relies on it.
+- The bytes behind one Image never change version: when the export changes, a new Image with a new
+  inode takes the name (`engine/filesystem.py`), and this one serves what it has to those who have
+  it open.
+- Everybody who has the image open holds a handle (`handles.py`). What a handle reads from stays
+  open as long as it.
+- An image that has lost its name is given up by `Context.on_unused` as soon as nobody has it open,
+  on every path.
 """
 
-# Longer than 500 lines: opens, changes of state and the image's task all change what is open, under one lock.
+# Longer than 500 lines: opens, changes of state and the image's task all change what is open, under
+# one lock.
 
 import errno
 import logging
@@ -42,7 +47,14 @@ from lazyfs.engine.image.filling import Filling, make_filling
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.image.populating import Populating
-from lazyfs.engine.interfaces import Export, FetchCounters, ImageFile, ImageRecord, PlainFile, Stores
+from lazyfs.engine.interfaces import (
+    Export,
+    FetchCounters,
+    ImageFile,
+    ImageRecord,
+    PlainFile,
+    Stores,
+)
 from lazyfs.engine.pace import Pace
 
 logger = logging.getLogger(__name__)
@@ -50,13 +62,15 @@ T = TypeVar("T")
 HandleT = TypeVar("HandleT", PartialHandle, WholeHandle, PartialHandle | WholeHandle)
 
 CHECKPOINT_S = 5.0
-"""Between checkpoints while something changes: what a crash may cost. One fdatasync of both files each."""
+"""Between checkpoints while something changes: what a crash may cost. One fdatasync of both files
+each."""
 
 ROOM_CHECK_S = 5.0
 """Between attempts to begin the cache of an image that is read without being kept."""
 
 MAX_RETRY_S = 60.0
-"""Between attempts to hand off a complete image, or to go on after a bug. Unmeasured: an attempt costs an fsync."""
+"""Between attempts to hand off a complete image, or to go on after a bug. Unmeasured: an attempt
+costs an fsync."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +106,9 @@ class Image:
         """What is said of a task of this image that has failed by a bug, until it works again."""
         self._open_trouble = ""
         """Why the cache file cannot be opened, if the user can mend that."""
-        self._digest_check = DigestCheck(lambda: self.record, self.fail, self.recover, context.syncs)
+        self._digest_check = DigestCheck(
+            lambda: self.record, self.fail, self.recover, context.syncs
+        )
         self._changing = trio.Lock()
         self._scope = trio.CancelScope()
 
@@ -116,21 +132,27 @@ class Image:
 
     @property
     def filling(self) -> Filling | None:
-        """The open cache file that is being filled; None if there is none, as of an image that is whole."""
+        """The open cache file that is being filled; None if there is none, as of an image that is
+        whole."""
         return self._content if isinstance(self._content, Filling) else None
 
     @property
     def present_bytes(self) -> int:
-        """Bytes of data in the cache file: live while it is open to be filled, else as of the last checkpoint."""
-        return self.record.present_bytes if self.filling is None else self.filling.table.present_bytes
+        """Bytes of data in the cache file: live while it is open to be filled, else as of the last
+        checkpoint."""
+        return (
+            self.record.present_bytes if self.filling is None else self.filling.table.present_bytes
+        )
 
     def allocated_bytes(self) -> int:
-        """Return what the cache file takes of the disk, as `du` shows it: data, and a qcow2's metadata."""
+        """Return what the cache file takes of the disk, as `du` shows it: data, and a qcow2's
+        metadata."""
         nothing = self.record.state is State.REMOTE or self._unkept
         return self.present_bytes + (0 if nothing else self.record.shown.metadata_size)
 
     def cached_bytes(self) -> int:
-        """Return all that the image takes of the disk: as `allocated_bytes`, and the map of a raw one."""
+        """Return all that the image takes of the disk: as `allocated_bytes`, and the map of a raw
+        one."""
         record = self.record
         if record.state is State.REMOTE:
             return 0
@@ -143,10 +165,16 @@ class Image:
         if self.record.state is not State.PARTIAL or self.gone or self.retired or self._bug:
             return False
         filling = self.filling
-        return filling is not None and filling.kept and filling.table.may_be_filled and self.populating.goes_on
+        return (
+            filling is not None
+            and filling.kept
+            and filling.table.may_be_filled
+            and self.populating.goes_on
+        )
 
     async def open(self) -> Handle:
-        """Open it as it is now: as a whole image, or through its cache, which begins with the first open ever.
+        """Open it as it is now: as a whole image, or through its cache, which begins with the first
+        open ever.
 
         The size must be known (`Filesystem.describe`).
 
@@ -160,7 +188,8 @@ class Image:
         """Open it as a whole image, by its second inode number.
 
         Raises:
-            CacheCorrupt, OSError: it cannot be opened (ESTALE: it is retired, or not whole any more).
+            CacheCorrupt, OSError: it cannot be opened (ESTALE: it is retired, or not whole any
+                more).
         Cancellation: it is not open.
         """
         return await self._opened(self._whole_handle)
@@ -169,7 +198,9 @@ class Image:
         self._opening.add(opening := object())
         try:
             async with self._changing:
-                if self.retired:  # its files are gone; the kernel looks the name up again and finds the new inode
+                if (
+                    self.retired
+                ):  # its files are gone; the kernel looks the name up again and finds the new inode
                     raise _stale()
                 handle = await make()
                 self._handles.add(handle)
@@ -203,14 +234,17 @@ class Image:
         await self._close_unused(old)
 
     async def _close_unused(self, old: Filling | None = None) -> None:
-        """Close what nobody has open any more; `old`: what a handle that was closed has read from."""
+        """Close what nobody has open any more; `old`: what a handle that was closed has read
+        from."""
         with trio.CancelScope(shield=True):
             async with self._changing:
                 await self._close_unused_locked(old)
 
     async def _close_unused_locked(self, old: Filling | None = None) -> None:
         content = self._content
-        used: set[object] = {h.filling if isinstance(h, PartialHandle) else h.file for h in self._handles}
+        used: set[object] = {
+            h.filling if isinstance(h, PartialHandle) else h.file for h in self._handles
+        }
         if old is not None and old is not content and old not in used:
             await self._close(old)
         if self._opening:
@@ -226,13 +260,15 @@ class Image:
             self._context.on_unused(self)
 
     def note_use(self, at_ns: int) -> None:
-        """Note a use, in ns since the epoch; it is saved with the next change, or by `Filesystem.save_uses`."""
+        """Note a use, in ns since the epoch; it is saved with the next change, or by
+        `Filesystem.save_uses`."""
         self.record = self.record.used(at_ns)
 
     # -- the life of an image
 
     async def resume(self) -> None:
-        """Open what an earlier daemon left of a partial or failed image, so that population can go on.
+        """Open what an earlier daemon left of a partial or failed image, so that population can go
+        on.
 
         Raises:
             OSError, CacheCorrupt, UserError: it cannot be opened.
@@ -242,7 +278,8 @@ class Image:
                 await self._begin()
 
     async def fail(self, cause: Cause, reason: errors.LazyfsError) -> None:
-        """Fetch nothing more; present ranges stay readable. A failed image keeps its first reason."""
+        """Fetch nothing more; present ranges stay readable. A failed image keeps its first
+        reason."""
         async with self._changing:
             if self.filling is not None:
                 self.filling.table.stop_fetching(reason)
@@ -269,7 +306,8 @@ class Image:
                 self.record = self.record.described(size, identity)
 
     async def prefetch(self) -> None:
-        """Begin the cache without a reader, and let population work on it whatever the mount's default.
+        """Begin the cache without a reader, and let population work on it whatever the mount's
+        default.
 
         The size must be known.
 
@@ -304,7 +342,8 @@ class Image:
         Who has it open keeps what was present.
 
         Args:
-            reason: why the rest is not fetched any more; None if readers still fetch, as the export is the same.
+            reason: why the rest is not fetched any more; None if readers still fetch, as the export
+                is the same.
             take_over: puts another image in this one's place in the catalog; called in a thread.
 
         Raises:
@@ -323,14 +362,22 @@ class Image:
         return taken_over
 
     async def aclose(self) -> None:
-        """Save everything, hand off what is complete, and close; for the daemon's end, when nobody reads any more."""
+        """Save everything, hand off what is complete, and close; for the daemon's end, when nobody
+        reads any more."""
         self._scope.cancel()
         async with self._changing:
             self._scope.cancel()  # again: an open that was under way has begun another
             filling = self.filling
-            if filling is not None and filling.kept and not self.retired and self.record.state is not State.WHOLE:
+            if (
+                filling is not None
+                and filling.kept
+                and not self.retired
+                and self.record.state is not State.WHOLE
+            ):
                 await filling.reader.written()
-                if not await self._become_whole(filling):  # its task may not have begun, or was cancelled
+                if not await self._become_whole(
+                    filling
+                ):  # its task may not have begun, or was cancelled
                     await self._checkpoint(filling)
             left = {handle.filling for handle in self._handles if isinstance(handle, PartialHandle)}
             self._handles.clear()
@@ -355,7 +402,9 @@ class Image:
         return filling
 
     async def _load(self, fresh: bool) -> partial_cache.Loaded:
-        load = partial(partial_cache.load, self._context.stores, self.record, self._context.budget, fresh)
+        load = partial(
+            partial_cache.load, self._context.stores, self.record, self._context.budget, fresh
+        )
         self._open_trouble = ""
         try:
             return await trio.to_thread.run_sync(load)
@@ -409,7 +458,8 @@ class Image:
             await self._close_file(content.store)
 
     async def _close_file(self, file: ImageFile) -> None:
-        """Close in a thread what nothing else holds: the kernel frees its blocks meanwhile, which takes seconds."""
+        """Close in a thread what nothing else holds: the kernel frees its blocks meanwhile, which
+        takes seconds."""
         if not self.retired:
             file.close()
             return
@@ -419,7 +469,9 @@ class Image:
     def _counters(self) -> FetchCounters:
         if self.filling is not None:
             return self.filling.table.counters()
-        return FetchCounters(self.record.demand_bytes, self.record.populated_bytes, self.record.requests)
+        return FetchCounters(
+            self.record.demand_bytes, self.record.populated_bytes, self.record.requests
+        )
 
     async def _save(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
         """Change the record, catalog first."""
@@ -444,14 +496,18 @@ class Image:
     # -- the task of an image that is being filled
 
     async def _carry_on(self, filling: Filling, scope: trio.CancelScope) -> None:
-        """Attend to a cache file until it is handed off. A bug is reported, and costs a pause; it ends nothing."""
+        """Attend to a cache file until it is handed off. A bug is reported, and costs a pause; it
+        ends nothing."""
         retry = Backoff(first=1.0, limit=MAX_RETRY_S)
         with scope:
             while True:
                 try:
                     await (self._attend(filling) if filling.kept else self._wait_for_room(filling))
                 except Exception as error:
-                    logger.exception("attending to an image failed, a bug in lazyfs: image=%s", self.record.export)
+                    logger.exception(
+                        "attending to an image failed, a bug in lazyfs: image=%s",
+                        self.record.export,
+                    )
                     self._bug = f"a bug in lazyfs: {error!r}; it is tried again, and the log has the details"
                 else:
                     return
@@ -502,14 +558,21 @@ class Image:
         try:
             await filling.checkpoint(self._context.syncs)
         except errors.CacheCorrupt as error:
-            logger.critical("reads fail until lazyfs is mounted anew: image=%s reason=%s", self.record.export, error)
+            logger.critical(
+                "reads fail until lazyfs is mounted anew: image=%s reason=%s",
+                self.record.export,
+                error,
+            )
         except (errors.NoSpace, OSError) as error:
-            logger.warning("checkpoint failed, to be repeated: image=%s reason=%s", self.record.export, error)
+            logger.warning(
+                "checkpoint failed, to be repeated: image=%s reason=%s", self.record.export, error
+            )
         else:
             await self._save(lambda record: record)
 
     async def _hand_off(self, filling: Filling) -> bool:
-        """Turn the complete image into a plain file, and tell the kernel; False if it is worth another try later."""
+        """Turn the complete image into a plain file, and tell the kernel; False if it is worth
+        another try later."""
         # The digest takes minutes; no open waits for that.
         if not await self._digest_check.passes(filling.store):
             return False
@@ -526,12 +589,16 @@ class Image:
     async def _become_whole(self, filling: Filling) -> bool:
         if not filling.kept or not filling.table.complete or self.record.state is State.FAILED:
             return False
-        if not self._digest_check.is_current(self.record):  # at the daemon's end, which does not wait for it
+        if not self._digest_check.is_current(
+            self.record
+        ):  # at the daemon's end, which does not wait for it
             return False
         try:
             await filling.checkpoint(self._context.syncs)
             await trio.to_thread.run_sync(filling.store.finish, limiter=self._context.syncs)
-            with trio.CancelScope(shield=True):  # else the partial name would stay until the next start
+            with trio.CancelScope(
+                shield=True
+            ):  # else the partial name would stay until the next start
                 await self._save(ImageRecord.became_whole)
                 await trio.to_thread.run_sync(filling.store.remove)
         except (errors.LazyfsError, OSError) as error:
@@ -551,7 +618,9 @@ class Image:
             zero = filling.table.zero_bytes
         else:
             zero = (record.size or 0) - record.present_bytes if record.state is State.WHOLE else 0
-        goes_on = filling is not None and record.state is State.PARTIAL and not filling.writer.refused
+        goes_on = (
+            filling is not None and record.state is State.PARTIAL and not filling.writer.refused
+        )
         return ImageStatistics(
             name=record.export,
             path=record.path,
@@ -589,7 +658,9 @@ class Image:
         # Nobody waits for room for an image that is closed.
         if self._unkept and (self.filling is not None or _nearly_full(self._context.stores)):
             return UNKEPT
-        return (self.filling.message() if self.filling is not None else "") or self.populating.trouble
+        return (
+            self.filling.message() if self.filling is not None else ""
+        ) or self.populating.trouble
 
 
 def _nearly_full(stores: Stores) -> bool:

@@ -47,7 +47,8 @@ async def entries(image: Image) -> list[MapEntry]:
 
 
 async def entries_of(image: Image, handle: Handle) -> list[MapEntry]:
-    """Return the map of an image that is open. Raises OSError if the plain file cannot be looked at."""
+    """Return the map of an image that is open. Raises OSError if the plain file cannot be looked
+    at."""
     size = image.record.size
     assert size is not None
     if isinstance(handle, WholeHandle):
@@ -64,7 +65,9 @@ def _joined(runs: list[tuple[ByteRange, int]]) -> Iterator[MapEntry]:
         present, zero = state in (block_map.DATA, block_map.ZERO), state == block_map.ZERO
         entry = MapEntry(span.start, span.length, present, zero, state == block_map.DATA)
         if last is not None and (last.present, last.zero) == (entry.present, entry.zero):
-            last = MapEntry(last.start, last.length + entry.length, last.present, last.zero, last.data)
+            last = MapEntry(
+                last.start, last.length + entry.length, last.present, last.zero, last.data
+            )
             continue
         if last is not None:
             yield last

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_BLOCKS = 256 * MiB
-"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger names the size."""
+"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger
+names the size."""
 
 
 def too_large(record: ImageRecord) -> str:
@@ -34,7 +35,8 @@ def too_large(record: ImageRecord) -> str:
 
 
 def map_bytes(record: ImageRecord) -> int:
-    """Return what the cache of a partial image takes of the disk before any data: its map, or a qcow2's metadata."""
+    """Return what the cache of a partial image takes of the disk before any data: its map, or a
+    qcow2's metadata."""
     if record.format != shown_file.RAW:
         return record.shown.metadata_size
     blocks = -(-(record.size or 0) // record.block_size)
@@ -78,11 +80,15 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Lo
         damaged.remove()
         return _opened(stores, record)
     except errors.NoSpace:
-        logger.warning("no room to cache: image=%s; it is served from the repository", record.export)
+        logger.warning(
+            "no room to cache: image=%s; it is served from the repository", record.export
+        )
         return unkept
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise errors.UserError(f"the cache's file system cannot hold a file of {record.file_size} bytes") from error
+            raise errors.UserError(
+                f"the cache's file system cannot hold a file of {record.file_size} bytes"
+            ) from error
         raise
 
 
@@ -96,10 +102,12 @@ def _opened(stores: Stores, record: ImageRecord) -> Loaded:
 
 
 def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
-    """Remove what is cached of an image; return what `tell` returns. Who has it open goes on reading. Blocks.
+    """Remove what is cached of an image; return what `tell` returns. Who has it open goes on
+    reading. Blocks.
 
-    Nothing lies at the image's path any more when `tell`, which tells the catalog, is called; if that fails, all is as
-    it was. A crash before it has the image fetched again, one after it leaves files that the next mount sweeps.
+    Nothing lies at the image's path any more when `tell`, which tells the catalog, is called; if
+    that fails, all is as it was. A crash before it has the image fetched again, one after it leaves
+    files that the next mount sweeps.
 
     Raises:
         UserError: its plain file is not what lazyfs left there, so not ours to remove.
@@ -124,7 +132,9 @@ def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
             if partial is not None:
                 partial.remove()
         except OSError as error:
-            logger.warning("its room is free after the next mount: image=%s reason=%s", record.export, error)
+            logger.warning(
+                "its room is free after the next mount: image=%s reason=%s", record.export, error
+            )
         return told
     finally:
         if plain is not None:
@@ -145,7 +155,8 @@ def _plain_file(stores: Stores, record: ImageRecord) -> PlainFile | None:
 
 
 def disown(store: Store, record: ImageRecord) -> errors.CacheCorrupt | None:
-    """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two versions. Blocks.
+    """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two
+    versions. Blocks.
 
     Returns what the sync reported, if data may have been lost.
     """

@@ -11,7 +11,8 @@ class Populating:
 
     pace: Pace
     wanted: bool
-    """Population may work on it. False with `--no-populate` until `prefetch`, and after `job-cancel`."""
+    """Population may work on it. False with `--no-populate` until `prefetch`, and after
+    `job-cancel`."""
     paused: bool = False
     """By `job-pause`."""
     last_served: int = 0
