@@ -18,9 +18,10 @@ import trio
 from lazyfs.control.commands import Commands
 from lazyfs.control.jobs import Jobs
 from lazyfs.core.eviction import Limits
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.engine.filesystem import Filesystem, Options
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import Catalog, ImageRecord, Repository, Stores
+from lazyfs.engine.interfaces import Catalog, Repository, Stores
 from lazyfs.engine.operations import Operations
 from lazyfs.engine.population import Population
 from lazyfs.engine.room import Room

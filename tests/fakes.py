@@ -20,6 +20,7 @@ from lazyfs.cache.store.unkept import UnkeptStore
 from lazyfs.core.block_map import DATA, PAGE_BLOCKS, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import GRAIN
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
 from lazyfs.engine.interfaces import (
@@ -28,7 +29,6 @@ from lazyfs.engine.interfaces import (
     Export,
     Filler,
     FillWork,
-    ImageRecord,
     PlainFile,
     Source,
     Space,

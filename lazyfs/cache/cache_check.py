@@ -26,9 +26,10 @@ from lazyfs.cache.catalog import SqliteCatalog
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import shown_file
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.image import partial_cache
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.host import mounts
 

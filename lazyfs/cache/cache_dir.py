@@ -28,8 +28,9 @@ from lazyfs.cache.store.raw import RawStore
 from lazyfs.cache.store.unkept import UnkeptStore
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord, PlainFile, Space, Store
+from lazyfs.engine.interfaces import FileAttributes, PlainFile, Space, Store
 from lazyfs.host import mounts
 from lazyfs.units import GiB, MiB
 

@@ -21,8 +21,8 @@ from dataclasses import astuple, fields
 from lazyfs import errors
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
-from lazyfs.engine.interfaces import ImageRecord
 
 _VERSION = 3
 

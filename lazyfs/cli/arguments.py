@@ -1,5 +1,7 @@
 """The verbs and options of the `lazyfs` command, and the messages about wrong ones."""
 
+# Longer than 500 lines: it is about to be split into verbs and values.
+
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -6,6 +6,8 @@ tools/make-docs makes doc/CONTROL.md from it. The names of jobs and their fields
 arguments, follow QEMU (qapi/job.json).
 """
 
+# Longer than 500 lines: it is one table, the authority on every command and event.
+
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -15,6 +15,7 @@ import trio
 from lazyfs import errors
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import EXPORT, shown_path
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
@@ -22,7 +23,7 @@ from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, WholeHandle
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.image.image_statistics import ImageStatistics
-from lazyfs.engine.interfaces import Catalog, Export, ImageRecord, Repository, Stores
+from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes

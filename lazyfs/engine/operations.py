@@ -14,6 +14,7 @@ from lazyfs import errors
 from lazyfs.core import eviction, shown_file
 from lazyfs.core.eviction import Candidate, Obstacle
 from lazyfs.core.export_name import shown_path
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine import verifying
 from lazyfs.engine.filesystem import (
@@ -25,7 +26,7 @@ from lazyfs.engine.filesystem import (
     lasting_digest,
 )
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import Export, ImageRecord, Repository
+from lazyfs.engine.interfaces import Export, Repository
 from lazyfs.engine.name_tree import TakenNames
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,9 @@ from lazyfs.cache import cache_check
 from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.core import map_file, qcow2_layout
 from lazyfs.core.block_map import DATA, BlockRun
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB

@@ -22,9 +22,10 @@ from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import map_file
 from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem, Options
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB

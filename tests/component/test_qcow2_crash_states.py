@@ -29,8 +29,9 @@ from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.core import export_name
 from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
 
 LOOK = FileAttributes(0o444, os.geteuid(), os.getegid())

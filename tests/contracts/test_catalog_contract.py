@@ -13,8 +13,8 @@ from fakes import MemoryCatalog
 from lazyfs import errors
 from lazyfs.cache import catalog as catalog_module
 from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
-from lazyfs.engine.interfaces import ImageRecord
 
 AnyCatalog = MemoryCatalog | SqliteCatalog
 

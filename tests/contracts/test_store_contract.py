@@ -16,8 +16,9 @@ from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import shown_file
 from lazyfs.core.block_map import DATA, PAGE_BLOCKS, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
-from lazyfs.engine.interfaces import FileAttributes, ImageFile, ImageRecord, Store
+from lazyfs.engine.interfaces import FileAttributes, ImageFile, Store
 from lazyfs.units import KiB
 
 BLOCK = 16 * KiB

@@ -13,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from lazyfs import errors
 from lazyfs.core import extent_map, fetch_plan
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.image_record import FetchCounters, ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.fetch import write_queue
@@ -23,7 +24,7 @@ from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillClaim, FillPort
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.filling import Filling
-from lazyfs.engine.interfaces import Answered, Export, FetchCounters, ImageRecord
+from lazyfs.engine.interfaces import Answered, Export
 from lazyfs.engine.pace import Pace, SharedPace
 from lazyfs.engine.totals import Totals
 from lazyfs.units import KiB, MiB

@@ -24,7 +24,8 @@ SIZE = 40 * BLOCK - 512
 class Reader:
     """Somebody who reads a range, and waits for one flight after the other until all of it is present."""
 
-    def __init__(self, wanted: ByteRange) -> None:
+    def __init__(self, wanted: ByteRange, number: int = 0) -> None:
+        self.number = number
         self.wanted = wanted
         self.waits_for: Flight | None = None
 
@@ -45,6 +46,7 @@ class Model(RuleBasedStateMachine):
         self.ended: set[Flight] = set()
         self.waiting: set[Reader] = set()
         self.done: set[Reader] = set()
+        self.readers_made = 0
 
     # -- what happens
 
@@ -56,7 +58,8 @@ class Model(RuleBasedStateMachine):
         unit=st.sampled_from([BLOCK, 4 * BLOCK, 16 * BLOCK]),
     )
     def read(self, start: int, length: int, ahead: int, unit: int) -> object:
-        reader = Reader(ByteRange(start, min(start + length, SIZE)))
+        self.readers_made += 1
+        reader = Reader(ByteRange(start, min(start + length, SIZE)), self.readers_made)
         self.waiting.add(reader)
         return multiple(*self._go_on(reader, ahead, unit))
 
@@ -103,7 +106,9 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         if self.waiting:
-            reader = data.draw(st.sampled_from(sorted(self.waiting, key=id)))
+            reader = data.draw(
+                st.sampled_from(sorted(self.waiting, key=lambda reader: reader.number))
+            )
             assert reader.waits_for is not None
             self.table.forget(reader.waits_for, reader)
             self.waiting.remove(reader)

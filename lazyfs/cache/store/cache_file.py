@@ -20,7 +20,8 @@ from lazyfs import errors
 from lazyfs.cache.store.write_behind import WriteBehind
 from lazyfs.core import block_map
 from lazyfs.core.block_map import BlockMap
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.core.image_record import ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB, MiB
 
 PARTIAL = ".lazyfs/partial"

@@ -27,7 +27,8 @@ from lazyfs.cache.store.cache_file import (
 )
 from lazyfs.core import block_map, map_file, qcow2_layout
 from lazyfs.core.block_map import BlockMap
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.core.image_record import ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import MiB
 
 _TABLES = ("the refcount table", "the refcounts of the metadata", "the L1 table")

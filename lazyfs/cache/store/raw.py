@@ -21,7 +21,8 @@ from lazyfs.cache.store.cache_file import (
 )
 from lazyfs.core import map_file
 from lazyfs.core.block_map import BlockMap
-from lazyfs.engine.interfaces import FileAttributes, ImageRecord
+from lazyfs.core.image_record import ImageRecord
+from lazyfs.engine.interfaces import FileAttributes
 
 
 class RawStore(PartialFile):

@@ -16,10 +16,10 @@ from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
+from lazyfs.core.image_record import FetchCounters
 from lazyfs.core.in_flight import Flight, InFlight, Plan
 from lazyfs.core.pacing import RateMeter
 from lazyfs.engine import totals
-from lazyfs.engine.interfaces import FetchCounters
 from lazyfs.engine.totals import Totals
 
 

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from lazyfs import errors
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
-from lazyfs.engine.interfaces import ImageRecord, Store
+from lazyfs.engine.interfaces import Store
 from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import trio
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
+from lazyfs.core.image_record import FetchCounters
 from lazyfs.core.shown_file import ShownFile
 from lazyfs.engine import totals
 from lazyfs.engine.context import Context
@@ -19,7 +20,7 @@ from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillPort
 from lazyfs.engine.image.partial_cache import Loaded
-from lazyfs.engine.interfaces import Export, FetchCounters, ImageFile, Store
+from lazyfs.engine.interfaces import Export, ImageFile, Store
 from lazyfs.engine.pace import Pace
 from lazyfs.engine.totals import Totals
 

@@ -36,6 +36,7 @@ import trio
 
 from lazyfs import errors
 from lazyfs.core import inode_number
+from lazyfs.core.image_record import FetchCounters, ImageRecord
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.core.pacing import Backoff
 from lazyfs.core.shown_file import RAW
@@ -47,14 +48,7 @@ from lazyfs.engine.image.filling import Filling, make_filling
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.image.populating import Populating
-from lazyfs.engine.interfaces import (
-    Export,
-    FetchCounters,
-    ImageFile,
-    ImageRecord,
-    PlainFile,
-    Stores,
-)
+from lazyfs.engine.interfaces import Export, ImageFile, PlainFile, Stores
 from lazyfs.engine.pace import Pace
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,10 @@ from typing import TypeVar
 from lazyfs import errors
 from lazyfs.core import map_file, shown_file
 from lazyfs.core.block_map import BlockMap
+from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
 from lazyfs.engine.budget import Budget
-from lazyfs.engine.interfaces import ImageRecord, PlainFile, Store, Stores
+from lazyfs.engine.interfaces import PlainFile, Store, Stores
 from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
