@@ -182,19 +182,14 @@ class _Daemon:
         self, repository: NbdRepository, parts: Parts, metrics: "MetricsServer | None"
     ) -> None:
         config = self._config
-        handlers: dict[str, Handler] = {}
-        control = ControlServer(mounts.socket_path(config.mountpoint), handlers)
+        session = KernelSession(config.mountpoint, config.repository, config.passthrough)
         try:
-            session = KernelSession(config.mountpoint, config.repository, config.passthrough)
+            backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
+            logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
+            mounted = _Mounted(config, self._cache, repository, parts, session, backings, metrics)
         except BaseException:
-            control.close()
+            _unmount_quietly(session)
             raise
-        backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
-        logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
-        mounted = _Mounted(
-            config, self._cache, repository, parts, control, session, backings, metrics
-        )
-        handlers |= parts.commands.handlers | mounted.handlers
         adapter = FuseAdapter(
             parts.filesystem,
             config.file_attributes,
@@ -230,7 +225,6 @@ class _Mounted:
         cache: CacheDir,
         repository: NbdRepository,
         parts: Parts,
-        control: ControlServer,
         session: KernelSession,
         backings: passthrough.Backings,
         metrics: "MetricsServer | None",
@@ -239,7 +233,6 @@ class _Mounted:
         self._cache = cache
         self._repository = repository
         self._parts = parts
-        self._control = control
         self._session = session
         self._backings = backings
         self._metrics = metrics
@@ -247,11 +240,11 @@ class _Mounted:
         self._detaching = trio.Lock()
         self._unmounting = trio.CapacityLimiter(2)
         """Threads that unmount: no disk that stalls may take them."""
-        self.handlers: dict[str, Handler] = {
-            "query-mount": self._query_mount,
-            "detach": self._detach,
-        }
-        assembly.wire(parts, control.emit, on_use=lambda: self._used.set())
+        own: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
+        self._control = ControlServer(
+            mounts.socket_path(config.mountpoint), parts.commands.handlers | own
+        )
+        assembly.wire(parts, self._control.emit, on_use=lambda: self._used.set())
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
         """Answer the kernel until it is unmounted; `on_ready` is called when it does."""
