@@ -12,7 +12,6 @@ from lazyfs.core import digest
 from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.filesystem import Filesystem
-from lazyfs.engine.image import image_map
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.operations import Operations
 from lazyfs.engine.population import Population
@@ -115,7 +114,9 @@ class Commands:
         ]
 
     async def _query_map(self, arguments: Arguments) -> object:
-        return [asdict(entry) for entry in await image_map.entries(self._image(arguments["path"]))]
+        return [
+            asdict(entry) for entry in await self._operations.map(self._image(arguments["path"]))
+        ]
 
     # -- jobs
 

@@ -156,12 +156,31 @@ class Candidate:
 
     inode: int
     has_readers: bool
-    last_served: int
-    """A counter, not a time: larger is more recent."""
+    waits_since: int
+    """The turn, by number, in which it was last served, or first seen."""
+    busy: bool = False
+    """A worker has it already."""
 
 
-def choose_image(candidates: Iterable[Candidate]) -> int | None:
-    """Return the inode of the image to fill next: one with open readers first, then the longest
-    unserved."""
-    best = min(candidates, key=lambda c: (not c.has_readers, c.last_served, c.inode), default=None)
+PATIENCE = 4
+"""How many turns an image without readers lets those with readers go first. Unmeasured: of five turns
+one then goes to images that nobody has open, so that a prefetch always ends."""
+
+
+def choose_image(candidates: Iterable[Candidate], turn: int) -> int | None:
+    """Return the inode of the image to fill next, or None if there is none.
+
+    First comes an image that has waited for more than PATIENCE turns, then one with readers. Of those
+    alike, one that no worker has already comes first, and then the one that has waited longest.
+
+    Args:
+        candidates: images that may be filled now; one that its rate limit holds back is not.
+        turn: the number of the turn that is about to begin.
+    """
+
+    def order(one: Candidate) -> tuple[bool, bool, bool, int, int]:
+        patient = one.busy or turn - one.waits_since <= PATIENCE
+        return patient, patient and not one.has_readers, one.busy, one.waits_since, one.inode
+
+    best = min(candidates, key=order, default=None)
     return None if best is None else best.inode

@@ -11,6 +11,7 @@ from lazyfs.engine.budget import Budget
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Catalog, Repository, Stores
 from lazyfs.engine.pace import SharedPace
+from lazyfs.engine.threads import Threads
 from lazyfs.engine.totals import Totals
 
 ImageT = TypeVar("ImageT")
@@ -31,9 +32,7 @@ class Context(Generic[ImageT]):
     populate: bool
     """Whether images are populated because they were opened."""
     io_timeout_s: float
-    syncs: trio.CapacityLimiter
-    """Threads for checkpoints and hand-offs: slow disks must not take those that cache reads
-    need."""
+    threads: Threads
     on_fillable: Callable[[], None]
     """Population has something to look at."""
     on_export_changed: Callable[[ImageT, errors.ExportChanged], None]

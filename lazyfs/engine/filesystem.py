@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -27,6 +28,8 @@ from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes
+from lazyfs.engine.supervision import log_failure
+from lazyfs.engine.threads import Threads
 from lazyfs.engine.totals import Totals
 from lazyfs.units import KiB
 
@@ -36,10 +39,6 @@ HandleT = TypeVar("HandleT")
 DEFAULT_BLOCK_SIZE = 64 * KiB
 """Of raw images, and the clusters of qcow2: QEMU's default; doc/BENCHMARKS.md has what a guest
 makes of others."""
-
-MAX_SYNCS = 4
-"""Images that are synced to disk at the same time. Unmeasured; a disk that queues more gains
-nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,8 @@ class Filesystem:
         self.list_trouble = ""
         """Why the repository could not be listed; "" if it could."""
         self.names = NameTree()
-        self.sizes = Sizes(repository, catalog, nursery, options.io_timeout_s)
+        self.threads = Threads()
+        self.sizes = Sizes(repository, catalog, nursery, options.io_timeout_s, self.threads.catalog)
         self.totals = Totals(trio.lowlevel.current_clock().current_time)
         self.budget = Budget()
         self.on_invalid_attributes: Callable[[int], None] = lambda inode: None
@@ -94,13 +94,15 @@ class Filesystem:
             pace=SharedPace(options.fill_rate, trio.lowlevel.current_clock().current_time),
             totals=self.totals,
             budget=self.budget,
-            writes=WriteQueue(nursery),
+            writes=WriteQueue(nursery, self.threads.writes),
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,
-            syncs=trio.CapacityLimiter(MAX_SYNCS),
+            threads=self.threads,
             on_fillable=lambda: self.on_fillable(),
             on_export_changed=lambda image, error: nursery.start_soon(
-                self._export_changed, image, error
+                log_failure,
+                "taking in a change of an export",
+                partial(self._export_changed, image, error),
             ),
             on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
             on_state_changed=self._state_changed,
@@ -110,9 +112,27 @@ class Filesystem:
         self._replacing: dict[int, trio.Event] = {}
         """The images that are being replaced, by inode, until the new one has the name."""
         self._refreshing = trio.Lock()
+        self._reserved: set[str] = set()
+        """Paths that images are about to get."""
+        self._stale_rows: set[int] = set()
+        """Rows of the catalog, by inode, that no image has any more: they are still to be removed."""
         self._uses_saved_ns = max((record.last_used_ns for record in records), default=0)
-        for record in records:
+        # What is cached comes first: a row without that may be what a failure left behind.
+        for record in sorted(records, key=lambda one: (one.state is State.REMOTE, one.inode)):
+            self._add_known(record)
+
+    def _add_known(self, record: ImageRecord) -> None:
+        """Show an image of the catalog, unless another is in its way."""
+        if self.names.image_of(record.export) is None and self.names.can_add(record.path):
             self.names.add(Image(record, self._context))
+        elif record.state is State.REMOTE:
+            logger.warning("a stale row is removed from the catalog: path=%s", record.path)
+            self._stale_rows.add(record.inode)
+        else:
+            logger.error(
+                "not shown, another image is in the way; lazyfs check --repair mends it: path=%s",
+                record.path,
+            )
 
     # -- looking
 
@@ -212,43 +232,70 @@ class Filesystem:
         for image in self.names.images():
             image.gone = image.record.export not in listed
         self.on_fillable()  # some may be back
-        await self._drop(
-            [image for image in self.names.images() if image.gone and has_nothing(image)]
-        )
-        now = time.time_ns()
-        records: list[ImageRecord] = []
-        taken = TakenNames(self.names.root)
-        for export in sorted(listed - known):
-            options = self._options
-            path = shown_path(
-                export, options.names, taken.is_free, shown_file.SUFFIX[options.format]
+        gone = [image for image in self.names.images() if image.gone and has_nothing(image)]
+        await self._drop([image for image in gone if image.inode not in self._replacing])
+        await self._remove_stale_rows()
+        records = self._new_records(sorted(listed - known))
+        if not records:
+            return
+        paths = {record.path for record in records}
+        self._reserved |= paths
+        try:
+            added = await trio.to_thread.run_sync(
+                self._catalog.add, records, limiter=self.threads.catalog
             )
-            taken.take(path)
-            records.append(
-                # No two of one time: that, with the size, is what a plain file is known by.
-                ImageRecord(
-                    0,
-                    export,
-                    path,
-                    None,
-                    "",
-                    options.format,
-                    State.REMOTE,
-                    "",
-                    options.block_size,
-                    now + len(records),
-                )
-            )
-        if records:
-            for record in await trio.to_thread.run_sync(self._catalog.add, records):
+            for record in added:
                 self.names.add(Image(record, self._context))
+        finally:
+            self._reserved -= paths
+
+    def _new_records(self, exports: Sequence[str]) -> list[ImageRecord]:
+        options, now, taken = self._options, time.time_ns(), self.taken_names()
+        records: list[ImageRecord] = []
+        for export in exports:
+            suffix = shown_file.SUFFIX[options.format]
+            path = shown_path(export, options.names, taken.is_free, suffix)
+            taken.take(path)
+            record = ImageRecord(
+                inode=0,
+                export=export,
+                path=path,
+                size=None,
+                identity="",
+                format=options.format,
+                state=State.REMOTE,
+                error="",
+                block_size=options.block_size,
+                # No two of one time: that, with the size, is what a plain file is known by.
+                created_ns=now + len(records),
+            )
+            records.append(record)
+        return records
+
+    def taken_names(self) -> TakenNames:
+        """Return which paths are taken, by images that are shown and by those about to be."""
+        taken = TakenNames(self.names.root)
+        for path in self._reserved:
+            taken.take(path)
+        return taken
 
     async def _drop(self, images: Sequence[Image]) -> None:
-        if images:
-            for image in images:  # before anything is awaited: nobody can open them from here on
-                self.names.unname(image)
-                self.names.drop_inode(image)
-            await trio.to_thread.run_sync(self._catalog.remove, [image.inode for image in images])
+        """Forget images of which nothing is cached, and that nobody has open."""
+        for image in images:  # before anything is awaited: nobody can open them from here on
+            self.names.unname(image)
+            self.names.drop_inode(image)
+            self._stale_rows.add(image.inode)
+        await self._remove_stale_rows()
+
+    async def _remove_stale_rows(self) -> None:
+        """Delete the rows of images that are not shown. If that fails, the next refresh tries again.
+
+        Raises:
+            LazyfsError, OSError: the catalog cannot be written.
+        """
+        if rows := list(self._stale_rows):
+            await trio.to_thread.run_sync(self._catalog.remove, rows, limiter=self.threads.catalog)
+            self._stale_rows.difference_update(rows)
 
     async def _check_versions(self, images: Sequence[Image]) -> None:
         """Ask again about what is cached; about what is not, the next open asks."""
@@ -306,11 +353,13 @@ class Filesystem:
         """
         self.check_current(image)
 
+        fresh = successor(image.record)
+
         def take_over() -> ImageRecord:
             return self._catalog.replace(image.inode, successor(image.record))
 
         # Disk only, so never long; half done, the name would lead nowhere.
-        with trio.CancelScope(shield=True), self._marked_as_replaced(image):
+        with trio.CancelScope(shield=True), self._marked_as_replaced(image, fresh.path):
             record = await image.retire(error, take_over)
             logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
             self.names.unname(image)
@@ -321,11 +370,13 @@ class Filesystem:
         return new
 
     @contextmanager
-    def _marked_as_replaced(self, image: Image) -> Iterator[None]:
+    def _marked_as_replaced(self, image: Image, path: str) -> Iterator[None]:
         event = self._replacing[image.inode] = trio.Event()
+        self._reserved.add(path)
         try:
             yield
         finally:
+            self._reserved.discard(path)
             del self._replacing[image.inode]
             event.set()
 
@@ -381,7 +432,9 @@ class Filesystem:
         if not uses:
             return
         try:
-            await trio.to_thread.run_sync(self._catalog.note_uses, uses)
+            await trio.to_thread.run_sync(
+                self._catalog.note_uses, uses, limiter=self.threads.catalog
+            )
         except (errors.LazyfsError, OSError) as error:
             logger.warning("the catalog could not be written: %s", error)
         else:

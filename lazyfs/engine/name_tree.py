@@ -89,6 +89,17 @@ class NameTree:
                 pending.extend(node.entries.values())
         return images
 
+    def can_add(self, path: str) -> bool:
+        """Whether nothing has `path`, and no image is where its folders belong."""
+        node: Node = self.root
+        for part in path.split("/"):
+            if not isinstance(node, Folder):
+                return False
+            if (below := node.entries.get(part)) is None:
+                return True
+            node = below
+        return False
+
     def add(self, image: Image) -> None:
         """Show an image at its path, making folders."""
         *folders, name = image.record.path.split("/")

@@ -25,9 +25,9 @@ from lazyfs.engine.filesystem import (
     is_last_copy,
     lasting_digest,
 )
+from lazyfs.engine.image import image_map
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Export, Repository
-from lazyfs.engine.name_tree import TakenNames
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Operations:
         return image
 
     async def _in_format(self, image: Image, image_format: str) -> Image:
-        taken, own = TakenNames(self._filesystem.names.root), image.record.path
+        taken, own = self._filesystem.taken_names(), image.record.path
         path = shown_path(
             image.record.export,
             self._options.names,
@@ -233,7 +233,11 @@ class Operations:
         if found is not None:
             raise Refused(image.record.path, found)
 
-    # -- verifying
+    # -- looking
+
+    async def map(self, image: Image) -> list[image_map.MapEntry]:
+        """Return which ranges of an image are here; as `image_map.entries`."""
+        return await image_map.entries(image, self._filesystem.threads.jobs)
 
     async def verify(
         self,
@@ -265,7 +269,12 @@ class Operations:
             source = self._repository.source(Export(record.export, record.size, record.identity))
         try:
             await verifying.verify(
-                image, digest or known, source, self._options.io_timeout_s, progress
+                image,
+                digest or known,
+                source,
+                self._options.io_timeout_s,
+                progress,
+                self._filesystem.threads.jobs,
             )
             if digest:
                 await self._annotate(image, lambda record: record.with_digest(digest))

@@ -113,11 +113,7 @@ class Population:
             await self._close_unused(fillers, image)
             if image is None:
                 await self._wait(wake)
-            elif (
-                shortage := "the cache's disk is nearly full"
-                if self._stores.nearly_full()
-                else self.shortage()
-            ):
+            elif shortage := self._shortage():
                 self.paused = shortage
                 self.on_turn()
                 await trio.sleep(ROOM_CHECK_S)
@@ -125,36 +121,61 @@ class Population:
                 self.paused = ""
                 self._busy.append(image)
                 try:
-                    await self._turn(image, fillers)
+                    await self._guarded_turn(image, fillers)
                 finally:
                     self._busy.remove(image)
                 self.on_turn()
 
+    def _shortage(self) -> str:
+        """Return why nothing may be filled now, or ""."""
+        try:
+            nearly_full = self._stores.nearly_full()
+        except OSError as error:
+            return f"the cache's file system cannot say how full it is: {error.strerror}"
+        return "the cache's disk is nearly full" if nearly_full else self.shortage()
+
     def _choose(self) -> Image | None:
         now = trio.current_time()
-        ready = {
-            image.inode: image
-            for image in self._images()
-            if image.fillable and image.populating.after <= now
-        }
+        ready = {}
+        for image in self._images():
+            if image.fillable and image.populating.due(now) <= now:
+                ready[image.inode] = image
+                if image.populating.waits_since is None:
+                    image.populating.waits_since = self._turns
         inode = fetch_plan.choose_image(
-            fetch_plan.Candidate(image.inode, image.open_count > 0, image.populating.last_served)
-            for image in ready.values()
+            (
+                fetch_plan.Candidate(
+                    image.inode,
+                    image.open_count > 0,
+                    image.populating.waits_since or 0,
+                    busy=image in self._busy,
+                )
+                for image in ready.values()
+            ),
+            self._turns,
         )
         return None if inode is None else ready[inode]
 
     async def _wait(self, wake: trio.Event) -> None:
-        """Until somebody calls `wake`, or an image that failed is due again."""
+        """Until somebody calls `wake`, or an image that has to wait is due."""
         self.paused = ""
-        due = min(
-            (image.populating.after for image in self._images() if image.fillable), default=math.inf
-        )
-        with trio.move_on_at(due):
+        now = trio.current_time()
+        waiting = [image.populating.due(now) for image in self._images() if image.fillable]
+        with trio.move_on_at(min(waiting, default=math.inf)):
             await wake.wait()
+
+    async def _guarded_turn(self, image: Image, fillers: dict[int, Filler]) -> None:
+        """Give an image a turn. Whatever goes wrong concerns this image alone."""
+        try:
+            await self._turn(image, fillers)
+        except Exception as error:
+            logger.exception("filling failed, a bug in lazyfs: image=%s", image.record.export)
+            bug = errors.StateError(f"filling failed, a bug in lazyfs: {error!r}")
+            self._note(image, bug, progress=False)
 
     async def _turn(self, image: Image, fillers: dict[int, Filler]) -> None:
         self._turns += 1
-        image.populating.last_served = self._turns
+        image.populating.waits_since = self._turns
         filling = image.filling
         assert filling is not None
         port, table = filling.port, filling.table

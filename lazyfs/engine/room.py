@@ -134,7 +134,10 @@ class Room:
         watch_s = WATCH_S if self._limits.free_bytes(1) is not None else math.inf
         while self._limits:
             self._asked = trio.Event()
-            await self._make_room()
+            try:
+                await self._make_room()
+            except OSError as error:
+                self._say(f"no room: the cache's file system cannot tell: {error.strerror}")
             if self.message:
                 await trio.sleep(RETRY_S)
             with trio.move_on_after(watch_s):
@@ -152,11 +155,14 @@ class Room:
             if self._need(space).wanted <= 0:
                 message = ""
         self._set_budget(space)
+        self._say(message)
+
+    def _say(self, message: str) -> None:
+        """Set the message. That there is no room, and that there is some again, is said once."""
         changed, self.message = bool(message) != bool(self.message), message
         if changed:
-            logger.log(
-                logging.WARNING if message else logging.INFO, "%s", message or "there is room again"
-            )
+            level = logging.WARNING if message else logging.INFO
+            logger.log(level, "%s", message or "there is room again")
             self.on_change()
 
     def _measure(self) -> Space:

@@ -4,12 +4,14 @@ its cache is begun."""
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
 from lazyfs import errors
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Catalog, Export, Repository
+from lazyfs.engine.supervision import log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +28,18 @@ class Sizes:
     """Of the images of one mount. Trio thread only."""
 
     def __init__(
-        self, repository: Repository, catalog: Catalog, nursery: trio.Nursery, io_timeout_s: float
+        self,
+        repository: Repository,
+        catalog: Catalog,
+        nursery: trio.Nursery,
+        io_timeout_s: float,
+        limiter: trio.CapacityLimiter,
     ) -> None:
         self._repository = repository
         self._catalog = catalog
         self._nursery = nursery
         self._io_timeout_s = io_timeout_s
+        self._limiter = limiter
         self._describing = trio.Lock()
         self._no_sizes_until = 0.0
 
@@ -51,7 +59,9 @@ class Sizes:
     def learn_soon(self, images: Sequence[Image]) -> None:
         """Let `learn` run in the background, after a listing showed names without sizes."""
         if not self._describing.locked():
-            self._nursery.start_soon(self._learn_quietly, images)
+            self._nursery.start_soon(
+                log_failure, "asking for sizes", partial(self._learn_quietly, images)
+            )
 
     async def learn_again(
         self, image: Image, limit_s: float = math.inf, patient: bool = False
@@ -112,7 +122,7 @@ class Sizes:
             else:
                 logger.warning("no size: image=%s reason=%s", image.record.export, export)
         try:
-            await trio.to_thread.run_sync(self._catalog.describe, changed)
+            await trio.to_thread.run_sync(self._catalog.describe, changed, limiter=self._limiter)
         except (errors.LazyfsError, OSError) as error:
             logger.warning("the catalog could not be written: %s", error)
 

@@ -16,6 +16,18 @@ MAX_PAUSE_S = 60.0
 Unmeasured; a task that fails at once again costs one log line and one traceback each time."""
 
 
+async def log_failure(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work` once, as a task of its own. If it fails, that is logged, and ends nothing else.
+
+    Args:
+        what: names the task in the log, as in "taking in a change".
+    """
+    try:
+        await work()
+    except Exception:
+        logger.exception("%s failed, a bug in lazyfs", what)
+
+
 class Supervisor:
     """The background tasks of one mount. Trio thread only."""
 

@@ -42,6 +42,7 @@ async def verify(
     source: Source | None,
     io_timeout_s: float,
     progress: Callable[[int], None],
+    limiter: trio.CapacityLimiter | None = None,
 ) -> None:
     """Read all that is present of an image, from the disk where that can be forced.
 
@@ -49,6 +50,7 @@ async def verify(
         digest: of the whole export, or "" for none.
         source: of the same version of the export, to compare with; None for not.
         io_timeout_s: how long a range of that is waited for.
+        limiter: of the threads that look at files and compute digests; trio's own if it is None.
         progress: called with the number of bytes of each chunk.
 
     Raises:
@@ -66,7 +68,7 @@ async def verify(
             raise errors.UserError(
                 f"{image.record.path} is not whole: its digest will be compared when it is"
             )
-        await _read_back(image, handle, digest, source, io_timeout_s, progress)
+        await _read_back(image, handle, digest, source, io_timeout_s, progress, limiter)
     finally:
         await handle.aclose()
 
@@ -78,17 +80,18 @@ async def _read_back(
     source: Source | None,
     io_timeout_s: float,
     progress: Callable[[int], None],
+    limiter: trio.CapacityLimiter | None,
 ) -> None:
     hasher = hashlib.new(digest.partition(":")[0]) if digest else None
     begin = image.record.shown.metadata_size
-    for entry in await image_map.entries_of(image, handle):
+    for entry in await image_map.entries_of(image, handle, limiter):
         if not entry.present:
             continue
         for start in range(entry.start, entry.start + entry.length, CHUNK):
             span = ByteRange(start, min(start + CHUNK, entry.start + entry.length))
             data = await _read(handle, begin, span)
             if hasher is not None:
-                await trio.to_thread.run_sync(hasher.update, data)
+                await trio.to_thread.run_sync(hasher.update, data, limiter=limiter)
             if source is not None and not await _same(source, span, data, io_timeout_s):
                 raise Differs(f"bytes {span.start} to {span.end} are not those of the repository")
             progress(span.length)

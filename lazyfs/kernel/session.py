@@ -171,7 +171,7 @@ class KernelSession:
     def connect_libfuse(self) -> None:
         """Put the real connection in the place of the made-up one. To be called from
         Operations.init."""
-        os.dup2(self._fd, self._libfuse_fd)
+        os.dup2(self._fd, self._libfuse_fd, inheritable=False)
         os.close(self._fd)
         self._fd = -1
         self._made_up.close()

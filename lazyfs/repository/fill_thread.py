@@ -13,7 +13,7 @@ import nbd
 
 from lazyfs import errors
 from lazyfs.engine.interfaces import Claim, Export, FillWork
-from lazyfs.repository import nbd_buffers, nbd_handle
+from lazyfs.repository import nbd_buffers, nbd_connect
 from lazyfs.units import KiB
 
 REQUEST = 512 * KiB
@@ -42,7 +42,7 @@ class FillConnection:
 
     def __init__(self, uri: str, export: Export, stall_s: float) -> None:
         self._uri = uri
-        self._export = export
+        self.export = export
         self._stall_s = stall_s
         self._handle: Any = None
         self._max_payload = 0
@@ -50,17 +50,16 @@ class FillConnection:
         self._last_progress = 0.0
 
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
-        """Do what `interfaces.Filler.run` promises, until `stop` is set.
+        """Do what `interfaces.Filler.run` promises, until `stop` is set. Needs a connection.
 
         After an error, or a stop with requests in flight, the connection is dropped, so that no
         late reply can reach a buffer that serves another claim.
         """
         try:
-            self._connect(stop)
             self._work(work, time.monotonic() + duration_s, stop)
         except nbd.Error as error:
             self._give_up(None)
-            raise errors.ConnectionLost(self._uri, nbd_handle.reason(error)) from error
+            raise errors.ConnectionLost(self._uri, nbd_connect.reason(error)) from error
         except errors.ExportChanged as error:
             self._give_up(error)
             raise
@@ -78,16 +77,19 @@ class FillConnection:
             if slot.buffer is not None:
                 nbd_buffers.give(slot.buffer)
 
-    def _connect(self, stop: threading.Event) -> None:
-        if self._handle is not None:
-            return
-        handle, found = nbd_handle.connect_export(self._uri, self._export.name, stop)
-        try:
-            self._export.check_same(found)
-        except errors.ExportChanged:
-            del handle  # else the traceback of this error would keep the connection open
-            raise
-        self._max_payload = nbd_handle.max_payload(handle)
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to work on."""
+        return self._handle is not None
+
+    def adopt(self, handle: Any, found: Export) -> None:
+        """Take over a handle from `nbd_connect.connect_export`.
+
+        Raises:
+            ExportChanged: the export is not the one that is to be filled; the handle is dropped.
+        """
+        self.export.check_same(found)
+        self._max_payload = nbd_connect.max_payload(handle)
         self._handle = handle
 
     def _give_up(self, error: errors.ExportChanged | None) -> None:
@@ -120,7 +122,9 @@ class FillConnection:
                 stop.wait(wait_s)
                 self._last_progress = time.monotonic()
                 continue
-            self._handle.poll(_POLL_MS if not wait_s else max(1, min(_POLL_MS, int(wait_s * 1000))))
+            timeout_ms = _POLL_MS if not wait_s else max(1, min(_POLL_MS, int(wait_s * 1000)))
+            if self._handle.poll(timeout_ms):  # also in the middle of a long answer
+                self._last_progress = time.monotonic()
             busy -= self._collect()
             if time.monotonic() - self._last_progress > self._stall_s:
                 raise errors.ConnectionLost(self._uri, f"no reply in {self._stall_s:g} s")
@@ -160,8 +164,8 @@ class FillConnection:
             if slot.claim is None or slot.waiting:
                 continue
             for cookie in slot.cookies:
-                slot.code = nbd_handle.retire(self._handle, cookie) or slot.code
-            if slot.code in nbd_handle.LOST:
+                slot.code = nbd_connect.retire(self._handle, cookie) or slot.code
+            if slot.code in nbd_connect.LOST:
                 lost = True
                 continue
             self._last_progress = time.monotonic()

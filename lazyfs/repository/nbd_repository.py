@@ -3,7 +3,8 @@
 import logging
 import math
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,13 +22,17 @@ from lazyfs.engine.interfaces import (
     RepositoryStatistics,
     Source,
 )
-from lazyfs.repository import nbd_handle
+from lazyfs.repository import nbd_connect, nbd_handle
 from lazyfs.repository.fill_thread import FillConnection
+from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
 
 MAX_EXPORTS = 1_000_000
 """More names than this from one server are dropped: it is broken or hostile."""
+
+MAX_NAMES_LENGTH = 64 * MiB
+"""Characters of all names together: with a million names of 4 KiB, the list alone would take 4 GiB."""
 
 T = TypeVar("T")
 
@@ -66,44 +71,52 @@ class NbdRepository:
     async def list_exports(self) -> list[str]:
         """As `interfaces.Repository.list_exports`. A name that is not UTF-8 is left out, and
         logged."""
-        names, count = await self._in_thread(self._connects, self._list)
-        if count > len(names):
+        names, unreadable, dropped = await self._connecting(self._list)
+        if unreadable:
             logger.warning(
                 "%s lists %d exports whose names are not UTF-8; they are not shown",
                 self.uri,
-                count - len(names),
+                unreadable,
+            )
+        if dropped:
+            logger.warning(
+                "%s lists %d exports more than lazyfs takes; they are not shown", self.uri, dropped
             )
         return names
 
-    def _list(self, abandoned: threading.Event) -> tuple[list[str], int]:
-        handle = nbd_handle.connect(self.uri, abandoned)
+    def _list(self, abandoned: threading.Event) -> tuple[list[str], int, int]:
+        """Return the names, how many more could not be decoded, and how many were dropped."""
+        handle = nbd_connect.connect(self.uri, abandoned)
         names: list[str] = []
+        length = dropped = 0
 
         def found(name: str, _description: str) -> int:
-            if (
-                len(names) < MAX_EXPORTS
-            ):  # beyond it nothing counts as progress: an endless list is cut off
-                watchdog.progress()
-                names.append(name)
+            nonlocal length, dropped
+            if len(names) >= MAX_EXPORTS or length >= MAX_NAMES_LENGTH:
+                dropped += 1  # and no progress: an endless list is cut off
+                return 0
+            watchdog.progress()
+            names.append(name)
+            length += len(name)
             return 0
 
         try:
-            with nbd_handle.Watchdog(handle, self.uri, abandoned) as watchdog:
+            with nbd_connect.Watchdog(handle, self.uri, abandoned) as watchdog:
                 count = handle.opt_list(found)
                 handle.opt_abort()
         except nbd.Error as error:
-            if error.errnum in nbd_handle.REFUSED:
+            if error.errnum in nbd_connect.REFUSED:
                 # libnbd does not tell a server that wants TLS first from one that cannot list.
                 hint = "" if self.uri.startswith("nbds") else "; it may want TLS (nbds)"
                 raise errors.Unsupported(
-                    f"{self.uri} does not list its exports: {nbd_handle.reason(error)}{hint}"
+                    f"{self.uri} does not list its exports: {nbd_connect.reason(error)}{hint}"
                 ) from error
-            raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
-        return names, min(count, MAX_EXPORTS)
+            raise errors.ConnectionLost(self.uri, nbd_connect.reason(error)) from error
+        return names, count - len(names) - dropped, dropped
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
         """As `interfaces.Repository.describe`."""
-        return await self._in_thread(self._connects, partial(self._describe, names))
+        return await self._connecting(partial(self._describe, names))
 
     def _describe(
         self, names: Sequence[str], abandoned: threading.Event
@@ -114,16 +127,16 @@ class NbdRepository:
         names = list(dict.fromkeys(names))
         while len(found) < len(names):
             before = len(found)
-            handle = nbd_handle.connect(self.uri, abandoned)
+            handle = nbd_connect.connect(self.uri, abandoned)
             try:
-                with nbd_handle.Watchdog(handle, self.uri, abandoned) as watchdog:
+                with nbd_connect.Watchdog(handle, self.uri, abandoned) as watchdog:
                     for name in names[before : before + self._names_per_connection]:
                         found[name] = _describe_one(handle, name)
                         watchdog.progress()
                     handle.opt_abort()
             except nbd.Error as error:
                 if len(found) == before:
-                    raise errors.ConnectionLost(self.uri, nbd_handle.reason(error)) from error
+                    raise errors.ConnectionLost(self.uri, nbd_connect.reason(error)) from error
                 self._names_per_connection = max(1, len(found) - before - 1)
         return found
 
@@ -141,8 +154,7 @@ class NbdRepository:
         Raises:
             ConnectionLost, Unsupported, ExportChanged.
         """
-        attempt = partial(nbd_handle.connect_export, self.uri, export.name)
-        handle, found = await self._in_thread(self._connects, attempt)
+        handle, found = await self.connect(export)
         try:
             export.check_same(found)
         except errors.ExportChanged:
@@ -154,20 +166,40 @@ class NbdRepository:
         self._nursery.start_soon(running.run)
         return running
 
-    async def fill(self, connection: FillConnection, work: FillWork, duration_s: float) -> None:
-        """Run `connection` in a thread."""
-        await self._in_thread(self._fills, partial(connection.run, work, duration_s))
+    async def connect(self, export: Export) -> tuple[Any, Export]:
+        """Return a handle ready to read `export`, and what the export is now. Raises as
+        `nbd_connect.connect_export`."""
+        attempt = partial(nbd_connect.connect_export, self.uri, export.name)
+        return await self._connecting(attempt)
 
-    async def _in_thread(
-        self, limiter: trio.CapacityLimiter, call: Callable[[threading.Event], T]
-    ) -> T:
-        """Run `call` in a thread, give it an event that says to stop, and keep book of the
-        connection."""
+    async def fill(self, connection: FillConnection, work: FillWork, duration_s: float) -> None:
+        """Run `connection` in a thread, until all its claims have ended."""
+        stop, call = threading.Event(), partial(connection.run, work, duration_s)
+        with self._noting():
+            await _stoppable(
+                stop, partial(trio.to_thread.run_sync, call, stop, limiter=self._fills)
+            )
+
+    async def _connecting(self, call: Callable[[threading.Event], T]) -> T:
+        """Run `call`, which connects, in a thread; it is given an event that says to stop.
+
+        Cancellation: the thread is left to itself. libnbd resolves the host's name in a call that
+        cannot be interrupted, and what the thread connects is closed with its result.
+        """
         stop = threading.Event()
         try:
-            result = await _stoppable(
-                stop, partial(trio.to_thread.run_sync, call, stop, limiter=limiter)
-            )
+            with self._noting():
+                return await trio.to_thread.run_sync(
+                    call, stop, limiter=self._connects, abandon_on_cancel=True
+                )
+        finally:
+            stop.set()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep book of whether the repository can be reached."""
+        try:
+            yield
         except errors.ExportRefused:
             raise  # which says nothing of the server
         except errors.ConnectionLost as error:
@@ -180,7 +212,6 @@ class NbdRepository:
             self.reconnects += 1
             logger.info("repository %s is back", self.uri)
         self.connected, self.trouble = True, ""
-        return result
 
 
 def _describe_one(handle: Any, name: str) -> Export | str:
@@ -189,11 +220,11 @@ def _describe_one(handle: Any, name: str) -> Export | str:
     try:
         handle.set_export_name(name)
         handle.opt_info()
-        return nbd_handle.described(handle, name)
+        return nbd_connect.described(handle, name)
     except nbd.Error as error:
         if not handle.aio_is_negotiating():
             raise
-        return nbd_handle.reason(error)
+        return nbd_connect.reason(error)
 
 
 async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) -> T:
@@ -312,6 +343,8 @@ class _NbdFiller:
 
     async def run(self, work: FillWork, duration_s: float) -> None:
         """As `interfaces.Filler.run`."""
+        if not self._connection.connected:
+            self._connection.adopt(*await self._repository.connect(self._connection.export))
         await self._repository.fill(self._connection, work, duration_s)
 
     async def aclose(self) -> None:

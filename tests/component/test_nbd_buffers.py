@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from peers import Peers
 
-from lazyfs.repository import nbd_buffers, nbd_handle
+from lazyfs.repository import nbd_buffers, nbd_connect
 from lazyfs.units import MiB
 
 
@@ -32,7 +32,7 @@ def taken(size: int) -> Iterator[nbd_buffers.NbdBuffer]:
 
 def test_a_gigabyte_of_reads_leaves_nothing_behind(peers: Peers) -> None:
     server = peers.nbdkit("pattern", f"size={MiB}")
-    handle, _ = nbd_handle.connect_export(server.uri, "", threading.Event())
+    handle, _ = nbd_connect.connect_export(server.uri, "", threading.Event())
 
     def read() -> None:
         done: list[int] = []

@@ -27,7 +27,7 @@ from scripted_server import Conversation, no_data, simple_reply, transmission
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.engine.interfaces import Export, Source
-from lazyfs.repository import nbd_handle
+from lazyfs.repository import nbd_connect
 from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
@@ -615,7 +615,7 @@ async def test_a_read_answered_without_data_fails(peers: Peers, repository_of: A
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbd_handle, "CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(nbd_connect, "CONNECT_TIMEOUT_S", 0.5)
 
 
 def greeted(conversation: Conversation) -> int:

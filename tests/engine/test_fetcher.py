@@ -68,7 +68,7 @@ class Bench:
             pace=pace,
             io_timeout_s=IO_TIMEOUT_S,
             totals=self.totals,
-            writes=WriteQueue(nursery),
+            writes=WriteQueue(nursery, trio.CapacityLimiter(1)),
             on_changed=self.changes.append,
         )
         self.port = FillPort(export, self.table, writer, pace, self.totals)
@@ -653,7 +653,7 @@ async def test_an_end_in_the_middle_leaves_no_claim_behind(connected: bool) -> N
 async def test_what_readers_were_given_is_written_although_the_daemon_s_tasks_have_ended() -> None:
     async with bench() as b:
         async with trio.open_nursery() as daemon:
-            b.reader._writes = WriteQueue(daemon)
+            b.reader._writes = WriteQueue(daemon, trio.CapacityLimiter(1))
             threads.delay_s = 5
             for block in (0, 10, 20):  # the second and third wait for the first to be written
                 await b.check(blocks(block))

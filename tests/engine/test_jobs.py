@@ -112,7 +112,7 @@ async def test_cancel_keeps_what_is_there_and_the_next_first_open_begins_again()
         image = await begun(world)
         await world.command("job-cancel", id="disk")
         assert await jobs(world) == {}
-        await until(lambda: not image.populating.last_served or image.filling)
+        await until(lambda: image.populating.waits_since is None or image.filling)
         await trio.sleep(100)
         present = image.statistics().present_bytes
         assert 0 < present < SIZE

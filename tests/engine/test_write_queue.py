@@ -15,7 +15,7 @@ pytestmark = pytest.mark.trio(run=run)
 async def test_writes_are_made_in_order_and_what_comes_meanwhile_after_them(
     nursery: trio.Nursery,
 ) -> None:
-    queue, made = WriteQueue(nursery), list[int]()
+    queue, made = WriteQueue(nursery, trio.CapacityLimiter(1)), list[int]()
     threads.delay_s = 1
     for i in range(3):
         queue.put(1, lambda i=i: made.append(i))
@@ -29,7 +29,7 @@ async def test_writes_are_made_in_order_and_what_comes_meanwhile_after_them(
 
 
 async def test_it_is_full_until_what_waits_is_written(nursery: trio.Nursery) -> None:
-    queue = WriteQueue(nursery)
+    queue = WriteQueue(nursery, trio.CapacityLimiter(1))
     threads.delay_s = 1
     queue.put(MAX_WAITING - 1, lambda: None)
     assert not queue.full
@@ -44,7 +44,7 @@ async def test_it_is_full_until_what_waits_is_written(nursery: trio.Nursery) -> 
 async def test_a_write_that_raises_spoils_no_other(
     nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    queue, made = WriteQueue(nursery), list[int]()
+    queue, made = WriteQueue(nursery, trio.CapacityLimiter(1)), list[int]()
     queue.put(1, lambda: 1 // 0)  # type: ignore[arg-type, return-value]
     queue.put(1, lambda: made.append(1))
     await wait_all_tasks_blocked()
@@ -58,7 +58,7 @@ async def test_what_waits_at_its_end_and_comes_after_it_is_written() -> None:
     made: list[int] = []
     threads.delay_s = 1
     async with trio.open_nursery() as nursery:
-        queue = WriteQueue(nursery)
+        queue = WriteQueue(nursery, trio.CapacityLimiter(1))
         queue.put(1, lambda: made.append(0))
         await trio.sleep(0.5)
         queue.put(1, lambda: made.append(1))
@@ -73,7 +73,7 @@ async def test_what_was_written_is_not_kept_in_memory(nursery: trio.Nursery) -> 
         def write(self) -> None:
             pass
 
-    queue, data = WriteQueue(nursery), Data()
+    queue, data = WriteQueue(nursery, trio.CapacityLimiter(1)), Data()
     there = weakref.ref(data)
     queue.put(1, data.write)
     del data

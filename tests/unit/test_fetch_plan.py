@@ -341,25 +341,33 @@ def test_population_of_an_empty_image_is_over_at_once() -> None:
 # -- choose_image
 
 candidates = st.lists(
-    st.builds(Candidate, st.integers(1, 20), st.booleans(), st.integers(0, 5)),
+    st.builds(Candidate, st.integers(1, 20), st.booleans(), st.integers(0, 9), busy=st.booleans()),
     max_size=8,
     unique_by=lambda c: c.inode,
 )
 
 
-@given(candidates, st.randoms(use_true_random=False))
-def test_the_choice_is_the_best_whatever_the_order(images: list[Candidate], random: object) -> None:
-    chosen = fetch_plan.choose_image(images)
+@given(candidates, st.integers(9, 20), st.randoms(use_true_random=False))
+def test_the_choice_is_the_best_whatever_the_order(
+    images: list[Candidate], turn: int, random: object
+) -> None:
+    chosen = fetch_plan.choose_image(images, turn)
     shuffled = list(images)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert fetch_plan.choose_image(shuffled) == chosen
+    assert fetch_plan.choose_image(shuffled, turn) == chosen
     if not images:
         assert chosen is None
         return
     [best] = [c for c in images if c.inode == chosen]
+    impatient = [c for c in images if not c.busy and turn - c.waits_since > fetch_plan.PATIENCE]
+    if impatient:
+        assert best in impatient
+        assert best.waits_since == min(c.waits_since for c in impatient)
+        return
     assert best.has_readers or not any(c.has_readers for c in images)
     rivals = [c for c in images if c.has_readers == best.has_readers]
-    assert best.last_served == min(c.last_served for c in rivals)
+    assert not best.busy or all(c.busy for c in rivals), "one that nobody works on comes first"
+    assert best.waits_since == min(c.waits_since for c in rivals if c.busy == best.busy)
 
 
 @pytest.mark.parametrize("has_readers", [False, True])
@@ -368,7 +376,7 @@ def test_equals_take_turns(has_readers: bool) -> None:
     order = []
     for turn in range(1, 7):
         chosen = fetch_plan.choose_image(
-            [Candidate(inode, has_readers, last) for inode, last in served.items()]
+            [Candidate(inode, has_readers, last) for inode, last in served.items()], turn
         )
         assert chosen is not None
         served[chosen] = turn
@@ -377,4 +385,16 @@ def test_equals_take_turns(has_readers: bool) -> None:
 
 
 def test_an_image_with_readers_goes_before_one_without() -> None:
-    assert fetch_plan.choose_image([Candidate(1, False, 0), Candidate(2, True, 99)]) == 2
+    assert fetch_plan.choose_image([Candidate(1, False, 98), Candidate(2, True, 99)], 100) == 2
+
+
+def test_images_without_readers_get_one_turn_of_five() -> None:
+    served = {1: 0, 2: 0}
+    order = []
+    for turn in range(1, 21):
+        images = [Candidate(1, True, served[1]), Candidate(2, False, served[2])]
+        chosen = fetch_plan.choose_image(images, turn)
+        assert chosen is not None
+        served[chosen] = turn
+        order.append(chosen)
+    assert order == [1, 1, 1, 1, 2] * 4

@@ -20,12 +20,12 @@ PACKAGES = {
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",
     "cache": "cache_check cache_dir catalog store.raw store.qcow2 store.cache_file store.write_behind store.unkept",
-    "repository": "nbd_repository fill_thread nbd_handle nbd_buffers",
+    "repository": "nbd_repository fill_thread nbd_handle nbd_connect nbd_buffers",
     "engine": (
         "room operations verifying filesystem population sizes name_tree supervision"
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
         " image.digest_check image.partial_cache"
-        " context"
+        " context threads"
         " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.block_table"
         " fetch.write_queue"
         " budget pace totals interfaces"

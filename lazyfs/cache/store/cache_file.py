@@ -86,11 +86,49 @@ has been touched before is faster."""
 
 
 class FileReader:
-    """Reads an open cache file, partial or whole."""
+    """Reads an open cache file, partial or whole.
 
-    _fd: int
+    `close` may be called at any moment. The descriptor is closed once the reads and writes under way
+    in other threads have ended: before, another file could get the same number.
+    """
+
+    _fd = -1
     _data_offset = 0
     """The offset in the file of the data that callers read and write at offset 0."""
+
+    def __init__(self) -> None:
+        self._users_lock = threading.Lock()
+        self._users = 0
+        self._closed = False
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Keep the files open inside the block. Raises OSError (EBADF) if they are closed."""
+        with self._users_lock:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._users_lock:
+                self._users -= 1
+                self._close_if_unused()
+
+    def close(self) -> None:
+        """Close the files, now or when the last read or write under way has ended."""
+        with self._users_lock:
+            self._closed = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._closed and not self._users:
+            self._close_fds()
+
+    def _close_fds(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """Return `length` bytes if all of them are in the page cache, otherwise None.
@@ -113,11 +151,11 @@ class FileReader:
         For a small read, the kernel is asked to read READ_AROUND bytes, for later readers.
         """
         position = self._data_offset + offset
-        if length < READ_AROUND:
-            os.posix_fadvise(
-                self._fd, position - position % READ_AROUND, READ_AROUND, os.POSIX_FADV_WILLNEED
-            )
-        return read_exactly(self._fd, position, length)
+        with self._using():
+            if length < READ_AROUND:
+                start = position - position % READ_AROUND
+                os.posix_fadvise(self._fd, start, READ_AROUND, os.POSIX_FADV_WILLNEED)
+            return read_exactly(self._fd, position, length)
 
 
 class PartialFile(FileReader):
@@ -134,14 +172,11 @@ class PartialFile(FileReader):
         self._file_attributes = attributes
         self._size = record.size
         self._data_name = f"{PARTIAL}/{record.inode}.{record.format}"
-        self._fd = -1
-        self._lock = threading.Lock()
+        super().__init__()
         self._writing = threading.Lock()
         """The kernel lets one thread write to a file at a time. The next one would wait for it by
         spinning, and so use a CPU."""
         self._write_behind = WriteBehind()
-        self._writers = 0
-        self._closed = False
 
     def _open_data(self, flags: int = OPEN_FLAGS) -> int:
         try:
@@ -207,21 +242,13 @@ class PartialFile(FileReader):
             NoSpace: the disk is full, but for RESERVE bytes.
             OSError: the disk failed, or the store is closed.
         """
-        with self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self._writers += 1
-        try:
+        with self._using():
             with space_errors():
                 self._leave_room(len(data))
                 with self._writing:
                     write_all(self._fd, data, self._data_offset + offset)
             if not keep:
                 self._write_behind.wrote(self._fd, self._data_offset + offset, len(data))
-        finally:
-            with self._lock:
-                self._writers -= 1
-                self._close_if_unused()
 
     def _leave_room(self, size: int) -> None:
         """Raise NoSpace if the data would use the disk's last RESERVE bytes. This costs 1 us."""
@@ -258,6 +285,7 @@ class PartialFile(FileReader):
             NoSpace: the disk is full.
             OSError: the disk failed.
         """
+        self.check_path()
         path = self._record.path
         with space_errors():
             os.fchown(self._fd, self._file_attributes.uid, self._file_attributes.gid)
@@ -278,18 +306,31 @@ class PartialFile(FileReader):
                     dst_dir_fd=self._root_fd,
                     follow_symlinks=False,
                 )
-            except FileExistsError:
-                if not self._is_ours(path):
-                    raise errors.UserError(
-                        f"cannot put the whole image at {path}: "
-                        "a file that lazyfs did not put there is in the way"
-                    ) from None
-            except NotADirectoryError:
-                raise errors.UserError(
-                    f"cannot put the whole image at {path}: a file is where its folder belongs"
-                ) from None
+            except (FileExistsError, NotADirectoryError):
+                self.check_path()
             for folder in ["", *folders]:
                 self._sync_folder(folder)
+
+    def check_path(self) -> None:
+        """Look whether the plain file could be put at the image's path, before much is written.
+
+        Raises:
+            UserError: another file is in the way.
+        """
+        path = self._record.path
+        try:
+            if self._is_ours(path):
+                return
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise errors.UserError(
+                f"cannot put the whole image at {path}: a file is where its folder belongs"
+            ) from None
+        raise errors.UserError(
+            f"cannot put the whole image at {path}: "
+            "a file that lazyfs did not put there is in the way"
+        )
 
     def unfinish(self) -> None:
         """Unlink the plain file if it is another name of the data file."""
@@ -311,25 +352,6 @@ class PartialFile(FileReader):
     def _names(self) -> list[str]:
         return [self._data_name]
 
-    def close(self) -> None:
-        """Close the files once all writes under way have ended.
-
-        If they were closed at once, another file could get the same descriptor, and a write could
-        go to that file.
-        """
-        with self._lock:
-            self._closed = True
-            self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if self._closed and not self._writers:
-            self._close_fds()
-
-    def _close_fds(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
-
     def _sync_folder(self, name: str) -> None:
         fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_fd)
         try:
@@ -348,6 +370,7 @@ class WholeFile(FileReader):
             PlainFileGone: there is no file at the path.
             CacheCorrupt: the file cannot be opened, or does not have the image's size.
         """
+        super().__init__()
         self._root_fd = root_fd
         self._path = record.path
         self._name = record.path
@@ -393,12 +416,6 @@ class WholeFile(FileReader):
         """Unlink the plain file. Processes that have it open keep reading it."""
         with suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._root_fd)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
 
 
 def _next_data(fd: int, position: int, end: int) -> int:

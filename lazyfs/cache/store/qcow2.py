@@ -225,6 +225,7 @@ class Qcow2Store(PartialFile):
             NoSpace: the disk is full.
             OSError: the disk failed.
         """
+        self.check_path()
         at = self._at
         with space_errors():
             for start in range(at.cluster_size, at.data_offset, _CHUNK):

@@ -193,6 +193,6 @@ async def assemble(
     for gap in gaps:
         if not present(gap):
             return None
-        data = await trio.to_thread.run_sync(read_cache, gap)
+        data = await trio.to_thread.run_sync(read_cache, gap, abandon_on_cancel=True)
         out[gap.start - wanted.start : gap.end - wanted.start] = data
     return bytes(out)

@@ -5,6 +5,7 @@ cancelled does not cancel what others have joined, and what was asked for is kep
 answered when its bytes have arrived; they are written to the cache file afterwards.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,8 @@ from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Export, Source
 from lazyfs.engine.pace import Pace
 from lazyfs.engine.totals import Read, Totals
+
+logger = logging.getLogger(__name__)
 
 
 class DemandReader:
@@ -228,6 +231,8 @@ class DemandReader:
             fetch.failure = error.again()
             if isinstance(error, errors.ExportChanged):
                 self.changed(error)
+        except Exception:
+            logger.exception("a fetch failed, a bug in lazyfs: image=%s", self.export.name)
         finally:
             self._end(fetch)
 

@@ -23,9 +23,14 @@ class WriteQueue:
     """The writes of one mount, one after the other: a file takes one at a time anyway. Trio thread
     only."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
-        """Work until `nursery` is cancelled; what waits then, or comes later, is written at
-        once."""
+    def __init__(self, nursery: trio.Nursery, limiter: trio.CapacityLimiter) -> None:
+        """Work until `nursery` is cancelled; what waits then, or comes later, is written at once.
+
+        Args:
+            limiter: of the thread that writes. Nobody else may use it: a write must not wait behind
+                readers of a disk that stalls.
+        """
+        self._limiter = limiter
         self._ended = False
         self._writes: list[tuple[int, Callable[[], None]]] = []
         self._some = trio.Event()
@@ -56,13 +61,22 @@ class WriteQueue:
                 size = sum(size for size, _ in batch)
                 writes = [write for _, write in batch]
                 del batch
-                await trio.to_thread.run_sync(_call, writes)
+                await self._write(writes)
                 self._waiting -= size
         finally:
             # Whoever ends the daemon waits for them (`Fetcher.written`), also when a bug has ended
             # the nursery.
             self._ended = True
             _call([write for _, write in self._writes])
+
+    async def _write(self, writes: list[Callable[[], None]]) -> None:
+        """Call `writes` in a thread. They are called whatever happens: each ends a claim on blocks."""
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_call, writes, limiter=self._limiter)
+        except Exception:
+            logger.exception("no thread could be had; what was fetched is written without one")
+            _call(writes)
 
 
 def _call(writes: list[Callable[[], None]]) -> None:

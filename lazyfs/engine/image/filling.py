@@ -162,12 +162,17 @@ def nowait(file: ImageFile, wanted: ByteRange) -> bytes | None:
 
 
 async def read_file(file: ImageFile, wanted: ByteRange) -> bytes:
-    """Return bytes of an open cache file. In a thread only if the page cache does not have them."""
+    """Return bytes of an open cache file. In a thread only if the page cache does not have them.
+
+    Cancellation: the thread is left to itself; the file stays open until it has read.
+    """
     if not wanted.length:
         return b""
     ready = file.read_nowait(wanted.start, wanted.length)
     return (
         ready
         if ready is not None
-        else await trio.to_thread.run_sync(file.read, wanted.start, wanted.length)
+        else await trio.to_thread.run_sync(
+            file.read, wanted.start, wanted.length, abandon_on_cancel=True
+        )
     )

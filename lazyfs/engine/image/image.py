@@ -101,7 +101,7 @@ class Image:
         self._open_trouble = ""
         """Why the cache file cannot be opened, if the user can mend that."""
         self._digest_check = DigestCheck(
-            lambda: self.record, self.fail, self.recover, context.syncs
+            lambda: self.record, self.fail, self.recover, context.threads.syncs
         )
         self._changing = trio.Lock()
         self._scope = trio.CancelScope()
@@ -345,7 +345,7 @@ class Image:
         """
         async with self._changing:
             remove = partial(partial_cache.remove, self._context.stores, self.record, take_over)
-            taken_over = await trio.to_thread.run_sync(remove)
+            taken_over = await trio.to_thread.run_sync(remove, limiter=self._context.threads.opens)
             self.retired = True
             self.populating.stop()
             self._scope.cancel()
@@ -401,7 +401,7 @@ class Image:
         )
         self._open_trouble = ""
         try:
-            return await trio.to_thread.run_sync(load)
+            return await trio.to_thread.run_sync(load, limiter=self._context.threads.opens)
         except errors.UserError as error:
             self._open_trouble = str(error)
             raise
@@ -430,13 +430,15 @@ class Image:
         filling = self.filling
         if filling is not None and self.record.state is State.FAILED:
             disown = partial(partial_cache.disown, filling.store, self.record)
-            trouble = await trio.to_thread.run_sync(disown, limiter=self._context.syncs)
+            trouble = await trio.to_thread.run_sync(disown, limiter=self._context.threads.syncs)
             if trouble is not None:
                 filling.table.stop_reading(trouble)
 
     async def _open_plain_file(self) -> PlainFile:
         try:
-            return await trio.to_thread.run_sync(self._context.stores.whole, self.record)
+            return await trio.to_thread.run_sync(
+                self._context.stores.whole, self.record, limiter=self._context.threads.opens
+            )
         except errors.CacheCorrupt as error:
             advice = f"{error}; remove what is there, and mount anew to fetch it again"
             self.record = self.record.troubled(Cause.PLAIN_FILE, advice)
@@ -458,7 +460,7 @@ class Image:
             file.close()
             return
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(file.close, limiter=self._context.syncs)
+            await trio.to_thread.run_sync(file.close, limiter=self._context.threads.syncs)
 
     def _counters(self) -> FetchCounters:
         if self.filling is not None:
@@ -475,7 +477,9 @@ class Image:
         record = change(counted)
         if not self.retired:
             try:
-                await trio.to_thread.run_sync(self._context.catalog.update, [record])
+                await trio.to_thread.run_sync(
+                    self._context.catalog.update, [record], limiter=self._context.threads.catalog
+                )
             except (errors.NoSpace, errors.CacheCorrupt, OSError) as error:
                 if record.state is State.WHOLE and self.record.state is not State.WHOLE:
                     raise
@@ -550,7 +554,7 @@ class Image:
 
     async def _checkpoint(self, filling: Filling) -> None:
         try:
-            await filling.checkpoint(self._context.syncs)
+            await filling.checkpoint(self._context.threads.syncs)
         except errors.CacheCorrupt as error:
             logger.critical(
                 "reads fail until lazyfs is mounted anew: image=%s reason=%s",
@@ -588,13 +592,15 @@ class Image:
         ):  # at the daemon's end, which does not wait for it
             return False
         try:
-            await filling.checkpoint(self._context.syncs)
-            await trio.to_thread.run_sync(filling.store.finish, limiter=self._context.syncs)
+            await filling.checkpoint(self._context.threads.syncs)
+            await trio.to_thread.run_sync(filling.store.finish, limiter=self._context.threads.syncs)
             with trio.CancelScope(
                 shield=True
             ):  # else the partial name would stay until the next start
                 await self._save(ImageRecord.became_whole)
-                await trio.to_thread.run_sync(filling.store.remove)
+                await trio.to_thread.run_sync(
+                    filling.store.remove, limiter=self._context.threads.opens
+                )
         except (errors.LazyfsError, OSError) as error:
             if self.record.error != str(error):
                 logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)

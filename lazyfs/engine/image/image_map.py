@@ -25,7 +25,7 @@ class MapEntry:
     data: bool
 
 
-async def entries(image: Image) -> list[MapEntry]:
+async def entries(image: Image, limiter: trio.CapacityLimiter) -> list[MapEntry]:
     """Return the map of an image, in order and without gaps.
 
     Raises:
@@ -38,7 +38,7 @@ async def entries(image: Image) -> list[MapEntry]:
     if image.record.state is State.WHOLE:
         handle = await image.open()
         try:
-            return await entries_of(image, handle)
+            return await entries_of(image, handle, limiter)
         finally:
             await handle.aclose()
     if image.filling is None:
@@ -46,14 +46,18 @@ async def entries(image: Image) -> list[MapEntry]:
     return list(_joined(image.filling.table.runs()))
 
 
-async def entries_of(image: Image, handle: Handle) -> list[MapEntry]:
+async def entries_of(
+    image: Image, handle: Handle, limiter: trio.CapacityLimiter | None
+) -> list[MapEntry]:
     """Return the map of an image that is open. Raises OSError if the plain file cannot be looked
     at."""
     size = image.record.size
     assert size is not None
     if isinstance(handle, WholeHandle):
         begin = image.record.shown.metadata_size
-        return await trio.to_thread.run_sync(_segments, handle.file.fileno(), begin, begin + size)
+        return await trio.to_thread.run_sync(
+            _segments, handle.file.fileno(), begin, begin + size, limiter=limiter
+        )
     assert isinstance(handle, PartialHandle)
     return list(_joined(handle.filling.table.runs()))
 

@@ -15,8 +15,8 @@ class Populating:
     `job-cancel`."""
     paused: bool = False
     """By `job-pause`."""
-    last_served: int = 0
-    """Population's turn counter when it last worked here."""
+    waits_since: int | None = None
+    """The number of population's turn when it last worked here, or first saw it."""
     after: float = 0.0
     """Population leaves it alone until this time (trio's clock), after a failure."""
     trouble: str = ""
@@ -26,6 +26,10 @@ class Populating:
     def goes_on(self) -> bool:
         """Whether population may work on it now."""
         return self.wanted and not self.paused
+
+    def due(self, now: float) -> float:
+        """Return when population may work on it next, by trio's clock; `now` or before: at once."""
+        return max(self.after, now + self.pace.own_wait_s())
 
     def want(self) -> None:
         """Let population work on it, unless it is paused."""
