@@ -1,7 +1,8 @@
 """A whole engine over the fakes, on a clock that jumps: hours of outage take microseconds.
 
-A mock clock knows nothing of threads and would jump while one works. So `run` replaces trio's threads by calls in
-the loop, with the same promises: others run before and after, and a call that has begun is not cancelled.
+A mock clock knows nothing of threads, and would jump while one works. So `run` replaces trio's threads by
+calls in the loop that keep trio's promises: others run before and after; a call waits for a token of its
+limiter, and can be cancelled while it does; a call that has begun is not cancelled, but may be abandoned.
 """
 
 import random
@@ -39,16 +40,45 @@ class InlineThreads:
     """What `trio.to_thread.run_sync` is during `run`."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.delay_s = 0.0
         """Of every call, in the clock's time."""
+        self.on_call: Callable[[int], Awaitable[None]] | None = None
+        """Awaited with the number of each call before it gets its token; it may be cancelled, or raise."""
+        self.calls = 0
+        self.limiters: set[trio.CapacityLimiter] = set()
+        """Those that were used."""
+        self._default: trio.CapacityLimiter | None = None
 
-    async def run_sync(self, call: Callable[..., Any], *args: Any, **_options: object) -> Any:
+    async def run_sync(
+        self,
+        call: Callable[..., Any],
+        *args: Any,
+        limiter: trio.CapacityLimiter | None = None,
+        abandon_on_cancel: bool = False,
+    ) -> Any:
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            await trio.sleep(self.delay_s)
+        if self._default is None:
+            self._default = trio.CapacityLimiter(40)
+        limiter = limiter or self._default
+        self.limiters.add(limiter)
+        self.calls += 1
+        if self.on_call is not None:
+            await self.on_call(self.calls - 1)
+        await limiter.acquire_on_behalf_of(holder := object())
         try:
+            with trio.CancelScope(shield=not abandon_on_cancel):
+                try:
+                    await trio.sleep(self.delay_s)
+                except trio.Cancelled:  # the thread that was abandoned does its work all the same
+                    with suppress(Exception):
+                        call(*args)
+                    raise
             return call(*args)
         finally:
+            limiter.release_on_behalf_of(holder)
             await trio.lowlevel.cancel_shielded_checkpoint()
 
 
@@ -59,7 +89,7 @@ def run(test: Callable[[], Awaitable[Any]], clock: object = None, instruments: o
     """`trio.run` with a jumping clock, inline threads, and the same order of tasks every time."""
     assert clock is None, "this runner brings its own clock"
     real = trio.to_thread.run_sync
-    threads.delay_s = 0.0
+    threads.reset()
     # As Hypothesis' trio support does it; there is no public way.
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r = random.Random(0)
@@ -140,15 +170,18 @@ class World:
             filesystem.list_trouble = "the repository does not answer"
             with trio.move_on_after(FIRST_LIST_S), suppress(errors.ConnectionLost):
                 await filesystem.refresh()
-            async with trio.open_nursery() as inner:
-                assembly.wire(parts, self._emit)
-                await assembly.start(parts, inner, populate=populate)
-                await filesystem.resume()
-                yield self
-                inner.cancel_scope.cancel()
-            if not crash:
-                await filesystem.aclose()
-            nursery.cancel_scope.cancel()
+            try:
+                async with trio.open_nursery() as inner:
+                    assembly.wire(parts, self._emit)
+                    await assembly.start(parts, inner, populate=populate)
+                    await filesystem.resume()
+                    yield self
+                    inner.cancel_scope.cancel()
+            finally:
+                if not crash:
+                    with trio.CancelScope(shield=True):
+                        await filesystem.aclose()
+                nursery.cancel_scope.cancel()
         if crash:
             self.stores.crash()
         assert not self.stores.odd_writes

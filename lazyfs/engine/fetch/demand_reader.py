@@ -25,7 +25,7 @@ from lazyfs.engine.fetch.demand_fetch import DemandFetch, Miss, ReadCache, assem
 from lazyfs.engine.fetch.extents import ExtentQuestions
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Export, Source
-from lazyfs.engine.pace import Pace
+from lazyfs.engine.pace import Pace, ReaderWait
 from lazyfs.engine.totals import Read, Totals
 
 logger = logging.getLogger(__name__)
@@ -172,21 +172,21 @@ class DemandReader:
         """Make the fetches of a plan. If that fails, as for want of memory, none of its flights is
         left."""
         begun: list[DemandFetch] = []
+        waits: list[ReaderWait] = []
         now = trio.current_time()
         miss = Miss(now) if timed else None
         try:
             for flight in plan.new:
+                waits.append(wait := self._pace.reader_waits())
                 span = self._table.span_of(flight)
                 parts = self._table.data_ranges(span)
-                fetch = DemandFetch(
-                    flight, span, parts, bytearray(span.length), now, self._pace.reader_waits()
-                )
+                fetch = DemandFetch(flight, span, parts, bytearray(span.length), now, wait)
                 if flight.purpose is Purpose.REST or flight is plan.new[0]:
                     fetch.miss = miss
                 begun.append(fetch)
         except BaseException:
-            for fetch in begun:
-                fetch.wait.end()
+            for wait in waits:
+                wait.end()
             for flight in plan.new:
                 self._table.settle(flight, None)
             raise
