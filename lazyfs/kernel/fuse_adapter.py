@@ -7,6 +7,7 @@ a cache directory say that a file is in use. That is let through, and unlink(2) 
 
 import errno
 import logging
+import math
 import os
 import stat
 import time
@@ -39,6 +40,11 @@ FILLING_TIMEOUT_S = 1.0
 LARGEST_FILE = 2**63 - 1
 """Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be
 opened."""
+
+QUIET_S = 10.0
+MAX_COMPLAINTS = 1000
+"""One failure of one file is logged once in QUIET_S seconds; of MAX_COMPLAINTS such failures it is
+remembered. Unmeasured."""
 
 XATTR_PREFIX = "user.lazyfs."
 _XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
@@ -86,6 +92,7 @@ class FuseAdapter(pyfuse3.Operations):
         """What is open, by the inode number that it was opened by. Handles of one number are
         alike."""
         self._mounted_ns = time.time_ns()
+        self._complaints = _Complaints(filesystem.totals.clock)
 
     def init(self) -> None:
         """libfuse is ready: from here on the kernel listens to notifications."""
@@ -99,7 +106,7 @@ class FuseAdapter(pyfuse3.Operations):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Find a name; ask for its size if that is not known."""
-        with _translated("lookup", parent_inode):
+        with self._translated("lookup", parent_inode):
             child = self._folder(parent_inode).entries.get(os.fsdecode(name))
             if child is None:
                 raise pyfuse3.FUSEError(errno.ENOENT)
@@ -109,7 +116,7 @@ class FuseAdapter(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> pyfuse3.EntryAttributes:
         """Return attributes."""
-        with _translated("getattr", inode):
+        with self._translated("getattr", inode):
             return await self._described(self._node(inode), inode)
 
     async def _described(self, node: Node, inode: int) -> pyfuse3.EntryAttributes:
@@ -149,14 +156,14 @@ class FuseAdapter(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileHandleT:
         """Open a folder."""
-        with _translated("opendir", inode):
+        with self._translated("opendir", inode):
             return pyfuse3.FileHandleT(self._folder(inode).inode)
 
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
         """List a folder from a position on. Never waits for sizes: `ls` needs none."""
-        with _translated("readdir", fh):
+        with self._translated("readdir", fh):
             folder = self._folder(fh)
             if start_id == 0:
                 images = [node for node in folder.entries.values() if isinstance(node, Image)]
@@ -179,7 +186,7 @@ class FuseAdapter(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         """Open an image. The page cache keeps what it has: an inode never changes its bytes."""
-        with _translated("open", inode):
+        with self._translated("open", inode):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
             image = self._image(inode)
@@ -203,7 +210,7 @@ class FuseAdapter(pyfuse3.Operations):
     async def read(self, fh: pyfuse3.FileHandleT, offset: int, size: int) -> bytes:
         """Read from an image."""
         began = self._totals.clock()
-        with _translated("read", fh, offset):
+        with self._translated("read", fh, offset):
             handle = self._open[fh][-1]
             data = handle.read_now(offset, size)
             if data is not None:
@@ -214,7 +221,7 @@ class FuseAdapter(pyfuse3.Operations):
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """Close an image."""
-        with _translated("release", fh):
+        with self._translated("release", fh):
             handles = self._open[fh]
             handle = handles.pop()
             if not handles:
@@ -240,7 +247,7 @@ class FuseAdapter(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Take the times of an image for its last use. Those shown stay: they are of the bytes,
         which do not change."""
-        with _translated("setattr", inode):
+        with self._translated("setattr", inode):
             node = self._node(inode)
             others = (
                 fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
@@ -259,7 +266,7 @@ class FuseAdapter(pyfuse3.Operations):
         cached."""
         if not self._allow_evict:
             raise pyfuse3.FUSEError(errno.EROFS)
-        with _translated("unlink", parent_inode):
+        with self._translated("unlink", parent_inode):
             image = self._folder(parent_inode).entries.get(os.fsdecode(name))
             if image is None:
                 raise pyfuse3.FUSEError(errno.ENOENT)
@@ -290,7 +297,7 @@ class FuseAdapter(pyfuse3.Operations):
         """
         if not name.startswith(_XATTR_PREFIX_BYTES):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR if name.startswith(b"user.") else errno.ENOTSUP)
-        with _translated("getxattr", inode):
+        with self._translated("getxattr", inode):
             value = _xattrs(self._node(inode)).get(os.fsdecode(name))
             if value is None:
                 raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
@@ -298,14 +305,14 @@ class FuseAdapter(pyfuse3.Operations):
 
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
         """Return the names of ours."""
-        with _translated("listxattr", inode):
+        with self._translated("listxattr", inode):
             return [os.fsencode(name) for name in _xattrs(self._node(inode))]
 
     # -- the file system
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Report the file system that holds the cache."""
-        with _translated("statfs", 0):
+        with self._translated("statfs", 0):
             room = os.fstatvfs(self._root_fd)
             reply = pyfuse3.StatvfsData()
             for name in (
@@ -323,6 +330,29 @@ class FuseAdapter(pyfuse3.Operations):
             return reply
 
     # -- inside
+
+    @contextmanager
+    def _translated(self, what: str, inode: int, offset: int = 0) -> Iterator[None]:
+        """Turn errors into errnos.
+
+        A bug becomes EIO, and a traceback in the log: it must not end the mount.
+        """
+        try:
+            yield
+        except pyfuse3.FUSEError:
+            raise
+        except errors.LazyfsError as error:
+            self._complaints.warn(what, inode, offset, error)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+        except OSError as error:
+            self._complaints.warn(what, inode, offset, error)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except MemoryError as error:
+            self._complaints.warn(what, inode, offset, error)
+            raise pyfuse3.FUSEError(errno.ENOMEM) from error
+        except Exception as error:
+            logger.exception("%s failed, a bug in lazyfs: inode=%d offset=%d", what, inode, offset)
+            raise pyfuse3.FUSEError(errno.EIO) from error
 
     def _invalidate_entry(self, folder: Folder, name: str) -> None:
         if not self._forget_names():
@@ -353,23 +383,33 @@ class FuseAdapter(pyfuse3.Operations):
         return node
 
 
-@contextmanager
-def _translated(what: str, inode: int, offset: int = 0) -> Iterator[None]:
-    """Turn errors into errnos. A bug becomes EIO and a traceback in the log: it must not end the
-    mount."""
-    try:
-        yield
-    except pyfuse3.FUSEError:
-        raise
-    except errors.LazyfsError as error:
-        logger.warning("%s failed: inode=%d offset=%d reason=%s", what, inode, offset, error)
-        raise pyfuse3.FUSEError(errno.EIO) from error
-    except OSError as error:
-        logger.warning("%s failed: inode=%d offset=%d reason=%s", what, inode, offset, error)
-        raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
-    except Exception as error:
-        logger.exception("%s failed, a bug in lazyfs: inode=%d offset=%d", what, inode, offset)
-        raise pyfuse3.FUSEError(errno.EIO) from error
+class _Complaints:
+    """Says once in a while that something fails, however often it does: a guest that repeats a read
+    that fails must not fill the log."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._said: dict[tuple[str, int, str], tuple[float, int]] = {}
+        """By what failed: when it was last said, and how often it has failed since."""
+
+    def warn(self, what: str, inode: int, offset: int, error: Exception) -> None:
+        """Log a failure, unless the same has been said in the last QUIET_S seconds."""
+        kind, now = (what, inode, type(error).__name__), self._clock()
+        said_at, since = self._said.get(kind, (-math.inf, 0))
+        if now < said_at + QUIET_S:
+            self._said[kind] = said_at, since + 1
+            return
+        if len(self._said) >= MAX_COMPLAINTS:
+            self._said.clear()
+        self._said[kind] = now, 0
+        logger.warning(
+            "%s failed: inode=%d offset=%d reason=%s%s",
+            what,
+            inode,
+            offset,
+            error,
+            f" (and {since} times more)" if since else "",
+        )
 
 
 def _xattrs(node: Node) -> dict[str, str]:

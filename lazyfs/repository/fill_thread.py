@@ -82,13 +82,8 @@ class FillConnection:
         """Whether there is a connection to work on."""
         return self._handle is not None
 
-    def adopt(self, handle: Any, found: Export) -> None:
-        """Take over a handle from `nbd_connect.connect_export`.
-
-        Raises:
-            ExportChanged: the export is not the one that is to be filled; the handle is dropped.
-        """
-        self.export.check_same(found)
+    def adopt(self, handle: Any) -> None:
+        """Take over a handle that is ready to read the export."""
         self._max_payload = nbd_connect.max_payload(handle)
         self._handle = handle
 

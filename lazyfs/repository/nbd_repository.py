@@ -149,28 +149,28 @@ class NbdRepository:
         return _NbdFiller(self, FillConnection(self.uri, export, self._stall_s))
 
     async def connect_export(self, export: Export) -> nbd_handle.NbdHandle:
-        """Return a running connection to `export`.
+        """Return a running connection to `export`. Raises as `connect`."""
+        running = nbd_handle.NbdHandle(
+            await self.connect(export), self.uri, export.name, self._stall_s, self._io_timeout_s
+        )
+        self._nursery.start_soon(running.run)
+        return running
+
+    async def connect(self, export: Export) -> Any:
+        """Return a libnbd handle that is ready to read `export`.
 
         Raises:
-            ConnectionLost, Unsupported, ExportChanged.
+            ConnectionLost, Unsupported.
+            ExportChanged: the server has another version; the connection is closed.
         """
-        handle, found = await self.connect(export)
+        attempt = partial(nbd_connect.connect_export, self.uri, export.name)
+        handle, found = await self._connecting(attempt)
         try:
             export.check_same(found)
         except errors.ExportChanged:
             del handle  # else the traceback of this error would keep the connection open
             raise
-        running = nbd_handle.NbdHandle(
-            handle, self.uri, export.name, self._stall_s, self._io_timeout_s
-        )
-        self._nursery.start_soon(running.run)
-        return running
-
-    async def connect(self, export: Export) -> tuple[Any, Export]:
-        """Return a handle ready to read `export`, and what the export is now. Raises as
-        `nbd_connect.connect_export`."""
-        attempt = partial(nbd_connect.connect_export, self.uri, export.name)
-        return await self._connecting(attempt)
+        return handle
 
     async def fill(self, connection: FillConnection, work: FillWork, duration_s: float) -> None:
         """Run `connection` in a thread, until all its claims have ended."""
@@ -344,7 +344,7 @@ class _NbdFiller:
     async def run(self, work: FillWork, duration_s: float) -> None:
         """As `interfaces.Filler.run`."""
         if not self._connection.connected:
-            self._connection.adopt(*await self._repository.connect(self._connection.export))
+            self._connection.adopt(await self._repository.connect(self._connection.export))
         await self._repository.fill(self._connection, work, duration_s)
 
     async def aclose(self) -> None:

@@ -1,0 +1,70 @@
+"""The daemon's log, written by a thread: a log that blocks holds up no read.
+
+    any thread --put--> queue of at most MAX_LINES --> a thread --> syslog, a file or stderr
+
+What does not fit is dropped and counted; the thread says how many lines are missing as soon as it
+can write again.
+"""
+
+import logging
+import queue
+import threading
+
+MAX_LINES = 10_000
+"""What may wait for a log that blocks: some minutes of a daemon in trouble, and a few MiB of
+memory. Unmeasured."""
+
+LAST_LINES_S = 1.0
+"""How long the end of the daemon waits for lines that are still to be written."""
+
+
+class BackgroundLog(logging.Handler):
+    """Passes records on to another handler, in a thread of its own. Thread-safe; never blocks."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        """Start the thread. `handler` is called in it, and may block.
+
+        Its formatter is used where the record is made, so that no object that a message shows is
+        looked at later, in another thread.
+        """
+        super().__init__()
+        self.dropped = 0
+        """Lines that did not fit, in all."""
+        self._handler = handler
+        self._reported = 0
+        self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_LINES)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have `record` written soon, or count it as dropped."""
+        try:
+            line = logging.makeLogRecord(record.__dict__)
+            line.msg, line.args = record.getMessage(), None
+            if record.exc_info:
+                line.exc_text = logging.Formatter().formatException(record.exc_info)
+                line.exc_info = None  # it would keep the frames of the error
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Wait for the lines that are still to be written, but not for long."""
+        try:
+            self._lines.put(None, timeout=LAST_LINES_S)
+            self._thread.join(LAST_LINES_S)
+        except queue.Full:
+            pass  # the log blocks
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self._handler.handle(line)
+            if (missing := self.dropped - self._reported) and self._lines.empty():
+                self._reported += missing
+                text = f"{missing} lines are missing here: the log could not be written"
+                self._handler.handle(
+                    logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
+                )

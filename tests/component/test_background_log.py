@@ -1,0 +1,80 @@
+"""A log that blocks costs lines, which are counted, and holds nobody up."""
+
+import logging
+import threading
+import time
+
+import pytest
+import servers
+
+from lazyfs.report import background_log
+from lazyfs.report.background_log import BackgroundLog
+
+
+class Blocking(logging.Handler):
+    """A log that nobody reads, until `gate` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.gate.wait()
+        self.lines.append(self.format(record))
+
+
+def logger_to(log: BackgroundLog) -> logging.Logger:
+    logger = logging.Logger("test")
+    logger.addHandler(log)
+    return logger
+
+
+def test_lines_come_in_order_formatted_when_they_were_written() -> None:
+    target = Blocking()
+    target.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    target.gate.set()
+    log = BackgroundLog(target)
+    changing = ["before"]
+    logger = logger_to(log)
+    logger.info("first %s", changing)
+    changing[0] = "after"
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        logger.exception("second")
+    log.close()
+    assert target.lines[0] == "INFO first ['before']"
+    assert target.lines[1].startswith("ERROR second\nTraceback (most recent call last)")
+    assert target.lines[1].endswith("ValueError: wrong")
+
+
+def test_a_log_that_blocks_holds_nobody_up_and_its_missing_lines_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(background_log, "MAX_LINES", 10)
+    monkeypatch.setattr(background_log, "LAST_LINES_S", 0.1)
+    target = Blocking()
+    log = BackgroundLog(target)
+    logger = logger_to(log)
+    began = time.monotonic()
+    for number in range(100):
+        logger.warning("line %d", number)
+    assert time.monotonic() - began < servers.DEADLINE_S / 2
+    assert log.dropped in (89, 90), "ten wait, and one may be under way"
+    target.gate.set()
+    servers.wait_until(lambda: len(target.lines) >= 101 - log.dropped, "they are written")
+    assert target.lines[-1] == f"{log.dropped} lines are missing here: the log could not be written"
+    logger.warning("again")
+    log.close()
+    assert target.lines[-1] == "again"
+
+
+def test_the_end_does_not_wait_for_a_log_that_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_log, "LAST_LINES_S", 0.1)
+    target = Blocking()
+    log = BackgroundLog(target)
+    logger_to(log).warning("lost")
+    log.close()
+    assert target.lines == []
+    target.gate.set()
