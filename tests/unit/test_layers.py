@@ -12,7 +12,10 @@ import lazyfs
 
 PACKAGES = {
     "__main__": "",
-    "cli": "mount_helper main arguments configuration image_verbs watching status_view map_view unmounting waiting",
+    "cli": (
+        "mount_helper main verbs mounting configuration mount_options status watching status_view image_verbs map_view"
+        " pivoting unmounting checking waiting values arguments"
+    ),
     "daemon": "",
     "assembly": "",
     "report": "metrics_server metrics service_manager",
@@ -50,7 +53,7 @@ ORDER = [f"{package}.{module}" if modules else package
          for package, modules in PACKAGES.items() for module in modules.split() or [""]]  # fmt: skip
 
 CHOSEN = ("cache", "repository")
-MAY_CHOOSE = ("cli.main", "daemon", *CHOSEN)
+MAY_CHOOSE = ("cli.checking", "daemon", *CHOSEN)
 """Who may import from a package of CHOSEN. Everybody else is given objects that implement `engine.interfaces`."""
 
 INNER = ("engine", "core")
