@@ -14,7 +14,8 @@ from typing import Any
 from lazyfs import errors
 from lazyfs.cli import waiting
 from lazyfs.control import client as control_client
-from lazyfs.host import mounts, open_files, process_files
+from lazyfs.core.config_file import printable
+from lazyfs.host import mounts, open_files, peer
 
 NOTICE_S = 2.0
 """How long the daemon may take to end before the user is told what is waited for. The daemon's last
@@ -106,7 +107,7 @@ def _daemon(mount: mounts.Mount) -> int | None:
     with socket.socket(socket.AF_UNIX) as client:
         try:
             client.connect(mounts.socket_path(mount.mountpoint))
-            return os.pidfd_open(process_files.peer_of(client))
+            return os.pidfd_open(peer.of(client).pid)
         except (OSError, ValueError):
             return None
 
@@ -161,7 +162,7 @@ def _detach(path: str, wait: bool) -> str:
             f"mount --bind {status['cache_dir']} {mount.mountpoint} gives them their paths back."
         )
     if others := open_files.other_mounts(mount.device):
-        told += f" It is still mounted on {', '.join(others)}: unmount that, too."
+        told += f" It is still mounted on {', '.join(map(printable, others))}: unmount that, too."
     if detached["open_count"]:
         return (
             f"{told} {detached['open_count']} open file(s) are served by pid {status['pid']} "
