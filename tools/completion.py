@@ -1,11 +1,9 @@
 """Prints the bash completion of the `lazyfs` command, made from its parser: lazyfs/data/lazyfs.bash."""
 
-import argparse
-
 import shtab
 
 from lazyfs.cli import arguments
-from lazyfs.cli import main as cli
+from lazyfs.cli.verbs import VERBS
 
 COMPLETERS = {
     **dict.fromkeys(("IMAGE", "PATH", "FILE", "QMP_SOCKET"), shtab.FILE),
@@ -26,18 +24,12 @@ _lazyfs_config_files() {
 """
 
 
-def say_what_is_a_file(parser: argparse.ArgumentParser) -> None:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for verb in action.choices.values():
-                say_what_is_a_file(verb)
-        elif isinstance(action.metavar, str) and action.metavar in COMPLETERS:
+parsers = arguments.parsers(VERBS)
+for parser in parsers.verbs.values():
+    for action in parser.arguments:
+        if isinstance(action.metavar, str) and action.metavar in COMPLETERS:
             action.complete = COMPLETERS[action.metavar]  # type: ignore[attr-defined]
-
-
-parser = arguments.parser(cli._verbs())
-say_what_is_a_file(parser)
-print(shtab.complete(parser, "bash", preamble={"bash": PREAMBLE}).rstrip("\n"))
+print(shtab.complete(parsers.top, "bash", preamble={"bash": PREAMBLE}).rstrip("\n"))
 # bash splits a URI at its colons, so a MOUNTPOINT after it is one word more than the parser expects.
 # For such a word, any file is offered.
 print("complete -o bashdefault -o default -F _shtab_lazyfs lazyfs")

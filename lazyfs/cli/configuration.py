@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 
 from lazyfs import errors
+from lazyfs.cli import mount_options
 from lazyfs.core import config_file
 from lazyfs.core.config_key import Key
 
@@ -19,6 +20,12 @@ FOLDER = "/etc/lazyfs"
 MAX_SIZE = 1 << 20
 """The largest accepted file in bytes; nobody writes one so large. The limit keeps
 `--config /dev/zero` from using all memory."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what `lazyfs mount` would do with the same options."""
+    print(show(options), end="")
+    return 0
 
 
 def path_of(name: str) -> str:
@@ -79,28 +86,28 @@ def _others(path: str) -> str:
     )
 
 
-def settings(options: argparse.Namespace, keys: Sequence[Key]) -> tuple[config_file.Setting, ...]:
+def settings(options: argparse.Namespace) -> tuple[config_file.Setting, ...]:
     """Return the settings that are in effect.
 
     Args:
         options: the options that were given. `options.config` is the configuration file, or None.
-        keys: the keys that a file may have.
 
     Raises:
         UserError: the file cannot be read, or its content is wrong.
     """
+    keys = mount_options.mount_keys()
     from_file = {} if options.config is None else load(path_of(options.config), keys)
     return config_file.settle(keys, from_file, vars(options))
 
 
-def apply(options: argparse.Namespace, keys: Sequence[Key]) -> None:
+def apply(options: argparse.Namespace) -> None:
     """Set every key's value that is in effect in `options`.
 
     Raises:
         UserError: the file cannot be read, or its content is wrong.
         UsageError: neither the file nor the command line says what to mount, or where.
     """
-    effective = settings(options, keys)
+    effective = settings(options)
     missing = [
         setting.key.metavar
         for setting in effective
@@ -117,12 +124,12 @@ def apply(options: argparse.Namespace, keys: Sequence[Key]) -> None:
         setattr(options, setting.key.dest, setting.value)
 
 
-def show(options: argparse.Namespace, keys: Sequence[Key]) -> str:
+def show(options: argparse.Namespace) -> str:
     """Return the settings that are in effect, and where each value came from.
 
     The text is TOML, or JSON with --json.
     """
-    effective = settings(options, keys)
+    effective = settings(options)
     file = None if options.config is None else path_of(options.config)
     if not options.json:
         return config_file.render(effective, file)

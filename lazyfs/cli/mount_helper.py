@@ -12,13 +12,13 @@ Source: mount(8), "EXTERNAL HELPERS". With util-linux 2.38.1, mount was seen to 
 comma); and all options that `user` implies are included.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
 from lazyfs import errors
-from lazyfs.cli import arguments as arguments_of
 from lazyfs.cli import main as cli
+from lazyfs.cli import mount_options
+from lazyfs.cli.arguments import OneLineParser
 
 WRONG_ARGUMENTS = 1
 MOUNT_FAILED = 32
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return {0: 0, 2: WRONG_ARGUMENTS}.get(cli.main(words), MOUNT_FAILED)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = arguments_of.OneLineParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog="mount.lazyfs",
         description="Mount a repository for mount(8), "
         "which runs this program as /sbin/mount.fuse.lazyfs.",
@@ -96,7 +96,7 @@ def translate(options: Sequence[str], sloppy: bool = False) -> list[str]:
     """
     known: dict[str, bool] = {"config": True}
     """Whether an option takes a value, by its name."""
-    known |= {key.name: not key.is_flag for key in arguments_of.mount_keys() if not key.required}
+    known |= {key.name: not key.is_flag for key in mount_options.mount_keys() if not key.required}
     words = []
     for option in filter(None, ",".join(options).split(",")):
         name, equals, _ = option.partition("=")

@@ -1,5 +1,6 @@
 """The verbs that remove a mount: umount, and detach, which works while files are open."""
 
+import argparse
 import errno
 import os
 import select
@@ -13,7 +14,8 @@ from typing import Any
 from lazyfs import errors
 from lazyfs.cli import waiting
 from lazyfs.control import client as control_client
-from lazyfs.host import mounts, open_files, process_files
+from lazyfs.core.config_file import printable
+from lazyfs.host import mounts, open_files, peer
 
 NOTICE_S = 2.0
 """How long the daemon may take to end before the user is told what is waited for. The daemon's last
@@ -46,15 +48,15 @@ def _mounted_at(path: str) -> mounts.Mount:
 # -- umount
 
 
-def umount(path: str) -> None:
+def umount(options: argparse.Namespace) -> int:
     """Unmount, and wait until the daemon has saved everything and ended.
 
     Raises:
-        UserError: no lazyfs is mounted at `path`, or the mount is in use.
+        UserError: no lazyfs is mounted at the mountpoint, or the mount is in use.
     """
     from lazyfs.kernel import session as kernel_session
 
-    mount = _mounted_at(path)
+    mount = _mounted_at(options.mountpoint)
     _refuse_if_hung(mount)
     dead = not control_client.alive(mount)  # Then there is nothing to save.
     pidfd = _daemon(mount)
@@ -76,11 +78,12 @@ def umount(path: str) -> None:
     if pidfd is None:
         with suppress(OSError):  # A daemon that was killed could not remove its socket.
             os.unlink(mounts.socket_path(mount.mountpoint))
-        return
+        return 0
     if not _ends(pidfd, NOTICE_S):
         print("lazyfs: saving what was fetched ...", file=sys.stderr)
         _ends(pidfd, None)
     os.close(pidfd)
+    return 0
 
 
 def _refuse_if_hung(mount: mounts.Mount) -> None:
@@ -104,7 +107,7 @@ def _daemon(mount: mounts.Mount) -> int | None:
     with socket.socket(socket.AF_UNIX) as client:
         try:
             client.connect(mounts.socket_path(mount.mountpoint))
-            return os.pidfd_open(process_files.peer_of(client))
+            return os.pidfd_open(peer.of(client).pid)
         except (OSError, ValueError):
             return None
 
@@ -119,10 +122,21 @@ def _ends(pidfd: int, limit_s: float | None) -> bool:
 # -- detach
 
 
-def detach(path: str, wait: bool) -> str:
-    """Unmount although files are open, and return what to tell the user.
+def detach(options: argparse.Namespace) -> int:
+    """Unmount although files are open.
 
-    With `wait`, first wait until every open image is whole.
+    With --wait, first wait until every open image is whole.
+
+    Raises:
+        UserError: no lazyfs is mounted at the mountpoint, or an open image is not whole. Then the
+            message names the image's readers.
+    """
+    print(_detach(options.mountpoint, options.wait))
+    return 0
+
+
+def _detach(path: str, wait: bool) -> str:
+    """Detach, and return what to tell the user.
 
     Raises:
         UserError: no lazyfs is mounted at `path`, or an open image is not whole. Then the message
@@ -148,7 +162,7 @@ def detach(path: str, wait: bool) -> str:
             f"mount --bind {status['cache_dir']} {mount.mountpoint} gives them their paths back."
         )
     if others := open_files.other_mounts(mount.device):
-        told += f" It is still mounted on {', '.join(others)}: unmount that, too."
+        told += f" It is still mounted on {', '.join(map(printable, others))}: unmount that, too."
     if detached["open_count"]:
         return (
             f"{told} {detached['open_count']} open file(s) are served by pid {status['pid']} "

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from lazyfs import errors
-from lazyfs.host import mounts, process_files
+from lazyfs.host import mounts, peer, process_files
 from lazyfs.units import GiB
 
 MAX_ANSWER = 1 * GiB
@@ -145,7 +145,7 @@ def _has_ended(mount: mounts.Mount) -> bool:
             client.connect(mounts.socket_path(mount.mountpoint))
         except OSError:
             return False
-        pid = process_files.peer_of(client)
+        pid = peer.of(client).pid
         return pid != 0 and process_files.has_ended(pid)  # 0: in a pid namespace that we do not see
 
 

@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import trio
 import lazyfs
 from lazyfs import errors
 from lazyfs.core import control_schema, qmp_wire
+from lazyfs.host import peer
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ MAX_CLIENTS = 64
 MAX_UNREAD = 1000
 """Events that wait for a client: one for each state and job of a few hundred images, at 200 bytes
 each."""
-
-_UCRED = struct.Struct("=iII")  # unix(7): pid, uid, gid
 
 Handler = Callable[[dict[str, Any]], Awaitable[object]]
 
@@ -279,11 +277,10 @@ class _Client:
 
 
 def _allowed(stream: trio.SocketStream) -> bool:
-    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, _ = _UCRED.unpack(credentials)
-    if uid in (0, os.geteuid()):
+    client = peer.of(stream.socket)
+    if client.uid in (0, os.geteuid()):
         return True
-    logger.warning("a control client was turned away: pid=%d uid=%d", pid, uid)
+    logger.warning("a control client was turned away: pid=%d uid=%d", client.pid, client.uid)
     return False
 
 

@@ -34,10 +34,13 @@ mountpoint, and then whatever is at the path lies in it.)
 
 If QEMU also has another file of that name open, which is not the image's, the node is not moved:
 nothing shows which node has which descriptor.
+
+The table above shows what follows for a QEMU that has one file open. The decision is made by ROWS:
+the first row that applies to a node says what happens to it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from lazyfs.core import inode_number
@@ -188,6 +191,57 @@ def choose(
 def _choose(
     node: FileNode, nodes: Sequence[FileNode], images: Sequence[Image], opened: Sequence[OpenFile]
 ) -> Choice | None:
+    case = case_of(node, nodes, images, opened)
+    row = next(row for row in ROWS if row.applies(case))
+    if row.action is None:
+        return None
+    stale = case.stale if row.compares else ()
+    return Choice(node, row.action, row.message(case), stale, case.explains)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Holds what is known about a node. The rows decide by it."""
+
+    node: FileNode
+    image: Image | None
+    """The image to which the path leads now."""
+    mine: tuple[OpenFile, ...]
+    """The open files that are this image, on whichever mount they were opened."""
+    explains: tuple[OpenFile, ...]
+    """All open files that may be the node's: `mine`, those of other images that have or had this
+    path, and those of dead mounts that have this name."""
+    at_path: tuple[OpenFile, ...]
+    """The open files that are the file to which the path leads now."""
+    below: tuple[OpenFile, ...]
+    """The open files that are the image's plain file, over which a lazyfs is mounted now."""
+    sharing: int
+    """How many nodes have a path that leads to the same file. This node is one of them."""
+    rivals: tuple[Image, ...]
+    """The other images that the node may have open. There are none if the case is settled."""
+    stale: tuple[OpenFile, ...]
+    """The open files that must be closed if the node is moved."""
+
+    @property
+    def settled(self) -> bool:
+        """Return whether each node of this path has the file open to which the path leads.
+
+        Then other open files only have the same name, and do not belong to this node.
+        """
+        return self.node.now is not None and len(self.at_path) >= self.sharing
+
+    @property
+    def now(self) -> Place:
+        """Return where the path leads. Only rows below "leads nowhere" may ask."""
+        assert self.node.now is not None
+        return self.node.now
+
+
+def case_of(
+    node: FileNode, nodes: Sequence[FileNode], images: Sequence[Image], opened: Sequence[OpenFile]
+) -> Case:
+    """Return what is known about a node of `nodes`."""
+    now = node.now
     image = _image_named(node, images)
     of_images = [(file, one) for file in opened if (one := _image_of(file, images)) is not None]
     mine = [file for file, one in of_images if image is not None and one.identity == image.identity]
@@ -197,58 +251,188 @@ def _choose(
         if file not in mine and one.path == (image or node).path
     ]
     orphans = [file for file in opened if file.orphan and _was_named(file, node)]
-    explains = (*mine, *(file for file, _ in others), *orphans)
-    now = node.now
-
-    def choice(action: Action, message: str = "", stale: Sequence[OpenFile] = ()) -> Choice:
-        return Choice(node, action, message, tuple(stale), explains)
-
-    if image is None and not explains and not node.on_lazyfs:
-        return None
-    if now is None:
-        return choice(Action.SKIPPED, node.trouble)
-    if image is None and node.on_lazyfs:
-        return choice(Action.SKIPPED, "lazyfs does not know this file")
-    at_target = [file for file in opened if file.is_at(now)]
-    settled = len(at_target) >= sum(one.now == now for one in nodes)
-    if image is None and settled:
-        # Every node of this path has the file at the path open. Other open files only have the same
-        # name.
-        return None
-    if node.on_detached:
-        where = "the path leads QEMU to a lazyfs that is detached elsewhere"
-        return choice(
-            Action.SKIPPED,
-            f"{where}: through a bind mount, or in a mount namespace; unmount it there",
-        )
-    if others and not mine and not settled:
-        return choice(Action.SKIPPED, _other_version(others, image))
-    if image is not None and image.state == "failed":
-        return choice(Action.SKIPPED, f"the image failed: {image.error}")
-    if image is not None and image.state != "whole":
-        return choice(Action.PARTIAL, "not whole yet")
-    below = (
-        [file for file in opened if file.plain and file.is_image_at(now, None)]
-        if node.on_lazyfs
-        else []
+    at_path = [file for file in opened if now is not None and file.is_at(now)]
+    below = [
+        file
+        for file in opened
+        if file.plain and node.on_lazyfs and now is not None and file.is_image_at(now, None)
+    ]
+    sharing = sum(one.now == now for one in nodes)
+    case = Case(
+        node=node,
+        image=image,
+        mine=tuple(mine),
+        explains=(*mine, *(file for file, _ in others), *orphans),
+        at_path=tuple(at_path),
+        below=tuple(below),
+        sharing=sharing,
+        rivals=tuple(one for _, one in others),
+        stale=tuple(file for file in (*mine, *orphans) if now is None or not file.is_at(now)),
     )
-    if (
-        below
-        and not explains
-        and len(at_target) + len(below) >= sum(one.now == now for one in nodes)
-    ):
-        return choice(Action.ALREADY, "it has the plain file below the mount open")
-    if not explains and not at_target:
-        message = "cannot be checked: the process that made the socket does not have this file open"
-        return choice(Action.SKIPPED, message)
-    if image is not None and now.device == image.device and not inode_number.is_whole(now.inode):
-        return choice(Action.PARTIAL, "the path does not lead to the whole image yet")
-    stale = [file for file in (*mine, *orphans) if not file.is_at(now)]
-    if settled:  # Then the other open files do not belong to this node.
-        others, stale = [], [file for file in stale if file in mine or file.is_image_at(now, image)]
-    if why := _why_not(node, now, image, stale, others):
-        return choice(Action.SKIPPED, why, stale)
-    return choice(Action.MOVE if stale else Action.ALREADY, "", stale)
+    if not case.settled:
+        return case
+    stale = (file for file in case.stale if file in mine or file.is_image_at(case.now, image))
+    return replace(case, rivals=(), stale=tuple(stale))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Says what happens to the nodes to which it applies, if no row above it does."""
+
+    name: str
+    applies: Callable[[Case], bool]
+    action: Action | None
+    """None means that the node is not mentioned."""
+    message: Callable[[Case], str] = lambda case: ""
+    compares: bool = False
+    """Whether the row compares the open files with the file at the path. Then the choice names the
+    files that would have to be closed."""
+
+
+def _failure(case: Case) -> str:
+    assert case.image is not None
+    return f"the image failed: {case.image.error}"
+
+
+def _size_trouble(case: Case) -> str:
+    """Return what is wrong with the sizes, or ""."""
+    for file in case.stale:
+        size = file.size if case.image is None or case.image.size is None else case.image.size
+        if case.now.size != size or _sectors(case.now.size) * SECTOR != case.node.size:
+            return (
+                f"the file has {case.now.size} bytes now, the image {size} "
+                f"and QEMU's node {case.node.size}"
+            )
+    return ""
+
+
+def _other_version(case: Case) -> str:
+    other = case.rivals[0]
+    if case.image is None or other.cache != case.image.cache:
+        whose = "elsewhere" if case.image is None else f"to one of the cache {case.image.cache}"
+        return f"QEMU has the image of the cache {other.cache} open, and the path leads {whose} now"
+    return "QEMU has another version of the image open than the path leads to now"
+
+
+ROWS = (
+    Row(
+        "has nothing to do with lazyfs",
+        lambda case: case.image is None and not case.explains and not case.node.on_lazyfs,
+        None,
+    ),
+    Row(
+        "leads nowhere",
+        lambda case: case.node.now is None,
+        Action.SKIPPED,
+        lambda case: case.node.trouble,
+    ),
+    Row(
+        "leads to a file on a lazyfs that is no image",
+        lambda case: case.image is None and case.node.on_lazyfs,
+        Action.SKIPPED,
+        lambda _: "lazyfs does not know this file",
+    ),
+    Row(
+        "has a file open that is no image, and leads to it",
+        lambda case: case.image is None and case.settled,
+        None,
+    ),
+    Row(
+        "leads to a detached mount",
+        lambda case: case.node.on_detached,
+        Action.SKIPPED,
+        lambda _: (
+            "the path leads QEMU to a lazyfs that is detached elsewhere: "
+            "through a bind mount, or in a mount namespace; unmount it there"
+        ),
+    ),
+    Row(
+        "has only other images of this path open",
+        lambda case: bool(case.rivals) and not case.mine,
+        Action.SKIPPED,
+        _other_version,
+    ),
+    Row(
+        "leads to a failed image",
+        lambda case: case.image is not None and case.image.state == "failed",
+        Action.SKIPPED,
+        _failure,
+    ),
+    Row(
+        "leads to an image that is not whole",
+        lambda case: case.image is not None and case.image.state != "whole",
+        Action.PARTIAL,
+        lambda _: "not whole yet",
+    ),
+    Row(
+        "has the plain file below the mount open",
+        lambda case: (
+            bool(case.below)
+            and not case.explains
+            and len(case.at_path) + len(case.below) >= case.sharing
+        ),
+        Action.ALREADY,
+        lambda _: "it has the plain file below the mount open",
+    ),
+    Row(
+        "has no file open that is known",
+        lambda case: not case.explains and not case.at_path,
+        Action.SKIPPED,
+        lambda _: (
+            "cannot be checked: the process that made the socket does not have this file open"
+        ),
+    ),
+    Row(
+        "leads to a whole image that the kernel does not know to be whole",
+        lambda case: (
+            case.image is not None
+            and case.now.device == case.image.device
+            and not inode_number.is_whole(case.now.inode)
+        ),
+        Action.PARTIAL,
+        lambda _: "the path does not lead to the whole image yet",
+    ),
+    Row(
+        "would be moved to what is no regular file",
+        lambda case: bool(case.stale) and not case.now.regular,
+        Action.SKIPPED,
+        lambda _: "the path names no regular file now",
+        compares=True,
+    ),
+    Row(
+        "would be moved to a file of another size",
+        lambda case: bool(_size_trouble(case)),
+        Action.SKIPPED,
+        _size_trouble,
+        compares=True,
+    ),
+    Row(
+        "may have another image of this path open",
+        lambda case: bool(case.rivals),
+        Action.SKIPPED,
+        _other_version,
+        compares=True,
+    ),
+    Row(
+        "would be moved to another file",
+        lambda case: not all(file.is_image_at(case.now, case.image) for file in case.stale),
+        Action.SKIPPED,
+        lambda _: (
+            "the path leads to another file than the image that QEMU has open: "
+            "their times of change differ "
+            "(a copy must keep the time, as with cp --preserve=timestamps)"
+        ),
+        compares=True,
+    ),
+    Row(
+        "has the image open, but not the file to which the path leads",
+        lambda case: bool(case.stale),
+        Action.MOVE,
+        compares=True,
+    ),
+    Row("has the file open to which the path leads", lambda case: True, Action.ALREADY),
+)
+"""Each name says of a node what it has, or where its path leads. The last row applies always."""
 
 
 def _image_named(node: FileNode, images: Sequence[Image]) -> Image | None:
@@ -298,38 +482,3 @@ def _was_named(file: OpenFile, node: FileNode) -> bool:
     """
     name = file.name.removesuffix(" (deleted)")
     return name.startswith("/") and node.path.endswith(name)
-
-
-def _other_version(others: Sequence[tuple[OpenFile, Image]], image: Image | None) -> str:
-    other = others[0][1]
-    if image is None or other.cache != image.cache:
-        whose = "elsewhere" if image is None else f"to one of the cache {image.cache}"
-        return f"QEMU has the image of the cache {other.cache} open, and the path leads {whose} now"
-    return "QEMU has another version of the image open than the path leads to now"
-
-
-def _why_not(
-    node: FileNode,
-    now: Place,
-    image: Image | None,
-    stale: Sequence[OpenFile],
-    others: Sequence[tuple[OpenFile, Image]],
-) -> str:
-    """Return why QEMU must not be moved to where the path leads now, or "" if it may be."""
-    if stale and not now.regular:
-        return "the path names no regular file now"
-    for file in stale:
-        size = file.size if image is None or image.size is None else image.size
-        if now.size != size or _sectors(now.size) * SECTOR != node.size:
-            return (
-                f"the file has {now.size} bytes now, the image {size} and QEMU's node {node.size}"
-            )
-    if others:
-        return _other_version(others, image)
-    if not all(file.is_image_at(now, image) for file in stale):
-        return (
-            "the path leads to another file than the image that QEMU has open: "
-            "their times of change differ "
-            "(a copy must keep the time, as with cp --preserve=timestamps)"
-        )
-    return ""

@@ -1,14 +1,14 @@
 """Where lazyfs is mounted on this host, and where each mount's control socket is.
 
-Sources: proc(5) for mountinfo, systemd.unit(5) for the escaping of paths, unix(7) for the length of
-    a
-socket's path.
+Sources: systemd.unit(5) for the escaping of paths, unix(7) for the length of a socket's path.
 """
 
 import hashlib
 import os
 import re
 from dataclasses import dataclass
+
+from lazyfs.host import mountinfo
 
 FS_TYPE = "fuse.lazyfs"
 
@@ -30,16 +30,17 @@ class Mount:
 
 def lazyfs_mounts() -> list[Mount]:
     """Return all lazyfs mounts of this mount namespace, in the order they were made."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return [mount for line in lines if (mount := _parse(line)) is not None]
+    return [
+        Mount(entry.mountpoint, entry.source, entry.device)
+        for entry in mountinfo.read()
+        if entry.kind == FS_TYPE
+    ]
 
 
 def devices_at(mountpoint: str) -> list[str]:
     """Return the devices of all file systems, of any kind, that are mounted there, the topmost
     last."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        rows = (line.split(" ", 5) for line in lines)
-        return [device for _, _, device, _, place, _ in rows if _unescape(place) == mountpoint]
+    return [entry.device for entry in mountinfo.read() if entry.mountpoint == mountpoint]
 
 
 def mount_of(path: str) -> Mount | None:
@@ -105,17 +106,3 @@ def _escape(path: bytes) -> str:
         b"/", b"-"
     )
     return escaped.decode() or "-"
-
-
-def _parse(line: str) -> Mount | None:
-    # 36 35 0:45 / /mnt rw,nosuid - fuse.lazyfs nbd://host rw,...
-    before, _, after = line.rstrip("\n").partition(" - ")
-    kind, source, *_ = after.split(" ")
-    if kind != FS_TYPE:
-        return None
-    _, _, device, _, mountpoint, *_ = before.split(" ")
-    return Mount(_unescape(mountpoint), _unescape(source), device)
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from lazyfs.host import mountinfo
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Reader:
@@ -51,9 +53,7 @@ def other_mounts(device: str) -> list[str]:
 
 
 def _places(pid: int, device: str) -> list[str]:
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        rows = (line.split(" ", 5) for line in lines)
-        return [place for _, _, found, _, place, _ in rows if found == device]
+    return [entry.mountpoint for entry in mountinfo.read(pid) if entry.device == device]
 
 
 def _processes() -> list[int]:
@@ -83,9 +83,7 @@ def _open(pid: int, device: str) -> Iterator[int]:
 
 def _mount_ids(pid: int, device: str) -> set[int]:
     """Return the mounts of the file system in the namespace of `pid`."""
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        rows = (line.split(" ", 3) for line in lines)
-        return {int(mount_id) for mount_id, _, found, _ in rows if found == device}
+    return {entry.mount_id for entry in mountinfo.read(pid) if entry.device == device}
 
 
 def _mapped(pid: int, device: str) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What another process has open, and where a path leads for it. Source: proc(5), statx(2), unix(7).
+"""What another process has open, and where a path leads for it. Source: proc(5), statx(2).
 
 Open files are looked at without asking their file system (AT_STATX_DONT_SYNC): a FUSE daemon that
 hangs, or was killed, stops nobody here. Paths are looked up, and that does ask it. Whether a FUSE
@@ -14,7 +14,6 @@ import errno
 import os
 import select
 import signal
-import socket
 import stat
 import struct
 import sys
@@ -24,7 +23,7 @@ from contextlib import suppress
 
 from lazyfs import errors
 from lazyfs.core.pivot_choice import OpenFile, Place
-from lazyfs.host import mounts
+from lazyfs.host import mountinfo, mounts
 
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
@@ -39,17 +38,7 @@ unmeasured."""
 
 _ASK = "import os, sys\ntry:\n    os.statvfs(sys.argv[1])\nexcept OSError as error:\n    sys.exit(error.errno)"
 
-_UCRED = struct.Struct("=iII")  # unix(7): pid, uid, gid
-
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def peer_of(connected: socket.socket) -> int:
-    """Return the process that made the listening socket; 0 if it cannot be seen from here."""
-    pid, _, _ = _UCRED.unpack(
-        connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    )
-    return int(pid)
 
 
 def open_files(pid: int) -> list[OpenFile]:
@@ -105,8 +94,10 @@ def mounted_kind(pid: int, fd: int) -> str | None:
     """
     with suppress(OSError, ValueError):
         with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as lines:
-            number = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), None)
-        return next((kind for mount, _, kind in _mounts(pid) if mount == number), None)
+            number = next(
+                (int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), None
+            )
+        return next((one.kind for one in mountinfo.read(pid) if one.mount_id == number), None)
     return None
 
 
@@ -166,22 +157,9 @@ def _open_file(fd: int, path: str, name: str) -> OpenFile:
 
 def _mounted_kinds(pid: int) -> dict[int, str]:
     """Return the type of each file system, by its device, that is mounted in the process's view."""
-    return {device: kind for _, device, kind in _mounts(pid)}
-
-
-def _mounts(pid: int) -> list[tuple[str, int, str]]:
-    """Return the number, device and type of each mount in the process's view."""
-    found = []
-    with (
-        suppress(OSError),
-        open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines,
-    ):
-        for line in lines:
-            # 36 35 0:45 / /mnt rw,nosuid - fuse.lazyfs nbd://host rw,...
-            before, _, after = line.partition(" - ")
-            number, _, device = before.split(" ")[:3]
-            found.append((number, device_number(device), after.split(" ")[0]))
-    return found
+    with suppress(OSError):
+        return {device_number(entry.device): entry.kind for entry in mountinfo.read(pid)}
+    return {}
 
 
 def _ask(path: str) -> int:

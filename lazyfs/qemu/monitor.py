@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from lazyfs import errors
-from lazyfs.host import process_files
+from lazyfs.host import peer
 from lazyfs.units import MiB
 
 CONNECT_S = 5.0
@@ -100,7 +100,7 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
     client = QMPClient("pivot", readbuflen=MAX_ANSWER)
     with _connect(path) as connection:
         try:
-            pid = process_files.peer_of(connection)
+            pid = peer.of(connection).pid
             async with asyncio.timeout(CONNECT_S):
                 await client.connect(connection)
         except TimeoutError:

@@ -12,13 +12,15 @@ the image which QEMU has open. The proof is the size and the time of change, whi
 the image on every mount and to the plain file (core.pivot_choice).
 
 The guest is not stopped and notices nothing, and no overlay's header is written. Until the step
-"carry out", QEMU is only asked and nothing is changed; a dry run ends there. An interrupt does not
-leave a node half changed: the steps of that node are finished first.
+"carry out", QEMU is only asked and nothing is changed; a dry run ends there. Interrupts do not leave
+a node half changed, however many there are: the steps of that node are finished first.
 """
 
 import asyncio
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -150,7 +152,7 @@ def run(
     """Pivot each QEMU, independently of the others.
 
     This blocks. When it is interrupted, it first finishes the steps of the nodes that are being
-    moved.
+    moved. Each step has a deadline (`monitor.COMMAND_S`), so that takes a limited time.
 
     Args:
         qmp_sockets: where the QEMUs are.
@@ -164,7 +166,7 @@ def run(
     Returns:
         One report for each QEMU.
     """
-    reports = asyncio.run(_run(qmp_sockets, options))
+    reports = _uninterrupted(_run(qmp_sockets, options))
     late = {report.socket: report for report in reports if wait is not None and report.partial}
     for report in reports:
         if report.socket not in late:
@@ -174,12 +176,53 @@ def run(
     if wait is None or not late:
         return reports
     wait(lambda: _filling(list(late.values())))
-    for again in asyncio.run(_run(list(late), options)):
+    for again in _uninterrupted(_run(list(late), options)):
         first = late[again.socket]
         waited = {node.node for node in first.nodes if node.action is Action.PARTIAL}
         late[again.socket] = both = _merge(first, again)
         tell(replace(both, nodes=tuple(node for node in both.nodes if node.node in waited)))
     return [late.get(report.socket, report) for report in reports]
+
+
+def _uninterrupted(pivots: Coroutine[Any, Any, list[Report]]) -> list[Report]:
+    """Run `pivots` in an event loop in which an interrupt cancels tasks, and does nothing else.
+
+    asyncio.run alone does so for the first interrupt only. A second one raises KeyboardInterrupt in
+    whatever the loop is doing, and so ends steps that are under way.
+
+    Raises:
+        KeyboardInterrupt: there was an interrupt, and all steps that were under way have ended.
+    """
+    # A process that is to ignore interrupts, or to handle them in another way, goes on doing so.
+    catches = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    interrupted = False
+
+    async def cancellable() -> list[Report]:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+            task.cancel()
+
+        if not catches:
+            return await pivots
+        loop.add_signal_handler(signal.SIGINT, interrupt)
+        try:
+            return await pivots
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    try:
+        return asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _merge(first: Report, second: Report) -> Report:
@@ -323,9 +366,8 @@ class _Qemu:
         except qemu_monitor.StepFailed as error:
             return replace(report, action=Action.FAILED, message=str(error))
         except BaseException as error:
-            self.reports.append(
-                replace(report, action=Action.FAILED, message=str(error) or repr(error))
-            )
+            message = "; ".join([str(error) or repr(error), *getattr(error, "__notes__", ())])
+            self.reports.append(replace(report, action=Action.FAILED, message=message))
             raise
         return replace(report, action=Action.PIVOTED)
 
@@ -379,13 +421,17 @@ class _Qemu:
 
 
 async def _to_its_end(steps: Coroutine[Any, Any, None]) -> None:
-    """Run `steps` to their end, even if this task is cancelled once meanwhile.
+    """Run `steps` to their end, even if this task is cancelled meanwhile, and however often.
 
-    The cancellation takes effect after the steps. A second cancellation does not wait for them.
+    The cancellation takes effect after the steps.
     """
     task = asyncio.ensure_future(steps)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from (None if task.cancelled() else task.exception())
+    task.result()

@@ -1,5 +1,8 @@
 """Carries out a plan in one QEMU, step by step. When a step fails, the earlier steps are undone.
 
+That is so whatever the reason is: QEMU refused a step, a check failed, or lazyfs has a bug. Only if
+QEMU no longer answers, nothing can be undone.
+
 before            The descriptors of the target that QEMU has open are counted.
 plan.changes      Nodes are added. The first one opens the target, so QEMU must have one
                   descriptor more; if it has not, the changes are undone.
@@ -32,6 +35,12 @@ class Steps:
             StepFailed: a step failed. The message says which, and whether it could be undone.
             Lost: QEMU no longer answers. If it was lost while undoing, the message says first
                 which step had failed.
+
+        Any other exception is passed on after undoing, with a note that says whether that could be
+        done.
+
+        Cancellation: undoes the steps that QEMU has answered. A step that is under way may or may
+        not be done, so the caller should not cancel this (pivot._to_its_end).
         """
         undo: list[Step] = []
         try:
@@ -48,10 +57,18 @@ class Steps:
         except qemu_monitor.Lost:
             raise
         except errors.UserError as failed:
-            outcome = await self._undone(failed, undo)
+            outcome = await self._undone(str(failed), undo)
             raise qemu_monitor.StepFailed(f"{failed}; {outcome}") from failed
+        except BaseException as failed:
+            failed.add_note(await self._undone(repr(failed), undo))
+            raise
 
-    async def _undone(self, failed: errors.UserError, undo: Sequence[Step]) -> str:
+    async def _undone(self, failed: str, undo: Sequence[Step]) -> str:
+        """Undo steps, the last one first. Go on if one cannot be undone.
+
+        Raises:
+            Lost: QEMU no longer answers.
+        """
         trouble = []
         for command, arguments in reversed(undo):
             try:

@@ -10,7 +10,7 @@ import pytest
 import servers
 
 from lazyfs.cli import arguments
-from lazyfs.cli import main as cli
+from lazyfs.cli.verbs import VERBS
 
 SCRIPT = Path(arguments.DATA_DIR) / "lazyfs.bash"
 
@@ -42,21 +42,18 @@ def completed(folder: Path, *words: str) -> set[str]:
     return set(done.stdout.split("\n")) - {""}
 
 
-def verbs() -> dict[str, argparse.ArgumentParser]:
-    top = arguments.parser(cli._verbs())
-    (found,) = [action for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(found.choices)
+PARSERS = arguments.parsers(VERBS).verbs
 
 
 def test_verbs(folder: Path) -> None:
-    assert completed(folder, "") == set(verbs())
+    assert completed(folder, "") == {verb.name for verb in VERBS}
     assert completed(folder, "pre") == {"prefetch"}
 
 
-@pytest.mark.parametrize("verb", verbs())
+@pytest.mark.parametrize("verb", PARSERS)
 def test_every_option_of_every_verb(folder: Path, verb: str) -> None:
     """This also finds a completion that is older than the options. Run tools/make-docs then."""
-    shown = [action for action in verbs()[verb]._actions if action.help != argparse.SUPPRESS]
+    shown = [action for action in PARSERS[verb].arguments if action.help != argparse.SUPPRESS]
     options = {
         option for action in shown for option in action.option_strings if option.startswith("--")
     }

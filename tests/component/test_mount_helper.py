@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lazyfs import errors
-from lazyfs.cli import arguments, mount_helper
-from lazyfs.cli import main as cli
+from lazyfs.cli import arguments, mount_helper, mount_options
 from lazyfs.cli.mount_helper import translate
+from lazyfs.cli.verbs import VERBS
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from lazyfs.cli.mount_helper import translate
 )
 def test_options_become_words(options: list[str], words: list[str]) -> None:
     assert translate(options) == words
-    arguments.parser(cli._verbs()).parse_args(["mount", "nbd://h", "/mnt", *words])
+    arguments.parsers(VERBS).top.parse_args(["mount", "nbd://h", "/mnt", *words])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_sloppy_leaves_out_what_is_not_known() -> None:
 
 
 def test_every_key_can_be_given_as_an_option() -> None:
-    for key in arguments.mount_keys():
+    for key in mount_options.mount_keys():
         if not key.required and key.name != "foreground":
             option = key.name if key.is_flag else f"{key.name}=x"
             assert translate([option]) == [f"--{option}"]

@@ -5,11 +5,11 @@ import os
 import random
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import servers
 
+from lazyfs.host import mountinfo as mountinfo_of_lazyfs
 from lazyfs.host import mounts
 from lazyfs.host.mounts import Mount
 
@@ -30,13 +30,11 @@ MOUNTINFO = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 
 @pytest.fixture
 def mountinfo(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake_open(path: str, **how: Any) -> io.StringIO:
-        assert path == "/proc/self/mountinfo"
-        return io.StringIO(
-            "".join(line + "\n" for line in MOUNTINFO.splitlines() if not line.startswith("49 "))
-        )
+    def fake_open(path: str, mode: str) -> io.BytesIO:
+        assert (path, mode) == ("/proc/self/mountinfo", "rb")
+        return io.BytesIO(MOUNTINFO.encode())
 
-    monkeypatch.setattr(mounts, "open", fake_open, raising=False)
+    monkeypatch.setattr(mountinfo_of_lazyfs, "open", fake_open, raising=False)
 
 
 @pytest.mark.usefixtures("mountinfo")
@@ -88,7 +86,9 @@ def test_names_that_are_not_utf8_go_through(
 ) -> None:
     table = tmp_path / "mountinfo"
     table.write_bytes(b"41 22 0:45 / /caf\xe9 ro - fuse.lazyfs nbd://far rw\n")
-    monkeypatch.setattr(mounts, "open", lambda path, **how: open(table, **how), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(
+        mountinfo_of_lazyfs, "open", lambda *_: io.BytesIO(table.read_bytes()), raising=False
+    )
     (found,) = mounts.lazyfs_mounts()
     assert os.fsencode(found.mountpoint) == b"/caf\xe9"
     assert mounts.mount_of(os.fsdecode(b"/caf\xe9/x")) == found

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from block_qemu import (
 )
 from hanging_fuse import HangingFuse
 from scripted_qmp import HangUp, Refuse, ScriptedQemu, ScriptedQmp
+from servers import wait_until
 
 from lazyfs import errors
 from lazyfs.cli import main as cli
@@ -868,6 +870,25 @@ def test_a_bug_in_one_pivot_does_not_stop_the_others(
     assert reports[1].good
 
 
+@pytest.mark.parametrize("surprise", [KeyError("surprise"), asyncio.CancelledError()])
+def test_any_failure_undoes_the_steps(
+    world: World, surprise: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu = scripted(world)
+
+    async def remove(self: pivot_steps.Steps, name: str) -> None:
+        raise surprise
+
+    monkeypatch.setattr(pivot_steps.Steps, "_remove", remove)
+    if isinstance(surprise, Exception):
+        (report,) = world.pivot(qemu.server.path)
+        assert [node.message for node in report.nodes] == ["'surprise'; the VM is as it was"]
+    else:
+        with pytest.raises(asyncio.CancelledError):
+            world.pivot(qemu.server.path)
+    assert (qemu.child, list(qemu.fds)) == ("base-file", ["base-file"])
+
+
 @pytest.mark.parametrize(
     "step", [*CHANGING, "query-named-block-nodes", "x-debug-query-block-graph"]
 )
@@ -953,6 +974,56 @@ def test_an_interrupt_lets_the_node_end_first(world: World) -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(run())
     assert (qemu.child, list(qemu.fds)) == ("lazyfs-1", ["lazyfs-1"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_second_interrupt_lets_the_node_end_first(
+    world: World, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio.run handles the first Ctrl-C; it raises KeyboardInterrupt at the second one."""
+    qemu = scripted(world)
+    main: list[asyncio.Task[Any]] = []
+    really = pivot._run
+
+    async def run(*arguments: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        main.append(task)
+        return await really(*arguments)
+
+    def interrupt_twice() -> None:
+        del qemu.fails["blockdev-reopen"]
+        for number in (1, 2):
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda number=number: main[0].cancelling() >= number, "it is handled", 5)
+        if fails:
+            raise Refuse("no")
+
+    monkeypatch.setattr(pivot, "_run", run)
+    qemu.fails, qemu.failure = {"blockdev-reopen": 0}, interrupt_twice
+    with pytest.raises(KeyboardInterrupt):
+        world.pivot(qemu.server.path)
+    name = "base-file" if fails else "lazyfs-1"
+    assert (qemu.child, list(qemu.fds)) == (name, [name])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(world: World) -> None:
+    """A shell ignores interrupts in a script's background processes."""
+    qemu = scripted(world)
+    qemu.fails["query-named-block-nodes"] = 0
+
+    def interrupt() -> None:
+        del qemu.fails["query-named-block-nodes"]
+        os.kill(os.getpid(), signal.SIGINT)
+
+    qemu.failure = interrupt
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (report,) = world.pivot(qemu.server.path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert report.good
 
 
 def test_sockets_without_a_qemu_are_one_line_each(

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from lazyfs.cli import arguments
-from lazyfs.cli import main as cli
+from lazyfs.cli.verbs import VERBS
 from lazyfs.report import service_manager
 from lazyfs.report.service_manager import ServiceManager
 
@@ -181,7 +181,7 @@ def test_the_unit_starts_what_exists() -> None:
     assert float(unit["WatchdogSec"]) / 2 == service_manager.STATUS_S  # as its comment says
     program, *words = unit["ExecStart"].split()
     assert program == "lazyfs"
-    options = arguments.parser(cli._verbs()).parse_args(
+    options = arguments.parsers(VERBS).top.parse_args(
         [word.replace("%i", "main") for word in words]
     )
     assert (options.verb, options.config, options.foreground) == ("mount", "main", True)

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs import errors
-from lazyfs.cli import arguments, configuration
-from lazyfs.cli import main as cli
+from lazyfs.cli import arguments, configuration, mount_options
+from lazyfs.cli.verbs import VERBS
 from lazyfs.core import config_file, config_key
 from lazyfs.core.config_file import Origin
 
 ROOT = Path(__file__).parents[2]
 FILE = "/etc/lazyfs/main.toml"
-KEYS = arguments.mount_keys()
+KEYS = mount_options.mount_keys()
 KEY = {key.name: key for key in KEYS}
 
 
@@ -29,7 +29,7 @@ def parse(text: str) -> dict[str, object]:
 
 
 def parsed(*words: str) -> argparse.Namespace:
-    return arguments.parser(cli._verbs()).parse_args(words)
+    return arguments.parsers(VERBS).top.parse_args(words)
 
 
 def test_values_are_those_of_the_options() -> None:
@@ -206,9 +206,7 @@ def test_a_name_that_is_not_utf8_is_a_comment() -> None:
 
 
 def test_every_option_of_mount_is_a_key() -> None:
-    scratch = arguments.OneLineParser(prog="lazyfs")
-    arguments._add_mount(scratch.add_subparsers(parser_class=arguments.OneLineParser), lambda _: 0)
-    usage = scratch._subparsers._group_actions[0].choices["mount"].format_usage()  # type: ignore
+    usage = arguments.parsers(VERBS).verbs["mount"].format_usage()
     options = {
         word.strip("[]").removeprefix("--") for word in usage.split() if word.startswith("[--")
     }
@@ -264,11 +262,11 @@ def test_flags_can_be_undone(verb: str) -> None:
 
 
 def scratch_keys() -> tuple[config_key.Key, ...]:
-    parser = argparse.ArgumentParser()
+    parser = arguments.OneLineParser()
     parser.add_argument("--folder", metavar="DIR", action="append")
     parser.add_argument("--level", type=int, metavar="N", action="append", default=[1])
     parser.add_argument("--hidden", help=argparse.SUPPRESS)
-    return config_key.keys_of(parser._actions)
+    return config_key.keys_of(parser.arguments)
 
 
 def test_an_option_that_repeats_is_a_list() -> None:
@@ -344,15 +342,15 @@ def test_options_get_every_key(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text('repository = "nbd://h"\nfill-rate = "1M"\nno-populate = true')
     with pytest.raises(errors.UsageError, match="required: MOUNTPOINT"):
-        configuration.apply(options(config=str(file)), KEYS)
+        configuration.apply(options(config=str(file)))
     with pytest.raises(errors.UsageError, match="required: REPOSITORY, MOUNTPOINT"):
-        configuration.apply(options(), KEYS)
+        configuration.apply(options())
     given = options(config=str(file), mountpoint="rel", no_populate=False, refresh=5.0)
-    configuration.apply(given, KEYS)
+    configuration.apply(given)
     assert vars(given).keys() >= {key.dest for key in KEYS}
     assert (given.repository, given.mountpoint, given.fill_rate) == ("nbd://h", "rel", 1 << 20)
     assert (given.no_populate, given.refresh, given.io_timeout) == (False, 5.0, 120.0)
-    shown = json.loads(configuration.show(options(config=str(file), json=True), KEYS))
+    shown = json.loads(configuration.show(options(config=str(file), json=True)))
     assert shown["file"] == str(file)
     assert shown["keys"]["fill-rate"] == {"value": 1 << 20, "origin": "file"}
     assert shown["keys"]["mode"] == {"value": "0444", "origin": "default"}
@@ -366,9 +364,9 @@ def test_the_document_is_up_to_date() -> None:
 
 
 def test_a_bar_in_a_value_or_help_does_not_break_the_table() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments.OneLineParser()
     parser.add_argument("--some", metavar="A|B", type=int, help="this | that (default: x|y)")
-    rows = config_file.table(config_key.keys_of(parser._actions)).splitlines()
+    rows = config_file.table(config_key.keys_of(parser.arguments)).splitlines()
     assert rows[2] == "| `some` | A\\|B, a number or a text in quotes | x\\|y | this \\| that |"
     for row in [*rows, *config_file.table(KEYS).splitlines()]:
         assert len(re.findall(r"(?<!\\)\|", row)) == 5, row
@@ -381,8 +379,13 @@ def test_the_documents_example_is_right() -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    top = arguments.parser(cli._verbs())
-    (verbs,) = [action for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-    assert set(verbs.choices) == set(cli._verbs())
-    for name, verb in verbs.choices.items():
-        assert f"example: lazyfs {name} " in verb.format_help().replace("\n", " "), name
+    found = arguments.parsers(VERBS).verbs
+    assert list(found) == [verb.name for verb in VERBS]
+    for name, parser in found.items():
+        assert f"example: lazyfs {name} " in parser.format_help().replace("\n", " "), name
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_the_example_of_a_verb_is_right(verb: arguments.Verb) -> None:
+    words = verb.example.replace("sha256:...", f"sha256:{'0' * 64}").split()
+    assert parsed(verb.name, *words).run is verb.run

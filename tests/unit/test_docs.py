@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.cli import arguments
-from lazyfs.cli import main as cli
+from lazyfs.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "doc").glob("*.md"))]
@@ -58,6 +58,6 @@ def test_commands_are_right(document: Path) -> None:
 
     README.md has a drawing, too, with lines of its own.
     """
-    parser = arguments.parser(cli._verbs())
+    parser = arguments.parsers(VERBS).top
     for line in re.findall(r"^    lazyfs (?!-|on /)(.*)", document.read_text(), re.MULTILINE):
         parser.parse_args(shlex.split(line, comments=True))

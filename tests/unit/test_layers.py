@@ -12,7 +12,10 @@ import lazyfs
 
 PACKAGES = {
     "__main__": "",
-    "cli": "mount_helper main arguments configuration image_verbs watching status_view map_view unmounting waiting",
+    "cli": (
+        "mount_helper main verbs mounting configuration mount_options status watching status_view image_verbs map_view"
+        " pivoting unmounting checking waiting values arguments"
+    ),
     "daemon": "",
     "assembly": "",
     "report": "metrics_server metrics service_manager",
@@ -30,7 +33,7 @@ PACKAGES = {
         " fetch.write_queue"
         " budget pace totals interfaces"
     ),
-    "host": "open_files process_files mounts",
+    "host": "open_files process_files mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
         " config_file config_key eviction overlay digest shown_file qcow2_layout map_file export_name in_flight fetch_plan pacing"
@@ -50,7 +53,7 @@ ORDER = [f"{package}.{module}" if modules else package
          for package, modules in PACKAGES.items() for module in modules.split() or [""]]  # fmt: skip
 
 CHOSEN = ("cache", "repository")
-MAY_CHOOSE = ("cli.main", "daemon", *CHOSEN)
+MAY_CHOOSE = ("cli.checking", "daemon", *CHOSEN)
 """Who may import from a package of CHOSEN. Everybody else is given objects that implement `engine.interfaces`."""
 
 INNER = ("engine", "core")

@@ -5,7 +5,18 @@ from dataclasses import replace
 import pytest
 
 from lazyfs.core import inode_number
-from lazyfs.core.pivot_choice import Action, Choice, FileNode, Image, OpenFile, Place, choose
+from lazyfs.core.pivot_choice import (
+    ROWS,
+    Action,
+    Choice,
+    FileNode,
+    Image,
+    OpenFile,
+    Place,
+    Row,
+    case_of,
+    choose,
+)
 
 MOUNT, PLAIN, KEY, SIZE, TIME = 50, 8, 17, 1 << 20, 1_700_000_000_123_456_789
 WHOLE = inode_number.whole(KEY)
@@ -241,3 +252,99 @@ def test_an_open_file_without_a_node_is_found() -> None:
     assert choose([], [image(DETACHED)], [file]) == ([], [file])
     assert choose([], [image(ON_MOUNT)], [opened(MOUNT, WHOLE)]) == ([], [])
     assert choose([node(DETACHED)], [image(DETACHED)], [file])[1] == []
+
+
+# -- the rows
+
+ELSEWHERE = replace(ON_MOUNT, device=MOUNT + 1)
+
+FIRST = {
+    "has nothing to do with lazyfs": ([node(DETACHED)], [], [opened(PLAIN, 5)]),
+    "leads nowhere": ([node(None)], [image(None)], [opened(MOUNT, KEY)]),
+    "leads to a file on a lazyfs that is no image": ([node(ON_MOUNT)], [], [opened(MOUNT, WHOLE)]),
+    "has a file open that is no image, and leads to it": (
+        [node(DETACHED)],
+        [],
+        [DEAD, opened(PLAIN, 99, fd=12)],
+    ),
+    "leads to a detached mount": (
+        [node(ON_MOUNT, on_detached=True)],
+        [image(ON_MOUNT, "failed")],
+        [opened(MOUNT, KEY)],
+    ),
+    "has only other images of this path open": (
+        [node(ELSEWHERE)],
+        [image(ELSEWHERE), image(ELSEWHERE, "failed", device=MOUNT + 1, cache="/other")],
+        [opened(MOUNT, KEY)],
+    ),
+    "leads to a failed image": (
+        [node(FILLING)],
+        [image(FILLING, "failed", error="EIO")],
+        [opened(MOUNT, KEY)],
+    ),
+    "leads to an image that is not whole": (
+        [node(FILLING)],
+        [image(FILLING, "partial")],
+        [opened(PLAIN, 99, plain=True)],
+    ),
+    "has the plain file below the mount open": (
+        [node(ON_MOUNT)],
+        [image(ON_MOUNT)],
+        [opened(PLAIN, 99, plain=True)],
+    ),
+    "has no file open that is known": ([node(ON_MOUNT)], [image(ON_MOUNT)], [opened(PLAIN, 5)]),
+    "leads to a whole image that the kernel does not know to be whole": (
+        [node(FILLING)],
+        [image(FILLING)],
+        [opened(MOUNT, WHOLE)],
+    ),
+    "would be moved to what is no regular file": (
+        [node(replace(DETACHED, regular=False, size=1))],
+        [image(replace(DETACHED, regular=False, size=1))],
+        [opened(MOUNT, KEY)],
+    ),
+    "would be moved to a file of another size": (
+        [node(replace(OTHER, size=SIZE + 512))],
+        [image(replace(OTHER, size=SIZE + 512))],
+        [opened(MOUNT, KEY)],
+    ),
+    "may have another image of this path open": (
+        [node(OTHER), node(OTHER, name="later")],
+        [image(OTHER), image(None, key=KEY + 1, replaced=True)],
+        [opened(MOUNT, KEY), opened(MOUNT, KEY + 1, fd=12)],
+    ),
+    "would be moved to another file": ([node(OTHER)], [image(OTHER)], [opened(MOUNT, KEY)]),
+    "has the image open, but not the file to which the path leads": (
+        [node(DETACHED)],
+        [image(DETACHED)],
+        [opened(MOUNT, KEY)],
+    ),
+    "has the file open to which the path leads": (
+        [node(DETACHED)],
+        [image(DETACHED)],
+        [opened(PLAIN, 99)],
+    ),
+}
+"""For each row the nodes, images and open files to which it is the first that applies. Where it can be,
+a later row applies to them as well."""
+
+
+def test_every_row_has_an_example() -> None:
+    assert list(FIRST) == [row.name for row in ROWS]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_applies_and_none_above_it(row: Row) -> None:
+    nodes, images, files = FIRST[row.name]
+    case = case_of(nodes[0], nodes, images, files)
+    assert next(one for one in ROWS if one.applies(case)) is row
+    choices, _ = choose(nodes, images, files)
+    if row.action is None:
+        assert choices == []
+        return
+    assert choices[0].action is row.action
+    assert choices[0].message == row.message(case)
+    assert bool(choices[0].message) == (
+        row.action in (Action.SKIPPED, Action.PARTIAL) or bool(case.below)
+    )
+    assert choices[0].stale == (case.stale if row.compares else ())

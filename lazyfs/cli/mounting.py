@@ -1,0 +1,237 @@
+"""`lazyfs mount`: checks the options, and runs the daemon, in the foreground or the background.
+
+In the background, the daemon is a new process that runs the same command with --foreground. It
+writes one line to a pipe (--ready-fd): "ready", or the reason why it could not mount.
+"""
+
+import argparse
+import errno
+import logging
+import logging.handlers
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+
+from lazyfs import errors
+from lazyfs.cli import configuration, values
+from lazyfs.control import client as control_client
+from lazyfs.core import shown_file
+from lazyfs.core.eviction import Limits
+from lazyfs.host import mounts
+from lazyfs.units import KiB
+
+
+def run(options: argparse.Namespace) -> int:
+    """Mount a repository."""
+    configuration.apply(options)
+    options.block_size = _block_size(options)
+    mountpoint = _mountpoint(options.mountpoint)
+    if os.geteuid() != 0 and (options.uid, options.gid) != (os.geteuid(), os.getegid()):
+        raise errors.UsageError("only root can give files to others: leave out --uid and --gid")
+    _overlays(options, mountpoint)
+    if not options.foreground:
+        return _serve_in_background(options, mountpoint)
+    try:
+        _serve(options, mountpoint)
+    except errors.UserError as error:
+        if options.ready_fd is None:
+            raise
+        _report(options.ready_fd, str(error))
+        return error.exit_code
+    return 0
+
+
+def _mountpoint(path: str) -> str:
+    """Return the folder to mount on, after clearing away what a killed daemon left there.
+
+    Raises:
+        UserError: the mountpoint is no folder, or a lazyfs is mounted there.
+    """
+    if not path:
+        raise errors.UsageError("the mountpoint is an empty name")
+    mountpoint = os.path.realpath(path)
+    mounted = [mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == mountpoint]
+    try:
+        if mounted and not control_client.alive(mounted[-1]):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        os.statvfs(mountpoint)  # Unlike stat, this is never answered from the kernel's cache.
+    except FileNotFoundError:
+        raise errors.UserError(
+            f"the mountpoint {mountpoint} does not exist; make it with mkdir"
+        ) from None
+    except OSError as error:
+        if not mounted:
+            raise errors.UserError(f"cannot use {mountpoint}: {error.strerror}") from error
+        from lazyfs.kernel import session as kernel_session
+
+        try:
+            kernel_session.clear_away(mounted[-1])  # Its daemon was killed.
+        except OSError as trouble:
+            raise errors.UserError(
+                f"cannot clear away the dead mount on {mountpoint}: {trouble.strerror}"
+            ) from trouble
+        return _mountpoint(path)
+    if mounted:
+        raise errors.UserError(
+            f"{mounted[-1].repository} is mounted on {mountpoint} already; lazyfs umount it first"
+        )
+    if not os.path.isdir(mountpoint):
+        raise errors.UserError(f"the mountpoint {mountpoint} is not a folder")
+    return mountpoint
+
+
+def _serve(options: argparse.Namespace, mountpoint: str) -> None:
+    try:
+        # These are imported here, because status and umount need neither pyfuse3 nor libnbd and
+        # start in half the time without them.
+        from lazyfs import daemon
+        from lazyfs.engine.filesystem import Options
+        from lazyfs.engine.interfaces import FileAttributes
+    except ModuleNotFoundError as error:
+        raise errors.UserError(_missing_module(error)) from error
+    _log_to(options)
+    config = daemon.MountConfig(
+        repository=options.repository,
+        mountpoint=mountpoint,
+        cache_dir=os.path.realpath(options.cache_dir or mountpoint),
+        file_attributes=FileAttributes(options.mode, options.uid, options.gid),
+        options=Options(
+            block_size=options.block_size,
+            io_timeout_s=options.io_timeout,
+            replace_changed=options.on_change == "replace",
+            populate=not options.no_populate,
+            fill_rate=options.fill_rate,
+            format=options.format,
+            names=options.names,
+        ),
+        refresh_s=options.refresh,
+        limits=_limits(options),
+        overlays=_overlays(options, mountpoint),
+        metrics=options.metrics,
+        passthrough=not options.no_passthrough,
+        allow_evict=options.allow_evict,
+    )
+    try:
+        daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
+    except errors.UserError:
+        raise
+    except Exception:
+        logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
+        raise errors.UserError(
+            "the daemon failed, a bug in lazyfs; the log has the details"
+        ) from None
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """Return the limits on the space that the cache takes."""
+    free = Limits() if options.min_free is None else values.free_limits(options.min_free)
+    return replace(free, max_cache=options.max_cache)
+
+
+def _overlays(options: argparse.Namespace, mountpoint: str) -> list[str]:
+    folders = [os.path.realpath(folder) for folder in options.overlays or []]
+    for folder in folders:
+        if os.path.commonpath([folder, mountpoint]) == mountpoint:
+            raise errors.UsageError(f"--overlays {folder} would be hidden by the mount")
+        if not os.path.isdir(folder):
+            raise errors.UserError(
+                f"--overlays {folder} is not a folder, so nobody could tell what may be evicted"
+            )
+    return folders
+
+
+def _block_size(options: argparse.Namespace) -> int:
+    """Return the block size of new images. For a qcow2 that is its cluster size."""
+    if options.cluster_size and options.format != shown_file.QCOW2:
+        raise errors.UsageError(
+            "--cluster-size is for --format qcow2; raw images have --block-size"
+        )
+    if options.block_size and options.format != shown_file.RAW:
+        raise errors.UsageError("--block-size is for raw images; a qcow2 has --cluster-size")
+    size: int = options.block_size or options.cluster_size or 64 * KiB
+    return size
+
+
+def _missing_module(error: ModuleNotFoundError) -> str:
+    if error.name == "nbd":
+        return (
+            "Python's libnbd module is missing: apt-get install python3-libnbd "
+            "(it serves /usr/bin/python3 only)"
+        )
+    if error.name == "pyfuse3":
+        return (
+            "pyfuse3 is missing: apt-get install libfuse3-dev gcc pkg-config python3-dev, "
+            "then pip install pyfuse3"
+        )
+    return f"the Python module {error.name} is missing: pip install lazyfs, or run tools/setup"
+
+
+def _report(ready_fd: int | None, message: str) -> None:
+    """Tell the process that waits for this daemon.
+
+    The pipe is closed after the first message, because that process reads only one line.
+    """
+    if ready_fd is not None:
+        with suppress(OSError):
+            os.write(ready_fd, message.encode() + b"\n")
+            os.close(ready_fd)
+
+
+def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
+    read_fd, write_fd = os.pipe()
+    # Without -P, Python would import a lazyfs or a trio that lies in the current folder.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "lazyfs",
+        *options.words,
+        "--foreground",
+        "--ready-fd",
+        str(write_fd),
+    ]
+    with open(os.devnull, "r+b") as null:
+        child = subprocess.Popen(
+            command,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            pass_fds=[write_fd],
+            start_new_session=True,
+        )
+    os.close(write_fd)
+    with os.fdopen(read_fd) as answer:
+        said = answer.readline().strip()
+    if said == "ready":
+        os.stat(os.path.join(mountpoint, "."))  # This raises OSError if the mount does not answer.
+        return 0
+    code = child.wait()
+    raise errors.UserError(
+        said or f"the daemon ended with exit code {code} and left no word; try --foreground"
+    )
+
+
+def _log_to(options: argparse.Namespace) -> None:
+    text = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler: logging.Handler
+    if options.log_file:
+        try:
+            handler = logging.FileHandler(options.log_file)
+        except OSError as error:
+            raise errors.UserError(
+                f"cannot write the log {options.log_file}: {error.strerror}"
+            ) from error
+    elif options.ready_fd is None:
+        handler = logging.StreamHandler()
+    elif os.path.exists("/dev/log"):
+        handler, text = (
+            logging.handlers.SysLogHandler("/dev/log"),
+            "lazyfs[%(process)d]: %(message)s",
+        )
+    else:
+        handler = logging.NullHandler()
+    # pyfuse3 logs several debug messages for each request.
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler], format=text)

@@ -1,0 +1,99 @@
+"""`lazyfs status`: asks the daemons for their status and prints it."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lazyfs import errors
+from lazyfs.control import client as control_client
+from lazyfs.host import mounts
+
+_PIPE_WIDTH = 160
+"""The width of a table that does not go to a terminal. A pipe has no width of its own."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show the mounts and images that the user named."""
+    if options.json and options.watch:
+        raise errors.UsageError(
+            "--watch draws for people; call status --json again and again instead"
+        )
+    from rich.console import Console
+
+    from lazyfs.cli import status_view
+
+    if options.json:
+        found = _query_all(options.paths)
+        json.dump({"mounts": found}, sys.stdout, indent=2)
+        print()
+        return _exit_code(found)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    if not options.watch:
+        found = _query_all(options.paths)
+        console.print(status_view.render(found, console.width))
+        return _exit_code(found)
+    from rich.live import Live
+
+    from lazyfs.cli import watching
+
+    with Live(console=console, auto_refresh=False) as live:
+
+        def draw(found: list[dict[str, Any]]) -> None:
+            picture = status_view.render(found, console.width)
+            if console.is_terminal:
+                live.update(picture, refresh=True)
+            else:  # In a log or a pipe, one picture follows another.
+                console.print(picture)
+                sys.stdout.flush()
+
+        watching.watch(lambda: _query_all(options.paths), draw, keep=console.is_terminal)
+    return 0
+
+
+def _exit_code(found: Sequence[dict[str, Any]]) -> int:
+    """Return 1 if a daemon did not answer, even if the others did."""
+    return 1 if any("error" in one for one in found) else 0
+
+
+def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
+    if not paths:
+        return [
+            _query_or_say_why(mount) for mount in mounts.lazyfs_mounts()
+        ] + control_client.query_detached()
+    found: dict[str, dict[str, Any]] = {}
+    detached = {one["mountpoint"]: one for one in control_client.query_detached()}
+    for path in paths:
+        # The path is resolved only if it is no mount as it is written, because resolving asks a
+        # daemon, which may hang.
+        if mounts.mount_of(path) is None and (gone := detached.get(os.path.realpath(path))):
+            found.setdefault(f"detached {path}", gone)
+            continue
+        mount, inside = control_client.locate(path)
+        one = _query_or_say_why(mount) if not inside else control_client.query(mount, inside)
+        known = found.setdefault(mount.mountpoint, one)
+        if known is not one:
+            paths_known = {image["path"] for image in known["images"]}
+            known["images"] += [
+                image for image in one["images"] if image["path"] not in paths_known
+            ]
+    return list(found.values())
+
+
+def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
+    """Return what the daemon says, or as `error` why it says nothing."""
+    try:
+        return control_client.query(mount)
+    except errors.UserError as error:
+        return {
+            "mountpoint": mount.mountpoint,
+            "cache_dir": None,
+            "repository": mount.repository,
+            "connected": False,
+            "control_socket": mounts.socket_path(mount.mountpoint),
+            "images": [],
+            "jobs": [],
+            "error": str(error),
+        }

@@ -1,0 +1,68 @@
+"""Reads the table of mounts of a process.
+
+Source: proc(5), /proc/PID/mountinfo. A line has these fields:
+
+    36 35 0:45 / /mnt rw,nosuid shared:9 master:1 - fuse.lazyfs nbd://host rw,user_id=0
+    id    device mountpoint     ...any number...    kind        source
+
+The kernel writes a space, tab, newline, backslash or "#" in a name as a backslash and three octal
+digits. It writes all other bytes as they are, also a carriage return and bytes that are not UTF-8.
+So the table is read as bytes, and only a newline ends a line.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Describes one mount."""
+
+    mount_id: int
+    """The number of the mount, which fdinfo has as `mnt_id`."""
+    device: str
+    """"major:minor" of the file system."""
+    mountpoint: str
+    """Where it is mounted, in the view of the process whose table this is."""
+    kind: str
+    """The type of the file system, such as "fuse.lazyfs"."""
+    source: str
+    """What is mounted, such as a device. A FUSE file system can give any text."""
+
+
+def read(pid: int | None = None) -> list[Entry]:
+    """Return the mounts that the process sees, or this process, in the order they were made.
+
+    Raises:
+        OSError: the process has ended, or belongs to another user.
+    """
+    with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as file:
+        return parse(file.read())
+
+
+def parse(table: bytes) -> list[Entry]:
+    """Return the mounts in the content of a mountinfo file.
+
+    A line that does not parse is left out, so that it does not hide the others.
+    """
+    entries = (_entry(line) for line in table.split(b"\n"))
+    return [entry for entry in entries if entry is not None]
+
+
+def _entry(line: bytes) -> Entry | None:
+    before, _, after = line.partition(b" - ")
+    mount, filesystem = before.split(b" "), after.split(b" ")
+    if len(mount) < 6 or len(filesystem) < 2:
+        return None
+    mount_id, _, device, _, mountpoint, *_ = mount
+    kind, source, *_ = filesystem
+    if not re.fullmatch(rb"[0-9]+", mount_id) or not re.fullmatch(rb"[0-9]+:[0-9]+", device):
+        return None
+    return Entry(
+        int(mount_id), device.decode(), _unescape(mountpoint), _unescape(kind), _unescape(source)
+    )
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda m: bytes([int(m[1], 8)]), field))
