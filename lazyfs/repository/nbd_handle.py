@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ctypes import c_int
 from functools import partial
 from typing import Any
 
 import nbd
 import trio
+from nbd import NBD
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
@@ -43,13 +45,12 @@ _MAX_PAYLOAD = 32 * MiB
 LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
 """Completion codes that say the connection ends, not that the request is bad."""
 
-
 REFUSED = frozenset({errno.ENOTSUP, errno.EINVAL, errno.EPERM})
 """How libnbd reports that a server answered an option with NBD_REP_ERR_UNSUP, _INVALID or
 _POLICY."""
 
 
-def new_handle() -> Any:
+def new_handle() -> NBD:
     """Return an unconnected handle with the settings every use here shares.
 
     TLS follows from the URI: `nbds` requires it. Local files (certificates, PSK) may be named in
@@ -63,7 +64,7 @@ def new_handle() -> Any:
     return handle
 
 
-def connect(uri: str, abandoned: threading.Event) -> Any:
+def connect(uri: str, abandoned: threading.Event) -> NBD:
     """Return a handle in option mode. Blocks; meant for a thread.
 
     Raises:
@@ -84,7 +85,7 @@ def connect(uri: str, abandoned: threading.Event) -> Any:
     return handle
 
 
-def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any, Export]:
+def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD, Export]:
     """Return a handle ready to read export `name`, and what the export is now. Blocks; meant for a
     thread.
 
@@ -99,7 +100,7 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         refused: list[int] = []
 
-        def answered(err: Any) -> int:
+        def answered(err: c_int) -> int:
             refused.append(err.value)
             return 1
 
@@ -123,7 +124,7 @@ class Watchdog:
     one was refused.
     """
 
-    def __init__(self, handle: Any, uri: str, abandoned: threading.Event) -> None:
+    def __init__(self, handle: NBD, uri: str, abandoned: threading.Event) -> None:
         """Watch `handle`, which is connected: until `abandoned` is set, or nothing comes in
         CONNECT_TIMEOUT_S."""
         self._uri = uri
@@ -163,7 +164,7 @@ class Watchdog:
                 return
 
 
-def described(handle: Any, name: str) -> Export | str:
+def described(handle: NBD, name: str) -> Export | str:
     """Return what the handle was last told about an export, or what is wrong with that. Raises
     nbd.Error."""
     size = handle.get_size()
@@ -175,19 +176,19 @@ def described(handle: Any, name: str) -> Export | str:
         return Export(name, size, "")
 
 
-def max_payload(handle: Any) -> int:
+def max_payload(handle: NBD) -> int:
     """Return how many bytes the server of a connected handle gives in answer to one read."""
     return int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_PAYLOAD
 
 
-def reason(error: Any) -> str:
+def reason(error: nbd.Error) -> str:
     """Return libnbd's message without the name of its function, which says nothing to a user."""
     text = str(error.string)
     head, _, tail = text.partition(": ")
     return tail if head.startswith("nbd_") and tail else text
 
 
-def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threading.Event) -> None:
+def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
         if handle.aio_is_dead() or handle.aio_is_closed():
             # libnbd keeps it to itself that a server has refused TLS.
@@ -200,7 +201,7 @@ def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threa
         handle.poll(_POLL_MS)
 
 
-def retire(handle: Any, cookie: int) -> int:
+def retire(handle: NBD, cookie: int) -> int:
     """Let libnbd forget a command that has completed; return its error, 0 for none.
 
     Only here does it say that a read was answered without any data: the buffer holds what it held
@@ -235,7 +236,7 @@ def _nothing() -> None:
 class NbdHandle:
     """A connected handle, many requests in flight at once, driven by the task that runs `run`."""
 
-    def __init__(self, handle: Any, uri: str, export: str, stall_s: float, answer_s: float) -> None:
+    def __init__(self, handle: NBD, uri: str, export: str, stall_s: float, answer_s: float) -> None:
         """Take over `handle`, from `connect_export`.
 
         Args:
@@ -243,7 +244,7 @@ class NbdHandle:
                 connection counts as lost.
             answer_s: so it does when one request has had no answer for so long.
         """
-        self._handle: Any = handle
+        self._handle: NBD | Any = handle  # Any for the None that `run` leaves
         self._uri = uri
         self._export = export
         self._stall_s = stall_s
@@ -384,7 +385,7 @@ class NbdHandle:
         return data
 
     def _start(
-        self, submit: Callable[[Callable[[Any], int]], int], ended: Callable[[], None]
+        self, submit: Callable[[Callable[[c_int], int]], int], ended: Callable[[], None]
     ) -> _Command:
         """Send a command. Raises ConnectionLost, RequestFailed: it was not sent, and `ended` is not
         called."""
@@ -392,7 +393,7 @@ class NbdHandle:
             raise errors.ConnectionLost(self._uri, self.broken)
         command = _Command(ended)
 
-        def completed(err: Any) -> int:
+        def completed(err: c_int) -> int:
             command.code = err.value
             command.retired = True
             self._last_progress = trio.current_time()

@@ -183,7 +183,7 @@ class NbdRepository:
         return result
 
 
-def _describe_one(handle: Any, name: str) -> Export | str:
+def _describe_one(handle: nbd.NBD, name: str) -> Export | str:
     """Return the export, or why the server will not describe it. Raises nbd.Error if the connection
     is lost."""
     try:
