@@ -1,6 +1,7 @@
 """Prints the bash completion of the `lazyfs` command, made from its parser: lazyfs/data/lazyfs.bash."""
 
 import argparse
+from typing import Any
 
 import shtab
 
@@ -37,7 +38,8 @@ def say_what_is_a_file(parser: argparse.ArgumentParser) -> None:
 
 parser = arguments.parser(cli._verbs())
 say_what_is_a_file(parser)
-print(shtab.complete(parser, "bash", preamble={"bash": PREAMBLE}).rstrip("\n"))
+preamble: Any = {"bash": PREAMBLE}  # which shtab declares as a str
+print(shtab.complete(parser, "bash", preamble=preamble).rstrip("\n"))
 # bash splits a URI at its colons, so a MOUNTPOINT after it is one word more than the parser expects.
 # For such a word, any file is offered.
 print("complete -o bashdefault -o default -F _shtab_lazyfs lazyfs")

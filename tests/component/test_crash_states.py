@@ -25,6 +25,7 @@ from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
 
@@ -375,6 +376,7 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
             await filesystem.refresh()
             await filesystem.resume()
             image = filesystem.names.node_at("team/disk")
+            assert isinstance(image, Image)
             handle = await filesystem.open(image)
             assert await handle.read(0, SIZE) == CONTENT
             with trio.fail_after(10):

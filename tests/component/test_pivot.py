@@ -403,7 +403,7 @@ def test_an_encrypted_overlay_stays_readable(world: World) -> None:
     how = (
         "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
     )
-    command = [
+    command: list[str | Path] = [
         "qemu-img",
         "create",
         "-q",
@@ -898,7 +898,12 @@ def test_a_step_without_an_answer_times_out(
     world.stack.callback(_stays.close)
     world.stack.callback(ends.close)
     world.stack.callback(_stays.shutdown, socket.SHUT_RDWR)
-    qemu.fails, qemu.failure = {step: 0}, lambda: (ends.recv(1), hang_up())[1]
+
+    def hang_up_late() -> None:
+        ends.recv(1)
+        hang_up()
+
+    qemu.fails, qemu.failure = {step: 0}, hang_up_late
     (report,) = world.pivot(qemu.server.path)
     assert report.error == f"{step}: no answer in 0.2 s; run pivot again when QEMU answers"
 

@@ -53,7 +53,7 @@ def test_a_cache_that_a_killed_daemon_left_is_checked_and_repaired(lab: Lab) -> 
             pread(path, random.randrange(2 * MiB), 64 * KiB)
 
         def much_is_here(enough: int = (turn + 1) * MiB) -> bool:
-            return sum(image["present_bytes"] for image in lab.status()["images"]) > enough
+            return sum(int(image["present_bytes"]) for image in lab.status()["images"]) > enough
 
         wait_until(much_is_here, "some")
         lab.kill_daemon()

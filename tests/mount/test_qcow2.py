@@ -610,8 +610,8 @@ def test_kill_9_at_random_moments_never_shows_another_byte(lab: Lab) -> None:
             resumed = max(resumed, present)
         else:
             wait_until(
-                lambda fetched=fetched: (
-                    sum(i["fetched_bytes"] for i in lab.status()["images"]) > fetched
+                lambda: (
+                    sum(i["fetched_bytes"] for i in lab.status()["images"]) > fetched  # noqa: B023 - it is awaited here
                     or all(i["state"] == "whole" for i in lab.status()["images"])
                 ),
                 "it goes on",

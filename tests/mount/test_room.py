@@ -194,10 +194,28 @@ def test_overlays_protect(lab: Lab, disk: Path) -> None:
     vms = lab.folder / "vms"
     vms.mkdir()
     server = lab.serve()
-    options = ["--cache-dir", disk / "cache", "--max-cache", "20M", "--overlays", vms]
+    options: list[str | Path] = [
+        "--cache-dir",
+        disk / "cache",
+        "--max-cache",
+        "20M",
+        "--overlays",
+        vms,
+    ]
     lab.mount(server.uri, *options)
     overlay = vms / "vm.qcow2"
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", lab.mnt / "a", overlay]
+    command: list[str | Path] = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        "-b",
+        lab.mnt / "a",
+        overlay,
+    ]
     subprocess.run(command, check=True, timeout=30)
     for name in "abc":
         use(lab, name)
