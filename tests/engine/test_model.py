@@ -143,7 +143,7 @@ class Model:
                     await self.close(name)
             self.open_files.clear()
 
-    async def perform(self, what: object, *arguments: object) -> None:
+    async def perform(self, what: object, *arguments: object) -> None:  # noqa: C901, PLR0912, PLR0915 - a table
         self.may_time_out()
         repository, stores = self.world.repository, self.world.stores
         match (what, *arguments):
