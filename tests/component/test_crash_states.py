@@ -18,6 +18,7 @@ from crash_lab import Event, Recorder, present_in, states_after_power_cut
 from fakes import FakeRepository, pattern
 
 from lazyfs import errors
+from lazyfs.cache import cache_dir
 from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import map_file
@@ -425,7 +426,10 @@ def test_a_whole_image_whose_file_is_something_else(cache: Cache, what: str) -> 
 # -- the directory itself
 
 
-def test_the_second_holder_of_the_lock_is_told_who_has_it(cache: Cache) -> None:
+def test_the_second_holder_of_the_lock_is_told_who_has_it(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_dir, "ENDING_S", 0.3)  # no mount is known, so it waits for an end
     with cache.open():
         refusal = cache.refused()
         assert f"the lazyfs on /mnt/somewhere (pid {os.getpid()})" in refusal

@@ -1148,6 +1148,7 @@ def pivot_as_a_user(qemu: ScriptedQemu) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
 
 
+@pytest.mark.fuse
 def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) -> None:
     qemu = ScriptedQemu(world.folder / "vm.qmp", hanging.path, hanging.path, hanging_fuse.SIZE)
     world.stack.callback(qemu.close)
@@ -1155,6 +1156,7 @@ def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) 
     assert not hanging.was_asked()
 
 
+@pytest.mark.fuse
 def test_a_detached_file_system_that_hangs_stops_nobody(world: World, hanging: HangingFuse) -> None:
     """It could be a dead lazyfs, so it is asked. The answer never comes, and the process that asks
     cannot be killed."""

@@ -466,6 +466,7 @@ def check_after_power_cut(copy: Lab, promised: set[int]) -> None:
     assert promised <= copy.go_on()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "steps", "lucks", "least"),
     [(SMALL, 12, MUCH_LUCK, 400), (LARGE, 40, LUCK, 500), (COARSE, 3, LUCK, 50)],

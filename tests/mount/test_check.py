@@ -35,6 +35,7 @@ def test_check_is_refused_while_a_detached_daemon_serves_files(lab: Lab) -> None
     assert "no problems" in lab.lazyfs("check", lab.mnt).stdout
 
 
+@pytest.mark.slow
 def test_a_cache_that_a_killed_daemon_left_is_checked_and_repaired(lab: Lab) -> None:
     sources = {f"d{i}": lab.image(f"d{i}", 3 * MiB) for i in range(4)}
     server = lab.serve()

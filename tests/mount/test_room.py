@@ -189,6 +189,7 @@ def test_min_free(lab: Lab, disk: Path) -> None:
     assert room(lab)["min_free"] == 24 * MiB
 
 
+@pytest.mark.slow
 def test_overlays_protect(lab: Lab, disk: Path) -> None:
     images(lab, "abcd")
     vms = lab.folder / "vms"
@@ -278,6 +279,7 @@ def test_disk_full_in_the_middle_of_a_write(lab: Lab, disk: Path, program: tuple
     assert (lab.mnt / "dense").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_a_digest_is_compared_before_the_hand_off(lab: Lab) -> None:
     lab.image("dense", 4 * MiB)
     digest = subprocess.run(
