@@ -79,6 +79,8 @@ class MountConfig:
     """Where to serve them, "HOST:PORT"; None for nowhere."""
     passthrough: bool
     allow_evict: bool
+    dropped_log_lines: Callable[[], int] = lambda: 0
+    """Returns how many lines did not fit into a log that blocks."""
 
 
 def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
@@ -297,6 +299,7 @@ class _Mounted:
             self._repository.statistics,
             self._backings,
             parts.room,
+            self._config.dropped_log_lines,
         )
         await self._metrics.run(mount.picture)
 

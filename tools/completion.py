@@ -1,5 +1,7 @@
 """Prints the bash completion of the `lazyfs` command, made from its parser: lazyfs/data/lazyfs.bash."""
 
+from typing import Any
+
 import shtab
 
 from lazyfs.cli import arguments
@@ -29,7 +31,8 @@ for parser in parsers.verbs.values():
     for action in parser.arguments:
         if isinstance(action.metavar, str) and action.metavar in COMPLETERS:
             action.complete = COMPLETERS[action.metavar]  # type: ignore[attr-defined]
-print(shtab.complete(parsers.top, "bash", preamble={"bash": PREAMBLE}).rstrip("\n"))
+preamble: Any = {"bash": PREAMBLE}  # which shtab declares as a str
+print(shtab.complete(parsers.top, "bash", preamble=preamble).rstrip("\n"))
 # bash splits a URI at its colons, so a MOUNTPOINT after it is one word more than the parser expects.
 # For such a word, any file is offered.
 print("complete -o bashdefault -o default -F _shtab_lazyfs lazyfs")

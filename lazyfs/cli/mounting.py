@@ -20,6 +20,7 @@ from lazyfs.control import client as control_client
 from lazyfs.core import shown_file
 from lazyfs.core.eviction import Limits
 from lazyfs.host import mounts
+from lazyfs.report.background_log import BackgroundLog
 from lazyfs.units import KiB
 
 
@@ -91,7 +92,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         from lazyfs.engine.interfaces import FileAttributes
     except ModuleNotFoundError as error:
         raise errors.UserError(_missing_module(error)) from error
-    _log_to(options)
+    log = _log_to(options)
     config = daemon.MountConfig(
         repository=options.repository,
         mountpoint=mountpoint,
@@ -112,6 +113,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         metrics=options.metrics,
         passthrough=not options.no_passthrough,
         allow_evict=options.allow_evict,
+        dropped_log_lines=lambda: log.dropped,
     )
     try:
         daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
@@ -213,7 +215,8 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
     )
 
 
-def _log_to(options: argparse.Namespace) -> None:
+def _log_to(options: argparse.Namespace) -> BackgroundLog:
+    """Have a thread write the log where the options say; return what passes lines on to it."""
     text = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     handler: logging.Handler
     if options.log_file:
@@ -234,4 +237,7 @@ def _log_to(options: argparse.Namespace) -> None:
         handler = logging.NullHandler()
     # pyfuse3 logs several debug messages for each request.
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
-    logging.basicConfig(level=options.log_level.upper(), handlers=[handler], format=text)
+    handler.setFormatter(logging.Formatter(text))
+    log = BackgroundLog(handler)
+    logging.basicConfig(level=options.log_level.upper(), handlers=[log])
+    return log

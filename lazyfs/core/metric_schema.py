@@ -89,6 +89,7 @@ METRICS = (
             "population": "a turn of population; the image waits, and is tried again",
             "write": "a write to the cache; readers got the bytes, and they were not kept",
             "checkpoint": "a checkpoint; it is repeated",
+            "log": "a line of the log, dropped because the log could not be written in time",
             "connect": "a connection that could not be made, or was lost while an image was populated",
         },
     ),

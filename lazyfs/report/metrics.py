@@ -51,6 +51,8 @@ class Mount:
     repository: Callable[[], RepositoryStatistics]
     backings: Backings
     room: Room
+    dropped_log_lines: Callable[[], int] = lambda: 0
+    """Returns how many lines did not fit into a log that blocks."""
 
     def picture(self) -> Picture:
         """Return all numbers as of now.
@@ -87,6 +89,7 @@ class Mount:
                 "checkpoint": sums.errors[totals.CHECKPOINT],
                 "population": population.failures,
                 "connect": repository.failures,
+                "log": self.dropped_log_lines(),
             },
             "lazyfs_queue_length": {
                 "readers": sums.waiting,

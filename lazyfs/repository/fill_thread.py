@@ -6,6 +6,7 @@ halves the speed (page faults), one event loop for everything thirds it.
 
 import threading
 import time
+from ctypes import c_int
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,7 @@ class FillConnection:
         self._uri = uri
         self.export = export
         self._stall_s = stall_s
-        self._handle: Any = None
+        self._handle: nbd.NBD | Any = None  # Any for the None before `_connect`
         self._max_payload = 0
         self._slots: list[_Slot] = []
         self._last_progress = 0.0
@@ -82,7 +83,7 @@ class FillConnection:
         """Whether there is a connection to work on."""
         return self._handle is not None
 
-    def adopt(self, handle: Any) -> None:
+    def adopt(self, handle: nbd.NBD) -> None:
         """Take over a handle that is ready to read the export."""
         self._max_payload = nbd_connect.max_payload(handle)
         self._handle = handle
@@ -142,7 +143,7 @@ class FillConnection:
         pieces = [piece for part in claim.parts for piece in part.split(self._max_payload)]
         slot.claim, slot.waiting, slot.code, slot.cookies = claim, len(pieces), 0, []
 
-        def completed(err: Any) -> int:
+        def completed(err: c_int) -> int:
             slot.waiting -= 1
             slot.code = slot.code or err.value
             return 0

@@ -9,7 +9,6 @@ before costs more than reading the bytes into it.
 
 import mmap
 import threading
-from typing import Any
 
 import nbd
 
@@ -39,7 +38,7 @@ class NbdBuffer:
         """Give the memory back to the system. The buffer stays usable and contains zeroes."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
-    def target(self, start: int, end: int) -> Any:
+    def target(self, start: int, end: int) -> nbd.Buffer:
         """Return the object that `aio_pread` accepts for the bytes from `start` to `end`."""
         view = self._views.get((start, end))
         if view is None:

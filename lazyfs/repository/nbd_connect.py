@@ -9,9 +9,10 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from ctypes import c_int
 
 import nbd
+from nbd import NBD
 
 from lazyfs import errors
 from lazyfs.engine.interfaces import Export
@@ -35,7 +36,7 @@ REFUSED = frozenset({errno.ENOTSUP, errno.EINVAL, errno.EPERM})
 _POLICY."""
 
 
-def new_handle() -> Any:
+def new_handle() -> NBD:
     """Return an unconnected handle with the settings every use here shares.
 
     TLS follows from the URI: `nbds` requires it. Local files (certificates, PSK) may be named in
@@ -49,7 +50,7 @@ def new_handle() -> Any:
     return handle
 
 
-def connect(uri: str, abandoned: threading.Event) -> Any:
+def connect(uri: str, abandoned: threading.Event) -> NBD:
     """Return a handle in option mode. Blocks; meant for a thread.
 
     Raises:
@@ -70,7 +71,7 @@ def connect(uri: str, abandoned: threading.Event) -> Any:
     return handle
 
 
-def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any, Export]:
+def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD, Export]:
     """Return a handle ready to read export `name`, and what the export is now. Blocks; meant for a
     thread.
 
@@ -85,7 +86,7 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[Any
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         refused: list[int] = []
 
-        def answered(err: Any) -> int:
+        def answered(err: c_int) -> int:
             refused.append(err.value)
             return 1
 
@@ -109,7 +110,7 @@ class Watchdog:
     one was refused.
     """
 
-    def __init__(self, handle: Any, uri: str, abandoned: threading.Event) -> None:
+    def __init__(self, handle: NBD, uri: str, abandoned: threading.Event) -> None:
         """Watch `handle`, which is connected: until `abandoned` is set, or nothing comes in
         CONNECT_TIMEOUT_S."""
         self._uri = uri
@@ -149,7 +150,7 @@ class Watchdog:
                 return
 
 
-def described(handle: Any, name: str) -> Export | str:
+def described(handle: NBD, name: str) -> Export | str:
     """Return what the handle was last told about an export, or what is wrong with that. Raises
     nbd.Error."""
     size = handle.get_size()
@@ -161,19 +162,19 @@ def described(handle: Any, name: str) -> Export | str:
         return Export(name, size, "")
 
 
-def max_payload(handle: Any) -> int:
+def max_payload(handle: NBD) -> int:
     """Return how many bytes the server of a connected handle gives in answer to one read."""
     return int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_PAYLOAD
 
 
-def reason(error: Any) -> str:
+def reason(error: nbd.Error) -> str:
     """Return libnbd's message without the name of its function, which says nothing to a user."""
     text = str(error.string)
     head, _, tail = text.partition(": ")
     return tail if head.startswith("nbd_") and tail else text
 
 
-def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threading.Event) -> None:
+def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
         if handle.aio_is_dead() or handle.aio_is_closed():
             # libnbd keeps it to itself that a server has refused TLS.
@@ -186,7 +187,7 @@ def _poll_until_settled(handle: Any, uri: str, deadline: float, abandoned: threa
         handle.poll(_POLL_MS)
 
 
-def retire(handle: Any, cookie: int) -> int:
+def retire(handle: NBD, cookie: int) -> int:
     """Let libnbd forget a command that has completed; return its error, 0 for none.
 
     Only here does it say that a read was answered without any data: the buffer holds what it held

@@ -12,11 +12,13 @@ How libnbd wants it (docs/libnbd.pod, 1.14), and what follows here:
 import errno
 import logging
 from collections.abc import Callable
+from ctypes import c_int
 from functools import partial
 from typing import Any
 
 import nbd
 import trio
+from nbd import NBD
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
@@ -59,7 +61,7 @@ def _nothing() -> None:
 class NbdHandle:
     """A connected handle, many requests in flight at once, driven by the task that runs `run`."""
 
-    def __init__(self, handle: Any, uri: str, export: str, stall_s: float, answer_s: float) -> None:
+    def __init__(self, handle: NBD, uri: str, export: str, stall_s: float, answer_s: float) -> None:
         """Take over `handle`, from `connect_export`.
 
         Args:
@@ -68,7 +70,7 @@ class NbdHandle:
             answer_s: so it does when one request has had no answer for so long, and for the time
                 that what is in flight takes at SLOWEST.
         """
-        self._handle: Any = handle
+        self._handle: NBD | Any = handle  # Any for the None that `run` leaves
         self._uri = uri
         self._export = export
         self._stall_s = stall_s
@@ -178,7 +180,11 @@ class NbdHandle:
             entries: list[int] = []
 
             def extent(
-                metacontext: str, _offset: int, found: list[int], err: Any, entries: Any = entries
+                metacontext: str,
+                _offset: int,
+                found: list[int],
+                err: c_int,
+                entries: list[int] = entries,
             ) -> int:
                 if metacontext == nbd.CONTEXT_BASE_ALLOCATION and not err.value:
                     entries.extend(found)
@@ -193,7 +199,7 @@ class NbdHandle:
 
     async def _ask(
         self,
-        submit: Callable[[Callable[[Any], int]], int],
+        submit: Callable[[Callable[[c_int], int]], int],
         what: str,
         length: int = 0,
         target: memoryview | None = None,
@@ -223,7 +229,7 @@ class NbdHandle:
 
     def _start(
         self,
-        submit: Callable[[Callable[[Any], int]], int],
+        submit: Callable[[Callable[[c_int], int]], int],
         ended: Callable[[], None],
         length: int = 0,
     ) -> _Command:
@@ -238,7 +244,7 @@ class NbdHandle:
         queued = sum(self._asked_bytes.values()) + length
         command = _Command(ended, now + self._answer_s + queued / SLOWEST)
 
-        def completed(err: Any) -> int:
+        def completed(err: c_int) -> int:
             command.code = err.value
             command.answered = True
             self._last_progress = trio.current_time()

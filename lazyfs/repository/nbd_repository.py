@@ -156,7 +156,7 @@ class NbdRepository:
         self._nursery.start_soon(running.run)
         return running
 
-    async def connect(self, export: Export) -> Any:
+    async def connect(self, export: Export) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.
 
         Raises:
@@ -214,7 +214,7 @@ class NbdRepository:
         self.connected, self.trouble = True, ""
 
 
-def _describe_one(handle: Any, name: str) -> Export | str:
+def _describe_one(handle: nbd.NBD, name: str) -> Export | str:
     """Return the export, or why the server will not describe it. Raises nbd.Error if the connection
     is lost."""
     try:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,7 +179,7 @@ class Recorder:
 
         patch.setattr(os, name, wrapped)
 
-    def _note(self, call: str, name: str, result: object, *arguments: object) -> None:
+    def _note(self, call: str, name: str, result: object, *arguments: Any) -> None:
         match call, arguments:
             case "pwrite", (data, int(offset)):
                 self.events.append(Event("write", name, offset, bytes(data)[: int(str(result))]))

@@ -54,6 +54,7 @@ class HangingFuse:
 
     def was_asked(self) -> bool:
         """Return whether the file system was asked for the attributes."""
+        assert self._process.stdout is not None
         return bool(select.select([self._process.stdout], [], [], 0)[0])
 
     def close(self) -> None:

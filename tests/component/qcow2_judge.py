@@ -8,7 +8,7 @@ entries.
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 MISSING, DATA, ZERO = "missing", "data", "zero"
@@ -89,7 +89,17 @@ def examine(image: bytes | bytearray) -> Finding:
                 found.offsets.append(offset)
             elif entry:
                 found.corruptions.append(f"L2 entry {j}, behind the end of the disk, is {entry:#x}")
-    refcounts = _refcounts(found, image, refcount_table, use)
+    _compare(found, _refcounts(found, image, refcount_table, use), used, copied)
+    return found
+
+
+def _compare(
+    found: Finding,
+    refcounts: dict[int, int],
+    used: Counter[int],
+    copied: Iterable[tuple[int, bool]],
+) -> None:
+    """Note where the refcounts, or the flags that repeat them, differ from the uses."""
     for cluster in sorted({*used, *refcounts}):
         counted, there = refcounts.get(cluster, 0), used[cluster]
         if counted < there:
@@ -103,7 +113,6 @@ def examine(image: bytes | bytearray) -> Finding:
             found.corruptions.append(f"cluster {cluster} of the file: COPIED is {flag}")
     if any(count > 1 for count in used.values()):
         found.corruptions.append("a cluster is used twice")
-    return found
 
 
 def differences(

@@ -158,6 +158,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.fuse
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
 def test_a_user_without_cap_sys_admin_gets_none(mountpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()

@@ -178,6 +178,14 @@ def test_what_a_killed_daemon_had_not_moved_from_the_journal_is_seen_and_stays_t
 # -- what is repaired
 
 
+def remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
 @dataclass(frozen=True)
 class Damage:
     image_format: str
@@ -205,7 +213,7 @@ DAMAGES = {
     "the map is cut short": Damage("raw", 9, lambda c: os.truncate(c.partial / "2.map", map_file.STATES_OFFSET), "2.raw", "cut short", State.REMOTE),
     "the map is damaged": Damage("raw", 9, lambda c: overwrite(c.partial / "2.map", 40, b"\xff"), "2.raw", "header is damaged", State.REMOTE),
     "the map is another image's": Damage("raw", 9, lambda c: overwrite(c.partial / "2.map", 0, map_file.MapHeader(99, SIZE, BLOCK, "x", "").encode()), "2.raw", "another image", State.REMOTE),
-    "all is gone": Damage("raw", 9, lambda c: [p.unlink() for p in c.partial.iterdir()], "team/disk", "nothing of it is here", State.REMOTE),
+    "all is gone": Damage("raw", 9, lambda c: remove(*c.partial.iterdir()), "team/disk", "nothing of it is here", State.REMOTE),
     "qcow2: no header": Damage("qcow2", 9, lambda c: overwrite(c.partial / "2.qcow2", 0, bytes(512)), "2.qcow2", "not the header", State.REMOTE),
     "qcow2: cut short": Damage("qcow2", 9, lambda c: os.truncate(c.partial / "2.qcow2", AT.file_size - 1), "2.qcow2", f"has {AT.file_size - 1} bytes", State.REMOTE),
     "qcow2: a wild L2 entry": Damage("qcow2", 9, lambda c: overwrite(c.partial / "2.qcow2", AT.l2_offset, b"\x80" + bytes(6) + b"\x42"), "2.qcow2", "L2 entry", State.REMOTE),
@@ -219,7 +227,7 @@ DAMAGES = {
     "linked, and the map lost": Damage("raw", BLOCKS, lambda c: (c.partial / "2.map").unlink(), "2.raw", "2.map is missing", State.REMOTE, finish=True),
     "left over from the hand-off": Damage("raw", BLOCKS, lambda c: os.link(c.folder / "team/disk", c.partial / "2.raw"), "2.raw", "left over from the hand-off", State.WHOLE, finish=True, told=True),
     "the plain file is gone": Damage("raw", BLOCKS, lambda c: (c.folder / "team/disk").unlink(), "team/disk", "its plain file is gone", State.REMOTE, finish=True, told=True),
-    "the folder is gone": Damage("raw", BLOCKS, lambda c: [(c.folder / "team/disk").unlink(), (c.folder / "team").rmdir()], "team/disk", "its plain file is gone", State.REMOTE, finish=True, told=True),
+    "the folder is gone": Damage("raw", BLOCKS, lambda c: remove(c.folder / "team/disk", c.folder / "team"), "team/disk", "its plain file is gone", State.REMOTE, finish=True, told=True),
     "marked as changed, and restored": Damage("raw", BLOCKS, lambda c: c.sql(f"UPDATE images SET state = 'failed', error = '{CHANGED_BY_HAND}', cause = 'changed-by-hand'"), "team/disk", "and it is not", State.WHOLE, finish=True, told=True),
     "an orphan": Damage("raw", 9, lambda c: (c.partial / "77.raw").write_bytes(b"x"), "77.raw", "no image needs it", State.PARTIAL, kept=9),
     "an orphan symlink": Damage("raw", 9, lambda c: (c.partial / "77.raw").symlink_to("/etc/passwd"), "77.raw", "no image needs it", State.PARTIAL, kept=9),

@@ -175,7 +175,8 @@ async def test_qmp_client_of_qemu(server: ControlServer) -> None:
         assert failure.value.error_class == "CommandNotFound"
         many = await asyncio.gather(*(client.execute("echo", {"n": n}) for n in range(50)))
         assert many == [{"n": n} for n in range(50)]
-        assert len(await client.execute("much")) == 4 << 20
+        much: Any = await client.execute("much")
+        assert len(much) == 4 << 20
         return await client.execute("query-version"), await client.execute("query-commands")
 
     version, commands = await trio.to_thread.run_sync(with_qmp_client, server.path, session)
@@ -190,7 +191,8 @@ async def test_qmp_client_of_qemu(server: ControlServer) -> None:
 
 async def test_several_qmp_clients_at_once(server: ControlServer) -> None:
     async def session(client: QMPClient) -> Any:
-        return [(await client.execute("echo", {"n": n}))["n"] for n in range(20)]
+        answers: list[Any] = [await client.execute("echo", {"n": n}) for n in range(20)]
+        return [answer["n"] for answer in answers]
 
     results: list[Any] = []
 
@@ -403,7 +405,7 @@ async def test_a_negotiation_that_fails_may_be_repeated(
 
 async def test_ids_of_every_type_come_back(server: ControlServer) -> None:
     async with connected(server) as client:
-        for id_ in (
+        ids: tuple[Any, ...] = (
             None,
             0,
             -1,
@@ -418,7 +420,8 @@ async def test_ids_of_every_type_come_back(server: ControlServer) -> None:
             True,
             "\ud800",
             "\0",
-        ):
+        )
+        for id_ in ids:
             for name in ("echo", "nonsense"):
                 answer = await client.ask({"execute": name, "id": id_})
                 assert answer is not None
@@ -510,9 +513,9 @@ async def test_a_client_that_never_reads_stalls_nobody(server: ControlServer) ->
 
 async def test_a_client_that_hangs_up_in_the_middle_of_anything(server: ControlServer) -> None:
     for data in (b"", b"{", NEGOTIATE, NEGOTIATE + b'{"execute": "much"}' * 3):
-        client = await trio.open_unix_socket(server.path)
-        await client.send_all(data)
-        await client.aclose()
+        stream = await trio.open_unix_socket(server.path)
+        await stream.send_all(data)
+        await stream.aclose()
     async with connected(server) as client:
         assert await client.execute("echo") == {}
 

@@ -18,6 +18,7 @@ from crash_lab import Event, Recorder, present_in, states_after_power_cut
 from fakes import FakeRepository, pattern
 
 from lazyfs import errors
+from lazyfs.cache import cache_dir
 from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import map_file
@@ -25,6 +26,7 @@ from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
 
@@ -375,6 +377,7 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
             await filesystem.refresh()
             await filesystem.resume()
             image = filesystem.names.node_at("team/disk")
+            assert isinstance(image, Image)
             handle = await filesystem.open(image)
             assert await handle.read(0, SIZE) == CONTENT
             with trio.fail_after(10):
@@ -423,7 +426,10 @@ def test_a_whole_image_whose_file_is_something_else(cache: Cache, what: str) -> 
 # -- the directory itself
 
 
-def test_the_second_holder_of_the_lock_is_told_who_has_it(cache: Cache) -> None:
+def test_the_second_holder_of_the_lock_is_told_who_has_it(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_dir, "ENDING_S", 0.3)  # no mount is known, so it waits for an end
     with cache.open():
         refusal = cache.refused()
         assert f"the lazyfs on /mnt/somewhere (pid {os.getpid()})" in refusal

@@ -400,7 +400,7 @@ async def test_cancelled_and_run_again(peers: Peers, filler_of: Any) -> None:
     for round_ in range(1, 5):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, filler, work)
-            await until(lambda round_=round_: len(work.kept) == 13 * round_)
+            await until(lambda: len(work.kept) == 13 * round_)  # noqa: B023 - it is awaited here
             await until(lambda: len(work.outstanding) == fill_thread.IN_FLIGHT)
             nursery.cancel_scope.cancel()
         assert not work.outstanding

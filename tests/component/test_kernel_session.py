@@ -230,6 +230,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.fuse
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
 def test_the_kernel_takes_our_answer(mountpoint: Path, count_open_files: Callable[[], int]) -> None:
     before = count_open_files()
@@ -255,6 +256,7 @@ def test_the_kernel_takes_our_answer(mountpoint: Path, count_open_files: Callabl
     assert count_open_files() == before
 
 
+@pytest.mark.fuse
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
 def test_a_refused_init_leaves_no_mount_behind(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,7 +99,7 @@ def sees_hostile(tmp_path: Path) -> Iterator[int]:
     servers.requires("unshare")
     folder = tmp_path / HOSTILE
     folder.mkdir()
-    command = ["unshare", "--mount", "sh", "-c", MOUNT, "sh", folder]
+    command = ["unshare", "--mount", "sh", "-c", MOUNT, "sh", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import c_int
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,13 @@ def test_a_gigabyte_of_reads_leaves_nothing_behind(peers: Peers) -> None:
 
     def read() -> None:
         done: list[int] = []
+
+        def completed(err: c_int) -> int:
+            done.append(err.value)
+            return 1
+
         with taken(MiB) as buffer:
-            handle.aio_pread(buffer.target(0, MiB), 0, lambda err: done.append(err.value) or 1)
+            handle.aio_pread(buffer.target(0, MiB), 0, completed)
             while not done:
                 handle.poll(-1)
             assert done == [0]

@@ -162,7 +162,7 @@ async def test_a_name_look_up_that_hangs_holds_up_nobody(
                 "fill": lambda: found.filler(EXPORT).run(object(), 10),  # type: ignore[arg-type]
             }
             with trio.move_on_after(0.2) as scope:
-                await calls[call]()
+                await calls[call]()  # type: ignore[no-untyped-call]
             assert scope.cancelled_caught
             assert hung.is_set()
             assert trio.current_effective_deadline() > trio.current_time()

@@ -116,7 +116,18 @@ def test_a_header_that_qemu_img_has_rewritten(host: Host) -> None:
     """The overlay has a feature table, bitmaps, and a long name that was moved."""
     path = host.create("a.qcow2", "/x")
     name = f"{host.mnt}/{'y' * 200}/{'z' * 200}"
-    command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", name, "-F", "raw", path]
+    command: list[str | Path] = [
+        "qemu-img",
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        name,
+        "-F",
+        "raw",
+        path,
+    ]
     subprocess.run(command, check=True, timeout=TIMEOUT_S)
     subprocess.run(["qemu-img", "bitmap", "--add", path, "one"], check=True, timeout=TIMEOUT_S)
     assert host.scan() == {f"{'y' * 200}/{'z' * 200}"}

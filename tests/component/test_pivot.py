@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -405,7 +406,7 @@ def test_an_encrypted_overlay_stays_readable(world: World) -> None:
     how = (
         "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.hash-alg=sha512,encrypt.iter-time=200"
     )
-    command = [
+    command: list[str | Path] = [
         "qemu-img",
         "create",
         "-q",
@@ -919,7 +920,12 @@ def test_a_step_without_an_answer_times_out(
     world.stack.callback(_stays.close)
     world.stack.callback(ends.close)
     world.stack.callback(_stays.shutdown, socket.SHUT_RDWR)
-    qemu.fails, qemu.failure = {step: 0}, lambda: (ends.recv(1), hang_up())[1]
+
+    def hang_up_late() -> None:
+        ends.recv(1)
+        hang_up()
+
+    qemu.fails, qemu.failure = {step: 0}, hang_up_late
     (report,) = world.pivot(qemu.server.path)
     assert report.error == f"{step}: no answer in 0.2 s; run pivot again when QEMU answers"
 
@@ -976,6 +982,10 @@ def test_an_interrupt_lets_the_node_end_first(world: World) -> None:
     assert (qemu.child, list(qemu.fds)) == ("lazyfs-1", ["lazyfs-1"])
 
 
+def _is_cancelled(task: "asyncio.Task[Any]", times: int) -> bool:
+    return task.cancelling() >= times
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_second_interrupt_lets_the_node_end_first(
     world: World, fails: bool, monkeypatch: pytest.MonkeyPatch
@@ -995,7 +1005,7 @@ def test_a_second_interrupt_lets_the_node_end_first(
         del qemu.fails["blockdev-reopen"]
         for number in (1, 2):
             os.kill(os.getpid(), signal.SIGINT)
-            wait_until(lambda number=number: main[0].cancelling() >= number, "it is handled", 5)
+            wait_until(partial(_is_cancelled, main[0], number), "it is handled", 5)
         if fails:
             raise Refuse("no")
 
@@ -1214,6 +1224,7 @@ def pivot_as_a_user(qemu: ScriptedQemu) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
 
 
+@pytest.mark.fuse
 def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) -> None:
     qemu = ScriptedQemu(world.folder / "vm.qmp", hanging.path, hanging.path, hanging_fuse.SIZE)
     world.stack.callback(qemu.close)
@@ -1221,6 +1232,7 @@ def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) 
     assert not hanging.was_asked()
 
 
+@pytest.mark.fuse
 def test_a_detached_file_system_that_hangs_stops_nobody(world: World, hanging: HangingFuse) -> None:
     """It could be a dead lazyfs, so it is asked. The answer never comes, and the process that asks
     cannot be killed."""

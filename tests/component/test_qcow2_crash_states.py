@@ -237,7 +237,7 @@ def qemu_map(path: Path, clusters: int, cluster_size: int) -> set[int]:
     """Return the clusters that are in the file itself."""
     result = qemu_img("map", "--output=json", "-f", "qcow2", path)
     assert result.returncode == 0, result.stderr
-    found = set()
+    found: set[int] = set()
     for extent in json.loads(result.stdout):
         if extent["depth"] == 0 and extent["present"]:
             first = -(-extent["start"] // cluster_size)
@@ -466,6 +466,7 @@ def check_after_power_cut(copy: Lab, promised: set[int]) -> None:
     assert promised <= copy.go_on()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "steps", "lucks", "least"),
     [(SMALL, 12, MUCH_LUCK, 400), (LARGE, 40, LUCK, 500), (COARSE, 3, LUCK, 50)],

@@ -709,7 +709,7 @@ async def test_waiting_for_a_silent_server_can_be_cancelled(
         before = server.clients
         async with trio.open_nursery() as nursery:
             nursery.start_soon(call)
-            await until(lambda before=before: server.clients > before)
+            await until(lambda: server.clients > before)  # noqa: B023 - it is awaited here
             began = time.monotonic()
             nursery.cancel_scope.cancel()
         assert time.monotonic() - began < 1
@@ -738,13 +738,7 @@ async def test_a_list_that_trickles_in_takes_its_time_and_can_be_cancelled(
 
 async def test_a_server_that_does_not_list(peers: Peers, repository_of: Any) -> None:
     for kind in (nbd.REP_ERR_UNSUP, nbd.REP_ERR_POLICY):
-        repository = repository_of(
-            peers.scripted(
-                lambda conversation, kind=kind: _refuse_all(
-                    conversation, greeted(conversation), kind
-                )
-            )
-        )
+        repository = repository_of(peers.scripted(functools.partial(_refuse_all_by, kind)))
         with pytest.raises(errors.Unsupported, match="does not list its exports"):
             await repository.list_exports()
 
@@ -753,6 +747,10 @@ def _refuse_all(conversation: Conversation, option: int, kind: int) -> None:
     while option != nbd.OPT_ABORT:
         conversation.refuse(option, kind)
         option, _ = conversation.option()
+
+
+def _refuse_all_by(kind: int, conversation: Conversation) -> None:
+    _refuse_all(conversation, greeted(conversation), kind)
 
 
 async def test_a_list_of_odd_names(peers: Peers, repository_of: Any, caplog: pytest.LogCaptureFixture,

@@ -18,7 +18,7 @@ from lazyfs.core.block_map import DATA, PAGE_BLOCKS, ZERO, BlockMap, BlockRun
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
-from lazyfs.engine.interfaces import FileAttributes, ImageFile, Store
+from lazyfs.engine.interfaces import FileAttributes, PlainFile, Store
 from lazyfs.units import KiB
 
 BLOCK = 16 * KiB
@@ -45,7 +45,7 @@ class Disk:
     def __init__(
         self,
         partial: Callable[[ImageRecord], Store],
-        whole: Callable[[ImageRecord], ImageFile],
+        whole: Callable[[ImageRecord], PlainFile],
         put: Callable[[str, bytes], None],
         get: Callable[[str], bytes | None],
         files: Callable[[], int],

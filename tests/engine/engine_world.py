@@ -6,7 +6,7 @@ limiter, and can be cancelled while it does; a call that has begun is not cancel
 """
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -85,16 +85,20 @@ class InlineThreads:
 threads = InlineThreads()
 
 
-def run(test: Callable[[], Awaitable[Any]], clock: object = None, instruments: object = ()) -> Any:
+def run(
+    test: Callable[[], Awaitable[Any]],
+    clock: object = None,
+    instruments: Sequence[trio.abc.Instrument] = (),
+) -> Any:
     """`trio.run` with a jumping clock, inline threads, and the same order of tasks every time."""
     assert clock is None, "this runner brings its own clock"
     real = trio.to_thread.run_sync
     threads.reset()
     # As Hypothesis' trio support does it; there is no public way.
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     trio._core._run._r = random.Random(0)
     try:
-        trio.to_thread.run_sync = threads.run_sync
+        trio.to_thread.run_sync = threads.run_sync  # type: ignore[assignment]
         return trio.run(test, clock=MockClock(autojump_threshold=0), instruments=instruments)
     finally:
         trio.to_thread.run_sync = real
@@ -251,7 +255,7 @@ class World:
         ]
 
 
-JSON_TYPES = {
+JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
     "bool": bool,

@@ -374,7 +374,7 @@ async def test_claims_stop_at_the_end_of_what_is_known_but_never_for_good(
     async with bench() as b:
         await b.check(blocks(13))  # claims of 4 blocks now meet the window's end in their middle
         await trio.sleep(1)
-        claimed = []
+        claimed: list[int] = []
         while len(claimed) < 63:
             await b.reader.learn_next()
             before = len(claimed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -23,7 +24,7 @@ SIZE = MiB
 ALL = ByteRange(0, SIZE)
 
 
-def world_with(*names: str, **options: object) -> World:
+def world_with(*names: str, **options: Any) -> World:
     world = World(**options)
     for name in names:
         world.repository.add(name, pattern(SIZE))
@@ -160,14 +161,18 @@ async def test_what_is_cached_outlasts_its_export() -> None:
         await world.check(await world.open("disk"), ALL, content)
 
 
+def inode_of(world: World, path: str) -> int:
+    node = world.filesystem.names.node_at(path)
+    assert node is not None
+    return node.inode
+
+
 async def test_inodes_stay_and_are_never_given_twice() -> None:
     world = world_with("a", "b", "c/d")
     async with world.daemon():
-        before = {
-            path: world.filesystem.names.node_at(path).inode for path in ("a", "b", "c/d", "c")
-        }
+        before = {path: inode_of(world, path) for path in ("a", "b", "c/d", "c")}
     async with world.daemon():
-        assert {path: world.filesystem.names.node_at(path).inode for path in before} == before
+        assert {path: inode_of(world, path) for path in before} == before
         keep = world.repository.exports.pop("b")
         await world.filesystem.refresh()
         world.repository.exports["b"] = keep
@@ -409,7 +414,7 @@ async def test_one_image_that_cannot_be_replaced_stops_neither_the_others_nor_th
         for name in "ab":
             image = await world.open(name)
             await world.check(image, ALL)
-            await until(lambda image=image: image.record.state is State.WHOLE)
+            await until(lambda: image.record.state is State.WHOLE)  # noqa: B023 - it is awaited here
             await world.close(image)
         world.stores.plain.pop("a")
         for name in "ab":

@@ -1,5 +1,7 @@
 """The life of one image: begun by an open, checkpointed, handed off, failed, recovered, retired."""
 
+from typing import Any
+
 import pytest
 import trio
 from engine_world import BLOCK, World, blocks, run, seconds_to_next_wakeup, threads, until
@@ -18,7 +20,7 @@ SIZE = MiB - 512
 ALL = ByteRange(0, SIZE)
 
 
-def world_with_disk(holes: list[ByteRange] | None = None, **options: object) -> World:
+def world_with_disk(holes: list[ByteRange] | None = None, **options: Any) -> World:
     world = World(**options)
     world.repository.add("disk", pattern(SIZE), holes or [])
     return world
@@ -151,7 +153,7 @@ async def test_a_daemon_that_ends_hands_off_what_is_complete(
         await world.read(image, 0, 1 << 40)
         await trio.sleep(wait_s)
         told: list[object] = []
-        world.filesystem.on_invalid_entry = lambda *of_name: told.append(of_name)
+        world.filesystem.names.on_invalid_entry = lambda *of_name: told.append(of_name)
     assert world.catalog.load()[0].state is State.WHOLE
     assert list(world.stores.plain) == [image.record.path]
     assert not world.stores.partials
@@ -224,8 +226,9 @@ async def test_a_crash_costs_what_the_last_checkpoint_did_not_have() -> None:
         await world.check(image, blocks(0))
         await until(lambda: world.stores.checkpoints)
         await world.check(image, blocks(9))
-        assert image.filling is not None
-        await until(lambda: image.filling.table.present(blocks(9)))
+        filling = image.filling
+        assert filling is not None
+        await until(lambda: filling.table.present(blocks(9)))
     del world.repository.log[:]
     async with world.daemon():
         image = await world.open("disk")

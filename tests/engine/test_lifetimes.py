@@ -20,7 +20,7 @@ from lazyfs.core import extent_map
 from lazyfs.core.eviction import Limits
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine import verifying
-from lazyfs.engine.fetch import block_table, demand_reader
+from lazyfs.engine.fetch import block_table, demand_fetch, demand_reader
 from lazyfs.engine.fetch.demand_fetch import DemandFetch
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image import filling as filling_module
@@ -152,9 +152,9 @@ async def test_a_verification_that_begins_during_the_hand_off(
 
         monkeypatch.setattr(image, "_become_whole", slow)
         await begun.wait()
-        assert image.record.state is State.PARTIAL
+        assert not world.stores.plain
         assert await verified(world, "a") == ""
-        assert image.record.state is State.WHOLE
+        assert world.stores.plain
         await world.close(image)
 
 
@@ -190,7 +190,8 @@ async def test_reads_of_a_failed_image_keep_nothing_in_memory() -> None:
         assert kept < 400_000, f"{kept / 4000} bytes for each read"
         failure = image.filling.table.failure
         assert failure is not None
-        assert failure.__traceback__ is failure.__context__ is None
+        assert failure.__traceback__ is None
+        assert failure.__context__ is None
         await world.close(image)
 
 
@@ -378,11 +379,11 @@ async def test_a_bug_in_a_fetch_fails_its_readers_and_no_other(
     async with world.daemon():
         image = await world.open("a")
         with monkeypatch.context() as patch:
-            patch.setattr(demand_reader.demand_fetch, "submit", lambda *_: False)
+            patch.setattr(demand_fetch, "submit", lambda *_: False)
             patch.setattr(
-                demand_reader.demand_fetch,
+                demand_fetch,
                 "receive",
-                _failing(demand_reader.demand_fetch.receive, 1),
+                _failing(demand_fetch.receive, 1),
             )
             with pytest.raises(errors.RequestFailed):
                 await world.read(image, 0, 10)
@@ -517,7 +518,6 @@ async def test_without_memory_for_a_fetch_nothing_is_left_claimed(
 
         with monkeypatch.context() as patch:
             patch.setattr(demand_reader, "DemandFetch", no_memory)
-            patch.setattr(demand_reader.ReadAround, "unit", 4 * BLOCK, raising=False)
             patch.setattr(image.filling.reader._read_around, "unit", 4 * BLOCK)
             with pytest.raises(MemoryError):
                 await world.read(image, BLOCK, 10)

@@ -261,7 +261,9 @@ async def test_an_evicted_image_that_is_open_is_not_populated_any_more() -> None
 
 @pytest.mark.parametrize("thread_s", [0.0, 0.03])
 @pytest.mark.parametrize("format_", FORMATS)
-async def test_no_reader_fails_because_of_evictions(thread_s: float, format_: str) -> None:
+async def test_no_reader_fails_because_of_evictions(  # noqa: PLR0915 - a script
+    thread_s: float, format_: str
+) -> None:
     """While population works, readers come and go, and images become whole in between."""
     world = world_with("disk", format=format_)
     content = world.repository.exports["disk"].content

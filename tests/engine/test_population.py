@@ -2,6 +2,7 @@
 
 import math
 from itertools import groupby, pairwise
+from typing import Any
 
 import pytest
 import trio
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.trio(run=run)
 SIZE = 4 * MiB - 512
 
 
-def world_with(*names: str, size: int = SIZE, **options: object) -> World:
+def world_with(*names: str, size: int = SIZE, **options: Any) -> World:
     world = World(**options)
     for seed, name in enumerate(names):
         world.repository.add(name, pattern(size, seed))

@@ -1,6 +1,7 @@
 """The engine with qcow2 images: the file shown, its name and its size, beside raw images of the same cache."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -28,7 +29,7 @@ def shown(content: bytes, cluster_size: int = BLOCK) -> bytes:
     )
 
 
-def world_with_disk(**options: object) -> tuple[World, bytes]:
+def world_with_disk(**options: Any) -> tuple[World, bytes]:
     world = World(format="qcow2", **options)
     export = world.repository.add(
         "disk", pattern(SIZE), [blocks(3, 5), ByteRange(7 * BLOCK + 4 * KiB, 8 * BLOCK)]
@@ -183,7 +184,7 @@ async def test_each_image_keeps_its_format_whatever_the_mount_s_default_is() -> 
     async with world.daemon(populate=True):
         for name in "abcd":
             image = await world.open(name)
-            await until(lambda image=image: image.record.state is State.WHOLE)
+            await until(lambda: image.record.state is State.WHOLE)  # noqa: B023 - it is awaited here
     assert world.stores.plain == {
         "a": contents["a"], "b": contents["b"], "c": contents["c"], "d.qcow2": shown(contents["d"])
     }  # fmt: skip

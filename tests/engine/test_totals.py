@@ -43,6 +43,7 @@ async def test_one_of_eight_readers_fetches_and_the_others_join() -> None:
             assert world.filesystem.totals.waiting == 8
         assert world.filesystem.totals.waiting == 0
         assert served(world) == {FETCHED: 1, JOINED: 7}
+        assert image.filling is not None
         await image.filling.reader.written()
         await read(world, image, blocks(3))
         assert served(world) == {PRESENT: 1, FETCHED: 1, JOINED: 7}

@@ -1,6 +1,7 @@
 """Two inode numbers for one image: files opened before it was whole, and after."""
 
 import errno
+from typing import Any
 
 import pytest
 import trio
@@ -26,7 +27,7 @@ async def whole(world: World) -> Image:
     return image
 
 
-def world_with_disk(**options: object) -> World:
+def world_with_disk(**options: Any) -> World:
     world = World(**options)
     world.repository.add("disk", pattern(SIZE), [])
     return world

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -538,10 +539,11 @@ def test_extended_attributes(lab: Lab) -> None:
     assert os.listxattr(lab.mnt) == []
     with pytest.raises(OSError, match="No data"):
         os.getxattr(lab.mnt, "user.lazyfs.state")
-    for change in (
+    changes: tuple[Callable[[], None], ...] = (
         lambda: os.setxattr(disk, "user.lazyfs.state", b"x"),
         lambda: os.removexattr(disk, "user.lazyfs.state"),
-    ):
+    )
+    for change in changes:
         with pytest.raises(OSError, match="Read-only"):
             change()
     assert in_mount(lab, "import json, os; print(json.dumps(os.listxattr('disk')))", user=NOBODY)
@@ -624,9 +626,9 @@ def test_novas_image_cache_manager(lab: Lab) -> None:
         assert copy.read_bytes() == contents[image_id]
         lab.wait_for_state(image_id, "whole")
         wait_until(
-            lambda base_file=base_file: manager.get_disk_size(base_file) == MiB,
+            lambda: manager.get_disk_size(base_file) == MiB,  # noqa: B023 - it is awaited here
             "as much as it takes",
-        )  # type: ignore[misc]
+        )
 
     used, *unused = images
     removed = manager.age_and_verify_cached_images({manager.mark_in_use(used)})

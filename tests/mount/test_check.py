@@ -35,6 +35,7 @@ def test_check_is_refused_while_a_detached_daemon_serves_files(lab: Lab) -> None
     assert "no problems" in lab.lazyfs("check", lab.mnt).stdout
 
 
+@pytest.mark.slow
 def test_a_cache_that_a_killed_daemon_left_is_checked_and_repaired(lab: Lab) -> None:
     sources = {f"d{i}": lab.image(f"d{i}", 3 * MiB) for i in range(4)}
     server = lab.serve()
@@ -53,7 +54,7 @@ def test_a_cache_that_a_killed_daemon_left_is_checked_and_repaired(lab: Lab) -> 
             pread(path, random.randrange(2 * MiB), 64 * KiB)
 
         def much_is_here(enough: int = (turn + 1) * MiB) -> bool:
-            return sum(image["present_bytes"] for image in lab.status()["images"]) > enough
+            return sum(int(image["present_bytes"]) for image in lab.status()["images"]) > enough
 
         wait_until(much_is_here, "some")
         lab.kill_daemon()

@@ -67,10 +67,11 @@ def test_failures_are_one_line_and_exit_1(arguments: list[str], says: str) -> No
 def test_a_daemon_that_cannot_start_says_why(lab: Lab) -> None:
     lab.image("dense", 1 * MiB)
     server = lab.serve()
-    for arguments, says in (
+    refusals: tuple[tuple[list[str | Path], str], ...] = (
         (["--log-file", lab.folder / "none" / "log"], "cannot write the log"),
         (["--cache-dir", lab.folder / "none" / "cache"], "No such file"),
-    ):
+    )
+    for arguments, says in refusals:
         refused = lab.lazyfs("mount", server.uri, lab.mnt, *arguments, check=False)
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
         assert says in refused.stderr

@@ -395,6 +395,7 @@ def test_where_it_is_mounted_besides_is_said(lab: Lab) -> None:
     assert daemon_ends(lab) == 0
 
 
+@pytest.mark.slow
 def test_umount_of_a_daemon_that_hangs_does_not_hang(lab: Lab) -> None:
     lab.image("disk", 1 * MiB)
     lab.mount(lab.serve().uri)

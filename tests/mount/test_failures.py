@@ -35,6 +35,7 @@ def _waits_in(thread: int) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [("-m", "lazyfs"), OLD_KERNEL])
 def test_a_daemon_killed_while_a_lookup_waits_and_names_change(
     lab: Lab, program: tuple[str, ...]
@@ -184,6 +185,7 @@ def test_read_error_from_the_server_fails_that_read_and_keeps_nothing(lab: Lab) 
     assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
 
 
+@pytest.mark.slow
 def test_one_dead_image_does_not_stop_readers_of_another(lab: Lab) -> None:
     """200 reads hang in the repository. Reads of another image's present range, and its readahead,
     go on."""

@@ -77,6 +77,7 @@ def test_images_come_and_go_without_a_remount(lab: Lab) -> None:
     assert "not in the repository" in lab.image_status("second")["error"]
 
 
+@pytest.mark.slow
 def test_ten_thousand_exports(lab: Lab) -> None:
     for i in range(10_000):
         (lab.repository / f"image-{i:05}").touch()
@@ -132,6 +133,7 @@ def test_foreign_files_are_refused(lab: Lab) -> None:
     assert (lab.mnt / "mine").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_foreign_file_in_the_way_of_a_whole_image_is_not_touched(lab: Lab) -> None:
     source = lab.image("dense", 1 * MiB)
     cache = lab.folder / "cache"

@@ -150,7 +150,7 @@ def test_a_bind_mount_of_a_detached_mount(lab: Lab, stack: ExitStack) -> None:
     bound = lab.folder / "bound"
     bound.mkdir()
     subprocess.run(["mount", "--bind", lab.mnt, bound], check=True)
-    stack.callback(subprocess.run, ["umount", "-l", bound], check=True)
+    stack.callback(lambda: subprocess.run(["umount", "-l", bound], check=True))
     nodes = [file_node("base-file", bound / "disk"), raw_node("base", "base-file")]
     qemu = BlockQemu(lab.folder, blockdevs(*nodes))
     stack.callback(qemu.close)

@@ -435,6 +435,7 @@ def test_size_and_blocks_are_the_same_before_whole_and_after(lab: Lab) -> None:
     wait_until(lambda: same_space(path.stat(), plain), "du is what the plain file takes")
 
 
+@pytest.mark.slow
 def test_a_full_cache_disk_fails_no_read_and_recovers(tmp_path: Path, lab: Lab) -> None:
     disk = tmp_path / "tiny"
     disk.mkdir()
@@ -584,6 +585,7 @@ def test_killed_at_a_bad_moment_it_goes_on_with_the_same_file(lab: Lab, point: s
     assert same_space(path.stat(), (cache / "disk.qcow2").stat())
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_never_shows_another_byte(lab: Lab) -> None:
     dice = random.Random(11)
     sources = {
@@ -610,8 +612,8 @@ def test_kill_9_at_random_moments_never_shows_another_byte(lab: Lab) -> None:
             resumed = max(resumed, present)
         else:
             wait_until(
-                lambda fetched=fetched: (
-                    sum(i["fetched_bytes"] for i in lab.status()["images"]) > fetched
+                lambda: (
+                    sum(i["fetched_bytes"] for i in lab.status()["images"]) > fetched  # noqa: B023 - it is awaited here
                     or all(i["state"] == "whole" for i in lab.status()["images"])
                 ),
                 "it goes on",
@@ -653,6 +655,7 @@ def test_clean_restart_fetches_nothing_twice_and_shows_the_same_inode(lab: Lab) 
     assert server.bytes_read() == 4 * MiB
 
 
+@pytest.mark.slow
 def test_the_partial_file_on_disk_is_a_qcow2_that_qemu_opens_without_lazyfs(lab: Lab) -> None:
     source = lab.image("disk", 8 * MiB + 512)
     server = lab.serve()

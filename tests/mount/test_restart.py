@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import pytest
 from lab import KiB, Lab, MiB, pread, wait_until
 
 
@@ -60,6 +61,7 @@ def test_partial_image_is_served_from_the_cache_with_the_source_poisoned(lab: La
     assert pread(lab.mnt / "dense", 512 * KiB, 64 * KiB) == expected[512 * KiB : 576 * KiB]
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_never_shows_a_wrong_byte(lab: Lab) -> None:
     dice = random.Random(7)
     sources = {
@@ -92,6 +94,7 @@ def test_kill_9_at_random_moments_never_shows_a_wrong_byte(lab: Lab) -> None:
         subprocess.run(["cmp", path, lab.mnt / name], check=True)
 
 
+@pytest.mark.slow
 def test_kill_9_costs_at_most_the_last_checkpoint(lab: Lab) -> None:
     lab.image("dense", 4 * MiB)
     server = lab.serve()

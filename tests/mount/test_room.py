@@ -189,15 +189,34 @@ def test_min_free(lab: Lab, disk: Path) -> None:
     assert room(lab)["min_free"] == 24 * MiB
 
 
+@pytest.mark.slow
 def test_overlays_protect(lab: Lab, disk: Path) -> None:
     images(lab, "abcd")
     vms = lab.folder / "vms"
     vms.mkdir()
     server = lab.serve()
-    options = ["--cache-dir", disk / "cache", "--max-cache", "20M", "--overlays", vms]
+    options: list[str | Path] = [
+        "--cache-dir",
+        disk / "cache",
+        "--max-cache",
+        "20M",
+        "--overlays",
+        vms,
+    ]
     lab.mount(server.uri, *options)
     overlay = vms / "vm.qcow2"
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", lab.mnt / "a", overlay]
+    command: list[str | Path] = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        "-b",
+        lab.mnt / "a",
+        overlay,
+    ]
     subprocess.run(command, check=True, timeout=30)
     for name in "abc":
         use(lab, name)
@@ -260,6 +279,7 @@ def test_disk_full_in_the_middle_of_a_write(lab: Lab, disk: Path, program: tuple
     assert (lab.mnt / "dense").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_a_digest_is_compared_before_the_hand_off(lab: Lab) -> None:
     lab.image("dense", 4 * MiB)
     digest = subprocess.run(

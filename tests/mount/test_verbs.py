@@ -21,7 +21,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from lazyfs.core import control_schema
 
 SIZE = 2 * MiB
-JSON_TYPES = {
+JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
     "bool": bool,
@@ -167,7 +167,7 @@ def test_prefetch_in_another_format(lab: Lab, server: Nbdkit) -> None:
     lab.mount(server.uri, "--no-populate")
     lab.lazyfs("prefetch", lab.mnt / "sparse", "--format", "qcow2", "--wait")
     assert not (lab.mnt / "sparse").exists()
-    compare = [
+    compare: list[str | Path] = [
         "qemu-img",
         "compare",
         "-f",
@@ -358,7 +358,14 @@ def test_map_against_qemu_img_and_the_disk(lab: Lab, server: Nbdkit) -> None:
         (0, 512 * KiB, False, True), (512 * KiB, 256 * KiB, True, False), (768 * KiB, SIZE - 768 * KiB, False, True),
     ]  # fmt: skip
     lab.umount()
-    command = ["qemu-img", "map", "--output=json", "-f", "raw", lab.mnt / "sparse"]
+    command: list[str | Path] = [
+        "qemu-img",
+        "map",
+        "--output=json",
+        "-f",
+        "raw",
+        lab.mnt / "sparse",
+    ]
     theirs = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
     keys = ("start", "length", "present", "zero", "data")
     assert [{key: entry[key] for key in keys} for entry in theirs] == ours
@@ -502,7 +509,8 @@ def test_every_answer_of_a_daemon_is_what_its_schema_says(lab: Lab, server: Nbdk
                         if name == "qmp_capabilities":
                             continue
                         while name == "job-dismiss":
-                            jobs = {job["id"]: job for job in await client.execute("query-jobs")}
+                            listed: Any = await client.execute("query-jobs")
+                            jobs = {job["id"]: job for job in listed}
                             if jobs["verify:one"]["status"] == "concluded":
                                 break
                         try:

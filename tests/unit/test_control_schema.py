@@ -1,7 +1,6 @@
 """The schema of the control socket: what it refuses, how it describes itself, and its document."""
 
 import re
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ COMMAND = Command(
         Argument("format", "str", "", optional=True, values=("raw", "qcow2")),
     ),
 )
-IDS = {"ids": lambda thing: thing.name}
+IDS: dict[str, Any] = {"ids": lambda thing: thing.name}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,8 @@ def test_every_command_is_well_formed(command: Command) -> None:
     for argument in command.arguments:
         assert argument.type in ("str", "int", "bool", "list")
         assert not argument.values or argument.type == "str"
-    for member in (*command.arguments, *command.returns):
+    members: tuple[Argument | control_schema.Field, ...] = (*command.arguments, *command.returns)
+    for member in members:
         _check_member(member)
     for error in command.errors:
         assert error
@@ -208,7 +208,11 @@ def test_the_document_is_made_from_it() -> None:
 
 def test_the_document_has_every_word_of_it() -> None:
     text = control_schema.document()
-    for named in chain(control_schema.COMMANDS, control_schema.EVENTS):
+    everything: tuple[Command | control_schema.Event, ...] = (
+        *control_schema.COMMANDS,
+        *control_schema.EVENTS,
+    )
+    for named in everything:
         assert f"### {named.name} {named.meaning} Since {named.since}." in " ".join(text.split())
     for line in text.splitlines():
         if line.startswith("|"):

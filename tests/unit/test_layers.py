@@ -18,7 +18,7 @@ PACKAGES = {
     ),
     "daemon": "",
     "assembly": "",
-    "report": "metrics_server metrics service_manager",
+    "report": "metrics_server metrics service_manager background_log",
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",

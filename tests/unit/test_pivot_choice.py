@@ -1,6 +1,7 @@
 """Which nodes are to be moved: every row of the drawing in `pivot_choice`, and what must not be."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ ON_MOUNT = Place(MOUNT, WHOLE, SIZE, TIME, True)
 DETACHED = Place(PLAIN, 99, SIZE, TIME, True)
 
 
-def node(now: Place | None, **changes: object) -> FileNode:
+def node(now: Place | None, **changes: Any) -> FileNode:
     plain = FileNode(
         "base-file",
         PATH,
@@ -39,11 +40,11 @@ def node(now: Place | None, **changes: object) -> FileNode:
     return replace(plain, **changes)
 
 
-def image(now: Place | None, state: str = "whole", **changes: object) -> Image:
+def image(now: Place | None, state: str = "whole", **changes: Any) -> Image:
     return replace(Image(PATH, "/cache", MOUNT, KEY, state, SIZE, None, now), **changes)
 
 
-def opened(device: int, inode: int, **changes: object) -> OpenFile:
+def opened(device: int, inode: int, **changes: Any) -> OpenFile:
     return replace(OpenFile(11, device, inode, SIZE, TIME, PATH), **changes)
 
 

@@ -2,6 +2,7 @@
 
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -326,7 +327,7 @@ def test_a_partial_file_is_a_valid_qcow2_in_any_state(at: Layout, data: st.DataO
         disk[offset : offset + len(content)] = content
     assert len(disk) == at.data_offset
     found = read_file(bytes(disk), at.file_size)
-    expected = {
+    expected: dict[int, Callable[[int], tuple[int, int]]] = {
         MISSING: lambda offset: (0, 0),
         CLAIMED: lambda offset: (0, 0),
         DATA: lambda offset: (offset, 0),
@@ -399,7 +400,7 @@ def test_one_wrong_bit_in_an_l2_table_is_corrupt_or_another_state(data: st.DataO
 
 
 names = st.one_of(
-    st.text(st.characters(exclude_categories=("Cs",)), max_size=80),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=80),
     # bytes of argv, not UTF-8
     st.text(st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF), max_size=20),
     st.sampled_from(["x" * MAX_BACKING_NAME, "é" * 511 + "x", "nbd://h/" + "%25" * 300]),
