@@ -20,7 +20,7 @@ from lazyfs.control import client as control_client
 from lazyfs.core import shown_file
 from lazyfs.core.eviction import Limits
 from lazyfs.host import mounts
-from lazyfs.report.background_log import BackgroundLog
+from lazyfs.report.background_log import BackgroundLog, DescriptorHandler
 from lazyfs.units import KiB
 
 
@@ -221,13 +221,14 @@ def _log_to(options: argparse.Namespace) -> BackgroundLog:
     handler: logging.Handler
     if options.log_file:
         try:
-            handler = logging.FileHandler(options.log_file)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            handler = DescriptorHandler(os.open(options.log_file, flags, 0o666))
         except OSError as error:
             raise errors.UserError(
                 f"cannot write the log {options.log_file}: {error.strerror}"
             ) from error
     elif options.ready_fd is None:
-        handler = logging.StreamHandler()
+        handler = DescriptorHandler(sys.stderr.fileno())
     elif os.path.exists("/dev/log"):
         handler, text = (
             logging.handlers.SysLogHandler("/dev/log"),

@@ -7,6 +7,7 @@ can write again.
 """
 
 import logging
+import os
 import queue
 import threading
 
@@ -18,11 +19,33 @@ LAST_LINES_S = 1.0
 """How long the end of the daemon waits for lines that are still to be written."""
 
 
+class DescriptorHandler(logging.Handler):
+    """Writes lines to a descriptor, without a buffer of its own.
+
+    A buffered file has a lock. A thread that blocks while it holds that would keep the interpreter
+    from ending.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Write to `fd`, which stays open."""
+        super().__init__()
+        self._fd = fd
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line. Blocks."""
+        try:
+            line = memoryview(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except Exception:
+            self.handleError(record)
+
+
 class BackgroundLog(logging.Handler):
     """Passes records on to another handler, in a thread of its own. Thread-safe; never blocks."""
 
     def __init__(self, handler: logging.Handler) -> None:
-        """Start the thread. `handler` is called in it, and may block.
+        """Start the thread. Only it calls `handler`, which may block.
 
         Its formatter is used where the record is made, so that no object that a message shows is
         looked at later, in another thread.
@@ -61,10 +84,10 @@ class BackgroundLog(logging.Handler):
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
-            self._handler.handle(line)
+            self._handler.emit(line)
             if (missing := self.dropped - self._reported) and self._lines.empty():
                 self._reported += missing
                 text = f"{missing} lines are missing here: the log could not be written"
-                self._handler.handle(
+                self._handler.emit(
                     logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
                 )
