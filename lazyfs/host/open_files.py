@@ -1,4 +1,4 @@
-"""Who has files of a mount open, as far as /proc shows it. Source: proc(5), fd, fdinfo and maps.
+"""Who has files of a mount open, as far as /proc shows it. Source: proc(5), maps.
 
 Nothing here asks the file system itself: a daemon that hangs does not stop it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lazyfs.host import mountinfo
+from lazyfs.host import descriptors, mountinfo
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,17 +68,10 @@ def _open(pid: int, device: str) -> Iterator[int]:
     with suppress(OSError):
         mounts = _mount_ids(pid, device)
         for fd in os.listdir(f"/proc/{pid}/fdinfo"):
-            with (
-                suppress(OSError, KeyError, ValueError),
-                open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines,
-            ):
-                fields = dict(
-                    line.rstrip("\n").split(":", 1)
-                    for line in lines
-                    if line.startswith(("mnt_id", "ino"))
-                )
-                if int(fields["mnt_id"]) in mounts:
-                    yield int(fields["ino"])
+            with suppress(OSError, ValueError):
+                inode = descriptors.inode_on(mounts, pid, int(fd))
+                if inode is not None:
+                    yield inode
 
 
 def _mount_ids(pid: int, device: str) -> set[int]:

@@ -9,13 +9,11 @@ A path is looked up below /proc/PID/root, so in the process's mount namespace; a
 link on the way is followed in ours.
 """
 
-import ctypes
 import errno
 import os
 import select
 import signal
 import stat
-import struct
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -23,22 +21,13 @@ from contextlib import suppress
 
 from lazyfs import errors
 from lazyfs.core.pivot_choice import OpenFile, Place
-from lazyfs.host import mountinfo, mounts
-
-_AT_FDCWD = -100
-_AT_STATX_DONT_SYNC = 0x4000
-_STATX_MTIME_INO_SIZE = 0x40 | 0x100 | 0x200
-_STATX = struct.Struct("=32xQQ64xqI12xII112x")
-"""stx_ino, stx_size, stx_mtime (seconds, nanoseconds), stx_dev_major and stx_dev_minor of struct
-statx, 256 bytes."""
+from lazyfs.host import descriptors, mountinfo, mounts
 
 ASK_S = 2.0
 """For file systems to say whether they are dead. The kernel answers for a dead one at once;
 unmeasured."""
 
 _ASK = "import os, sys\ntry:\n    os.statvfs(sys.argv[1])\nexcept OSError as error:\n    sys.exit(error.errno)"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_files(pid: int) -> list[OpenFile]:
@@ -51,14 +40,12 @@ def open_files(pid: int) -> list[OpenFile]:
     if pid == 0:
         return []
     found = []
-    folder = f"/proc/{pid}/fd"
     try:
-        for fd in os.listdir(folder):
-            with suppress(FileNotFoundError):  # closed meanwhile
-                path = f"{folder}/{fd}"
-                name = os.readlink(path)
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(FileNotFoundError):  # It was closed meanwhile.
+                name = descriptors.name(pid, int(fd))
                 if name.startswith("/"):
-                    found.append(_open_file(int(fd), path, name))
+                    found.append(_open_file(pid, int(fd), name))
     except FileNotFoundError:
         raise errors.UserError(f"process {pid} has ended") from None
     except OSError as error:
@@ -93,10 +80,7 @@ def mounted_kind(pid: int, fd: int) -> str | None:
     By the mount, as a file's device is not always that of its file system (btrfs, overlayfs).
     """
     with suppress(OSError, ValueError):
-        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as lines:
-            number = next(
-                (int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), None
-            )
+        number = descriptors.mount_id(pid, fd)
         return next((one.kind for one in mountinfo.read(pid) if one.mount_id == number), None)
     return None
 
@@ -140,19 +124,9 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def _open_file(fd: int, path: str, name: str) -> OpenFile:
-    """Describe a file as the kernel remembers it."""
-    buffer = ctypes.create_string_buffer(_STATX.size)
-    if (
-        _libc.statx(
-            _AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MTIME_INO_SIZE, buffer
-        )
-        != 0
-    ):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
-    inode, size, seconds, nanoseconds, major, minor = _STATX.unpack(buffer.raw)
-    return OpenFile(fd, os.makedev(major, minor), inode, size, seconds * 10**9 + nanoseconds, name)
+def _open_file(pid: int, fd: int, name: str) -> OpenFile:
+    found = descriptors.attributes(pid, fd)
+    return OpenFile(fd, found.device, found.inode, found.size, found.mtime_ns, name)
 
 
 def _mounted_kinds(pid: int) -> dict[int, str]:
