@@ -92,7 +92,12 @@ def parsers(verbs: Sequence[Verb]) -> Parsers:
 class _PrintDataDir(argparse.Action):
     """An option that prints a path. The action of --version would fold a long one."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        help: str | None = None,  # noqa: A002
+    ) -> None:
         super().__init__(
             option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help
         )

@@ -133,6 +133,11 @@ def _limits(options: argparse.Namespace) -> Limits:
 
 
 def _overlays(options: argparse.Namespace, mountpoint: str) -> list[str]:
+    """Return the folders of overlays, with symbolic links resolved.
+
+    Raises:
+        UserError: one of them is no folder, or the mount would hide it.
+    """
     folders = [os.path.realpath(folder) for folder in options.overlays or []]
     for folder in folders:
         if os.path.commonpath([folder, mountpoint]) == mountpoint:
@@ -182,6 +187,11 @@ def _report(ready_fd: int | None, message: str) -> None:
 
 
 def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
+    """Start the daemon, and wait until it has mounted.
+
+    Raises:
+        UserError: it could not mount. The message is the daemon's.
+    """
     read_fd, write_fd = os.pipe()
     # Without -P, Python would import a lazyfs or a trio that lies in the current folder.
     command = [

@@ -66,8 +66,8 @@ def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     detached = {one["mountpoint"]: one for one in control_client.query_detached()}
     for path in paths:
-        # The path is resolved only if it is no mount as it is written, because resolving asks a
-        # daemon, which may hang.
+        # A path is resolved only if it lies on no mount as it is written, because resolving it may
+        # ask a daemon that hangs.
         if mounts.mount_of(path) is None and (gone := detached.get(os.path.realpath(path))):
             found.setdefault(f"detached {path}", gone)
             continue

@@ -1,4 +1,4 @@
-"""Asks daemons, over their control sockets: what every verb but `mount` is made of."""
+"""Asks daemons over their control sockets. All verbs that need a daemon are made of this."""
 
 import asyncio
 import errno
@@ -14,12 +14,13 @@ from lazyfs.host import mounts, peer, process_files
 from lazyfs.units import GiB
 
 MAX_ANSWER = 1 * GiB
-"""Bytes of the longest answer: about 500 for each image; the library's default of 10 MiB ends at
-20,000 images."""
+"""The longest accepted answer in bytes. An answer has about 500 bytes for each image. The library's
+default of 10 MiB is enough for 20,000 images only."""
 
 TIMEOUT_S = 10.0
-"""A daemon greets and answers a question in milliseconds; one that does not in this time hangs.
-Other commands may take longer: a hundred large files are not removed in a moment."""
+"""The deadline for the greeting and for each answer to a query. A daemon needs milliseconds for
+both, so one that takes longer hangs. Other commands have no deadline: removing a hundred large
+files takes its time."""
 
 _KILLED = "it was killed; mount again"
 
@@ -27,19 +28,20 @@ Command = tuple[str, dict[str, Any]]
 
 
 class Refused(errors.UserError):
-    """The daemon answered with an error."""
+    """The daemon answered a command with an error."""
 
 
 class Hangs(errors.UserError):
-    """The daemon is there, and did not answer in time."""
+    """The daemon exists, but did not answer in time."""
 
 
 def locate(path: str) -> tuple[mounts.Mount, str]:
-    """Return the mount that `path` lies on, and the path relative to its mountpoint ("" for that
-    itself).
+    """Return the mount on which `path` lies, and the path relative to its mountpoint.
+
+    The relative path of the mountpoint itself is "".
 
     Raises:
-        UserError: it lies on no lazyfs mount.
+        UserError: the path lies on no lazyfs mount.
     """
     for absolute in (os.path.abspath(path), os.path.realpath(path)):
         mount = mounts.mount_of(absolute)
@@ -50,11 +52,15 @@ def locate(path: str) -> tuple[mounts.Mount, str]:
 
 
 def query(mount: mounts.Mount, path: str = "") -> dict[str, Any]:
-    """Return what the daemon of `mount` says of itself, as `images` those at `path`, relative to
-    the mountpoint, and as `jobs` theirs.
+    """Return the answer to `query-mount`, with the images and their jobs added.
+
+    Args:
+        mount: whose daemon is asked.
+        path: an image or folder, relative to the mountpoint. `images` has only the images there,
+            and `jobs` only their jobs.
 
     Raises:
-        UserError: it does not answer, or knows no such path.
+        UserError: the daemon does not answer, or there is nothing at `path`.
     """
     return _together(execute(mount, _questions(path)), path)
 
@@ -78,15 +84,17 @@ def _together(answers: list[Any], path: str = "") -> dict[str, Any]:
 
 
 def query_detached() -> list[dict[str, Any]]:
-    """Return the same of each daemon that was detached from its mountpoint and still serves open
-    files."""
+    """Return what `query` returns, for each daemon that is detached from its mountpoint.
+
+    Such a daemon still serves files that are open.
+    """
     found = []
     for path in mounts.control_sockets(detached_only=True):
         try:
             answers = asyncio.run(ask(path, _questions()))
         except ConnectionRefusedError:
             with suppress(OSError):
-                os.unlink(path)  # what a killed daemon left
+                os.unlink(path)  # A killed daemon does not remove its socket.
         except (errors.UserError, OSError) as error:
             logging.getLogger(__name__).debug("no answer: socket=%s reason=%s", path, error)
         else:
@@ -95,11 +103,12 @@ def query_detached() -> list[dict[str, Any]]:
 
 
 def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
-    """Run commands, one after the other, and return what they returned.
+    """Run commands, one after the other, and return their results.
 
     Raises:
-        UserError: the daemon does not answer; Hangs if it is there.
-        Refused: it answered with an error; later commands were not run.
+        Refused: the daemon answered a command with an error. Later commands were not run.
+        Hangs: the daemon exists, but does not answer.
+        UserError: the daemon cannot be reached.
     """
     try:
         return asyncio.run(ask(mounts.socket_path(mount.mountpoint), commands))
@@ -126,7 +135,10 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
 
 
 def alive(mount: mounts.Mount) -> bool:
-    """Whether a daemon holds the connection, be it one that hangs (then this hangs, too)."""
+    """Return whether the mount has a daemon.
+
+    If the daemon hangs, this hangs, too.
+    """
     if _has_ended(mount):
         return False
     try:
@@ -137,24 +149,28 @@ def alive(mount: mounts.Mount) -> bool:
 
 
 def _has_ended(mount: mounts.Mount) -> bool:
-    """Whether the daemon has died for sure, although a thread of it that hangs in the kernel may
-    keep all open."""
+    """Return whether the daemon is known to have ended.
+
+    A thread of it that hangs in the kernel may still keep its files, and so the mount, open.
+    """
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(TIMEOUT_S)  # of a daemon that hangs, with all the clients it takes
+        # A daemon that hangs may have as many clients as it takes. Then connect() waits.
+        client.settimeout(TIMEOUT_S)
         try:
             client.connect(mounts.socket_path(mount.mountpoint))
         except OSError:
             return False
         pid = peer.of(client).pid
-        return pid != 0 and process_files.has_ended(pid)  # 0: in a pid namespace that we do not see
+        return pid != 0 and process_files.has_ended(pid)
 
 
 async def ask(path: str, commands: Sequence[Command]) -> list[Any]:
-    """Run commands on the control socket `path` with the qemu.qmp library, as any QMP client would.
+    """Run commands on a control socket with the qemu.qmp library, and return their results.
 
     Raises:
-        Refused: the daemon answered with an error.
-        OSError: it does not answer; TimeoutError if it hangs.
+        Refused: the daemon answered a command with an error. Later commands were not run.
+        TimeoutError: the daemon does not answer in time.
+        OSError: the daemon cannot be reached, or hung up.
     """
     from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
@@ -173,8 +189,8 @@ async def ask(path: str, commands: Sequence[Command]) -> list[Any]:
                     answers.append(await client.execute(name, arguments))
                 return answers
             finally:
-                # It reports a peer that was faster, as a daemon is that has nothing to serve after
-                # a detach.
+                # disconnect() raises an error if the daemon was the first to hang up. It is after
+                # a detach that leaves it nothing to serve.
                 with suppress(QMPError, EOFError, OSError):
                     await client.disconnect()
     except ExecuteError as error:

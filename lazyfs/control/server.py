@@ -1,8 +1,8 @@
-"""The control socket: QMP clients in, calls of the daemon's commands out.
+"""The control socket: takes QMP commands from clients, and calls the daemon's functions for them.
 
-Each client has two tasks of its own, one that executes its commands in turn, one that writes
-answers and events. So one that never reads stops nobody but itself: its commands wait for it, and
-when too many events do it is dropped.
+Each client has two tasks of its own. One executes the client's commands, one after the other. The
+other writes answers and events. So a client that never reads stops nobody else. Its own commands
+wait until it reads, and when too many events wait for it, it is dropped.
 """
 
 import errno
@@ -25,17 +25,18 @@ from lazyfs.host import peer
 logger = logging.getLogger(__name__)
 
 MAX_CLIENTS = 64
-"""A host has a handful of people and scripts that ask; the next is turned away."""
+"""How many clients there can be at the same time. A host has a handful of people and scripts that
+ask. A client beyond this number is turned away."""
 
 MAX_UNREAD = 1000
-"""Events that wait for a client: one for each state and job of a few hundred images, at 200 bytes
-each."""
+"""How many messages can wait for a client. A few hundred images that all change their states cause
+about as many events. Each has about 200 bytes."""
 
 Handler = Callable[[dict[str, Any]], Awaitable[object]]
 
 
 class ControlServer:
-    """Serves `commands` on a UNIX socket."""
+    """Serves commands on a UNIX socket."""
 
     def __init__(
         self,
@@ -43,10 +44,17 @@ class ControlServer:
         commands: Mapping[str, Handler],
         schema: Sequence[control_schema.Command] = control_schema.COMMANDS,
     ) -> None:
-        """Bind the socket, mode 0600. The caller holds the cache's lock, so a socket there is a
-        dead daemon's.
+        """Bind the socket with mode 0600.
 
-        A command gets its arguments and returns what can be JSON, or raises qmp_wire.CommandError.
+        A socket that is there already is replaced. The caller holds the lock of the cache, so the
+        daemon of that socket is dead.
+
+        Args:
+            path: where the socket is made.
+            commands: the functions by the names of their commands. A function is given the
+                command's arguments. It returns a value that JSON can represent, or raises
+                qmp_wire.CommandError.
+            schema: declares all commands, also those that this class answers itself.
 
         Raises:
             UserError: the socket cannot be made.
@@ -86,7 +94,7 @@ class ControlServer:
     async def run(self) -> None:
         """Serve until cancelled, then remove the socket."""
         try:
-            # It also waits for better times when no descriptor is left for a client.
+            # If no descriptor is left for a client, trio waits a moment and tries again.
             await trio.serve_listeners(self._serve, [trio.SocketListener(self._socket)])
         finally:
             self.close()
@@ -97,10 +105,12 @@ class ControlServer:
             await self._answered.wait()
 
     def move(self, path: str) -> None:
-        """Go on listening at another path: the present one may soon belong to another daemon.
+        """Move the socket to another path and go on listening there.
+
+        A daemon that is detached does so, because another daemon may soon want the present path.
 
         Raises:
-            UserError: the socket is not there any more.
+            UserError: the socket is no longer there.
         """
         try:
             if not os.path.samestat(os.stat(self.path), self._bound):
@@ -113,15 +123,17 @@ class ControlServer:
         self.path = path
 
     def close(self) -> None:
-        """Remove the socket, if it is still ours."""
+        """Remove the socket if it is still ours."""
         self._socket.close()
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.path), self._bound):
                 os.unlink(self.path)
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
-        """Send an event to every client; one that does not read is dropped when `MAX_UNREAD`
-        messages wait for it."""
+        """Send an event to every client.
+
+        This does not wait. A client for which MAX_UNREAD messages wait already is dropped.
+        """
         assert name in control_schema.EVENT_NAMES, name
         message = qmp_wire.encode(qmp_wire.event(name, data, time.time_ns() // 1000))
         for client in list(self._clients):
@@ -140,7 +152,7 @@ class ControlServer:
                     await client.flushed()
                     nursery.cancel_scope.cancel()
             except* (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # clients come and go
+                pass  # The client has hung up, or was dropped.
             except* Exception:
                 logger.exception("a control client was dropped, a bug in lazyfs")
             finally:
@@ -212,20 +224,20 @@ class ControlServer:
 
 
 class _Client:
-    """One connection: what waits to be written to it."""
+    """Holds one connection, and the messages that wait to be written to it."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.listens = False
-        """It has negotiated, so it gets events."""
+        """Whether the client gets events. It does after it has negotiated."""
         self._gone = False
-        """Nothing can be written to it any more."""
+        """Whether the connection has ended, so that nothing can be written to it."""
         self._unread: deque[bytes] = deque()
         self._filled = trio.Event()
         self._emptied = trio.Event()
 
     async def send(self, message: bytes) -> None:
-        """Write an answer behind what waits already; the next command waits for that.
+        """Queue an answer, and wait until it and everything before it is written.
 
         Raises:
             BrokenResourceError: the client is gone.
@@ -234,14 +246,18 @@ class _Client:
         await self.flushed()
 
     async def flushed(self) -> None:
-        """Wait until everything is written. Raises BrokenResourceError if that will never be."""
+        """Wait until everything is written.
+
+        Raises:
+            BrokenResourceError: the client is gone, so that will never be.
+        """
         while self._unread and not self._gone:
             await self._emptied.wait()
         if self._gone:
             raise trio.BrokenResourceError
 
     def send_nowait(self, message: bytes) -> None:
-        """Queue an event."""
+        """Queue an event if the client gets events. Drop the client if it does not read."""
         if not self.listens:
             return
         if len(self._unread) >= MAX_UNREAD:
@@ -256,14 +272,16 @@ class _Client:
         self._filled.set()
 
     async def write(self) -> None:
-        """Write what is queued, until cancelled or the client is gone; its command under way goes
-        on to its end."""
+        """Write what is queued, until cancelled or until the client is gone.
+
+        If the client is gone, its command that is under way still goes on to its end.
+        """
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while True:
                 await self._filled.wait()
                 while self._unread:
                     await self.stream.send_all(self._unread[0])
-                    if self._unread:  # else it was dropped meanwhile
+                    if self._unread:  # Otherwise the client was dropped meanwhile.
                         self._unread.popleft()
                 self._filled = trio.Event()
                 self._emptied.set()
@@ -277,6 +295,7 @@ class _Client:
 
 
 def _allowed(stream: trio.SocketStream) -> bool:
+    """Return whether the client belongs to root or to the daemon's own user."""
     client = peer.of(stream.socket)
     if client.uid in (0, os.geteuid()):
         return True

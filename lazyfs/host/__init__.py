@@ -1,1 +1,1 @@
-"""What this host's /proc and sockets say of mounts, open files and processes."""
+"""Reads /proc and sockets of this host: its mounts, open files and processes."""

@@ -1,4 +1,4 @@
-"""Where lazyfs is mounted on this host, and where each mount's control socket is.
+"""Finds the mounts of lazyfs on this host, and the control socket of each.
 
 Sources: systemd.unit(5) for the escaping of paths, unix(7) for the length of a socket's path.
 """
@@ -13,14 +13,15 @@ from lazyfs.host import mountinfo
 FS_TYPE = "fuse.lazyfs"
 
 _DETACHED = "detached~"
-"""A tilde: no escaped mountpoint begins so."""
+"""How the name of a detached daemon's socket begins. An escaped mountpoint has no tilde there."""
 
-_SUN_PATH_MAX = 107  # sizeof sun_path less the NUL
+_SUN_PATH_MAX = 107
+"""The longest path of a socket in bytes: the size of sun_path without the NUL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A lazyfs mount."""
+    """Describes a mount of lazyfs."""
 
     mountpoint: str
     repository: str
@@ -38,14 +39,18 @@ def lazyfs_mounts() -> list[Mount]:
 
 
 def devices_at(mountpoint: str) -> list[str]:
-    """Return the devices of all file systems, of any kind, that are mounted there, the topmost
-    last."""
+    """Return the devices of all file systems that are mounted there, of any type.
+
+    The topmost one is last.
+    """
     return [entry.device for entry in mountinfo.read() if entry.mountpoint == mountpoint]
 
 
 def mount_of(path: str) -> Mount | None:
-    """Return the lazyfs mount that `path` lies on. Looks at mountpoints only, so a dead mount
-    cannot block it."""
+    """Return the lazyfs mount on which `path` lies, or None.
+
+    Only the names of mountpoints are compared, so a dead mount does not block this.
+    """
     absolute = os.path.abspath(path)
     best = None
     for mount in lazyfs_mounts():
@@ -69,8 +74,8 @@ def runtime_dir() -> str:
 def socket_path(mountpoint: str) -> str:
     """Return the path of the control socket of the lazyfs on `mountpoint`.
 
-    The mountpoint is escaped as systemd does; if that is too long for a socket, its end is replaced
-    by a hash.
+    The name is the mountpoint as systemd escapes it. If that is too long for a socket, a hash
+    replaces its end.
     """
     path = os.fsencode(os.path.normpath(mountpoint)).strip(b"/")
     name = _escape(path)
@@ -87,7 +92,10 @@ def detached_socket_path(pid: int) -> str:
 
 
 def control_sockets(detached_only: bool = False) -> list[str]:
-    """Return the paths of all control sockets of this user; a killed daemon's may be among them."""
+    """Return the paths of all control sockets of this user.
+
+    Some may belong to daemons that were killed.
+    """
     try:
         names = sorted(os.listdir(runtime_dir()))
     except FileNotFoundError:
@@ -101,7 +109,7 @@ def control_sockets(detached_only: bool = False) -> list[str]:
 
 
 def _escape(path: bytes) -> str:
-    """As `systemd-escape --path`."""
+    """Escape a path as `systemd-escape --path` does."""
     escaped = re.sub(rb"^\.|[^A-Za-z0-9:_./]", lambda m: b"\\x%02x" % m[0][0], path).replace(
         b"/", b"-"
     )

@@ -1,6 +1,8 @@
-"""Who has files of a mount open, as far as /proc shows it. Source: proc(5), fd, fdinfo and maps.
+"""Finds the processes that have files of a mount open, as far as /proc shows them.
 
-Nothing here asks the file system itself: a daemon that hangs does not stop it.
+The file system itself is never asked, so a daemon that hangs does not stop this.
+
+Source: proc(5), maps.
 """
 
 import os
@@ -9,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lazyfs.host import mountinfo
+from lazyfs.host import descriptors, mountinfo
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Reader:
-    """A process that has a file open or mapped."""
+    """Describes a process that has a file open or mapped."""
 
     pid: int
     command: str
@@ -24,9 +26,16 @@ class Reader:
 
 
 def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
-    """Return, for each inode of the file system "major:minor", the processes that use it, by pid.
+    """Return the processes that use files of a file system, in the order of their pids.
 
-    Only root sees other users' processes.
+    Only root sees the processes of other users.
+
+    Args:
+        device: "major:minor" of the file system.
+        inodes: the files that are looked for.
+
+    Returns:
+        The processes by inode. An inode that no process uses is left out.
     """
     found: defaultdict[int, list[Reader]] = defaultdict(list)
     for pid in _processes():
@@ -39,8 +48,10 @@ def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
 
 
 def other_mounts(device: str) -> list[str]:
-    """Return where else the file system is mounted: bind mounts, and those of other mount
-    namespaces."""
+    """Return where the file system "major:minor" is still mounted, for a message.
+
+    These are bind mounts, and mounts in the mount namespaces of other processes.
+    """
     found = dict.fromkeys(_places(os.getpid(), device), "")
     for pid in _processes():
         with suppress(OSError):
@@ -57,7 +68,10 @@ def _places(pid: int, device: str) -> list[str]:
 
 
 def _processes() -> list[int]:
-    """Return all processes but this one, which may have inherited a file from its shell."""
+    """Return all processes except this one.
+
+    This one may have inherited an open file from its shell, which does not count.
+    """
     return sorted(
         pid for name in os.listdir("/proc") if name.isdigit() and (pid := int(name)) != os.getpid()
     )
@@ -68,26 +82,19 @@ def _open(pid: int, device: str) -> Iterator[int]:
     with suppress(OSError):
         mounts = _mount_ids(pid, device)
         for fd in os.listdir(f"/proc/{pid}/fdinfo"):
-            with (
-                suppress(OSError, KeyError, ValueError),
-                open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines,
-            ):
-                fields = dict(
-                    line.rstrip("\n").split(":", 1)
-                    for line in lines
-                    if line.startswith(("mnt_id", "ino"))
-                )
-                if int(fields["mnt_id"]) in mounts:
-                    yield int(fields["ino"])
+            with suppress(OSError, ValueError):
+                inode = descriptors.inode_on(mounts, pid, int(fd))
+                if inode is not None:
+                    yield inode
 
 
 def _mount_ids(pid: int, device: str) -> set[int]:
-    """Return the mounts of the file system in the namespace of `pid`."""
+    """Return the numbers of the file system's mounts in the mount namespace of `pid`."""
     return {entry.mount_id for entry in mountinfo.read(pid) if entry.device == device}
 
 
 def _mapped(pid: int, device: str) -> Iterator[int]:
-    """Yield the inodes mapped in `pid`: a mapping outlives its descriptor."""
+    """Yield the inodes mapped in `pid`. A mapping stays when its descriptor is closed."""
     major, minor = map(int, device.split(":"))
     with (
         suppress(OSError),

@@ -1,21 +1,23 @@
-"""What another process has open, and where a path leads for it. Source: proc(5), statx(2).
+"""Finds what another process has open, and where a path leads for it.
 
-Open files are looked at without asking their file system (AT_STATX_DONT_SYNC): a FUSE daemon that
-hangs, or was killed, stops nobody here. Paths are looked up, and that does ask it. Whether a FUSE
-mount is dead can only be learnt by asking it, and who asks one that hangs may be stuck beyond
-SIGKILL: so that is done by processes that are left behind if they do not answer.
+The file system of an open file is not asked (see `descriptors`), so a FUSE daemon that hangs or was
+killed stops nobody here. Looking up a path does ask the file system.
 
-A path is looked up below /proc/PID/root, so in the process's mount namespace; an absolute symbolic
-link on the way is followed in ours.
+Only a FUSE file system itself can tell whether its daemon has died, and a process that asks one
+that hangs may be stuck so that not even SIGKILL ends it. So child processes ask. A child that does
+not answer in time is left behind.
+
+A path is looked up below /proc/PID/root, which is in the mount namespace of the process. But an
+absolute symbolic link on the way leads to a place in our own mount namespace.
+
+Source: proc(5).
 """
 
-import ctypes
 import errno
 import os
 import select
 import signal
 import stat
-import struct
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -23,42 +25,39 @@ from contextlib import suppress
 
 from lazyfs import errors
 from lazyfs.core.pivot_choice import OpenFile, Place
-from lazyfs.host import mountinfo, mounts
-
-_AT_FDCWD = -100
-_AT_STATX_DONT_SYNC = 0x4000
-_STATX_MTIME_INO_SIZE = 0x40 | 0x100 | 0x200
-_STATX = struct.Struct("=32xQQ64xqI12xII112x")
-"""stx_ino, stx_size, stx_mtime (seconds, nanoseconds), stx_dev_major and stx_dev_minor of struct
-statx, 256 bytes."""
+from lazyfs.host import descriptors, mountinfo, mounts
 
 ASK_S = 2.0
-"""For file systems to say whether they are dead. The kernel answers for a dead one at once;
-unmeasured."""
+"""How long file systems have to say whether they are dead. The kernel answers at once for a dead
+one. The value is unmeasured."""
 
-_ASK = "import os, sys\ntry:\n    os.statvfs(sys.argv[1])\nexcept OSError as error:\n    sys.exit(error.errno)"
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_ASK = """
+import os, sys
+try:
+    os.statvfs(sys.argv[1])
+except OSError as error:
+    sys.exit(error.errno)
+"""
+"""The program of a child that asks a file system. Its exit code is the error number."""
 
 
 def open_files(pid: int) -> list[OpenFile]:
-    """Return the files that the process has open; none of process 0, which is in another pid
-    namespace.
+    """Return the files that the process has open.
+
+    Process 0 stands for one in another pid namespace. Its files cannot be seen, so there are none.
 
     Raises:
-        UserError: the process has ended, or belongs to somebody else.
+        UserError: the process has ended, or belongs to another user.
     """
     if pid == 0:
         return []
     found = []
-    folder = f"/proc/{pid}/fd"
     try:
-        for fd in os.listdir(folder):
-            with suppress(FileNotFoundError):  # closed meanwhile
-                path = f"{folder}/{fd}"
-                name = os.readlink(path)
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(FileNotFoundError):  # It was closed meanwhile.
+                name = descriptors.name(pid, int(fd))
                 if name.startswith("/"):
-                    found.append(_open_file(int(fd), path, name))
+                    found.append(_open_file(pid, int(fd), name))
     except FileNotFoundError:
         raise errors.UserError(f"process {pid} has ended") from None
     except OSError as error:
@@ -69,11 +68,15 @@ def open_files(pid: int) -> list[OpenFile]:
 
 
 def dead_devices(pid: int, opened: Sequence[OpenFile], alive: Collection[int]) -> set[int]:
-    """Return the devices of these files of the process on which a lazyfs has died. Takes up to
-    ASK_S.
+    """Return the devices that belong to a lazyfs whose daemon has died. This takes up to ASK_S.
 
-    Asked is only what can be one: a device that is not known to be `alive`, and is a lazyfs by its
-    type or is mounted nowhere in the process's view (any more).
+    A device is asked only if it can be one of those: if it is not known to be alive, and either has
+    the type of lazyfs or is no longer mounted in the view of the process.
+
+    Args:
+        pid: the process.
+        opened: files that the process has open.
+        alive: the devices that are known to have a daemon.
     """
     kinds = _mounted_kinds(pid)
     paths = {
@@ -87,26 +90,27 @@ def dead_devices(pid: int, opened: Sequence[OpenFile], alive: Collection[int]) -
 
 
 def mounted_kind(pid: int, fd: int) -> str | None:
-    """Return the type of the file system that the process has this file open on; None if it is not
-    mounted (there).
+    """Return the type of the file system on which the process has opened this file.
 
-    By the mount, as a file's device is not always that of its file system (btrfs, overlayfs).
+    The type is looked up by the number of the mount, because on btrfs and overlayfs the device of a
+    file is not always the device of the mount.
+
+    Returns:
+        None if the file system is not mounted in the view of the process.
     """
     with suppress(OSError, ValueError):
-        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as lines:
-            number = next(
-                (int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), None
-            )
+        number = descriptors.mount_id(pid, fd)
         return next((one.kind for one in mountinfo.read(pid) if one.mount_id == number), None)
     return None
 
 
 def place_of(path: str, pid: int | None = None) -> Place:
-    """Return where `path` leads for us, or for process `pid`; a relative one from its working
-    folder.
+    """Return where `path` leads for process `pid`, or for us if it is None.
+
+    A relative path begins at the current folder of the process.
 
     Raises:
-        OSError: nowhere.
+        OSError: the path leads nowhere.
     """
     if pid is not None:
         path = f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
@@ -117,7 +121,7 @@ def place_of(path: str, pid: int | None = None) -> Place:
 
 
 def command_line(pid: int) -> list[str]:
-    """Return the words of the process's command line; none if they cannot be read."""
+    """Return the words of the process's command line, or none if they cannot be read."""
     try:
         with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="surrogateescape") as file:
             return file.read().split("\0")
@@ -126,13 +130,13 @@ def command_line(pid: int) -> list[str]:
 
 
 def device_number(device: str) -> int:
-    """Return st_dev of "major:minor"."""
+    """Return the number that stat(2) has as st_dev for "major:minor"."""
     major, minor = map(int, device.split(":"))
     return os.makedev(major, minor)
 
 
 def has_ended(pid: int) -> bool:
-    """Whether the process is gone, be it that nobody has reaped it yet."""
+    """Return whether the process has ended. It may still be a zombie that nobody has reaped."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] in "ZX"
@@ -140,30 +144,23 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def _open_file(fd: int, path: str, name: str) -> OpenFile:
-    """Describe a file as the kernel remembers it."""
-    buffer = ctypes.create_string_buffer(_STATX.size)
-    if (
-        _libc.statx(
-            _AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MTIME_INO_SIZE, buffer
-        )
-        != 0
-    ):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
-    inode, size, seconds, nanoseconds, major, minor = _STATX.unpack(buffer.raw)
-    return OpenFile(fd, os.makedev(major, minor), inode, size, seconds * 10**9 + nanoseconds, name)
+def _open_file(pid: int, fd: int, name: str) -> OpenFile:
+    found = descriptors.attributes(pid, fd)
+    return OpenFile(fd, found.device, found.inode, found.size, found.mtime_ns, name)
 
 
 def _mounted_kinds(pid: int) -> dict[int, str]:
-    """Return the type of each file system, by its device, that is mounted in the process's view."""
+    """Return the types of the file systems that the process sees mounted, by their devices."""
     with suppress(OSError):
         return {device_number(entry.device): entry.kind for entry in mountinfo.read(pid)}
     return {}
 
 
 def _ask(path: str) -> int:
-    """Start to ask the file system of a file for its state; that is never answered from a cache."""
+    """Start a child that asks the file system of a file for its state, and return the child.
+
+    statvfs is never answered from a cache.
+    """
     nowhere = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
     return os.posix_spawn(
         sys.executable, [sys.executable, "-I", "-S", "-c", _ASK, path], {}, file_actions=nowhere
@@ -171,7 +168,11 @@ def _ask(path: str) -> int:
 
 
 def _answer(child: int, end: float) -> int | None:
-    """Return the error number that was the answer, or None if there is none by the time `end`."""
+    """Return the error number that a child of `_ask` was given.
+
+    Returns:
+        0 if the file system is alive, and None if there is no answer by the time `end`.
+    """
     pidfd = os.pidfd_open(child)
     try:
         poller = select.poll()

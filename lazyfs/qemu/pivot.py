@@ -12,8 +12,8 @@ the image which QEMU has open. The proof is the size and the time of change, whi
 the image on every mount and to the plain file (core.pivot_choice).
 
 The guest is not stopped and notices nothing, and no overlay's header is written. Until the step
-"carry out", QEMU is only asked and nothing is changed; a dry run ends there. Interrupts do not leave
-a node half changed, however many there are: the steps of that node are finished first.
+"carry out", QEMU is only asked and nothing is changed; a dry run ends there. Interrupts, however
+many there are, do not leave a node half changed: the steps of that node are finished first.
 """
 
 import asyncio

@@ -14,7 +14,8 @@ import signal
 import struct
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lazyfs.kernel.session import FUSE_INIT, IN_HEADER, INIT_OUT, OUT_HEADER
@@ -37,11 +38,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class HangingFuse:
     """Runs such a file system, mounted with the type `kind` until `close`."""
 
-    def __init__(self, mountpoint: Path, kind: str) -> None:
+    def __init__(self, mountpoint: Path, kind: str, valid_s: int = 3600) -> None:
+        """`valid_s` is how long the kernel may keep the file's attributes."""
         self.mountpoint = mountpoint
         self.path = mountpoint / "file"
         self._process = subprocess.Popen(
-            [sys.executable, __file__, mountpoint, kind],
+            [sys.executable, __file__, mountpoint, kind, str(valid_s)],
             stdout=subprocess.PIPE,
             bufsize=0,
             preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
@@ -57,6 +59,15 @@ class HangingFuse:
         assert self._process.stdout is not None
         return bool(select.select([self._process.stdout], [], [], 0)[0])
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let it answer nothing at all meanwhile, not even that a file was closed."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
         """End the file system, so that processes which wait for it get an error."""
         self._process.kill()
@@ -65,7 +76,7 @@ class HangingFuse:
             self.detach()
 
 
-def _serve(mountpoint: str, kind: str) -> None:
+def _serve(mountpoint: str, kind: str, valid_s: int) -> None:
     fd = os.open("/dev/fuse", os.O_RDWR)
     words = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
     if _libc.mount(b"hanging", os.fsencode(mountpoint), kind.encode(), 0, words.encode()) != 0:
@@ -74,23 +85,23 @@ def _serve(mountpoint: str, kind: str) -> None:
     while True:
         request = os.read(fd, 1 << 20)
         _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
-        answer = _answer(opcode, node)
+        answer = _answer(opcode, node, valid_s)
         if answer is not None:
             error, body = answer
             with suppress(FileNotFoundError):  # the one who asked is gone
                 os.write(fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), -error, unique) + body)
 
 
-def _answer(opcode: int, node: int) -> tuple[int, bytes] | None:
+def _answer(opcode: int, node: int, valid_s: int) -> tuple[int, bytes] | None:
     if opcode == _STATFS:
         print("asked", flush=True)
         return None
     if opcode == FUSE_INIT:
         return 0, INIT_OUT.pack(7, 31, 0, 0, 16, 12, 1 << 17, 1, 0, 0, 0, 0)
     if opcode == _LOOKUP:
-        return 0, _ENTRY_OUT.pack(_FILE, 0, 3600, 3600, 0, 0) + _attributes(_FILE)
+        return 0, _ENTRY_OUT.pack(_FILE, 0, 3600, valid_s, 0, 0) + _attributes(_FILE)
     if opcode == _GETATTR:
-        return 0, _ATTR_OUT.pack(3600, 0, 0) + _attributes(node)
+        return 0, _ATTR_OUT.pack(valid_s, 0, 0) + _attributes(node)
     if opcode == _OPEN:
         return 0, _OPEN_OUT.pack(1, 0, 0)
     if opcode in (_FLUSH, _RELEASE):
@@ -104,4 +115,4 @@ def _attributes(node: int) -> bytes:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2])
+    _serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))

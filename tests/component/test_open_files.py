@@ -1,11 +1,16 @@
 """Which processes have a file open, by descriptors and mappings, in this and other processes."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from lazyfs.host import open_files
+import pytest
+from hanging_fuse import HangingFuse
+
+from lazyfs.host import descriptors, mountinfo, open_files
 
 
 def device_of(path: Path) -> str:
@@ -47,3 +52,54 @@ def test_the_same_number_on_another_file_system_does_not_count(tmp_path: Path) -
         assert open_files.readers(device_of(tmp_path), {path.stat().st_ino})
         assert open_files.readers("0:99999", {path.stat().st_ino}) == {}
         sleeper.kill()
+
+
+# -- Linux 5.4 to 5.13, whose fdinfo has no inode
+
+
+def open_as_before_5_14(path: str, **how: Any) -> io.StringIO:
+    with open(path, **how) as file:
+        return io.StringIO("".join(line for line in file if not line.startswith("ino:")))
+
+
+@pytest.fixture
+def before_5_14(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "open", open_as_before_5_14, raising=False)
+
+
+@pytest.mark.usefixtures("before_5_14")
+def test_a_kernel_that_shows_no_inodes(tmp_path: Path) -> None:
+    assert "ino" not in descriptors._fdinfo(os.getpid(), 0)
+    test_descriptors_and_mappings_are_found(tmp_path)
+    test_the_same_number_on_another_file_system_does_not_count(tmp_path)
+
+
+ASK = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_open_files import descriptors, open_as_before_5_14, open_files
+descriptors.open = open_as_before_5_14
+for found in open_files.readers(sys.argv[1], {{int(sys.argv[2])}}).values():
+    print(*found)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
+def test_a_file_system_that_hangs_is_not_asked(tmp_path: Path) -> None:
+    """The process that asks is another one, so that it can be killed if it does hang."""
+    hanging = HangingFuse(tmp_path, "fuse.hanging", valid_s=0)
+    try:
+        (mount,) = [entry for entry in mountinfo.read() if entry.mountpoint == str(tmp_path)]
+        fd = os.open(hanging.path, os.O_RDONLY)
+        inode = os.fstat(fd).st_ino
+        with subprocess.Popen(["sleep", "60"], stdin=fd) as sleeper:
+            os.close(fd)
+            command = [sys.executable, "-c", ASK, mount.device, str(inode)]
+            try:
+                with hanging.stopped():
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            finally:
+                sleeper.kill()
+        assert (done.stdout, done.stderr) == (f"sleep (pid {sleeper.pid})\n", "")
+    finally:
+        hanging.close()

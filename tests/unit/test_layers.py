@@ -33,7 +33,7 @@ PACKAGES = {
         " fetch.write_queue"
         " budget pace totals interfaces"
     ),
-    "host": "open_files process_files mounts mountinfo peer",
+    "host": "open_files process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
         " config_file config_key eviction overlay digest shown_file qcow2_layout map_file export_name in_flight fetch_plan pacing"
