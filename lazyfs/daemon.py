@@ -51,7 +51,7 @@ catalog."""
 
 LAST_ANSWERS_S = 1.0
 """How long the daemon's end waits for control commands under way to be answered, as the `detach`
-that caused it."""
+that caused it; and for requests of the kernel."""
 
 SAVE_USES_S = 30.0
 """How late the catalog hears that an image was used: what a crash may cost of the order of
@@ -239,6 +239,8 @@ class _Mounted:
         self._backings = backings
         self._metrics = metrics
         self._used = trio.Event()
+        self._answering = trio.CancelScope()
+        """Around the requests of the kernel that are being answered."""
         self._detaching = trio.Lock()
         self._unmounting = trio.CapacityLimiter(2)
         """Threads that unmount: no disk that stalls may take them."""
@@ -264,7 +266,8 @@ class _Mounted:
             if manager := service_manager.own():
                 answers = functools.partial(os.stat, os.path.join(self._config.mountpoint, "."))
                 nursery.start_soon(manager.attend, answers, self._status_line)
-            await self._answer_kernel()
+            with self._answering:
+                await self._answer_kernel()
             with trio.move_on_after(LAST_ANSWERS_S):
                 await self._control.all_answered()
             nursery.cancel_scope.cancel()
@@ -339,16 +342,24 @@ class _Mounted:
                     )
                     if not unmounted:
                         logger.warning(
-                            "files are still open from before it was unmounted; they fail from now on"
+                            "files are still open from before it was unmounted; "
+                            "they fail from now on"
                         )
-                        pyfuse3.terminate()
+                        await self._stop_answering()
                 except OSError as error:
                     if error.errno == errno.EBUSY:
                         logger.warning(
                             "files are open on %s; they fail from now on", session.mountpoint
                         )
                     _unmount_quietly(session)
-                    pyfuse3.terminate()
+                    await self._stop_answering()
+
+    async def _stop_answering(self) -> None:
+        """Take no more requests. Those under way get LAST_ANSWERS_S: they may wait for a disk or a
+        repository that never answers."""
+        pyfuse3.terminate()
+        await trio.sleep(LAST_ANSWERS_S)
+        self._answering.cancel()
 
     def _message(self) -> str:
         parts = self._parts

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -139,7 +139,8 @@ def stalled_readers(lab: Lab, connections: Path, count: int) -> Iterator[list[by
         stalled.unlink(missing_ok=True)
         for reader in readers:
             reader.join(DEADLINE_S)
-        os.close(fd)
+        with suppress(OSError):  # the daemon has ended
+            os.close(fd)
     assert len(answers) == count
 
 
