@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lab import KiB, Lab, MiB, lab_in, wait_until
 
-pytestmark = pytest.mark.fuse
+pytestmark = [pytest.mark.fuse, pytest.mark.timeout(400)]
 
 SECONDS = 60
 WARM_UP_S = 15
