@@ -1,1 +1,1 @@
-"""The images of one mount: their names and sizes, population, and the limits of the cache."""
+"""Serves the images of one mount: names, sizes, population, and the limits of the cache."""

@@ -1,14 +1,17 @@
-"""How much the cache may still grow, counted where it grows: before anything is written.
+"""Counts how much the cache may still grow. The count is checked before anything is written.
 
-A counter, so that no fetch looks at other images. `room.py` sets it, after adding up what all
-images take. Between two such counts it falls by what is reserved, and rises by what was reserved
-and not written:
+It is one counter, so a fetch need not look at other images. `room.py` adds up what all images take
+and sets the counter. Between two such counts it falls by what is reserved, and rises by what was
+reserved but not written:
 
-    left  =  limit - kept - reserved      reserve: left -> reserved -> keep: kept, or release: left
-    again
+    left  =  limit - kept - reserved
 
-So what is kept and what is being written never exceed the limit together, whatever threads do
-meanwhile.
+    reserve: bytes move from left to reserved
+    keep:    bytes move from reserved to kept
+    release: bytes move from reserved back to left
+
+So the bytes that are kept and the bytes that are being written never exceed the limit together,
+whatever threads do in the meantime.
 """
 
 import threading
@@ -17,20 +20,25 @@ from dataclasses import dataclass
 
 UNKEPT = "the cache's disk is full: reads are served from the repository and not kept"
 LIMITED = "the cache has reached its limit: reads are served from the repository and not kept"
-"""What `status` says of an image while that is so."""
+"""What `status` says of an image while its reads are not kept."""
 
 
 class Reservation:
-    """Bytes that are about to be written. It ends with `keep` or `release`, or as a context
-    manager. Thread-safe.
+    """Holds bytes of the budget that are about to be written. Thread-safe.
 
-    Used in a `with` block it is released at the end of the block, unless it was kept.
+    It ends with `keep` or `release`. When it is used in a `with` block and was not kept, the end of
+    the block releases it.
     """
 
     __slots__ = ("_amount", "_budget")
 
     def __init__(self, budget: "Budget | None", amount: int) -> None:
-        """`budget`: None if there was no limit when the bytes were reserved."""
+        """Hold `amount` bytes of `budget`.
+
+        Args:
+            budget: None if there was no limit when the bytes were reserved.
+            amount: the bytes that are reserved.
+        """
         self._budget = budget
         self._amount = amount
 
@@ -42,14 +50,19 @@ class Reservation:
         self._amount = amount
 
     def keep(self) -> None:
-        """The bytes are in the cache now, and count as such. Nothing happens if the reservation has
-        ended."""
+        """Count the bytes as kept, because they are in the cache now.
+
+        Does nothing if the reservation has ended.
+        """
         amount, self._amount = self._amount, 0
         if self._budget is not None:
             self._budget._keep(amount)
 
     def release(self) -> None:
-        """The bytes are not written. Nothing happens if the reservation has ended."""
+        """Give the bytes back, because they will not be written.
+
+        Does nothing if the reservation has ended.
+        """
         amount, self._amount = self._amount, 0
         if self._budget is not None:
             self._budget._give_back(amount)
@@ -62,12 +75,16 @@ class Reservation:
 
 
 class Budget:
-    """The budget of one mount. Thread-safe. Without a limit every call costs next to nothing."""
+    """Counts the bytes that one mount may still write to its cache. Thread-safe.
+
+    Without a limit every call costs next to nothing.
+    """
 
     def __init__(self) -> None:
         """Begin without a limit."""
         self.on_low: Callable[[], None] = lambda: None
-        """It is time to look for room; called once until the next `set_left`, from any thread."""
+        """Called when it is time to look for room, from any thread. It is called once, and then not
+        again before the next `set_left`."""
         self._lock = threading.Lock()
         self._left: int | None = None
         self._headroom = 0
@@ -79,15 +96,21 @@ class Budget:
 
     @property
     def tight(self) -> bool:
-        """Whether what was refused would be refused again: less is left than there is after
-        evictions."""
+        """True if a write that was refused would be refused again.
+
+        That is so while less is left than an eviction leaves.
+        """
         return self._left is not None and self._left < 2 * self._headroom
 
     def reserve(self, amount: int, background: bool = False) -> Reservation | None:
-        """Reserve `amount` bytes that are about to be written; None if they may not be.
+        """Reserve `amount` bytes that are about to be written.
 
         Args:
-            background: nobody waits for it, so the headroom is left to others.
+            amount: bytes.
+            background: nobody waits for these bytes, so the headroom is left to others.
+
+        Returns:
+            None if the bytes may not be written.
         """
         if self._left is None or amount <= 0:
             return Reservation(None, max(0, amount))
@@ -122,22 +145,32 @@ class Budget:
     # -- for room.py
 
     def begin_count(self) -> None:
-        """What all images take is about to be added up: what is kept from here on may be in that
-        sum or not."""
+        """Note that somebody is about to add up what all images take.
+
+        What is kept from now on may be in that sum or not, so `demand` and `set_left` count it as
+        taken.
+        """
         with self._lock:
             self._kept = 0
 
     def demand(self, room: int) -> "BudgetDemand":
-        """Return what is left of `room`, counted since `begin_count`, and what was refused since
-        `set_left`."""
+        """Return what is left of `room`, and what was refused since the last `set_left`.
+
+        Args:
+            room: bytes by which the cache may grow, as counted since `begin_count`.
+        """
         with self._lock:
             return BudgetDemand(
                 room - self._reserved - self._kept, self._unmet, self._refused_reader
             )
 
     def set_left(self, room: int, headroom: int) -> None:
-        """Let the cache grow by `room` as counted since `begin_count`, population by `headroom`
-        less."""
+        """Let the cache grow by `room` bytes, and population by `headroom` bytes less.
+
+        Args:
+            room: bytes, as counted since `begin_count`.
+            headroom: bytes that are kept for readers.
+        """
         with self._lock:
             self._left = room - self._reserved - self._kept
             self._headroom = headroom
@@ -147,10 +180,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class BudgetDemand:
-    """What is left, and what was asked for in vain. Bytes."""
+    """Describes what is left of the budget and what was refused. All numbers are bytes."""
 
     left: int
     unmet: int
     """The largest amount that was refused."""
     refused_reader: bool
-    """Whether anything that a reader had fetched was refused."""
+    """True if bytes were refused that had been fetched for a reader."""

@@ -1,4 +1,4 @@
-"""What the images of a mount have in common: their I/O, limits and listeners."""
+"""Defines what the images of a mount have in common: I/O, limits and listeners."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ImageT = TypeVar("ImageT")
 
 @dataclass(frozen=True, slots=True)
 class Context(Generic[ImageT]):
-    """What every image of a mount shares."""
+    """Holds what all images of a mount share."""
 
     repository: Repository
     stores: Stores
@@ -30,15 +30,16 @@ class Context(Generic[ImageT]):
     budget: Budget
     writes: WriteQueue
     populate: bool
-    """Whether images are populated because they were opened."""
+    """Whether the first open of an image starts its population."""
     io_timeout_s: float
     threads: Threads
     on_fillable: Callable[[], None]
-    """Population has something to look at."""
+    """Called when population may have something new to do."""
     on_export_changed: Callable[[ImageT, errors.ExportChanged], None]
     on_attributes_changed: Callable[[ImageT], None]
-    """What the kernel caches about the file is out of date."""
+    """Called when what the kernel caches about the file is out of date."""
     on_state_changed: Callable[[ImageT], None]
-    """Once an image is whole, its name leads to its second inode number."""
+    """Called when the state of an image has changed. Once an image is whole, its name leads to its
+    second inode number."""
     on_unused: Callable[[ImageT], None]
-    """The image has neither a name nor anybody who has it open. May be called more than once."""
+    """Called when an image has no name and nobody has it open. It may be called more than once."""

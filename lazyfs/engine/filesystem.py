@@ -1,5 +1,10 @@
-"""The images of one mount, as the repository's list changes: opened, refreshed, replaced,
-evicted."""
+"""Manages the images of one mount.
+
+It follows the repository's list of exports, and opens, refreshes, replaces and evicts images.
+"""
+
+# Longer than 500 lines: opens, the repository's list and replacements all change the same tables of
+# images.
 
 import errno
 import logging
@@ -37,27 +42,27 @@ logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT")
 
 DEFAULT_BLOCK_SIZE = 64 * KiB
-"""Of raw images, and the clusters of qcow2: QEMU's default; doc/BENCHMARKS.md has what a guest
-makes of others."""
+"""The block size of raw images and the cluster size of qcow2 images: QEMU's default.
+doc/BENCHMARKS.md shows how other sizes affect a guest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user chose about images; the daemon chooses the rest."""
+    """Holds what the user chose about images. The daemon chooses the rest."""
 
     block_size: int
-    """Of new images; for a qcow2 its clusters."""
+    """The block size of new images. For a qcow2 image it is the cluster size."""
     io_timeout_s: float
     replace_changed: bool
     populate: bool
     fill_rate: int | None = None
     format: str = "raw"
     names: str = EXPORT
-    """Of new images: one of `export_name.NAMES`."""
+    """How new images are named: one of `export_name.NAMES`."""
 
 
 class Filesystem:
-    """All images of one mount. Trio thread only."""
+    """Holds all images of one mount. Trio thread only."""
 
     def __init__(
         self,
@@ -68,20 +73,21 @@ class Filesystem:
         options: Options,
         nursery: trio.Nursery,
     ) -> None:
-        """Start from the catalog's `records`; `refresh` brings in what the repository has."""
+        """Start from the catalog's `records`. `refresh` adds what the repository has."""
         self.list_trouble = ""
-        """Why the repository could not be listed; "" if it could."""
+        """Why the repository could not be listed, or "" if it could."""
         self.names = NameTree()
         self.threads = Threads()
         self.sizes = Sizes(repository, catalog, nursery, options.io_timeout_s, self.threads.catalog)
         self.totals = Totals(trio.lowlevel.current_clock().current_time)
         self.budget = Budget()
         self.on_invalid_attributes: Callable[[int], None] = lambda inode: None
-        """The kernel must ask for this inode's attributes again; set by the adapter."""
+        """Called when the kernel must ask for this inode's attributes again. The adapter sets it.
+        """
         self.on_fillable: Callable[[], None] = lambda: None
-        """Set by whoever populates."""
+        """Called when population may have something new to do. Whoever populates sets it."""
         self.on_state_changed: Callable[[Image], None] = lambda image: None
-        """Set by whoever tells clients."""
+        """Called when an image has changed its state. Whoever tells clients sets it."""
         self._repository = repository
         self._catalog = catalog
         self._options = options
@@ -110,19 +116,20 @@ class Filesystem:
         )
         self._active: dict[int, Image] = {}
         self._replacing: dict[int, trio.Event] = {}
-        """The images that are being replaced, by inode, until the new one has the name."""
+        """The images that are being replaced, by inode, until the new image has the name."""
         self._refreshing = trio.Lock()
         self._reserved: set[str] = set()
         """Paths that images are about to get."""
         self._stale_rows: set[int] = set()
-        """Rows of the catalog, by inode, that no image has any more: they are still to be removed."""
+        """Inodes of catalog rows that no longer belong to an image. These rows are still to be
+        removed."""
         self._uses_saved_ns = max((record.last_used_ns for record in records), default=0)
-        # What is cached comes first: a row without that may be what a failure left behind.
+        # Images that have something cached come first. A row without may be what a failure left.
         for record in sorted(records, key=lambda one: (one.state is State.REMOTE, one.inode)):
             self._add_known(record)
 
     def _add_known(self, record: ImageRecord) -> None:
-        """Show an image of the catalog, unless another is in its way."""
+        """Show an image of the catalog, unless another image has its name."""
         if self.names.image_of(record.export) is None and self.names.can_add(record.path):
             self.names.add(Image(record, self._context))
         elif record.state is State.REMOTE:
@@ -137,7 +144,7 @@ class Filesystem:
     # -- looking
 
     def active_images(self) -> Iterable[Image]:
-        """Return the images that have a cache file open: those population may look at."""
+        """Return the images that have a cache file open. Population may look at these."""
         for image in [
             image
             for image in self._active.values()
@@ -147,7 +154,11 @@ class Filesystem:
         return list(self._active.values())
 
     def statistics(self, images: Iterable[Image] | None = None) -> list[ImageStatistics]:
-        """Return what `status` shows, by path: of `images`, or of all with a name or a reader."""
+        """Return what `status` shows, sorted by path.
+
+        Args:
+            images: the images to describe. None means all that have a name or are open.
+        """
         chosen = [*self.names.images(), *self._replaced()] if images is None else images
         return sorted((image.statistics() for image in chosen), key=lambda s: s.path)
 
@@ -161,16 +172,16 @@ class Filesystem:
         return [image for image in self.names.all_images() if image.open_count]
 
     async def open(self, image: Image) -> Handle:
-        """Open `image` as it is now; its population begins with its first open.
+        """Open `image` in its present state. The first open starts its population.
 
         Raises:
-            LazyfsError, OSError: it cannot be opened now; says why.
+            LazyfsError, OSError: the image cannot be opened now. The error says why.
         """
-        first = (
-            not image.open_count
-        )  # before anything is awaited: of two first opens at once one is the first
+        # Decided before anything is awaited, so that only one of two concurrent opens is the first.
+        first = not image.open_count
         if image.record.state is State.REMOTE and first:
-            # Asked again although known: from here on the size is what the cache is made for.
+            # The size is asked for even if it is known, because the cache is about to be made for
+            # this size.
             await self.sizes.learn_again(image, patient=True)
         if image.record.size is None:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
@@ -182,7 +193,7 @@ class Filesystem:
         return handle
 
     async def open_whole(self, image: Image) -> WholeHandle:
-        """Open `image` as a whole one, by its second inode number. Raises as `open`."""
+        """Open `image` as a whole image, by its second inode number. Raises what `open` raises."""
         with self._opening(image):
             return await self._in_time(image, image.open_whole)
 
@@ -196,9 +207,9 @@ class Filesystem:
     async def _in_time(self, image: Image, opened: Callable[[], Awaitable[HandleT]]) -> HandleT:
         try:
             return await opened()
-        except (
-            OSError
-        ):  # ESTALE: the kernel looks the name up again, once, and must find the new inode then
+        except OSError:
+            # After ESTALE the kernel looks the name up again, but only once. By then the name must
+            # lead to the new inode.
             if (replaced := self._replacing.get(image.inode)) is not None:
                 await replaced.wait()
             raise
@@ -210,10 +221,11 @@ class Filesystem:
     # -- the repository's list
 
     async def refresh(self) -> None:
-        """Bring the names up to date with the repository, and look whether cached exports changed.
+        """Update the names from the repository, and look whether exports that are cached have
+        changed.
 
         Raises:
-            ConnectionLost, Unsupported: nothing has changed here; `list_trouble` says why.
+            ConnectionLost, Unsupported: nothing has changed here, and `list_trouble` says why.
         """
         async with self._refreshing:
             try:
@@ -231,7 +243,7 @@ class Filesystem:
         known = {image.record.export for image in self.names.images()}
         for image in self.names.images():
             image.gone = image.record.export not in listed
-        self.on_fillable()  # some may be back
+        self.on_fillable()  # some images may be in the repository again
         gone = [image for image in self.names.images() if image.gone and has_nothing(image)]
         await self._drop([image for image in gone if image.inode not in self._replacing])
         await self._remove_stale_rows()
@@ -266,29 +278,32 @@ class Filesystem:
                 state=State.REMOTE,
                 error="",
                 block_size=options.block_size,
-                # No two of one time: that, with the size, is what a plain file is known by.
+                # No two images have the same time: a plain file is recognised by its time and size.
                 created_ns=now + len(records),
             )
             records.append(record)
         return records
 
     def taken_names(self) -> TakenNames:
-        """Return which paths are taken, by images that are shown and by those about to be."""
+        """Return the paths that are taken by images that are shown or are about to be shown."""
         taken = TakenNames(self.names.root)
         for path in self._reserved:
             taken.take(path)
         return taken
 
     async def _drop(self, images: Sequence[Image]) -> None:
-        """Forget images of which nothing is cached, and that nobody has open."""
-        for image in images:  # before anything is awaited: nobody can open them from here on
+        """Forget images of which nothing is cached and which nobody has open."""
+        # The names go before anything is awaited, so nobody can open these images from here on.
+        for image in images:
             self.names.unname(image)
             self.names.drop_inode(image)
             self._stale_rows.add(image.inode)
         await self._remove_stale_rows()
 
     async def _remove_stale_rows(self) -> None:
-        """Delete the rows of images that are not shown. If that fails, the next refresh tries again.
+        """Delete the catalog rows of images that are not shown.
+
+        If that fails, the next refresh tries again.
 
         Raises:
             LazyfsError, OSError: the catalog cannot be written.
@@ -298,7 +313,10 @@ class Filesystem:
             self._stale_rows.difference_update(rows)
 
     async def _check_versions(self, images: Sequence[Image]) -> None:
-        """Ask again about what is cached; about what is not, the next open asks."""
+        """Ask the repository again about the images that have something cached.
+
+        The next open of any other image asks about it.
+        """
         known = [image for image in images if not has_nothing(image)]
         for start in range(0, len(known), DESCRIBE_BATCH):
             batch = known[start : start + DESCRIBE_BATCH]
@@ -318,7 +336,8 @@ class Filesystem:
         except errors.ExportChanged as change:
             await self._export_changed(image, change)
         else:
-            # Without an identity an equal size proves nothing, once another version has been seen.
+            # Once another version of an export has been seen, an equal size alone proves nothing
+            # if the export has no identity.
             sure = record.state is State.WHOLE or record.identity != ""
             if sure and record.state is not State.REMOTE and record.cause is Cause.EXPORT_CHANGED:
                 await image.recover()
@@ -342,14 +361,17 @@ class Filesystem:
         error: errors.ExportChanged | None,
         successor: Callable[[ImageRecord], ImageRecord],
     ) -> Image:
-        """Let a new inode take the name; the old one lives until its last close. All or nothing.
+        """Let an image with a new inode take the name.
+
+        The old image stays usable until its last close. If this fails, nothing has changed.
 
         Args:
-            error: why the rest of the old one cannot be fetched any more; None if it can.
+            image: the old image.
+            error: why the rest of the old image cannot be fetched any more. None if it can.
             successor: returns the new record, made from the old one.
 
         Raises:
-            UserError, OSError, LazyfsError: all is as it was.
+            UserError, OSError, LazyfsError: nothing has changed.
         """
         self.check_current(image)
 
@@ -358,7 +380,8 @@ class Filesystem:
         def take_over() -> ImageRecord:
             return self._catalog.replace(image.inode, successor(image.record))
 
-        # Disk only, so never long; half done, the name would lead nowhere.
+        # This is shielded because the name would lead nowhere if it stopped halfway. It only waits
+        # for the disk, so it is never long.
         with trio.CancelScope(shield=True), self._marked_as_replaced(image, fresh.path):
             record = await image.retire(error, take_over)
             logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
@@ -381,15 +404,20 @@ class Filesystem:
             event.set()
 
     def check_current(self, image: Image) -> None:
-        """Raise UserError if another image has, or is about to have, the name of this one."""
+        """Check that this image has its name, and that it is not being replaced.
+
+        Raises:
+            UserError: another image has the name, or is about to get it.
+        """
         if image.retired or image.inode in self._replacing:
             raise errors.UserError(
                 f"{image.record.path} is being replaced by a new version; try again"
             )
 
     async def evict(self, image: Image) -> None:
-        """Drop what is cached, whatever speaks against it; who has the image open keeps it until
-        closed.
+        """Drop what is cached of an image. Obstacles such as a pin are not considered.
+
+        Processes that have the image open keep what was present until they close it.
 
         Raises:
             LazyfsError, OSError: it could not be dropped.
@@ -406,10 +434,10 @@ class Filesystem:
                 await self._drop([new])
 
     async def prefetch(self, image: Image) -> None:
-        """Begin to populate an image without a reader. Its size must be known.
+        """Start to populate an image that nobody reads. Its size must be known.
 
         Raises:
-            LazyfsError, OSError: it cannot be begun now.
+            LazyfsError, OSError: population cannot start now.
         """
         self.check_current(image)
         await image.prefetch()
@@ -417,12 +445,17 @@ class Filesystem:
         self.on_fillable()
 
     def set_rate(self, rate: int | None) -> None:
-        """Limit population of all images together, in bytes per second; None for no limit."""
+        """Limit the population of all images together to `rate` bytes per second.
+
+        None means no limit.
+        """
         self._context.pace.set_rate(rate)
 
     async def save_uses(self) -> None:
-        """Write to the catalog when images were used last. If that fails, the next call tries
-        again."""
+        """Write to the catalog when each image was last used.
+
+        If that fails, the next call tries again.
+        """
         records = [
             image.record
             for image in self.names.images()
@@ -443,7 +476,7 @@ class Filesystem:
     # -- beginning and end
 
     async def resume(self) -> None:
-        """Open the partial images of an earlier daemon."""
+        """Open the partial images that an earlier daemon left."""
         for image in self.names.images():
             if image.record.state in (State.PARTIAL, State.FAILED):
                 try:
@@ -458,10 +491,9 @@ class Filesystem:
         self.on_fillable()
 
     async def aclose(self) -> None:
-        """Save and close every image; what is complete becomes whole. The kernel's connection has
-        ended.
+        """Save and close every image. Images that are complete become whole.
 
-        It is noted when each was used.
+        The connection to the kernel must have ended. The times of the last uses are saved as well.
         """
         self.names.on_invalid_entry = lambda folder, name: None
         self.on_invalid_attributes = lambda inode: None
@@ -482,18 +514,23 @@ class Filesystem:
 
 
 def is_last_copy(image: Image) -> bool:
-    """Whether no fetch would bring back what is cached: the export is gone, or has changed."""
+    """Return whether what is cached could not be fetched again.
+
+    That is so if the export is gone or has changed.
+    """
     record = image.record
     changed = record.state is State.WHOLE and record.cause is Cause.EXPORT_CHANGED
     return image.gone or record.state is State.FAILED or changed
 
 
 def lasting_digest(record: ImageRecord) -> str:
-    """Return the digest that holds for what will be fetched: none if anything was wrong with it, or
-    with the export."""
+    """Return the digest that still holds for what will be fetched.
+
+    It is "" if anything was wrong with the image or its export.
+    """
     return "" if record.error else record.digest
 
 
 def has_nothing(image: Image) -> bool:
-    """Whether nothing of the image is cached, and nobody has it open."""
+    """Return whether nothing of the image is cached and nobody has it open."""
     return image.record.state is State.REMOTE and not image.open_count

@@ -1,7 +1,8 @@
-"""What the engine needs of the world, as Protocols, and the records that cross the border.
+"""Defines what the engine needs from outside, as Protocols, and the records that are exchanged.
 
-`daemon.py` picks the concrete classes; `tests/fakes.py` has others, which pass the same contract
-tests. Unless it says otherwise, everything here is called from the trio thread only.
+`daemon.py` picks the concrete classes. `tests/fakes.py` has other implementations, which pass the
+same contract tests. Unless a docstring says otherwise, everything here is called from the trio
+thread only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from lazyfs.core.image_record import ImageRecord
 
 @dataclass(frozen=True, slots=True)
 class FileAttributes:
-    """How files are shown on the mount, and left behind as plain files."""
+    """Describes how files appear on the mount, and how plain files are left behind."""
 
     mode: int
     uid: int
@@ -25,19 +26,19 @@ class FileAttributes:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """One named disk of the repository, as the server describes it."""
+    """Describes one named disk of the repository, as the server describes it."""
 
     name: str
     size: int
     identity: str
-    """What tells two versions of an export of one size apart: the description the server gives, or
-    ""."""
+    """What tells two versions of an export apart that have the same size: the description that the
+    server gives, or ""."""
 
     def check_same(self, found: "Export") -> None:
-        """Compare with what the server says now.
+        """Compare this export with what the server says now.
 
         Raises:
-            ExportChanged: size or identity differ.
+            ExportChanged: the size or the identity differs.
         """
         if found.size != self.size:
             raise errors.ExportChanged(self.name, f"{self.size} bytes", f"{found.size} bytes")
@@ -46,11 +47,14 @@ class Export:
 
 
 class Claim(Protocol):
-    """Blocks that population has taken upon itself to fetch. It ends with `finish` or `drop`. From
-    any thread."""
+    """Blocks that population has claimed, and will fetch. Thread-safe.
+
+    A claim ends with `finish` or `drop`.
+    """
 
     parts: tuple[ByteRange, ...]
-    """The data in those blocks, in order; the rest of them reads as zeroes. May be empty."""
+    """The ranges of data in these blocks, in order. The rest of the blocks reads as zeroes. May be
+    empty."""
 
     @property
     def data_bytes(self) -> int:
@@ -66,57 +70,60 @@ class Claim(Protocol):
         ...
 
     def finish(self) -> None:
-        """Everything in `parts` has been written."""
+        """End the claim. Everything in `parts` must have been written."""
         ...
 
     def drop(self, error: Exception | None = None) -> None:
-        """Give the blocks back: they could not be fetched or written, or nobody wants them now if
-        `error` is None.
+        """Give the blocks back. Does nothing if the claim has ended.
 
-        Does nothing if the claim has ended.
+        Args:
+            error: why the blocks could not be fetched or written. None if they are merely not
+                wanted any more.
         """
         ...
 
 
 Answered = Callable[[errors.LazyfsError | None], None]
-"""What is called when a request has ended: None if all went well."""
+"""Called when a request has ended. The argument is None if all went well."""
 
 
 class Source(Protocol):
-    """One export of the repository, for demand fetches. Safe for many tasks at once.
+    """Reads one export of the repository on demand. Many tasks may use it at once.
 
-    `pread` and `block_status` reconnect for as long as it takes: the caller sets a time limit, and
+    `pread` and `block_status` reconnect for as long as it takes. The caller sets a time limit, and
     may cancel at any moment.
     """
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
-        """Ask for the bytes at `offset` at once, without a task's turn; return whether that could
-        be done.
+        """Ask for the bytes at `offset` at once, and return whether that could be done.
 
-        It cannot when there is no connection: `pread` makes one. In the trio thread; cannot be
-        cancelled.
+        It cannot be done while there is no connection. `pread` makes one. The call itself does not
+        wait, and cannot be cancelled.
 
         Args:
-            answered: called later, once, in the trio thread. The buffer is filled if it is given
-                None. RequestFailed: as of `pread`. ConnectionLost: it was one attempt, `pread`
-                makes more. It may not raise.
+            offset: where to read.
+            buffer: it is filled if `answered` is given None.
+            answered: called later, once, in the trio thread. It is given RequestFailed as `pread`
+                raises it, or ConnectionLost. This was one attempt; `pread` makes more. It may not
+                raise.
         """
         ...
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`.
 
-        Nothing may be read from the buffer unless this returned. After cancellation the buffer may
-        still be written to: give it to nobody else.
+        Nothing may be read from the buffer unless this has returned.
 
         Raises:
             RequestFailed: the server refused this request.
             ExportChanged: size or identity are no longer what they were.
+        Cancellation: the buffer may still be written to afterwards, so it must not be used for
+            anything else.
         """
         ...
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
-        """Return the ranges of `window` that may hold anything but zeroes, in order.
+        """Return the ranges of `window` that may hold anything except zeroes, in order.
 
         Raises:
             RequestFailed, ExportChanged: as for `pread`.
@@ -126,38 +133,40 @@ class Source(Protocol):
     def drop_connection(self) -> None:
         """Close the connection, if there is one. A later call connects again. Does not block.
 
-        A request under way loses it: what was submitted fails, `pread` and `block_status` connect
-        again. When the last of them has ended, no connection is left open.
+        Requests that are under way lose the connection: what was submitted fails, while `pread` and
+        `block_status` connect again. When the last of them has ended, no connection is left open.
         """
         ...
 
 
 class FillWork(Protocol):
-    """One image as population's workers see it. Every method may be called from any thread."""
+    """Shows one image to population's workers. Thread-safe."""
 
     export: Export
 
     def claim(self, limit: int) -> Claim | float | None:
-        """Take the next missing blocks, at most `limit` bytes (or one block).
+        """Claim the next missing blocks: at most `limit` bytes, or one block.
 
         Returns:
-            A claim, which must end; or the seconds to wait before asking again (readers come first,
-            or the rate is used up); or None when nothing is left to claim now.
+            A claim, which must be ended.
+            A number: the seconds to wait before asking again, because readers come first or the
+                rate is used up.
+            None: nothing is left to claim now.
         """
         ...
 
 
 class Filler(Protocol):
-    """Moves claims of one image from the repository to the cache, on a connection of its own."""
+    """Moves the claims of one image from the repository to the cache, on its own connection."""
 
     async def run(self, work: FillWork, duration_s: float) -> None:
-        """Work until nothing is left to claim, or about `duration_s` has passed.
+        """Work until nothing is left to claim, or until about `duration_s` has passed.
 
-        Every claim has ended when this returns or raises. Cancellation takes effect within about
-        0.1 s.
+        Every claim has ended when this returns or raises.
 
         Raises:
             ConnectionLost, ExportChanged.
+        Cancellation: takes effect within about 0.1 s.
         """
         ...
 
@@ -168,36 +177,40 @@ class Filler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RepositoryStatistics:
-    """How well the repository can be reached."""
+    """Describes how well the repository can be reached."""
 
     connected: bool
     reconnects: int
-    """Times that it was back after a loss."""
+    """How often the repository was reached again after a loss."""
     failures: int
-    """Connections that could not be made, or were lost while an image was filled."""
+    """Connections that could not be made, and connections that were lost while an image was filled.
+    """
 
 
 class Repository(Protocol):
-    """Where images come from."""
+    """Provides the exports from which images are made."""
 
     uri: str
 
     @property
     def connected(self) -> bool:
-        """Whether the last attempt to reach the repository succeeded."""
+        """True if the last attempt to reach the repository succeeded."""
         ...
 
     async def list_exports(self) -> list[str]:
         """Return the names of all exports.
 
         Raises:
-            ConnectionLost, Unsupported (the server does not list).
+            ConnectionLost: the repository cannot be reached.
+            Unsupported: the server does not list its exports.
         """
         ...
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Return, for each name, the export, or why the server would not describe it. One
-        connection for all.
+        """Ask the server to describe the exports `names`, all on one connection.
+
+        Returns:
+            By name: the export, or the reason why the server would not describe it.
 
         Raises:
             ConnectionLost.
@@ -205,47 +218,58 @@ class Repository(Protocol):
         ...
 
     def source(self, export: Export) -> Source:
-        """Return a way to read `export` on demand; connects when first used."""
+        """Return a source that reads `export` on demand. It connects when it is first used."""
         ...
 
     def filler(self, export: Export) -> Filler:
-        """Return a way to fill from `export`; connects when first used."""
+        """Return a filler that reads `export`. It connects when it is first used."""
         ...
 
 
 class ImageFile(Protocol):
-    """The cache file of one image, partial or whole, open for reading. Any thread may call any
-    method."""
+    """The cache file of one image, partial or whole, which is open for reading. Thread-safe."""
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Return bytes if the page cache has all of them, else None. Does not block. Trio thread
-        only."""
+        """Return the bytes if the page cache has all of them, else None.
+
+        Does not block. Trio thread only.
+        """
         ...
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes. Raises OSError, CacheCorrupt (the file is too short)."""
+        """Return exactly `length` bytes.
+
+        Raises:
+            OSError: they cannot be read.
+            CacheCorrupt: the file is too short.
+        """
         ...
 
     def remove(self) -> None:
-        """Unlink what is ours of it (for a partial image: never the plain file). Stays readable
-        until `close`."""
+        """Unlink the files that belong to this object. For a partial image that is never the plain
+        file.
+
+        The content stays readable until `close`.
+        """
         ...
 
     def close(self) -> None:
-        """Give up the file; what is on disk stays."""
+        """Close the file. What is on the disk stays."""
         ...
 
 
 class PlainFile(ImageFile, Protocol):
-    """A whole image."""
+    """The plain file of a whole image."""
 
     def fileno(self) -> int:
-        """Return the open file's descriptor, for the kernel to read from."""
+        """Return the descriptor of the open file, from which the kernel may read."""
         ...
 
     def set_aside(self) -> None:
-        """Free its path, so that the catalog may say that nothing is there; `restore` or `remove`
-        comes next."""
+        """Free the path, so that the catalog may record that nothing is there.
+
+        The caller must call `restore` or `remove` next.
+        """
         ...
 
     def restore(self) -> None:
@@ -254,105 +278,112 @@ class PlainFile(ImageFile, Protocol):
 
 
 class Store(ImageFile, Protocol):
-    """The cache file of an image that is being filled, and its map. Sees whole blocks only.
+    """The cache file of an image that is being filled, and its map. It sees whole blocks only.
 
     `write` and `checkpoint` block, and may run in several threads at the same time.
     """
 
     def load(self) -> BlockMap:
-        """Open or create the files; return what they hold. Called once, first.
+        """Open or create the files, and return what they hold. Called once, before anything else.
 
         Raises:
-            CacheCorrupt: the files exist and are not this image's.
+            CacheCorrupt: the files exist and do not belong to this image.
             NoSpace, OSError.
         """
         ...
 
     def write(self, offset: int, data: memoryview, keep: bool = True) -> None:
-        """Write data; it is not durable before the next checkpoint. Raises NoSpace, OSError (also
-        after `close`).
+        """Write data. It is not durable before the next checkpoint.
 
-        `keep`: in memory, too, as somebody is about to read it.
-
-        `close` may come at any moment, as population's threads cannot be cancelled in the middle of
+        `close` may be called at any moment, because population's threads cannot be cancelled during
         a write.
+
+        Args:
+            offset: where to write.
+            data: whole blocks.
+            keep: keep the data in memory as well, because somebody is about to read it.
+
+        Raises:
+            NoSpace, OSError: the data was not written, for instance because the file was closed.
         """
         ...
 
     def checkpoint(self, pages: Iterable[tuple[int, bytes]], mixed_zero_bytes: int) -> None:
-        """Make durable all data written before the call, then `pages` of the map, in this order.
+        """Make durable all data that was written before the call, and then `pages` of the map.
 
         Raises:
-            CacheCorrupt: data did not reach the disk; what was written since the last checkpoint
+            CacheCorrupt: data did not reach the disk. What was written since the last checkpoint
                 must not be trusted.
             NoSpace, OSError: the data is safe, but the pages count as not saved.
         """
         ...
 
     def disown(self) -> None:
-        """Let no other program that opens the file take what is missing from the export, which is
-        another version now.
+        """Keep other programs from reading the missing ranges from the export.
 
-        Present ranges stay readable, and the image can still be filled and finished, by lazyfs. May
-        be repeated.
+        The export is another version now. Present ranges stay readable, and lazyfs can still fill
+        and finish the image. May be repeated.
 
         Raises:
-            CacheCorrupt, OSError: perhaps not done.
+            CacheCorrupt, OSError: it may not have been done.
         """
         ...
 
     def finish(self) -> None:
-        """Make the complete, checkpointed cache file the plain file at the image's path, durably.
+        """Make the cache file the plain file at the image's path, durably.
 
-        Reads go on throughout. May be repeated, also by a later process. `remove` takes away what
-        is left of the partial image; call it once the catalog says that the image is whole.
+        It must be complete and checkpointed. Reads go on meanwhile. May be repeated, also by a
+        later process. `remove` deletes what is left of the partial image; call it when the catalog
+        says that the image is whole.
 
         Raises:
-            UserError: something else lies at that path.
+            UserError: something else is at that path.
             NoSpace, OSError.
         """
         ...
 
     def unfinish(self) -> None:
-        """Undo `finish`, before `remove`, for an image that is given up although the catalog was
-        never told.
+        """Undo `finish` for an image that is dropped before the catalog was told that it is whole.
 
-        Does nothing if the file at the image's path is another. Needs no `load`.
+        Call it before `remove`. Does nothing if another file is at the image's path. Does not need
+        `load`.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """A file system, in bytes."""
+    """Describes the size of a file system in bytes."""
 
     total: int
     free: int
-    """For this user."""
+    """Bytes that this user may still write."""
 
 
 class Stores(Protocol):
-    """The cache directory, as a maker of stores."""
+    """Makes the stores of images, which are in the cache directory."""
 
     def partial(self, record: ImageRecord) -> Store:
         """Return the store of an image that is being filled."""
         ...
 
     def unkept(self) -> Store:
-        """Return a store that keeps nothing, for when there is no room even for a map: every write
-        is NoSpace."""
+        """Return a store that keeps nothing. Every write raises NoSpace.
+
+        It is used when there is not even room for a map.
+        """
         ...
 
     def whole(self, record: ImageRecord) -> PlainFile:
-        """Return the plain file of a whole image, read-only.
+        """Return the plain file of a whole image, open for reading.
 
         Raises:
-            CacheCorrupt: it is not there, or has another size.
+            CacheCorrupt: the file is missing, or has another size.
         """
         ...
 
     def nearly_full(self) -> bool:
-        """Whether the file system has so little room left that population should pause."""
+        """Return whether so little room is left on the file system that population should pause."""
         ...
 
     def space(self) -> Space:
@@ -361,29 +392,41 @@ class Stores(Protocol):
 
 
 class Catalog(Protocol):
-    """The records of all images. Each call is one transaction, blocks for an fsync, and may come
-    from any thread."""
+    """Stores the records of all images. Thread-safe.
+
+    Each call is one transaction, and blocks for an fsync.
+    """
 
     def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-        """Insert records, whose `inode` is ignored; return them with the inode each was given."""
+        """Insert records, and return them with their new inodes. Their own `inode` is ignored."""
         ...
 
     def update(self, records: Sequence[ImageRecord]) -> None:
-        """Replace the records with the same inodes."""
+        """Replace the records that have the same inodes."""
         ...
 
     def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
-        """Set (inode, size, identity) of images that are remote; leave those that are not any more
-        as they are."""
+        """Set the size and identity of images that are remote.
+
+        Images that are not remote any more are left as they are.
+
+        Args:
+            described: (inode, size, identity) of each image.
+        """
         ...
 
     def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
-        """Set (inode, last_used_ns), and nothing else: what an `update` under way says of the rest
-        stays."""
+        """Set when images were last used.
+
+        Nothing else is changed, so this does not overwrite what a concurrent `update` writes.
+
+        Args:
+            uses: (inode, last_used_ns) of each image.
+        """
         ...
 
     def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
-        """Forget an image and insert another in its place; return it with its inode."""
+        """Forget an image, insert another one in its place, and return that with its inode."""
         ...
 
     def remove(self, inodes: Sequence[int]) -> None:

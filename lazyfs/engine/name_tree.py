@@ -1,9 +1,11 @@
-"""The names on the mount: folders, images, and what the kernel knows them by.
+"""Holds the names on the mount: folders and images, and the inode numbers the kernel uses for them.
 
-The root and the folders have inode numbers derived from their paths; images are found by their key
-in the catalog, whichever of their two inode numbers the kernel uses (`core/inode_number.py`).
-Entries of a folder are listed in the order of their numbers, which is also the position a listing
-goes on from: no entry is skipped or shown twice while others come and go.
+The inode numbers of the root and the folders are derived from their paths. An image is found by its
+key in the catalog, whichever of its two inode numbers the kernel uses (`core/inode_number.py`).
+
+A folder lists its entries in the order of their inode numbers. That number is also the position
+from which a listing continues. So no entry is skipped or shown twice while others are added and
+removed.
 """
 
 from bisect import bisect_right
@@ -16,18 +18,18 @@ from lazyfs.engine.image.image import Image
 
 @dataclass(eq=False, slots=True)
 class Folder:
-    """A "/" in export names."""
+    """A folder, which is made from a "/" in export names."""
 
     path: str
     inode: int
     parent: "Folder | None"
     entries: dict[str, "Folder | Image"] = field(default_factory=dict)
     order: list[tuple[int, str]] | None = None
-    """Inode and name of each entry, sorted; None when out of date."""
+    """The inode and name of each entry, sorted. None when it is out of date."""
 
     @property
     def shown_inode(self) -> int:
-        """As of an image."""
+        """The inode number that its name leads to, as of an image."""
         return self.inode
 
 
@@ -35,26 +37,29 @@ Node = Folder | Image
 
 
 class NameTree:
-    """All names, and the images that lost theirs but are still open. Trio thread only."""
+    """Holds all names, and the images that are open but have lost their name. Trio thread only."""
 
     def __init__(self) -> None:
         self.root = Folder("", inode_number.ROOT, None)
         self.on_invalid_entry: Callable[[Folder, str], None] = lambda folder, name: None
-        """The kernel must ask for this name again; set by the adapter."""
+        """Called when the kernel must ask for this name again. The adapter sets it."""
         self._nodes: dict[int, Node] = {self.root.inode: self.root}
-        """By inode number; images by their key."""
+        """All nodes by their inode number. For images it is their key in the catalog."""
         self._by_export: dict[str, Image] = {}
 
     def node(self, inode: int) -> Node | None:
-        """Return what has this inode number, also if its name is gone but somebody has it open."""
+        """Return what has this inode number.
+
+        An image without a name is also found, as long as somebody has it open.
+        """
         return self._nodes.get(inode_number.key(inode))
 
     def images(self) -> Iterator[Image]:
-        """Yield the images that have a name, in no special order."""
+        """Yield the images that have a name, in no particular order."""
         return iter(list(self._by_export.values()))
 
     def image_of(self, export: str) -> Image | None:
-        """Return the image that shows `export`."""
+        """Return the image that shows `export`, or None."""
         return self._by_export.get(export)
 
     def all_images(self) -> Iterator[Image]:
@@ -62,14 +67,17 @@ class NameTree:
         return (node for node in list(self._nodes.values()) if isinstance(node, Image))
 
     def node_at(self, path: str) -> Node | None:
-        """Return what `path`, relative to the mountpoint, names."""
+        """Return what is at `path`, which is relative to the mountpoint, or None."""
         node: Node | None = self.root
         for part in path.split("/") if path else []:
             node = node.entries.get(part) if isinstance(node, Folder) else None
         return node
 
     def entries_after(self, folder: Folder, position: int) -> Iterator[tuple[int, str, Node]]:
-        """Yield (position, name, node) for the entries behind `position`, 0 for the first."""
+        """Yield (position, name, node) for the entries behind `position`.
+
+        Position 0 starts at the first entry.
+        """
         if folder.order is None:
             folder.order = sorted((node.inode, name) for name, node in folder.entries.items())
         order = folder.order
@@ -79,7 +87,7 @@ class NameTree:
                 yield inode, name, node
 
     def images_below(self, node: Node) -> list[Image]:
-        """Return the image, or all those in the folder and below."""
+        """Return the image itself, or all images in the folder and below it."""
         images, pending = [], [node]
         while pending:
             node = pending.pop()
@@ -90,7 +98,7 @@ class NameTree:
         return images
 
     def can_add(self, path: str) -> bool:
-        """Whether nothing has `path`, and no image is where its folders belong."""
+        """Return whether `path` is free and none of its folders is the name of an image."""
         node: Node = self.root
         for part in path.split("/"):
             if not isinstance(node, Folder):
@@ -101,7 +109,7 @@ class NameTree:
         return False
 
     def add(self, image: Image) -> None:
-        """Show an image at its path, making folders."""
+        """Show an image at its path. Folders that are missing are made."""
         *folders, name = image.record.path.split("/")
         folder = self.root
         for part in folders:
@@ -121,8 +129,10 @@ class NameTree:
         self.on_invalid_entry(folder, name)
 
     def unname(self, image: Image) -> None:
-        """Take an image's name away, and folders that are empty then; its inode still leads to
-        it."""
+        """Take an image's name away, and the folders that are empty then.
+
+        The inode still leads to the image.
+        """
         *folders, name = image.record.path.split("/")
         folder = self.node_at("/".join(folders))
         assert isinstance(folder, Folder)
@@ -137,19 +147,19 @@ class NameTree:
             name, folder = folder.path.rpartition("/")[2], folder.parent
 
     def invalidate(self, image: Image) -> None:
-        """Have the kernel ask again for what is behind the name."""
+        """Let the kernel ask again what is behind the name of an image."""
         folder, _, name = image.record.path.rpartition("/")
         parent = self.node_at(folder)
         assert isinstance(parent, Folder)
         self.on_invalid_entry(parent, name)
 
     def drop_inode(self, image: Image) -> None:
-        """Forget an image that has neither name nor reader."""
+        """Forget an image that has no name and is not open."""
         self._nodes.pop(image.inode, None)
 
 
 class TakenNames:
-    """Which paths can still be given, while new exports are taken in."""
+    """Knows which paths are still free while new exports are added."""
 
     def __init__(self, root: Folder) -> None:
         self._files: set[str] = set()
@@ -166,7 +176,7 @@ class TakenNames:
                     self._files.add(path)
 
     def is_free(self, path: str) -> bool:
-        """Whether no file or folder has `path`, and no file is where its folders belong."""
+        """Return whether `path` is free and none of its folders is the name of a file."""
         return (
             path not in self._files
             and path not in self._folders

@@ -1,8 +1,8 @@
-"""What an operator asks for: images prefetched, pinned, evicted, forgotten, verified; and what
-speaks against it.
+"""Does what an operator asks for, and checks what speaks against it.
 
-The control socket's commands and unlink(2) on the mount come here, so that they refuse the same
-things. Room, which evicts without being asked, has the same obstacles from `core/eviction.py`.
+Operators prefetch, pin, evict, forget and verify images. Both the commands of the control socket
+and unlink(2) on the mount come here, so both refuse the same things. Room evicts without being
+asked; it uses the same obstacles, from `core/eviction.py`.
 """
 
 import logging
@@ -32,15 +32,16 @@ from lazyfs.engine.interfaces import Export, Repository
 logger = logging.getLogger(__name__)
 
 PREFETCH_ANSWER_S = 5.0
-"""How long `prefetch` waits for the repository: less than a client of the control socket does."""
+"""How long `prefetch` waits for the repository. This is shorter than a client of the control socket
+waits for the answer."""
 
 AGAINST_EVICT = (Obstacle.GONE, Obstacle.PINNED, Obstacle.BACKING)
-"""What keeps an image from an operator's eviction. That it is open does not: who has it open keeps
-reading it."""
+"""What keeps an operator from evicting an image. Being open is not among these, because processes
+that have the image open can keep reading it."""
 
 AGAINST_UNLINK = (Obstacle.PINNED, Obstacle.BACKING)
-"""What keeps an image from unlink(2): one that is gone from the repository may go, as it would on
-any file system."""
+"""What keeps unlink(2) from evicting an image. An image that is gone from the repository may be
+unlinked, as on any file system."""
 
 AGAINST_FORGET = (Obstacle.PINNED, Obstacle.OPEN)
 
@@ -53,7 +54,7 @@ _REFUSALS = {
 
 
 class Refused(errors.UserError):
-    """An image may not go."""
+    """An image may not be dropped."""
 
     def __init__(self, path: str, obstacle: Obstacle) -> None:
         super().__init__(path, obstacle)
@@ -65,7 +66,13 @@ class Refused(errors.UserError):
 
 
 def candidate(image: Image, backing: Collection[str], spared: bool = False) -> Candidate:
-    """Return an image as eviction sees it. `backing`: the paths of images that overlays need."""
+    """Return an image as a candidate for eviction.
+
+    Args:
+        image: the image.
+        backing: the paths of images that overlays need.
+        spared: whether the room is wanted for this very image, so that it is not evicted.
+    """
     return Candidate(
         key=image.inode,
         size=image.cached_bytes(),
@@ -80,7 +87,7 @@ def candidate(image: Image, backing: Collection[str], spared: bool = False) -> C
 
 
 class Operations:
-    """The operations of one mount. Trio thread only."""
+    """Carries out the operations of one mount. Trio thread only."""
 
     def __init__(
         self,
@@ -89,8 +96,15 @@ class Operations:
         options: Options,
         backing_files: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
-        """`backing_files`: returns the paths of images that overlays need. Raises UserError if it
-        cannot tell."""
+        """Do nothing yet.
+
+        Args:
+            filesystem: the images.
+            repository: asked when images are compared with it.
+            options: what the user chose about images.
+            backing_files: returns the paths of images that overlays need. Raises UserError if they
+                cannot be found out.
+        """
         self._filesystem = filesystem
         self._repository = repository
         self._options = options
@@ -99,21 +113,26 @@ class Operations:
     # -- filling
 
     def check_format(self, image: Image, image_format: str | None) -> None:
-        """Raise UserError if `prefetch` would refuse that format: something is cached in
-        another."""
+        """Check that `prefetch` would accept this format.
+
+        Raises:
+            UserError: something is cached in another format.
+        """
         if image_format not in (None, image.record.format) and not has_nothing(image):
             raise errors.UserError(
                 f"{image.record.path} is cached as {image.record.format}; evict it first"
             )
 
     async def prefetch(self, image: Image, image_format: str | None) -> Image:
-        """Populate an image without a reader; return it, or the one that shows it in another
-        format.
+        """Populate an image that nobody reads.
+
+        Returns:
+            The image, or the image that shows the same export in another format.
 
         Raises:
-            UserError: something is cached in another format, the image has failed, or is gone from
-                the repository.
-            LazyfsError, OSError: it cannot be begun now.
+            UserError: something is cached in another format, the image has failed, or it is gone
+                from the repository.
+            LazyfsError, OSError: population cannot start now.
         """
         self.check_format(image, image_format)
         if image_format is not None and image_format != image.record.format:
@@ -153,27 +172,31 @@ class Operations:
     # -- keeping
 
     async def touch(self, image: Image, used_ns: int) -> None:
-        """Note that somebody used `image` then, without opening it. A time in the future counts as
-        now."""
+        """Note that somebody used `image` at that time without opening it.
+
+        A time in the future counts as now.
+        """
         at_ns = max(0, min(used_ns, time.time_ns()))
-        if image.retired:  # by an open file of it: nobody asks for its last use any more
+        if image.retired:  # only its open files lead here, and nobody asks for its last use
             image.note_use(at_ns)
         else:
             await self._annotate(image, lambda record: record.used(at_ns))
 
     async def pin(self, image: Image, pinned: bool) -> None:
-        """Keep an image from being evicted, or not any more."""
+        """Pin an image, so that it is not evicted, or unpin it."""
         await self._annotate(image, lambda record: record.with_pin(pinned))
 
     async def set_digest(self, image: Image, digest: str) -> None:
-        """Have an image that is not whole compared with `digest` when it is complete."""
+        """Set the digest with which an image is compared when it is complete."""
         image = await self._annotate(image, lambda record: record.with_digest(digest))
         if image.record.cause is Cause.WRONG_DIGEST:
-            await image.recover()  # it will be compared with this one
+            await image.recover()  # it will be compared with the new digest
 
     async def _annotate(self, image: Image, change: Callable[[ImageRecord], ImageRecord]) -> Image:
-        """Change the record of the image that has the name now; it may be another than when the
-        caller looked."""
+        """Change the record of the image that has the name now, and return that image.
+
+        It may be another image than the one the caller has looked at.
+        """
         while True:
             try:
                 await image.annotate(change)
@@ -188,14 +211,18 @@ class Operations:
     # -- dropping
 
     async def evict(self, image: Image, backing: Collection[str] | None = None) -> None:
-        """Drop what is cached; who has the image open keeps it until closed.
+        """Drop what is cached of an image.
+
+        Processes that have the image open keep what was present until they close it.
 
         Args:
-            backing: what overlays need, if the caller knows.
+            image: the image.
+            backing: the paths of images that overlays need. None means that they are to be looked
+                up.
 
         Raises:
-            Refused: something speaks against it.
-            UserError: it cannot be told what overlays need.
+            Refused: an obstacle speaks against it.
+            UserError: it cannot be found out what overlays need.
             LazyfsError, OSError: it could not be dropped.
         """
         if image.record.state is State.REMOTE and not image.gone:
@@ -205,12 +232,12 @@ class Operations:
         await self._filesystem.evict(image)
 
     async def unlink(self, image: Image) -> None:
-        """Evict as unlink(2) on the mount does. Raises as `evict`."""
+        """Evict as unlink(2) on the mount does. Raises what `evict` raises."""
         self._refuse(image, await self.backing_files(), AGAINST_UNLINK)
         await self._filesystem.evict(image)
 
     def may_go(self, image: Image, backing: Collection[str]) -> bool:
-        """Whether `evict` would drop anything."""
+        """Return whether `evict` would drop anything."""
         found = eviction.obstacle(candidate(image, backing), AGAINST_EVICT)
         return image.record.state is not State.REMOTE and found is None
 
@@ -218,7 +245,7 @@ class Operations:
         """Drop an image that is gone from the repository.
 
         Raises:
-            Refused, UserError: it is there, pinned or open.
+            Refused, UserError: the image is still in the repository, or it is pinned or open.
             LazyfsError, OSError: it could not be dropped.
         """
         if not image.gone:
@@ -236,7 +263,7 @@ class Operations:
     # -- looking
 
     async def map(self, image: Image) -> list[image_map.MapEntry]:
-        """Return which ranges of an image are here; as `image_map.entries`."""
+        """Return which ranges of an image are present. See `image_map.entries`."""
         return await image_map.entries(image, self._filesystem.threads.jobs)
 
     async def verify(
@@ -246,19 +273,23 @@ class Operations:
         progress: Callable[[int], None],
         digest: str = "",
     ) -> None:
-        """Read back what is cached; drop it if it is damaged, so that it is fetched again when next
-        needed.
+        """Read back what is cached of an image and compare it.
 
-        What cannot be fetched again, or is pinned, is kept.
+        If the cache is damaged, it is dropped, so it is fetched again when it is needed next. What
+        cannot be fetched again, or is pinned, is kept.
 
         Args:
-            digest: of a whole image, instead of the one that is known, and known from then on if it
-                is right. If it is not, the image may be good, and is kept.
+            image: the image.
+            against_repository: compare with what the repository has now.
+            progress: called with the number of bytes of each chunk.
+            digest: the digest of a whole image, used instead of the one in the catalog. If it
+                matches, it is stored in the catalog. If it does not, the image may still be good,
+                and is kept.
 
         Raises:
-            Differs, CacheCorrupt: it is damaged.
-            UserError: it does not have the `digest`.
-            UserError, OSError, LazyfsError: it cannot be verified; says why.
+            Differs, CacheCorrupt: the cache is damaged.
+            UserError: the image does not have the `digest`.
+            UserError, OSError, LazyfsError: it cannot be verified. The error says why.
         """
         record = image.record
         known = record.digest if record.state is State.WHOLE else ""

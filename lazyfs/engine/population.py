@@ -1,9 +1,9 @@
-"""Fills images in the background: a few workers share all of them fairly, those with open readers
-first.
+"""Fills images in the background.
 
-A worker takes the image that has waited longest, gives it one turn of at most TURN_S, and chooses
-again. What to fetch, and when readers must be let past, the image decides (`FillPort.claim`); how
-bytes move, the repository's fillers. When nothing can be filled no task wakes up.
+A few workers share all images fairly. Images that somebody has open come first. A worker takes the
+image that has waited longest, gives it one turn of at most TURN_S, and chooses again. The image
+decides what to fetch, and when readers go first (`FillPort.claim`). The repository's fillers move
+the bytes. While nothing can be filled, no task wakes up.
 """
 
 import logging
@@ -23,58 +23,67 @@ from lazyfs.engine.interfaces import Filler, Repository, Stores
 logger = logging.getLogger(__name__)
 
 WORKERS = 2
-"""Two threads saturate a 2-core host (2.6-3.5 GB/s); a third only took time from the FUSE loop."""
+"""Two threads saturate a host with 2 cores (2.6-3.5 GB/s). A third only took time from the FUSE
+loop."""
 
 TURN_S = 2.0
-"""Long enough that a reconnect (3 round trips, 60 ms at 20 ms each) costs little, short enough for
-fairness."""
+"""How long a turn takes. It is long enough that a reconnect costs little (3 round trips, 60 ms at
+20 ms each), and short enough for fairness."""
 
 ROOM_CHECK_S = 1.0
-"""Between looks for room while there is none."""
+"""How often to look for room while there is none."""
 
 LEARN_S = 10.0
-"""For one question about extents, before an image counts as unreachable and the worker turns to the
-next."""
+"""How long one question about extents may take. After that the image counts as unreachable, and the
+worker turns to the next image."""
 
 LOOK_AGAIN_S = 0.5
-"""Before another turn of an image of which everything missing is being fetched already."""
+"""How long an image waits for another turn when everything that is missing is already being
+fetched."""
 
 RECONNECT_S = 1.0
-"""Between turns of an image whose connection was lost; readers who wait reconnect sooner on their
-own."""
+"""How long an image waits for another turn after it has lost its connection. Readers that wait
+reconnect sooner by themselves."""
 
 MAX_RETRY_S = 60.0
-"""Between turns of an image whose ranges fail; the repository may mend it at any time."""
+"""How long an image whose ranges fail waits for another turn, at most. The repository may be
+repaired at any time."""
 
 
 @dataclass(frozen=True, slots=True)
 class PopulationStatistics:
-    """What population has to do, and what came of it."""
+    """Describes what population has to do, and how it has gone."""
 
     waiting: int
     """Images that wait for a turn."""
     working: int
-    """Images that have one."""
+    """Images that have a turn."""
     failures: int
-    """Turns that failed, in all."""
+    """Turns that have failed since the daemon started."""
     paused: bool
-    """Nothing is filled although something could be: there is no room."""
+    """True if nothing is filled although something could be, because there is no room."""
 
 
 class Population:
-    """The workers of one mount."""
+    """Runs the workers of one mount."""
 
     def __init__(
         self, repository: Repository, stores: Stores, images: Callable[[], Iterable[Image]]
     ) -> None:
-        """`images`: those to look at; asked anew for each turn."""
+        """Do nothing before `run`.
+
+        Args:
+            repository: makes the fillers.
+            stores: asked whether the disk is nearly full.
+            images: returns the images that may be filled. Called before each turn.
+        """
         self.paused = ""
-        """Why nothing is being filled although something could be; "" if it is."""
+        """Why nothing is being filled although something could be. It is "" otherwise."""
         self.shortage: Callable[[], str] = lambda: ""
-        """Why the cache may not grow, or "". Asked before each turn; set by whoever limits the
-        cache."""
+        """Returns why the cache may not grow, or "". Called before each turn. Whoever limits the
+        cache sets it."""
         self.on_turn: Callable[[], None] = lambda: None
-        """Called after each turn, and when filling stops for lack of room."""
+        """Called after each turn, and when filling stops because there is no room."""
         self._repository = repository
         self._stores = stores
         self._images = images
@@ -82,22 +91,25 @@ class Population:
         self._turns = 0
         self._failures = 0
         self._busy: list[Image] = []
-        """One for each worker that has a turn under way."""
+        """One image for each worker that has a turn under way."""
         self._backoffs: dict[int, Backoff] = {}
 
     def wake(self) -> None:
-        """Something may have become fillable."""
+        """Look again, because something may have become fillable."""
         self._wake.set()
 
     def statistics(self) -> PopulationStatistics:
-        """Return what there is to do, as of now."""
+        """Return what there is to do now."""
         waiting = sum(image.fillable and image not in self._busy for image in self._images())
         return PopulationStatistics(
             waiting, len(set(self._busy)), self._failures, bool(self.paused)
         )
 
     async def run(self) -> None:
-        """Fill until cancelled. Everything claimed has been given back then."""
+        """Fill images until cancelled.
+
+        Cancellation: everything that was claimed has been given back when this ends.
+        """
         async with trio.open_nursery() as nursery:
             for _ in range(WORKERS):
                 nursery.start_soon(self._work)
@@ -105,7 +117,7 @@ class Population:
     async def _work(self) -> None:
         fillers: dict[int, Filler] = {}
         while True:
-            # Renewed before looking: what happens after the look is not missed by the wait.
+            # The event is renewed before looking, so the wait does not miss what happens after.
             if self._wake.is_set():
                 self._wake = trio.Event()
             wake = self._wake
@@ -157,7 +169,7 @@ class Population:
         return None if inode is None else ready[inode]
 
     async def _wait(self, wake: trio.Event) -> None:
-        """Until somebody calls `wake`, or an image that has to wait is due."""
+        """Wait until somebody calls `wake`, or until an image that has to wait is due."""
         self.paused = ""
         now = trio.current_time()
         waiting = [image.populating.due(now) for image in self._images() if image.fillable]
@@ -165,7 +177,7 @@ class Population:
             await wake.wait()
 
     async def _guarded_turn(self, image: Image, fillers: dict[int, Filler]) -> None:
-        """Give an image a turn. Whatever goes wrong concerns this image alone."""
+        """Give an image a turn. A failure of any kind concerns this image alone."""
         try:
             await self._turn(image, fillers)
         except Exception as error:
@@ -199,13 +211,17 @@ class Population:
                 filling.reader.rest()
         progress = table.counters().populated_bytes > before
         if trouble is None and not progress and trio.current_time() < began + TURN_S:
-            # Others have claimed all that is missing. Their end, good or bad, tells us nothing.
+            # Others have claimed everything that is missing. Whether they succeed or fail says
+            # nothing about this turn.
             image.populating.after = max(image.populating.after, trio.current_time() + LOOK_AGAIN_S)
         else:
             self._note(image, trouble, progress)
 
     async def _learn(self, filling: Filling) -> None:
-        """Learn what the fill needs next; a source reconnects for ever, a worker must not."""
+        """Learn what the fill needs next, within LEARN_S.
+
+        A source reconnects for ever, which a worker must not do.
+        """
         try:
             with trio.fail_after(LEARN_S):
                 await filling.reader.learn_next()
@@ -228,8 +244,10 @@ class Population:
             raise failure
 
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
-        """Keep book of failures: an image whose turn failed waits before its next, longer each
-        time."""
+        """Note how a turn has ended.
+
+        An image whose turn failed waits before its next turn, longer each time.
+        """
         if trouble is None:
             image.populating.trouble = ""
             self._backoffs.pop(image.inode, None)
@@ -244,8 +262,10 @@ class Population:
         logger.debug("population waits: image=%s reason=%s", image.record.export, trouble)
 
     async def _close_unused(self, fillers: dict[int, Filler], keep: Image | None) -> None:
-        """Close connections of images that are whole, failed or gone, and of all when there is
-        nothing to do."""
+        """Close the connections of images that are whole, failed or gone.
+
+        If there is nothing to do, close all of them.
+        """
         fillable = (
             {image.inode for image in self._images() if image.fillable}
             if keep is not None
@@ -258,4 +278,4 @@ class Population:
 
 
 _MAX_CONNECTIONS = 8
-"""Kept by one worker for images it will come back to."""
+"""How many connections one worker keeps for images to which it will come back."""

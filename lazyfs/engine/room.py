@@ -1,17 +1,17 @@
-"""Keeps the cache within --max-cache and --min-free: adds up what it takes, evicts, and says when
-there is no room.
+"""Keeps the cache within --max-cache and --min-free.
 
-    writers --reserve--> Budget --(low)--> Room.run: count, scan overlays, evict, set the budget -->
-    Budget
-                                               |
-                                           message --> population pauses; status
+It adds up what the cache takes, evicts, and says when there is no room:
 
-A count adds up all images. It comes when the budget runs low, and while something is wanted that
-was refused; never for single blocks, and never on a reader's way: a read finds the budget as it is,
-and what the budget refuses is served without being kept. With limits but nothing to do no task
-wakes up, except for --min-free, as others fill that disk.
+    writers --reserve--> Budget --on_low--> Room.run: count, scan overlays, evict, set the Budget
+                                              |
+                                          message --> population pauses; status shows it
 
-What to evict is decided in `core/eviction.py`; this module finds out what that needs to know, and
+A count adds up all images. It is done when the budget runs low, and while something is wanted that
+was refused. It is not done for single blocks, nor while a reader waits: a read takes the budget as
+it is, and what the budget refuses is served without being kept. With limits but nothing to do no
+task wakes up, except for --min-free, because other programs fill that disk as well.
+
+`core/eviction.py` decides what to evict. This module finds out what that decision needs, and
 carries it out.
 """
 
@@ -37,32 +37,32 @@ logger = logging.getLogger(__name__)
 
 
 async def no_overlays() -> frozenset[str]:
-    """Return no backing files: for a mount that knows of no overlays."""
+    """Return no backing files. This is for a mount that knows of no overlays."""
     return frozenset()
 
 
 RETRY_S = 1.0
-"""Between looks while there is no room: how late a close or an unpin makes some. A look at 10,000
-images takes 2 ms."""
+"""How often to look while there is no room. A close or an unpin makes room after at most this time.
+One look at 10,000 images takes 2 ms."""
 
 OVERLAYS_S = 10.0
-"""Between scans of the overlays while nothing else keeps images from being evicted: a scan opens
+"""How often to scan the overlays while nothing else keeps images from being evicted. A scan opens
 every file there."""
 
 WATCH_S = 30.0
-"""Between looks at the disk for --min-free when lazyfs itself writes nothing."""
+"""How often to look at the disk for --min-free when lazyfs itself writes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoomStatistics:
-    """What `query-mount` shows. Bytes."""
+    """Describes the room as `query-mount` shows it. All numbers are bytes."""
 
     total: int
-    """Of the file system that holds the cache."""
+    """The size of the file system that holds the cache."""
     free: int
-    """Of it, for this user."""
+    """What this user may still write to that file system."""
     used: int
-    """By the cache: data and maps."""
+    """What the cache takes: data and maps."""
     max_cache: int | None
     min_free: int | None
     message: str
@@ -70,7 +70,7 @@ class RoomStatistics:
 
 
 class Room:
-    """The limits of one mount. Trio thread only."""
+    """Applies the limits of one mount. Trio thread only."""
 
     def __init__(
         self,
@@ -79,30 +79,36 @@ class Room:
         limits: Limits,
         backing_files: Callable[[], Awaitable[frozenset[str]]] = no_overlays,
     ) -> None:
-        """Set the budget by what the catalog says.
+        """Set the budget according to the catalog.
 
         Args:
+            filesystem: the images.
+            stores: asked how much of the disk is free.
+            limits: what the user allows the cache.
             backing_files: returns the paths of the images that overlays need. Raises UserError if
-                it cannot tell.
+                they cannot be found out.
         """
         self.may_evict = True
-        """False once detached: nobody sees any more who opens the plain files."""
+        """False once the mount is detached, because then nobody sees who opens the plain files."""
         self.on_change: Callable[[], None] = lambda: None
-        """There is room again, or none any more. Set by whoever populates."""
+        """Called when there is room again, and when there is none any more. Whoever populates sets
+        it."""
         self.message = ""
-        """Why the cache may not grow now, and population pauses; "" if it may."""
+        """Why the cache may not grow now, so that population pauses. It is "" if the cache may
+        grow."""
         self._filesystem = filesystem
         self._stores = stores
         self._limits = limits
         self._backing_files = backing_files
         self._asked = trio.Event()
         self._overlays_free: frozenset[int] = frozenset()
-        """What only overlays kept from being evicted at the latest scan, which freed nothing."""
+        """The images that only overlays kept from being evicted at the latest scan that freed
+        nothing."""
         self._overlays_found: tuple[Shortage, str] | None = None
-        """What came of that scan."""
+        """The outcome of that scan."""
         self._scan_after = -math.inf
         self._not_evicted: dict[int, str] = {}
-        """Why images could not be evicted, as far as the log knows; by inode."""
+        """The reasons why images could not be evicted, as logged last, by inode."""
         if limits:
             filesystem.budget.on_low = self._ask_from_thread
             self._token = trio.lowlevel.current_trio_token()
@@ -111,12 +117,16 @@ class Room:
     # -- what others ask
 
     def want(self) -> None:
-        """Somebody wants to write: have another look soon, if there was no room."""
+        """Look again soon if there was no room, because somebody wants to write."""
         if self.message:
             self._asked.set()
 
     def statistics(self) -> RoomStatistics:
-        """Return the room there is, as of now. Raises OSError if the file system cannot tell."""
+        """Return how much room there is now.
+
+        Raises:
+            OSError: the file system cannot tell.
+        """
         space, limits = self._stores.space(), self._limits
         return RoomStatistics(
             space.total,
@@ -130,7 +140,10 @@ class Room:
     # -- the task
 
     async def run(self) -> None:
-        """Look whenever it is time to, and evict. Returns at once if there are no limits."""
+        """Look for room whenever it is time to, and evict.
+
+        Returns at once if there are no limits.
+        """
         watch_s = WATCH_S if self._limits.free_bytes(1) is not None else math.inf
         while self._limits:
             self._asked = trio.Event()
@@ -158,7 +171,10 @@ class Room:
         self._say(message)
 
     def _say(self, message: str) -> None:
-        """Set the message. That there is no room, and that there is some again, is said once."""
+        """Set the message.
+
+        It is logged once that there is no room, and once that there is room again.
+        """
         changed, self.message = bool(message) != bool(self.message), message
         if changed:
             level = logging.WARNING if message else logging.INFO
@@ -189,7 +205,7 @@ class Room:
     def _set_budget(self, space: Space) -> None:
         headroom, room = self._limits.headroom(space.total), self._room(space)
         if self._limits.free_bytes(space.total) is not None:
-            room = min(room, 2 * headroom)  # others use the disk as well: look again before long
+            room = min(room, 2 * headroom)  # others use the disk as well, so look again before long
         self._filesystem.budget.set_left(room, headroom)
 
     def _used(self) -> int:
@@ -205,15 +221,19 @@ class Room:
     # -- evicting
 
     async def _evict(self, need: Need) -> tuple[int, str]:
-        """Make room; return how many bytes were freed, and why not enough, should they not be."""
+        """Make room.
+
+        Returns:
+            How many bytes were freed, and, if they are not enough, the reason.
+        """
         decision = self._decide(need, None)
         if isinstance(decision, LookAtOverlays):
             backing, found = await self._scan(need)
             if backing is None:
                 assert found is not None
                 return 0, self._explain(*found)
-            # From here to each eviction's first step nothing is awaited but evictions: who opens an
-            # image is seen.
+            # From here on only evictions are awaited, so an image that somebody opens meanwhile is
+            # seen to be open.
             decision = self._decide(need, backing)
             if isinstance(decision, Shortage):
                 self._remember_scan(need, (decision, ""))
@@ -245,14 +265,18 @@ class Room:
         return freed, self._explain(why, detail)
 
     def _complain(self, image: Image, error: Exception) -> None:
-        """Say once why an image cannot go: it is tried again each second."""
+        """Log why an image cannot be evicted. It is tried again each second, but logged once."""
         if self._not_evicted.get(image.inode) != str(error):
             self._not_evicted[image.inode] = str(error)
             logger.warning("cannot be evicted: image=%s reason=%s", image.record.export, error)
 
     async def _scan(self, need: Need) -> tuple[frozenset[str] | None, tuple[Shortage, str] | None]:
-        """Return the backing files of overlays; or None, and why they are not known or not asked
-        for again now."""
+        """Find the backing files of overlays.
+
+        Returns:
+            The paths of the backing files and None; or None and the reason, if they are not known
+                or are not looked up again yet.
+        """
         free = frozenset(
             one.key for one in eviction.choose(self._candidates(need, None), eviction.ALL)
         )
@@ -272,7 +296,7 @@ class Room:
         return None, found
 
     def _remember_scan(self, need: Need, found: tuple[Shortage, str]) -> None:
-        """Scan no more for a while, unless something else becomes free to go."""
+        """Do not scan for a while, unless something else becomes free to be evicted."""
         free = eviction.choose(self._candidates(need, None), eviction.ALL)
         self._overlays_free = frozenset(one.key for one in free)
         self._overlays_found = found
@@ -298,7 +322,13 @@ class Room:
         space = self._stores.space()
         keep_free = self._limits.free_bytes(space.total)
         if self._limits.max_cache is not None and (keep_free is None or space.free > keep_free):
-            what = f"the cache takes {format_size(self._used())}, --max-cache is {format_size(self._limits.max_cache)}"
+            what = (
+                f"the cache takes {format_size(self._used())}, "
+                f"--max-cache is {format_size(self._limits.max_cache)}"
+            )
         else:
-            what = f"{format_size(space.free)} of the cache's disk is free, --min-free is {format_size(keep_free or 0)}"
+            what = (
+                f"{format_size(space.free)} of the cache's disk is free, "
+                f"--min-free is {format_size(keep_free or 0)}"
+            )
         return f"no room: {what}, and {detail or why.value}"

@@ -1,5 +1,8 @@
-"""Learns the sizes of images from the repository: of listed ones in batches, of one again before
-its cache is begun."""
+"""Learns the sizes of images from the repository.
+
+Images that are listed are asked about in batches. One image is asked about again before its cache
+is begun.
+"""
 
 import logging
 import math
@@ -16,16 +19,17 @@ from lazyfs.engine.supervision import log_failure
 logger = logging.getLogger(__name__)
 
 DESCRIBE_BATCH = 128
-"""Exports asked about at once: 10 ms of questions at 70 us each, 3 s over a link of 20 ms; one
-catalog transaction."""
+"""How many exports are asked about at once. This takes 10 ms at 70 us per question, or 3 s over a
+link of 20 ms, and ends in one catalog transaction."""
 
 NO_SIZES_S = 5.0
-"""After a question about sizes had no answer, others fail at once for so long: time for a listing
-of thousands, and how late a user may notice that the repository is back."""
+"""After a question about sizes had no answer, further questions fail at once for this time. It is
+long enough for a listing of thousands, and it is how late a user may notice that the repository
+is back."""
 
 
 class Sizes:
-    """Of the images of one mount. Trio thread only."""
+    """Learns the sizes of the images of one mount. Trio thread only."""
 
     def __init__(
         self,
@@ -44,8 +48,9 @@ class Sizes:
         self._no_sizes_until = 0.0
 
     async def learn(self, images: Sequence[Image]) -> None:
-        """Learn the sizes that are not known yet, in batches; what the server will not describe
-        stays unknown.
+        """Learn the sizes that are not known yet, in batches.
+
+        What the server will not describe stays unknown.
 
         Raises:
             TimedOut: the repository does not answer in the time allowed.
@@ -57,7 +62,7 @@ class Sizes:
             )
 
     def learn_soon(self, images: Sequence[Image]) -> None:
-        """Let `learn` run in the background, after a listing showed names without sizes."""
+        """Run `learn` in the background, after a listing has shown names without sizes."""
         if not self._describing.locked():
             self._nursery.start_soon(
                 log_failure, "asking for sizes", partial(self._learn_quietly, images)
@@ -66,11 +71,15 @@ class Sizes:
     async def learn_again(
         self, image: Image, limit_s: float = math.inf, patient: bool = False
     ) -> None:
-        """Ask for the size of an image, although it may be known. `patient`: also if nobody
-        answered a moment ago.
+        """Ask for the size of an image, although it may be known.
+
+        Args:
+            image: the image.
+            limit_s: how long to wait, if that is less than the time allowed for reads.
+            patient: ask even if the repository did not answer a moment ago.
 
         Raises:
-            TimedOut: the repository does not answer in `limit_s` seconds, or in the time allowed.
+            TimedOut: the repository does not answer in that time.
         """
         await self._in_time(self._describe, [image], min(limit_s, self._io_timeout_s), patient)
 
@@ -82,7 +91,7 @@ class Sizes:
 
     async def _describe_unknown(self, images: Sequence[Image]) -> None:
         async with self._describing:
-            # Looked at again under the lock: the one before us may have learned them.
+            # Looked at again under the lock, because the task before us may have learned them.
             await self._describe([image for image in images if image.record.size is None])
 
     async def _in_time(
@@ -100,7 +109,7 @@ class Sizes:
             and trio.current_time() < self._no_sizes_until
             and not self._repository.connected
         ):
-            raise too_late  # `ls -l` of thousands waits once, not once for each
+            raise too_late  # so `ls -l` of thousands of images waits once, not once for each
         try:
             with trio.fail_after(limit_s):
                 await call(images)
@@ -127,7 +136,7 @@ class Sizes:
             logger.warning("the catalog could not be written: %s", error)
 
     async def _ask(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Describe, reconnecting for as long as the caller allows."""
+        """Ask the repository to describe exports. Reconnects for as long as the caller allows."""
         while True:
             try:
                 return await self._repository.describe(names)

@@ -1,5 +1,7 @@
-"""Background tasks of a mount: one that fails is reported, and started again after a pause; it
-never ends the mount."""
+"""Runs the background tasks of a mount.
+
+A task that fails is reported, and started again after a pause. It never ends the mount.
+"""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -12,15 +14,17 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
-"""Between two starts of a task that fails: the pause doubles from the first to the last.
-Unmeasured; a task that fails at once again costs one log line and one traceback each time."""
+"""The pause between two starts of a task that fails doubles from FIRST_PAUSE_S to MAX_PAUSE_S. Both
+are unmeasured. A task that fails at once each time costs one log line and one traceback each
+time."""
 
 
 async def log_failure(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` once, as a task of its own. If it fails, that is logged, and ends nothing else.
+    """Run `work` once. If it fails, that is logged, and nothing else ends.
 
     Args:
         what: names the task in the log, as in "taking in a change".
+        work: the task.
     """
     try:
         await work()
@@ -29,15 +33,17 @@ async def log_failure(what: str, work: Callable[[], Awaitable[None]]) -> None:
 
 
 class Supervisor:
-    """The background tasks of one mount. Trio thread only."""
+    """Runs the background tasks of one mount. Trio thread only."""
 
     def __init__(self) -> None:
         self._troubles: dict[str, str] = {}
 
     @property
     def message(self) -> str:
-        """What an operator should know of tasks that have failed and are not running again; "" if
-        all run."""
+        """What an operator should know of tasks that have failed and are not running again.
+
+        It is "" if all tasks run.
+        """
         return "; ".join(self._troubles.values())
 
     async def keep_running(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -45,6 +51,7 @@ class Supervisor:
 
         Args:
             what: names the task in messages, as in "population".
+            work: the task.
         """
         pause = Backoff(first=FIRST_PAUSE_S, limit=MAX_PAUSE_S)
         while True:

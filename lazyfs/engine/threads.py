@@ -1,7 +1,8 @@
-"""Threads for calls that wait for the disk, limited by who waits for them.
+"""Limits the threads for calls that wait for the disk, separately for each kind of caller.
 
-trio's default limiter is left to cold reads of cache files. With limiters of their own, nothing else waits behind
-readers whom a disk that stalls holds up; nor do readers wait behind the catalog, or behind files being opened.
+trio's default limiter is used for cold reads of cache files only. All other calls have limiters of
+their own. So none of them waits behind readers that a stalled disk holds up, and readers wait
+neither for the catalog nor for files that are being opened.
 """
 
 import trio
@@ -9,21 +10,21 @@ import trio
 MAX_OPENS = 8
 MAX_SYNCS = 4
 MAX_JOBS = 4
-"""Unmeasured. A disk that queues more than four syncs gains nothing; a file is opened or unlinked in well under a
-millisecond unless the disk stalls."""
+"""These numbers are unmeasured. A disk that queues more than four syncs gains nothing. A file is
+opened or unlinked in well under a millisecond unless the disk stalls."""
 
 
 class Threads:
-    """The limiters of one mount."""
+    """Holds the limiters of one mount."""
 
     def __init__(self) -> None:
         self.opens = trio.CapacityLimiter(MAX_OPENS)
-        """Cache files are opened, begun and removed."""
+        """For opening, creating and removing cache files."""
         self.syncs = trio.CapacityLimiter(MAX_SYNCS)
-        """Checkpoints, hand-offs, digests: what may take long."""
+        """For what may take long: checkpoints, hand-offs and digests."""
         self.catalog = trio.CapacityLimiter(1)
-        """The catalog's transactions, which lock each other out anyway."""
+        """For the catalog's transactions, which exclude each other anyway."""
         self.writes = trio.CapacityLimiter(1)
-        """The write queue."""
+        """For the write queue."""
         self.jobs = trio.CapacityLimiter(MAX_JOBS)
-        """What an operator has asked for: maps and verification."""
+        """For what an operator has asked for: maps and verification."""

@@ -1,7 +1,8 @@
-"""What a mount has fetched, served and failed at since its daemon started.
+"""Counts what a mount has fetched and served, and what has failed, since its daemon started.
 
-Sums over all images there have been: evicting or replacing one takes nothing away, so they never
-fall. What a daemon before this one did is not in them; that is in the catalog, image by image.
+These are sums over all images that there have been. Evicting or replacing an image takes nothing
+away, so they never fall. What an earlier daemon did is not included; the catalog has that, image by
+image.
 """
 
 import errno
@@ -14,25 +15,25 @@ from lazyfs.core.histogram import Histogram, HistogramStatistics
 
 PRESENT, JOINED, FETCHED, FAILED = "present", "joined", "fetched", "failed"
 SERVED = (PRESENT, JOINED, FETCHED, FAILED)
-"""How a read ended: from the cache, after others' requests alone, after a request of its own, or
+"""How a read ended: from the cache; after requests of others only; after a request of its own; or
 not at all."""
 
 READ_BOUNDS_S = (
-    25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-    30.0, 60.0, 120.0,
+    25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3,
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 )  # fmt: skip
-"""From a read that the page cache answers (60 us) to the default --io-timeout."""
+"""Bounds from a read that the page cache answers (60 us) to the default --io-timeout."""
 
 DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES = "demand_bytes", "populated_bytes", "zero_bytes"
 DEMAND_REQUESTS, POPULATION_REQUESTS = "demand_requests", "population_requests"
 
 OPEN, WRITE, CHECKPOINT = "open", "write", "checkpoint"
-"""What fails here besides reads."""
+"""What can fail besides reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class TotalsStatistics:
-    """All sums at one moment."""
+    """Holds all sums at one moment."""
 
     sums: Mapping[str, int]
     """Bytes and requests, by the names above."""
@@ -41,14 +42,18 @@ class TotalsStatistics:
     waiting: int
     """Reads that wait for the repository now."""
     reads: Mapping[str, HistogramStatistics]
-    """Seconds, by how they were served."""
+    """How many seconds reads took, by how they were served."""
 
 
 class Totals:
-    """The sums of one mount. Trio thread only, `add` and `failed` excepted."""
+    """Counts the sums of one mount. Trio thread only, except for `add` and `failed`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: as trio's, in seconds."""
+        """Begin with nothing counted.
+
+        Args:
+            clock: returns trio's time in seconds.
+        """
         self.clock = clock
         self.waiting = 0
         """Reads that wait for the repository now."""
@@ -61,19 +66,21 @@ class Totals:
         self._errors = dict.fromkeys((OPEN, WRITE, CHECKPOINT), 0)
 
     def add(self, what: str, amount: int) -> None:
-        """Add to one of the sums. From any thread."""
+        """Add to one of the sums. Thread-safe."""
         with self._lock:
             self._sums[what] += amount
 
     def failed(self, what: str) -> None:
-        """Count a failure. From any thread."""
+        """Count a failure. Thread-safe."""
         with self._lock:
             self._errors[what] += 1
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Count an open, as one that failed if it raises. ESTALE is none of both: the kernel asks
-        again by name."""
+        """Count an open. If it raises, it counts as one that failed.
+
+        An open that ends with ESTALE is not counted at all, because the kernel asks again by name.
+        """
         try:
             yield
         except Exception as error:
@@ -83,7 +90,7 @@ class Totals:
         self._opens += 1
 
     def statistics(self) -> TotalsStatistics:
-        """Return all sums, as of now."""
+        """Return all sums as they are now."""
         reads = {served: histogram.statistics() for served, histogram in self.reads.items()}
         with self._lock:
             return TotalsStatistics(
@@ -92,9 +99,9 @@ class Totals:
 
 
 class Read:
-    """One read, timed as a context manager; one that is cancelled counts for nothing.
+    """Times one read as a context manager. A read that is cancelled is not counted.
 
-    Costs 0.7 us, of the 60 to 100 us that the shortest read takes.
+    This costs 0.7 us of the 60 to 100 us that the shortest read takes.
     """
 
     __slots__ = ("_began", "_totals", "served")
@@ -105,8 +112,12 @@ class Read:
         self._began = totals.clock()
 
     def waits(self, asks: bool) -> None:
-        """It waits for the repository, which is asked on its account (`asks`) or on that of
-        others."""
+        """Note that the read waits for the repository.
+
+        Args:
+            asks: whether the repository is asked for this read. False if it only waits for a
+                request of others.
+        """
         if asks:
             self.served = FETCHED
         elif self.served == PRESENT:

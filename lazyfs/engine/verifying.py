@@ -1,5 +1,7 @@
-"""Reads the cache back and compares it: with a digest, with the repository, or only for its being
-readable."""
+"""Reads the cache back and compares it with a digest or with the repository.
+
+Without either, it only finds out whether the cache can be read.
+"""
 
 import errno
 import hashlib
@@ -18,7 +20,8 @@ from lazyfs.engine.interfaces import Source
 from lazyfs.units import MiB
 
 CHUNK = 1 * MiB
-"""Read at once. Unmeasured; a digest takes 2 ms for it, a disk not much longer."""
+"""How much is read at once. It is unmeasured: a digest takes 2 ms for it, and a disk not much
+longer."""
 
 
 class Differs(errors.LazyfsError):
@@ -44,17 +47,18 @@ async def verify(
     progress: Callable[[int], None],
     limiter: trio.CapacityLimiter | None = None,
 ) -> None:
-    """Read all that is present of an image, from the disk where that can be forced.
+    """Read everything that is present of an image, from the disk where that can be forced.
 
     Args:
+        image: the image.
         digest: of the whole export, or "" for none.
-        source: of the same version of the export, to compare with; None for not.
-        io_timeout_s: how long a range of that is waited for.
-        limiter: of the threads that look at files and compute digests; trio's own if it is None.
+        source: reads the same version of the export, for comparison. None means no comparison.
+        io_timeout_s: how long a range of `source` may take.
         progress: called with the number of bytes of each chunk.
+        limiter: limits the threads that look at files and compute digests. None means trio's own.
 
     Raises:
-        Differs, CacheCorrupt: it is damaged, or its disk cannot read it.
+        Differs, CacheCorrupt: the cache is damaged, or its disk cannot read it.
         UserError: nothing is cached, or a digest is given and the image is not whole.
         OSError, LazyfsError: the cache or the repository cannot be read now.
     """
@@ -95,7 +99,7 @@ async def _read_back(
             if source is not None and not await _same(source, span, data, io_timeout_s):
                 raise Differs(f"bytes {span.start} to {span.end} are not those of the repository")
             progress(span.length)
-            # Others' turn: what is in the page cache is read without waiting for anything.
+            # Let other tasks run: reading from the page cache does not wait for anything.
             await trio.lowlevel.checkpoint()
     if hasher is not None and hasher.hexdigest() != digest.partition(":")[2]:
         raise OtherDigest(f"its digest is {hasher.name}:{hasher.hexdigest()}, not {digest}")

@@ -1,1 +1,1 @@
-"""Ranges that are missing from the cache of one image: who fetches them, and who waits for them."""
+"""Fetches the ranges that are missing from the cache of one image, and lets readers wait."""

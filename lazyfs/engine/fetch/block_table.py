@@ -1,9 +1,8 @@
-"""What is known of the blocks of one image: present, under way, or missing; shared by readers and
-population.
+"""Knows which blocks of one image are present, being fetched, or missing.
 
-The pure table (`core/in_flight.py`), the extents and the counters, under one lock, because
-population's threads change them as well as the trio thread. The lock is held for microseconds, and
-never across an await, a system call or a callback.
+Readers and population share it. It holds the pure table (`core/in_flight.py`), the extents and the
+counters under one lock, because population's threads change them as well as the trio thread. The
+lock is held for microseconds, and never across an await, a system call or a callback.
 """
 
 import threading
@@ -24,21 +23,22 @@ from lazyfs.engine.totals import Totals
 
 
 class BlockTable:
-    """The blocks of one image. Every method may be called from any thread, unless it says
-    otherwise."""
+    """Holds the state of the blocks of one image. Thread-safe, unless a method says otherwise."""
 
     def __init__(self, blocks: BlockMap, counters: FetchCounters, totals: Totals) -> None:
-        """Begin with what a store loaded. Must be made in the trio thread.
+        """Begin with what a store has loaded. Must be called in the trio thread.
 
         Args:
+            blocks: the blocks that the store has loaded.
             counters: what earlier daemons have fetched of this image.
+            totals: the sums of the mount, to which all fetches are added.
         """
         self.size = blocks.size
         self.block_size = blocks.block_size
         self.completed = trio.Event()
-        """Every block is present."""
+        """Set when every block is present."""
         self.dirtied = trio.Event()
-        """Something has changed since the last checkpoint. Replaced by `take_dirty`."""
+        """Set when something has changed since the last checkpoint. `take_dirty` replaces it."""
         self._failure: errors.LazyfsError | None = None
         self._distrust: errors.CacheCorrupt | None = None
         self._blocks = blocks
@@ -59,20 +59,20 @@ class BlockTable:
 
     @property
     def failure(self) -> errors.LazyfsError | None:
-        """Why nothing more is fetched; None if it is. A fact: never raise it, raise
-        `failure.again()`."""
+        """Why nothing more is fetched, or None. Never raise it itself: raise `failure.again()`."""
         return self._failure
 
     @property
     def distrust(self) -> errors.CacheCorrupt | None:
-        """Why not even what is present may be read; None if it may. A fact, as `failure`.
+        """Why not even present blocks may be read, or None. Never raise it itself, as with
+        `failure`.
 
-        Only a restart, which goes on from the last checkpoint, mends that.
+        Only a restart repairs that, because it goes on from the last checkpoint.
         """
         return self._distrust
 
     def stop_fetching(self, reason: errors.LazyfsError) -> None:
-        """Fetch nothing more; a read of a missing range fails with `reason`."""
+        """Fetch nothing more. From now on a read of a missing range fails with `reason`."""
         self._failure = reason.again()
 
     def go_on_fetching(self) -> None:
@@ -80,19 +80,21 @@ class BlockTable:
         self._failure = self._distrust
 
     def stop_reading(self, reason: errors.CacheCorrupt) -> None:
-        """Neither fetch nor read any more."""
+        """Stop both fetching and reading."""
         self._failure = self._distrust = reason.again()
 
     # -- what is here
 
     def present(self, wanted: ByteRange) -> bool:
-        """Whether `wanted` can be read from the cache file. Takes no lock: blocks never become
-        missing again."""
+        """Return whether `wanted` can be read from the cache file.
+
+        Takes no lock, because blocks that are present never become missing again.
+        """
         return self._blocks.is_present(wanted)
 
     @property
     def complete(self) -> bool:
-        """Whether every block is present, as of now."""
+        """True if every block is present now."""
         with self._lock:
             return self._blocks.complete
 
@@ -103,26 +105,26 @@ class BlockTable:
 
     @property
     def zero_bytes(self) -> int:
-        """Bytes known to be zeroes."""
+        """Bytes that are known to be zeroes."""
         return self._blocks.zero_bytes
 
     @property
     def may_be_filled(self) -> bool:
-        """Whether something is missing, and may be fetched."""
+        """True if something is missing and may be fetched."""
         return self._failure is None and not self.completed.is_set()
 
     def counters(self) -> FetchCounters:
-        """Return what has been fetched, over the image's life."""
+        """Return what has been fetched since the image was created, by earlier daemons as well."""
         with self._lock:
             return FetchCounters(self._demand_bytes, self._populated_bytes, self._requests)
 
     def rate(self) -> float:
-        """Return how many bytes were fetched per second, lately."""
+        """Return how many bytes per second have been fetched lately."""
         with self._lock:
             return self._meter.rate(self._totals.clock())
 
     def runs(self) -> list[tuple[ByteRange, int]]:
-        """Return the ranges of the export, and the state of their blocks (`core/block_map.py`)."""
+        """Return the ranges of the export and the states of their blocks (`core/block_map.py`)."""
         with self._lock:
             return [(self._blocks.bytes_of(run), state) for run, state in self._blocks.runs()]
 
@@ -131,27 +133,32 @@ class BlockTable:
         return wanted.align_out(self.block_size, self.size)
 
     def span_of(self, flight: Flight) -> ByteRange:
-        """Return the bytes of a flight's blocks."""
+        """Return the range of bytes that a flight fetches."""
         return self._blocks.bytes_of(flight.run)
 
     # -- extents
 
     def first_unknown(self, within: ByteRange) -> ByteRange | None:
-        """Return the first window touching `within` of which it is not known what the export
-        holds."""
+        """Return the first window that touches `within` and whose extents are unknown, or None."""
         with self._lock:
             return self._extents.first_unknown(within)
 
     def next_unknown(self) -> ByteRange | None:
-        """Return the window that population needs to know before it can go on; None if it knows
-        enough."""
+        """Return the window whose extents population must learn before it can go on.
+
+        Returns:
+            None if population knows enough, or if nothing is missing.
+        """
         with self._lock:
             run = self._flights.next_missing()
             return None if run is None else self._extents.first_unknown(self._blocks.bytes_of(run))
 
     def missing_window(self, position: int) -> tuple[ByteRange, bool] | None:
-        """Return the first window at or after byte `position` with missing blocks, and whether it
-        is known."""
+        """Return the first window at or after byte `position` that has missing blocks.
+
+        Returns:
+            The window, and whether its extents are known; or None if there is no such window.
+        """
         with self._lock:
             run = self._blocks.next_missing(-(-position // self.block_size), 1)
             if run is None:
@@ -160,8 +167,7 @@ class BlockTable:
             return window, self._extents.first_unknown(window) is None
 
     def learn(self, window: ByteRange, data: Iterable[ByteRange]) -> None:
-        """Take in which ranges of `window` hold data; the other blocks of it are present from now
-        on."""
+        """Note which ranges of `window` hold data. Its other blocks are present from now on."""
         with self._lock:
             self._extents.learn(window, data)
             for zeroes in self._extents.zero_ranges(window):
@@ -169,20 +175,23 @@ class BlockTable:
         self._note_progress()
 
     def data_ranges(self, span: ByteRange) -> list[ByteRange]:
-        """Return the data inside `span`, in order. It must be known."""
+        """Return the ranges of data inside `span`, in order. Its extents must be known."""
         with self._lock:
             return self._extents.data_ranges(span)
 
     # -- flights
 
     def plan(self, wanted: ByteRange, ahead: int, unit: int) -> Plan:
-        """As `InFlight.plan`, but nothing is fetched ahead beyond what is known of the export."""
+        """Plan a read as `InFlight.plan` does.
+
+        Nothing is fetched ahead beyond the extents that are known.
+        """
         with self._lock:
             known = self._extents.known_until(wanted.end, min(wanted.end + ahead, self.size))
             return self._flights.plan(wanted, known - wanted.end, unit)
 
     def claim(self, limit: int) -> Flight | None:
-        """As `InFlight.claim`."""
+        """Claim blocks as `InFlight.claim` does."""
         with self._lock:
             return self._flights.claim(
                 limit, lambda span: self._extents.known_until(span.start, span.end)
@@ -208,7 +217,7 @@ class BlockTable:
         self._totals.add(totals.POPULATED_BYTES, amount)
 
     def settle(self, flight: Flight, kept_bytes: int | None) -> None:
-        """End a flight as `InFlight.settle` does, and wake who waited for it."""
+        """End a flight as `InFlight.settle` does, and wake everybody who waits for it."""
         with self._lock:
             waiters = self._flights.settle(flight, kept_bytes)
         for event in waiters:
@@ -236,8 +245,10 @@ class BlockTable:
     # -- saving
 
     async def until_changed(self) -> None:
-        """Wait until something has changed since the last checkpoint, or everything is present.
-        Trio thread only."""
+        """Wait for a change since the last checkpoint, or until everything is present.
+
+        Trio thread only.
+        """
 
         async def until(event: trio.Event) -> None:
             await event.wait()
@@ -248,17 +259,18 @@ class BlockTable:
             nursery.start_soon(until, self.completed)
 
     def take_dirty(self) -> tuple[list[tuple[int, bytes]], int]:
-        """Return the pages of the map that have changed since the last call, and the zero bytes in
-        mixed blocks.
+        """Return what the next checkpoint must save. Trio thread only.
 
-        Trio thread only.
+        Returns:
+            The pages of the map that have changed since the last call, and the number of zero bytes
+                in mixed blocks.
         """
         with self._lock:
             self.dirtied = trio.Event()
             return self._blocks.take_dirty(), self._blocks.mixed_zero_bytes
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Count pages as changed again: they could not be saved. Trio thread only."""
+        """Count pages as changed again, because they could not be saved. Trio thread only."""
         with self._lock:
             self._blocks.give_back(pages)
         self.dirtied.set()
@@ -274,7 +286,7 @@ class BlockTable:
             complete = self._blocks.complete
         self._totals.add(totals.ZERO_BYTES, zero)
         if not self.dirtied.is_set():
-            self._in_trio(lambda: self.dirtied.set())  # whichever event is current by then
+            self._in_trio(lambda: self.dirtied.set())  # the event that is current at that time
         if complete:
             self._in_trio(self.completed.set)
 

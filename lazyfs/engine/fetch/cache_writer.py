@@ -1,5 +1,7 @@
-"""Writes what was fetched for one image to its cache file, within the budget, and says whether that
-works."""
+"""Writes what was fetched for one image to its cache file, as far as the budget allows.
+
+It also tells why fetched bytes cannot be kept.
+"""
 
 import errno
 import logging
@@ -18,10 +20,16 @@ class CacheWriter:
     """Writes to the store of one image. Thread-safe."""
 
     def __init__(self, name: str, store: Store, budget: Budget, totals: Totals) -> None:
-        """`name`: of the export, for the log."""
+        """Write to `store`.
+
+        Args:
+            name: the name of the export, for the log.
+            store: the cache file.
+            budget: limits what may be written.
+            totals: counts the writes that fail.
+        """
         self.refused = False
-        """Whether the latest write found the cache's file system full, or the cache at its
-        limit."""
+        """True if the latest write found the file system full, or the cache at its limit."""
         self.budget = budget
         self.store = store
         self._limited = False
@@ -29,16 +37,20 @@ class CacheWriter:
         self._totals = totals
 
     def message(self) -> str:
-        """Return what an operator should know of writes that failed; "" if they work."""
+        """Return what an operator should know of writes that failed, or "" if writes work."""
         if not self.refused or (self._limited and not self.budget.tight):
             return ""
         return LIMITED if self._limited else UNKEPT
 
     def write(self, pieces: Iterable[tuple[int, memoryview]], size: int) -> bool:
-        """Write what a reader fetched; False if that cannot be done. Blocks.
+        """Write what a reader has fetched. Blocks.
 
         Args:
-            pieces: each with its offset in the export; `size` bytes together.
+            pieces: the bytes, each piece with its offset in the export.
+            size: the length of all pieces together.
+
+        Returns:
+            False if the bytes could not be written.
         """
         reservation = self.budget.reserve(size)
         if reservation is None:
@@ -56,13 +68,13 @@ class CacheWriter:
         return True
 
     def succeeded(self) -> None:
-        """Something was written."""
+        """Note that something was written."""
         self.refused = False
 
     def failed(self, error: Exception) -> None:
-        """Something could not be written."""
+        """Note that something could not be written."""
         if isinstance(error, OSError) and error.errno == errno.EBADF:
-            return  # closed meanwhile, as an evicted image is
+            return  # the file was closed meanwhile, as that of an evicted image is
         if not isinstance(error, errors.OverLimit):
             self._totals.failed(totals.WRITE)
         if not self.refused:

@@ -1,4 +1,7 @@
-"""One demand request, and how a reader's bytes are put together from several and the cache."""
+"""Carries out one demand fetch, and puts a reader's bytes together.
+
+They may come from several fetches and from the cache.
+"""
 
 import errno
 import math
@@ -18,87 +21,98 @@ ReadCache = Callable[[ByteRange], bytes]
 """Reads present blocks from the cache file. Blocks."""
 
 KERNEL_RETRY_S = 0.05
-"""A buffered read whose readahead failed is asked for again by the kernel at once (mm/filemap.c):
-that second request for the same offset fails with the first, or the reader would wait for two
-timeouts. It comes within a millisecond; this leaves room for a busy host."""
+"""When the readahead of a buffered read fails, the kernel asks again at once (mm/filemap.c). This
+second request for the same offset fails together with the first, because otherwise the reader
+would wait for two timeouts. It comes within a millisecond; the value leaves room for a busy
+host."""
 
 
 class Timeouts:
-    """Where reads have just timed out. Times are trio's."""
+    """Remembers the reads that have just timed out. All times are trio's."""
 
     def __init__(self) -> None:
         self._at: dict[int, float] = {}
 
     def is_again(self, offset: int, now: float) -> bool:
-        """Whether a read of `offset` is the kernel's second attempt."""
+        """Return whether a read of `offset` is the kernel's second attempt."""
         return now < self._at.get(offset, -math.inf) + KERNEL_RETRY_S
 
     def note(self, offset: int, now: float) -> None:
-        """A read of `offset` timed out."""
+        """Note that a read of `offset` has timed out."""
         self._at = {start: at for start, at in self._at.items() if now < at + KERNEL_RETRY_S}
         self._at[offset] = now
 
 
 @dataclass(eq=False, slots=True)
 class Miss:
-    """One read that missed while nothing else was under way: how long the repository takes to
-    answer."""
+    """Measures how long the repository takes to answer one read.
+
+    Only a read that missed while nothing else was under way is measured.
+    """
 
     began: float
-    """When its flights were sent; trio's clock."""
+    """When its flights were sent, by trio's clock."""
     came: float = math.inf
-    """When the wanted blocks came."""
+    """When the wanted blocks came, by trio's clock."""
 
     def wanted_came(self, around: ReadAround, now: float, length: int) -> None:
-        """The wanted blocks, `length` bytes of them, came."""
+        """Note that the wanted blocks, `length` bytes, have come."""
         self.came = now
         around.wanted_came(now - self.began, length)
 
     def rest_came(self, around: ReadAround, now: float) -> None:
-        """A part of the rest around them came. Before the wanted blocks it says nothing."""
+        """Note that a part of the rest around the wanted blocks has come.
+
+        If it comes before the wanted blocks, it says nothing about the repository.
+        """
         if self.came <= now:
             around.rest_came(self.came - self.began, now - self.came)
 
 
 @dataclass(eq=False, slots=True)
 class DemandFetch:
-    """A flight that fetches for readers: its bytes are good once `done` is set and `failure` is
-    None."""
+    """A flight that fetches for readers.
+
+    Its bytes are valid once `done` is set, if `failure` is None then.
+    """
 
     flight: Flight
     span: ByteRange
     parts: Sequence[ByteRange]
     data: bytearray
     began: float
-    """When it was asked for; trio's clock."""
+    """When the fetch was asked for, by trio's clock."""
     wait: ReaderWait
     miss: Miss | None = None
-    """Of the read that began it, if that is timed."""
+    """Measures the read that began this fetch. None if that read is not measured."""
     done: trio.Event = field(default_factory=trio.Event)
     failure: errors.LazyfsError | None = field(
         default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED)
     )
-    """Why there are no bytes: a fact, never raised itself. It is preset, so that an unforeseen end
-    counts as one."""
+    """Why there are no bytes. Never raise it itself. It is preset, so a fetch that ends in an
+    unforeseen way counts as failed."""
     ended: bool = False
-    """It has been answered, or given up."""
+    """True if the fetch has been answered, or given up."""
     written: trio.Event = field(default_factory=trio.Event)
-    """Its bytes are in the cache file, or could not be written."""
+    """Set when the bytes are in the cache file, or could not be written."""
 
     @property
     def data_bytes(self) -> int:
-        """How many bytes it asks for."""
+        """How many bytes the fetch asks for."""
         return sum(part.length for part in self.parts)
 
     def pieces(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield where each part begins in the export, and its place in `data`."""
+        """Yield the offset of each part in the export, and its place in `data`."""
         view = memoryview(self.data)
         for part in self.parts:
             start = part.start - self.span.start
             yield part.start, view[start : start + part.length]
 
     def note_time(self, around: ReadAround) -> None:
-        """Tell `around` how long the repository took, if this fetch is timed. It has just come."""
+        """Tell `around` how long the repository took, if this fetch is measured.
+
+        Call it when the fetch has just been answered.
+        """
         if self.miss is None:
             return
         if self.flight.purpose is Purpose.REST:
@@ -108,10 +122,15 @@ class DemandFetch:
 
 
 def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch], None]) -> bool:
-    """Ask for all parts of `fetch` at once; return whether that could be done
-    (`interfaces.Source.submit`).
+    """Ask for all parts of `fetch` at once, as `interfaces.Source.submit` does.
 
-    `answered` is called when nothing is under way any more; `fetch.failure` says how it ended.
+    Args:
+        fetch: what to fetch.
+        source: where to read.
+        answered: called when nothing is under way any more. `fetch.failure` says how it ended.
+
+    Returns:
+        Whether anything could be asked for.
     """
     waiting = 0
     failures: list[errors.LazyfsError] = []
@@ -139,10 +158,10 @@ def submit(fetch: DemandFetch, source: Source, answered: Callable[[DemandFetch],
 
 
 async def receive(fetch: DemandFetch, source: Source) -> None:
-    """Fill `fetch.data`, all parts at once.
+    """Fill `fetch.data`. All parts are requested at the same time.
 
     Raises:
-        RequestFailed, ExportChanged: of the first part that failed.
+        RequestFailed, ExportChanged: from the first part that failed.
     """
     failures: list[errors.LazyfsError] = []
 
@@ -152,7 +171,7 @@ async def receive(fetch: DemandFetch, source: Source) -> None:
         except errors.LazyfsError as error:
             failures.append(error.again())
 
-    if len(fetch.parts) == 1:  # a nursery costs as much as half the rest
+    if len(fetch.parts) == 1:  # a nursery costs half as much as everything else here
         await one(*next(fetch.pieces()))
     else:
         async with trio.open_nursery() as nursery:
@@ -168,9 +187,16 @@ async def assemble(
     present: Callable[[ByteRange], bool],
     read_cache: ReadCache,
 ) -> bytes | None:
-    """Put together what was fetched and what is in the cache; None if a block is neither.
+    """Put the bytes of `wanted` together from fetches and from the cache.
 
-    `read_cache` is called in a thread.
+    Args:
+        wanted: the range to return.
+        fetches: fetches that have succeeded.
+        present: returns whether a range is in the cache.
+        read_cache: reads from the cache. Called in a thread.
+
+    Returns:
+        None if some block is neither fetched nor in the cache.
     """
     first = fetches[0] if len(fetches) == 1 else None
     if first is not None and first.span.start <= wanted.start and first.span.end >= wanted.end:

@@ -1,6 +1,7 @@
-"""The readers' side of one image: fetches what a read misses, and joins what others fetch already.
+"""Reads on demand for one image: it fetches what a read misses, and joins what others already
+fetch.
 
-A fetch belongs to the mount's nursery and not to the reader who began it: a reader that is
+A fetch belongs to the mount's nursery, not to the reader who began it. So a reader that is
 cancelled does not cancel what others have joined, and what was asked for is kept. A reader is
 answered when its bytes have arrived; they are written to the cache file afterwards.
 """
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class DemandReader:
-    """Reads of ranges that are missing from the cache of one image. Trio thread only."""
+    """Reads ranges that are missing from the cache of one image. Trio thread only."""
 
     def __init__(
         self,
@@ -48,11 +49,18 @@ class DemandReader:
         writes: WriteQueue,
         on_changed: Callable[[errors.ExportChanged], None],
     ) -> None:
-        """Connect when first needed.
+        """Do not connect before a read needs it.
 
         Args:
+            export: the export to read.
+            source: reads the export.
+            table: the blocks of the image.
+            writer: keeps what is fetched.
             nursery: runs the fetches.
+            pace: told about demand fetches, so that population lets them go first.
             io_timeout_s: how long a read waits before it fails.
+            totals: counts the reads.
+            writes: takes the bytes that are to be written.
             on_changed: called when a connection finds another version of the export.
         """
         self.export = export
@@ -71,26 +79,29 @@ class DemandReader:
         self._readahead = Readahead()
         self._read_around = ReadAround(table.block_size)
         self._ahead_until = 0
-        """Up to which byte `learn_ahead` has learned the windows with missing blocks."""
+        """The byte up to which `learn_ahead` has learned the windows with missing blocks."""
         self._resting = False
-        """The connection is to be dropped as soon as nothing is under way on it."""
+        """True if the connection is to be dropped as soon as nothing is under way on it."""
         self._token = trio.lowlevel.current_trio_token()
 
     async def read_missing(
         self, wanted: ByteRange, read_cache: ReadCache, read: Read | None = None
     ) -> bytes | None:
-        """Return the bytes of `wanted`, fetching what is missing; None if all of it is in the cache
-        now.
+        """Return the bytes of `wanted`, and fetch those that are missing.
 
         Args:
-            read_cache: reads present blocks from the cache file; called in a thread.
+            wanted: the range to read.
+            read_cache: reads present blocks from the cache file. Called in a thread.
             read: learns how it was served.
 
+        Returns:
+            None if all of `wanted` is in the cache now.
+
         Raises:
-            RequestFailed: the repository refused, or (TimedOut) gave no answer in the time allowed.
+            RequestFailed: the repository refused, or gave no answer in the time allowed (TimedOut).
             LazyfsError: the image may not fetch (`BlockTable.failure`).
 
-        Cancellation: the fetch goes on, and what comes is kept.
+        Cancellation: the fetch goes on, and the bytes that come are kept.
         """
         if self._timeouts.is_again(wanted.start, trio.current_time()):
             raise self._timed_out(wanted)
@@ -103,9 +114,9 @@ class DemandReader:
                     if (failure := self._table.failure) is not None:
                         raise failure.again()
                     await self._learn_extents(wanted, read or Read(self._totals))
-                    if (
-                        ahead is None
-                    ):  # once: another attempt of one read must not look like a sequential stream
+                    # Asked once, because another attempt of the same read must not look like a
+                    # sequential stream.
+                    if ahead is None:
                         ahead = 0 if self._writer.refused else self._readahead.window(wanted)
                     data = await self._try_missing(
                         wanted, ahead, read_cache, read or Read(self._totals)
@@ -127,19 +138,19 @@ class DemandReader:
     async def _try_missing(
         self, wanted: ByteRange, ahead: int, read_cache: ReadCache, read: Read
     ) -> bytes | None:
-        """Make one attempt; None if the state has changed meanwhile, and the caller should try
-        again.
+        """Make one attempt to read. What the blocks of `wanted` hold must be known.
 
-        What the blocks of `wanted` hold is known.
+        Returns:
+            None if the state has changed meanwhile, so that the caller should try again.
         """
         kept = not self._writer.refused
-        alone = not self._fetches  # beside others, the time would say nothing of the distance
+        alone = not self._fetches  # beside other fetches the time says nothing about the distance
         plan = self._table.plan(
             wanted, ahead, self._read_around.unit if kept else self._table.block_size
         )
         read.waits(asks=bool(plan.new))
         begun = self._begin(plan, timed=alone and kept)
-        # Before anything is awaited: a fetch that has ended is not in the table any more.
+        # Looked up before anything is awaited, because fetches that end leave the table.
         joined = [
             self._fetches[flight]
             for flight in plan.joined
@@ -147,9 +158,8 @@ class DemandReader:
         ]
         await self._send(begun)
         for flight in plan.joined:
-            if (
-                flight.purpose is Purpose.POPULATION
-            ):  # its bytes are in the cache file then, or nowhere
+            if flight.purpose is Purpose.POPULATION:
+                # When it has ended, its bytes are in the cache file or nowhere.
                 await self._table.until_settled(flight)
                 return None
         own = self._table.whole_blocks(wanted)
@@ -161,7 +171,7 @@ class DemandReader:
                 isinstance(fetch.failure, errors.RequestFailed)
                 and fetch.span.clip(own) != fetch.span
             ):
-                return None  # others' blocks may be to blame: ask for our own
+                return None  # the blocks of other readers may be to blame, so ask for our own only
             if fetch.failure is not None:
                 raise fetch.failure.again()
         return await assemble(wanted, joined, self._table.present, read_cache)
@@ -169,8 +179,10 @@ class DemandReader:
     # -- fetches
 
     def _begin(self, plan: Plan, timed: bool) -> list[DemandFetch]:
-        """Make the fetches of a plan. If that fails, as for want of memory, none of its flights is
-        left."""
+        """Make the fetches of a plan.
+
+        If that fails, for instance because there is no memory, none of its flights is left.
+        """
         begun: list[DemandFetch] = []
         waits: list[ReaderWait] = []
         now = trio.current_time()
@@ -197,23 +209,28 @@ class DemandReader:
         return begun
 
     async def _send(self, fetches: list[DemandFetch]) -> None:
-        """Send requests, or have tasks do it that connect first. Cannot be cancelled; every fetch
-        ends."""
+        """Send requests. What cannot be sent without connecting first gets a task of its own.
+
+        Every fetch ends.
+
+        Cancellation: cannot be cancelled.
+        """
         unsent = deque(fetches)
         try:
             while unsent:
                 fetch = unsent[0]
                 if not demand_fetch.submit(fetch, self._source, self._answered):
                     self._nursery.start_soon(self._carry_out, fetch)
-                    # Most urgent first: trio would run what starts together in random order.
+                    # The most urgent fetch starts first. trio would run tasks that start together
+                    # in random order.
                     await trio.lowlevel.cancel_shielded_checkpoint()
                 unsent.popleft()
         finally:
-            for fetch in unsent:  # by a bug, or when the daemon has ended
+            for fetch in unsent:  # some are left after a bug, or when the daemon has ended
                 self._end(fetch)
 
     def _answered(self, fetch: DemandFetch) -> None:
-        """The connection has done what it could for `fetch`."""
+        """Go on with `fetch`, after the connection has done what it could for it."""
         if isinstance(fetch.failure, errors.ConnectionLost):
             self._nursery.start_soon(self._carry_out, fetch)
         else:
@@ -237,7 +254,7 @@ class DemandReader:
             self._end(fetch)
 
     def _end(self, fetch: DemandFetch) -> None:
-        """Let the readers go, and have what they were given written to the cache."""
+        """Wake the readers, and queue what they were given to be written to the cache."""
         if fetch.ended:
             return
         fetch.ended = True
@@ -254,7 +271,7 @@ class DemandReader:
         self._writes.put(fetch.span.length, partial(self._write, fetch))
 
     def _write(self, fetch: DemandFetch) -> None:
-        """Write a fetch to the cache file, if that can be done; in a thread."""
+        """Write a fetch to the cache file, if that can be done. Runs in a thread."""
         kept = False
         try:
             kept = self._writer.write(fetch.pieces(), fetch.data_bytes)
@@ -284,7 +301,7 @@ class DemandReader:
     # -- extents
 
     async def learn(self, window: ByteRange) -> None:
-        """As `ExtentQuestions.ask`."""
+        """Learn the extents of `window`. Raises what `ExtentQuestions.ask` raises."""
         try:
             await self._questions.ask(window)
         except errors.ExportChanged as error:
@@ -294,17 +311,19 @@ class DemandReader:
             self._drop_if_resting()
 
     async def learn_next(self) -> None:
-        """Learn windows from where population goes on, until one has something to fetch. Raises as
-        `learn`."""
+        """Learn windows from where population goes on, until one has something to fetch.
+
+        Raises what `learn` raises.
+        """
         while (window := self._table.next_unknown()) is not None:
             await self.learn(window)
 
     async def learn_ahead(self) -> None:
-        """Learn every window with missing blocks: so population never stops at one, and its time to
-        go is right.
+        """Learn every window that has missing blocks.
 
-        Goes on where an earlier call ended. A failure ends it silently: whoever needs the window
-        asks again, and reports the failure.
+        So population never stops at a window that is not known, and the time it will take is
+        estimated correctly. This goes on where an earlier call has ended. A failure ends it
+        silently: whoever needs the window asks again, and reports the failure.
         """
         with suppress(errors.LazyfsError):
             while (found := self._table.missing_window(self._ahead_until)) is not None:
@@ -317,20 +336,22 @@ class DemandReader:
     # -- the connection
 
     def changed(self, error: errors.ExportChanged) -> None:
-        """A connection found another version of the export: fetch nothing more, and report it."""
+        """Stop fetching and report it, because a connection found another version of the export."""
         self._table.stop_fetching(error)
         self._on_changed(error.again())
 
     async def written(self) -> None:
-        """Wait until what has arrived is written: its readers were let go before."""
+        """Wait until what has arrived is written. Its readers did not wait for that."""
         while (
             fetch := next((one for one in self._fetches.values() if one.failure is None), None)
         ) is not None:
             await fetch.written.wait()
 
     def rest(self) -> None:
-        """Nobody reads any more: drop the connection once nothing is under way on it, unless a read
-        comes before."""
+        """Drop the connection once nothing is under way on it, because nobody reads any more.
+
+        A read that comes before keeps the connection.
+        """
         self._resting = True
         self._drop_if_resting()
 

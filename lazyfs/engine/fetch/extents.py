@@ -1,5 +1,7 @@
-"""Asks the repository which ranges of an export hold data: a window at a time, once, when somebody
-needs to know."""
+"""Asks the repository which ranges of an export hold data.
+
+It asks for one window at a time, once, when somebody needs to know.
+"""
 
 import trio
 
@@ -9,27 +11,32 @@ from lazyfs.engine.interfaces import Source
 
 
 class ExtentQuestions:
-    """The questions under way for one image. Trio thread only."""
+    """Tracks the questions under way for one image. Trio thread only."""
 
     def __init__(self, source: Source, table: BlockTable) -> None:
-        """`table` learns the answers."""
+        """Begin with no question under way.
+
+        Args:
+            source: answers the questions.
+            table: learns the answers.
+        """
         self._source = source
         self._table = table
         self._asked: dict[int, trio.Event] = {}
 
     def is_asked(self, window: ByteRange) -> bool:
-        """Whether somebody waits for the answer about `window`."""
+        """Return whether somebody waits for the answer about `window`."""
         return window.start in self._asked
 
     def __len__(self) -> int:
         return len(self._asked)
 
     async def ask(self, window: ByteRange) -> None:
-        """Learn what `window` holds, by one request however many callers want to know.
+        """Learn what `window` holds. One request serves all callers who want to know.
 
         Raises:
-            RequestFailed, ExportChanged: to the caller who asked. The others return; they find the
-                window unknown, and ask again.
+            RequestFailed, ExportChanged: raised to the caller who sent the request. The other
+                callers return; they find that the window is still unknown, and ask again.
         """
         if (asked := self._asked.get(window.start)) is not None:
             await asked.wait()

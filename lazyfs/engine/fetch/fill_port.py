@@ -1,5 +1,7 @@
-"""Population's side of one image: what its workers may fetch next. Implements
-`interfaces.FillWork`."""
+"""Gives population's workers what they may fetch next of one image.
+
+Implements `interfaces.FillWork`.
+"""
 
 from collections.abc import Callable
 
@@ -16,8 +18,7 @@ from lazyfs.engine.totals import Totals
 
 
 class FillPort:
-    """Gives population the next missing blocks of one image. Every method may be called from any
-    thread."""
+    """Gives population the next missing blocks of one image. Thread-safe."""
 
     def __init__(
         self,
@@ -28,11 +29,20 @@ class FillPort:
         totals: Totals,
         is_open: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`is_open`: whether somebody may soon read what population writes; called from its
-        threads."""
+        """Begin with no failure.
+
+        Args:
+            export: the export to fetch from.
+            table: the blocks of the image.
+            writer: writes to the cache file.
+            pace: limits the pace.
+            totals: counts the requests.
+            is_open: returns whether somebody may soon read what population writes. Called from
+                population's threads.
+        """
         self.export = export
         self.trouble: Exception | None = None
-        """The latest failure of a request of population, for a message; None after
+        """The latest failure of one of population's requests, for a message. None after
         `forget_trouble`."""
         self._table = table
         self._writer = writer
@@ -41,11 +51,11 @@ class FillPort:
         self._is_open = is_open
 
     def forget_trouble(self) -> None:
-        """A new turn of population begins."""
+        """Forget the failure, because a new turn of population begins."""
         self.trouble = None
 
     def claim(self, limit: int) -> Claim | float | None:
-        """As `interfaces.FillWork.claim`."""
+        """Claim blocks as described for `interfaces.FillWork.claim`."""
         if self._table.failure is not None or self.trouble is not None or self._pace.stopped:
             return None
         permit = self._pace.admit(limit)
@@ -76,14 +86,14 @@ class FillPort:
             permit.sent(claim.data_bytes)
             self._table.count_requests(len(claim.parts))
             self._totals.add(totals.POPULATION_REQUESTS, len(claim.parts))
-        except BaseException:  # no memory
+        except BaseException:  # there is no memory
             claim.drop()
             raise
         return claim
 
 
 class FillClaim:
-    """Blocks that population fetches. Implements `interfaces.Claim`."""
+    """Holds the blocks that population fetches. Implements `interfaces.Claim`."""
 
     def __init__(
         self, port: FillPort, flight: Flight, permit: Permit, reservation: Reservation
@@ -97,20 +107,22 @@ class FillClaim:
 
     @property
     def data_bytes(self) -> int:
-        """As `interfaces.Claim.data_bytes`."""
+        """How many bytes are to be fetched."""
         return sum(part.length for part in self.parts)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """As `interfaces.Claim.write`. The page cache keeps the data only if the image is open."""
+        """Write data as described for `interfaces.Claim.write`.
+
+        The page cache keeps the data only if the image is open.
+        """
         self._port._writer.store.write(offset, data, keep=self._port._is_open())
 
     def finish(self) -> None:
-        """As `interfaces.Claim.finish`."""
+        """End the claim as described for `interfaces.Claim.finish`."""
         assert not self._ended
         fetched, port = self.data_bytes, self._port
-        port._table.count_populated(
-            fetched
-        )  # first: whoever hears that the image is complete saves the count
+        # Counted first, because whoever hears that the image is complete saves the count.
+        port._table.count_populated(fetched)
         port._table.settle(self.flight, fetched)
         self._ended = True
         self._reservation.keep()
@@ -118,14 +130,14 @@ class FillClaim:
         port._writer.succeeded()
 
     def drop(self, error: Exception | None = None) -> None:
-        """As `interfaces.Claim.drop`."""
+        """End the claim as described for `interfaces.Claim.drop`."""
         if self._ended:
             return
         self._ended = True
         port = self._port
         if isinstance(error, errors.RequestFailed):
-            # The cursor is past it: the next turn goes on behind the bad place, and comes round to
-            # it again.
+            # The cursor is already behind the blocks that failed. So the next turn goes on behind
+            # them, and comes back to them at the end.
             port.trouble = error.again()
         elif isinstance(error, errors.NoSpace | OSError):
             port.trouble = (

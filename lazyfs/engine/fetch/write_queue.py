@@ -1,8 +1,8 @@
-"""What readers were given already, on its way to the cache files.
+"""Queues what readers were already given until it is written to the cache files.
 
-A reader does not wait for the disk, nor for its bytes to be handed to a thread, which takes the
-event loop 60 us: they lie here until the replies are sent, and go to a thread with what else has
-come.
+A reader waits neither for the disk nor for its bytes to be handed to a thread, which takes the
+event loop 60 us. The bytes stay in this queue until the replies are sent. Then they go to a thread
+together with whatever else has come.
 """
 
 import logging
@@ -15,20 +15,25 @@ from lazyfs.units import MiB
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 16 * MiB
-"""What may wait for a disk that is slower than the repository; the readers of what comes on top
-wait with it. Measured, 1 GiB in order: 8 MiB let through a tenth less than 16 and 32."""
+"""How many bytes may wait for a disk that is slower than the repository. Readers of anything beyond
+that wait with it. Measured by reading 1 GiB in order: 8 MiB let through a tenth less than 16 and
+32."""
 
 
 class WriteQueue:
-    """The writes of one mount, one after the other: a file takes one at a time anyway. Trio thread
-    only."""
+    """Carries out the writes of one mount, one after the other. Trio thread only.
+
+    A file takes only one write at a time anyway.
+    """
 
     def __init__(self, nursery: trio.Nursery, limiter: trio.CapacityLimiter) -> None:
-        """Work until `nursery` is cancelled; what waits then, or comes later, is written at once.
+        """Work until `nursery` is cancelled. Writes that wait then, or come later, are carried out
+        at once.
 
         Args:
-            limiter: of the thread that writes. Nobody else may use it: a write must not wait behind
-                readers of a disk that stalls.
+            nursery: runs the queue.
+            limiter: limits the thread that writes. Nobody else may use it, because a write must not
+                wait behind readers of a disk that stalls.
         """
         self._limiter = limiter
         self._ended = False
@@ -39,11 +44,16 @@ class WriteQueue:
 
     @property
     def full(self) -> bool:
-        """Whether readers should wait until what they read is written."""
+        """True if readers should wait until what they have read is written."""
         return self._waiting >= MAX_WAITING
 
     def put(self, size: int, write: Callable[[], None]) -> None:
-        """Have `write` called in a thread, soon. `size`: the bytes it keeps in memory."""
+        """Call `write` in a thread, soon.
+
+        Args:
+            size: the bytes that `write` keeps in memory.
+            write: writes to a cache file.
+        """
         if self._ended:
             _call([write])
             return
@@ -55,7 +65,7 @@ class WriteQueue:
         try:
             while True:
                 await self._some.wait()
-                await trio.lowlevel.checkpoint()  # the readers' turn
+                await trio.lowlevel.checkpoint()  # let the readers be answered first
                 self._some = trio.Event()
                 batch, self._writes = self._writes, []
                 size = sum(size for size, _ in batch)
@@ -64,13 +74,16 @@ class WriteQueue:
                 await self._write(writes)
                 self._waiting -= size
         finally:
-            # Whoever ends the daemon waits for them (`Fetcher.written`), also when a bug has ended
-            # the nursery.
+            # Whoever ends the daemon waits for these writes (`DemandReader.written`), also when a
+            # bug has ended the nursery.
             self._ended = True
             _call([write for _, write in self._writes])
 
     async def _write(self, writes: list[Callable[[], None]]) -> None:
-        """Call `writes` in a thread. They are called whatever happens: each ends a claim on blocks."""
+        """Call `writes` in a thread.
+
+        They are called whatever happens, because each of them ends a claim on blocks.
+        """
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_call, writes, limiter=self._limiter)
@@ -80,7 +93,7 @@ class WriteQueue:
 
 
 def _call(writes: list[Callable[[], None]]) -> None:
-    """Call them, and let go of each: what it wrote is in memory until then."""
+    """Call the writes, and drop each afterwards, because it keeps what it wrote in memory."""
     while writes:
         try:
             writes.pop(0)()

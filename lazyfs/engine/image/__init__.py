@@ -1,1 +1,1 @@
-"""The life of one image, from its first open until it is a plain file."""
+"""Manages one image from its first open until it is a plain file."""

@@ -1,5 +1,7 @@
-"""Compares the bytes of a complete image with its export's digest, if known, before it becomes a
-plain file."""
+"""Compares a complete image with the digest of its export, before it becomes a plain file.
+
+An image whose digest is not known is not compared.
+"""
 
 import hashlib
 import logging
@@ -16,15 +18,15 @@ from lazyfs.units import MiB
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 * MiB
-"""Read and hashed at once; as in verifying.py."""
+"""How much is read and hashed at once, as in verifying.py."""
 
 PIECE = 16 * MiB
-"""Hashed in one call of a thread: how late the daemon's end can interrupt it, 0.05 s at sha256's
-300 MB/s without hardware support."""
+"""How much is hashed in one call of a thread. The end of the daemon waits for one such piece: 0.05
+s at the 300 MB/s that sha256 reaches without hardware support."""
 
 
 class WrongDigest(errors.LazyfsError):
-    """A complete image is not what it should be."""
+    """The bytes of a complete image do not have the digest of its export."""
 
     def __init__(self, digest: str) -> None:
         super().__init__(digest)
@@ -38,8 +40,10 @@ class WrongDigest(errors.LazyfsError):
 
 
 class DigestCheck:
-    """Of one image. Remembers the outcome, so that each digest is compared once. Trio thread
-    only."""
+    """Compares one image with its digest. Trio thread only.
+
+    It remembers the outcome, so each digest is compared once.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,14 @@ class DigestCheck:
         recover: Callable[[], Awaitable[None]],
         limiter: trio.CapacityLimiter,
     ) -> None:
-        """`fail` and `recover`: the image's; `limiter`: of threads that may be slow."""
+        """Begin with no outcome.
+
+        Args:
+            record: returns the record of the image as it is now.
+            fail: fails the image.
+            recover: undoes `fail`.
+            limiter: limits threads that may be slow.
+        """
         self._record = record
         self._fail = fail
         self._recover = recover
@@ -56,15 +67,18 @@ class DigestCheck:
         self._wanted = self._found = ""
 
     def is_current(self, record: ImageRecord) -> bool:
-        """Whether the latest outcome was good, and is that of the digest known now."""
+        """Return whether the latest outcome was good and concerns the digest that is known now."""
         return record.digest == self._wanted == self._found
 
     async def passes(self, store: Store) -> bool:
-        """Compare the complete image with the digest that is known, if any.
+        """Compare the complete image with its digest, if that is known.
 
-        A mismatch fails the image; when another digest has come to be known and is right, it
-        recovers. Nothing need be
-        locked: the bytes of a complete image stay.
+        If they differ, the image fails. If it has failed for that reason, and another digest is
+        known now and matches, it recovers. No lock is needed, because the bytes of a complete image
+        do not change.
+
+        Returns:
+            Whether the image may become whole.
 
         Cancellation: takes effect between two pieces.
         """

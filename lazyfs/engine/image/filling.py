@@ -1,7 +1,8 @@
-"""A cache file that is being filled: reads through it, its fetches, and its checkpoints.
+"""Holds a cache file that is being filled: the reads through it, its fetches, and its checkpoints.
 
-An image has at most one that it fills; whoever opened the image meanwhile keeps his until he closes
-it. The order of a checkpoint is data first, then the map (`interfaces.Store.checkpoint`).
+An image fills at most one cache file. A handle that was opened on an earlier one keeps that until
+it is closed. A checkpoint makes the data durable first, and then the map
+(`interfaces.Store.checkpoint`).
 """
 
 from collections.abc import Callable
@@ -28,10 +29,10 @@ ImageT = TypeVar("ImageT")
 
 
 class Filling:
-    """The open cache file of an image that is not whole, and all that fetches for it."""
+    """Holds the open cache file of an image that is not whole, and all that fetches for it."""
 
     kept = True
-    """Whether the store keeps anything."""
+    """True if the store keeps what is written."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Filling:
         self._checkpointing = trio.Lock()
 
     def message(self) -> str:
-        """Return what an operator should know of it, or ""."""
+        """Return what an operator should know of this cache file, or ""."""
         if self.table.distrust is not None:
             return (
                 f"{self.table.distrust}: reads fail; mount anew to go on from the last checkpoint"
@@ -62,10 +63,10 @@ class Filling:
         """Make durable what is present now, in a thread of `limiter`.
 
         Raises:
-            NoSpace, OSError: nothing is lost; the next checkpoint tries again.
-            CacheCorrupt: data was lost, and present blocks are not to be trusted; nothing is read
-                any more.
-        Cancellation: takes effect before or after, not within.
+            NoSpace, OSError: nothing is lost. The next checkpoint tries again.
+            CacheCorrupt: data was lost, so present blocks cannot be trusted. Nothing is read any
+                more.
+        Cancellation: takes effect before or after the checkpoint, not during it.
         """
         async with self._checkpointing:
             if (distrust := self.table.distrust) is not None:
@@ -92,8 +93,7 @@ class Filling:
 
 
 class Unkept(Filling):
-    """The same for an image that is read although there was no room even for its map: nothing is
-    kept."""
+    """Serves an image for which there was no room, not even for its map. Nothing is kept."""
 
     kept = False
 
@@ -108,13 +108,18 @@ def make_filling(
     on_changed: Callable[[errors.ExportChanged], None],
     is_open: Callable[[], bool],
 ) -> Filling:
-    """Return what serves reads of a cache file that was opened, and fetches for it. Connects when
-    first needed.
+    """Return what serves reads of a cache file that was opened, and fetches for it.
+
+    It connects when it first needs to.
 
     Args:
+        export: the export to fetch from.
+        loaded: the cache file.
+        context: what all images share.
+        pace: the pace of the image.
         counters: what was fetched of the image before.
         on_changed: called when the export turns out to be another version.
-        is_open: whether somebody has the image open; called from population's threads.
+        is_open: returns whether somebody has the image open. Called from population's threads.
     """
     totals = context.totals
     table = BlockTable(loaded.blocks, counters, totals)
@@ -136,8 +141,10 @@ def make_filling(
 
 
 def read_now(filling: Filling, shown: ShownFile, offset: int, length: int) -> bytes | None:
-    """Return bytes of the file shown, if they are present and in the page cache; else None. Does
-    not block."""
+    """Return bytes of the file shown if they are present and in the page cache, else None.
+
+    Does not block.
+    """
     wanted = clip(shown, offset, length)
     parts = shown.split(wanted)
     if len(parts) != 1 or not isinstance(part := parts[0], ByteRange):
@@ -153,8 +160,10 @@ def clip(shown: ShownFile, offset: int, length: int) -> ByteRange:
 
 
 def nowait(file: ImageFile, wanted: ByteRange) -> bytes | None:
-    """As `ImageFile.read_nowait`; None also if it fails: who reads in a thread then reports what it
-    was."""
+    """Read as `ImageFile.read_nowait` does, but return None if it fails.
+
+    The caller then reads in a thread, and that reports the error.
+    """
     try:
         return file.read_nowait(wanted.start, wanted.length)
     except OSError:
@@ -162,9 +171,10 @@ def nowait(file: ImageFile, wanted: ByteRange) -> bytes | None:
 
 
 async def read_file(file: ImageFile, wanted: ByteRange) -> bytes:
-    """Return bytes of an open cache file. In a thread only if the page cache does not have them.
+    """Return bytes of an open cache file. A thread is used only if the page cache does not have
+    them.
 
-    Cancellation: the thread is left to itself; the file stays open until it has read.
+    Cancellation: the thread goes on by itself. The file stays open until it has read.
     """
     if not wanted.length:
         return b""

@@ -1,8 +1,9 @@
-"""Open images: what `Image.open` returns. A handle serves reads until `aclose`, whatever becomes of
-the image.
+"""Defines handles, which are open images. `Image.open` returns one.
 
-PartialHandle   through the cache file that is being filled; missing ranges are fetched
-WholeHandle     from the plain file
+A handle serves reads until `aclose`, whatever becomes of the image:
+
+    PartialHandle   reads through the cache file that is being filled, and fetches what is missing
+    WholeHandle     reads from the plain file
 """
 
 from collections.abc import Awaitable, Callable
@@ -19,27 +20,32 @@ class Handle(Protocol):
     """An open image. Trio thread only."""
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """Return what `read` would, if the host's page cache has all of it; None if not, or if
-        anything is wrong."""
+        """Return what `read` would return if the host's page cache has all of it.
+
+        Returns:
+            None if it does not, or if anything is wrong.
+        """
         ...
 
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
-        """Return the bytes at `offset` of the file shown, fewer at its end.
+        """Return the bytes at `offset` of the file shown. At its end there are fewer than `length`.
 
         Args:
+            offset: where to read.
+            length: how many bytes to read.
             read: learns how it was served.
 
         Raises:
-            RequestFailed, ExportChanged, UserError: a missing range cannot be had.
+            RequestFailed, ExportChanged, UserError: a missing range cannot be fetched.
             OSError, CacheCorrupt: the cache file cannot be read.
         Cancellation: nothing is lost.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close; may be repeated. No read of this handle may be under way.
+        """Close the handle. May be repeated. No read of this handle may be under way.
 
-        Cancellation: the handle counts as closed, also if this is cancelled.
+        Cancellation: the handle counts as closed even if this is cancelled.
         """
         ...
 
@@ -53,20 +59,26 @@ class PartialHandle:
         filling: Filling,
         closed: Callable[["PartialHandle"], Awaitable[None]],
     ) -> None:
-        """`closed`: called by the first `aclose`."""
+        """Read through `filling`.
+
+        Args:
+            shown: the file that is shown on the mount.
+            filling: the cache file.
+            closed: called by the first `aclose`.
+        """
         self.filling = filling
-        """The image gives it another when there is room to keep what had to be served without being
-        kept."""
+        """The cache file. If this could not keep anything, and there is room again, the image
+        replaces it."""
         self._shown = shown
         self._closed = closed
         self._open = True
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """As `Handle.read_now`."""
+        """Read as `Handle.read_now` describes."""
         return read_now(self.filling, self._shown, offset, length)
 
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
-        """As `Handle.read`."""
+        """Read as `Handle.read` describes."""
         wanted = self._shown.split(clip(self._shown, offset, length))
         parts = [
             part if isinstance(part, bytes) else await self._read_export(part, read)
@@ -88,36 +100,42 @@ class PartialHandle:
         return self.filling.store.read(part.start, part.length)
 
     async def aclose(self) -> None:
-        """As `Handle.aclose`."""
+        """Close as `Handle.aclose` describes."""
         if self._open:
             self._open = False
             await self._closed(self)
 
 
 class WholeHandle:
-    """A whole image: its plain file."""
+    """A whole image that was opened. It is read from its plain file."""
 
     def __init__(
         self, shown: ShownFile, file: PlainFile, closed: Callable[["WholeHandle"], Awaitable[None]]
     ) -> None:
-        """`closed`: called by the first `aclose`."""
+        """Read from `file`.
+
+        Args:
+            shown: the file that is shown on the mount.
+            file: the plain file.
+            closed: called by the first `aclose`.
+        """
         self.file = file
-        """Shared by all who have the image open as a whole one."""
+        """The plain file. All handles that were opened on the whole image share it."""
         self._shown = shown
         self._closed = closed
         self._open = True
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """As `Handle.read_now`."""
+        """Read as `Handle.read_now` describes."""
         wanted = clip(self._shown, offset, length)
         return nowait(self.file, wanted) if wanted.length else None
 
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
-        """As `Handle.read`."""
+        """Read as `Handle.read` describes."""
         return await read_file(self.file, clip(self._shown, offset, length))
 
     async def aclose(self) -> None:
-        """As `Handle.aclose`."""
+        """Close as `Handle.aclose` describes."""
         if self._open:
             self._open = False
             await self._closed(self)

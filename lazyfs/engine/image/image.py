@@ -1,27 +1,27 @@
-"""One image: its state, its catalog row, what is open of it, and the task that attends to its
-cache.
+"""Manages one image: its state, its catalog row, what is open of it, and the task for its cache.
 
-What is open is one of four variants, and holds just what it needs:
+What is open is one of these, and holds just what it needs:
 
     Closed                  nothing
-    Filling, Unkept         a cache file that is being filled, or none for want of room
+    Filling                 a cache file that is being filled
+    Unkept                  the same without a cache file, because there is no room for one
     Whole                   the plain file
 
-Invariants (more in `doc/CONCURRENCY.md`):
+Invariants (`doc/CONCURRENCY.md` has more):
 
-- `_changing` serialises every change of state and of what is open. `record` is replaced, never
-  edited, and the catalog knows a state before anybody relies on it.
-- The bytes behind one Image never change version: when the export changes, a new Image with a new
-  inode takes the name (`engine/filesystem.py`), and this one serves what it has to those who have
+- `_changing` serialises every change of state, and of what is open. `record` is replaced, never
+  edited. A state is in the catalog before anybody relies on it.
+- The bytes behind one Image never change version. When the export changes, a new Image with a new
+  inode takes the name (`engine/filesystem.py`). The old Image serves what it has to those who have
   it open.
 - Everybody who has the image open holds a handle (`handles.py`). What a handle reads from stays
-  open as long as it.
-- An image that has lost its name is given up by `Context.on_unused` as soon as nobody has it open,
-  on every path.
+  open as long as the handle.
+- An image that has lost its name is dropped through `Context.on_unused` as soon as nobody has it
+  open, whatever happened before.
 """
 
-# Longer than 500 lines: opens, changes of state and the image's task all change what is open, under
-# one lock.
+# Longer than 500 lines: opens, changes of state and the image's task all change what is open, and
+# do so under one lock.
 
 import errno
 import logging
@@ -56,15 +56,15 @@ T = TypeVar("T")
 HandleT = TypeVar("HandleT", PartialHandle, WholeHandle, PartialHandle | WholeHandle)
 
 CHECKPOINT_S = 5.0
-"""Between checkpoints while something changes: what a crash may cost. One fdatasync of both files
-each."""
+"""The time between checkpoints while something changes. A crash loses at most what came in this
+time. Each checkpoint costs one fdatasync of both files."""
 
 ROOM_CHECK_S = 5.0
-"""Between attempts to begin the cache of an image that is read without being kept."""
+"""The time between attempts to begin the cache of an image that is read without being kept."""
 
 MAX_RETRY_S = 60.0
-"""Between attempts to hand off a complete image, or to go on after a bug. Unmeasured: an attempt
-costs an fsync."""
+"""The longest time between attempts to hand off a complete image, or to go on after a bug. It is
+unmeasured. An attempt costs an fsync."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +74,34 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The plain file is open, for whoever has opened the image since it is whole."""
+    """The plain file is open, for everybody who has opened the image since it is whole."""
 
     file: PlainFile
 
 
 class Image:
-    """An export as this host sees it. Trio thread only."""
+    """Represents an export on this host. Trio thread only."""
 
     def __init__(self, record: ImageRecord, context: "Context[Image]") -> None:
         self.record = record
         self.gone = False
-        """The repository does not list it any more."""
+        """True if the repository does not list the export any more."""
         self.retired = False
-        """Another inode has the name now; this one lives until it is closed."""
+        """True if another inode has the name now. This one exists until it is closed."""
         self.populating = Populating(Pace(context.pace), context.populate)
         self._context = context
         self._content: Closed | Filling | Whole = Closed()
         self._handles: set[PartialHandle | WholeHandle] = set()
         self._opening: set[object] = set()
-        """A token for each open under way: what it is about to use stays open."""
+        """A token for each open that is under way. What such an open may use stays open."""
         self._unkept = False
-        """There was no room for a map when the cache was to be begun, and there is none yet."""
+        """True if there was no room for a map when the cache was to be begun, and there is still
+        none."""
         self._bug = ""
-        """What is said of a task of this image that has failed by a bug, until it works again."""
+        """What is reported of a task of this image that has failed because of a bug, until it works
+        again."""
         self._open_trouble = ""
-        """Why the cache file cannot be opened, if the user can mend that."""
+        """Why the cache file cannot be opened, if the user can do something about that."""
         self._digest_check = DigestCheck(
             lambda: self.record, self.fail, self.recover, context.threads.syncs
         )
@@ -110,43 +112,51 @@ class Image:
 
     @property
     def inode(self) -> int:
-        """The inode number until it is whole, and the key in the catalog."""
+        """The inode number until the image is whole. It is also the key in the catalog."""
         return self.record.inode
 
     @property
     def shown_inode(self) -> int:
-        """The inode number that its name leads to now."""
+        """The inode number to which the name leads now."""
         whole = self.record.state is State.WHOLE
         return inode_number.whole(self.record.inode) if whole else self.record.inode
 
     @property
     def open_count(self) -> int:
-        """How many have it open, or are opening it."""
+        """How many have the image open, or are opening it."""
         return len(self._handles) + len(self._opening)
 
     @property
     def filling(self) -> Filling | None:
-        """The open cache file that is being filled; None if there is none, as of an image that is
-        whole."""
+        """The open cache file that is being filled, or None.
+
+        There is none, for instance, if the image is whole.
+        """
         return self._content if isinstance(self._content, Filling) else None
 
     @property
     def present_bytes(self) -> int:
-        """Bytes of data in the cache file: live while it is open to be filled, else as of the last
-        checkpoint."""
+        """Bytes of data in the cache file.
+
+        They are counted live while it is open to be filled, and else as of the last checkpoint.
+        """
         return (
             self.record.present_bytes if self.filling is None else self.filling.table.present_bytes
         )
 
     def allocated_bytes(self) -> int:
-        """Return what the cache file takes of the disk, as `du` shows it: data, and a qcow2's
-        metadata."""
+        """Return what the cache file takes of the disk, as `du` shows it.
+
+        That is its data, and the metadata of a qcow2 image.
+        """
         nothing = self.record.state is State.REMOTE or self._unkept
         return self.present_bytes + (0 if nothing else self.record.shown.metadata_size)
 
     def cached_bytes(self) -> int:
-        """Return all that the image takes of the disk: as `allocated_bytes`, and the map of a raw
-        one."""
+        """Return everything that the image takes of the disk.
+
+        That is what `allocated_bytes` returns, and the map of a raw image.
+        """
         record = self.record
         if record.state is State.REMOTE:
             return 0
@@ -155,7 +165,7 @@ class Image:
 
     @property
     def fillable(self) -> bool:
-        """Whether population could do something here."""
+        """True if population could do something here."""
         if self.record.state is not State.PARTIAL or self.gone or self.retired or self._bug:
             return False
         filling = self.filling
@@ -167,24 +177,23 @@ class Image:
         )
 
     async def open(self) -> Handle:
-        """Open it as it is now: as a whole image, or through its cache, which begins with the first
-        open ever.
+        """Open the image in its present state: as a whole image, or through its cache.
 
-        The size must be known (`Filesystem.describe`).
+        The first open ever begins the cache. The size must be known (`Sizes`).
 
         Raises:
-            CacheCorrupt, OSError: it cannot be opened (ESTALE: it is retired).
-        Cancellation: it is not open.
+            CacheCorrupt, OSError: it cannot be opened. ESTALE means that it is retired.
+        Cancellation: the image is not open.
         """
         return await self._opened(self._whole_handle_or_partial)
 
     async def open_whole(self) -> WholeHandle:
-        """Open it as a whole image, by its second inode number.
+        """Open the image as a whole image, by its second inode number.
 
         Raises:
-            CacheCorrupt, OSError: it cannot be opened (ESTALE: it is retired, or not whole any
-                more).
-        Cancellation: it is not open.
+            CacheCorrupt, OSError: it cannot be opened. ESTALE means that it is retired, or not
+                whole any more.
+        Cancellation: the image is not open.
         """
         return await self._opened(self._whole_handle)
 
@@ -192,9 +201,9 @@ class Image:
         self._opening.add(opening := object())
         try:
             async with self._changing:
-                if (
-                    self.retired
-                ):  # its files are gone; the kernel looks the name up again and finds the new inode
+                # The files of a retired image are gone. After ESTALE the kernel looks the name up
+                # again and finds the new inode.
+                if self.retired:
                     raise _stale()
                 handle = await make()
                 self._handles.add(handle)
@@ -228,8 +237,11 @@ class Image:
         await self._close_unused(old)
 
     async def _close_unused(self, old: Filling | None = None) -> None:
-        """Close what nobody has open any more; `old`: what a handle that was closed has read
-        from."""
+        """Close what nobody has open any more.
+
+        Args:
+            old: what a handle that was just closed has read from.
+        """
         with trio.CancelScope(shield=True):
             async with self._changing:
                 await self._close_unused_locked(old)
@@ -254,15 +266,18 @@ class Image:
             self._context.on_unused(self)
 
     def note_use(self, at_ns: int) -> None:
-        """Note a use, in ns since the epoch; it is saved with the next change, or by
-        `Filesystem.save_uses`."""
+        """Note that the image was used at `at_ns`, in ns since the epoch.
+
+        The time is saved with the next change, or by `Filesystem.save_uses`.
+        """
         self.record = self.record.used(at_ns)
 
     # -- the life of an image
 
     async def resume(self) -> None:
-        """Open what an earlier daemon left of a partial or failed image, so that population can go
-        on.
+        """Open what an earlier daemon left of a partial or failed image.
+
+        So population can go on.
 
         Raises:
             OSError, CacheCorrupt, UserError: it cannot be opened.
@@ -272,8 +287,10 @@ class Image:
                 await self._begin()
 
     async def fail(self, cause: Cause, reason: errors.LazyfsError) -> None:
-        """Fetch nothing more; present ranges stay readable. A failed image keeps its first
-        reason."""
+        """Fetch nothing more. Present ranges stay readable.
+
+        An image that has failed before keeps its first reason.
+        """
         async with self._changing:
             if self.filling is not None:
                 self.filling.table.stop_fetching(reason)
@@ -285,7 +302,10 @@ class Image:
                 await self._disown()
 
     async def recover(self) -> None:
-        """The cause of a failure is gone: the export is again what the cache was filled from."""
+        """Fetch again, because the cause of the failure is gone.
+
+        That is, the export is again what the cache was filled from.
+        """
         async with self._changing:
             if self.record.state is State.FAILED or self.record.error:
                 await self._save(ImageRecord.recovered)
@@ -294,19 +314,20 @@ class Image:
         self._context.on_fillable()
 
     async def describe(self, size: int, identity: str) -> None:
-        """Take over what the repository says of an image that has nothing cached."""
+        """Take over what the repository says of an image of which nothing is cached."""
         async with self._changing:
             if self.record.state is State.REMOTE and isinstance(self._content, Closed):
                 self.record = self.record.described(size, identity)
 
     async def prefetch(self) -> None:
-        """Begin the cache without a reader, and let population work on it whatever the mount's
+        """Begin the cache without a reader, and let population fill it, whatever the mount's
         default.
 
         The size must be known.
 
         Raises:
-            OSError, CacheCorrupt, UserError: it cannot be begun (UserError: it has failed).
+            OSError, CacheCorrupt, UserError: it cannot be begun. UserError means that the image has
+                failed.
         """
         async with self._changing:
             if self.record.state is State.FAILED:
@@ -319,10 +340,10 @@ class Image:
         self._context.on_fillable()
 
     async def annotate(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
-        """Keep what an operator says of the image: its pin, its digest, its use.
+        """Save what an operator says of the image: its pin, its digest or its use.
 
         Raises:
-            OSError: ESTALE, it is retired: what has its name now is another image.
+            OSError: ESTALE means that it is retired, so another image has its name now.
         """
         async with self._changing:
             if self.retired:
@@ -331,17 +352,17 @@ class Image:
                 await self._save(change)
 
     async def retire(self, reason: errors.LazyfsError | None, take_over: Callable[[], T]) -> T:
-        """Give up the name, and remove what is cached; return what `take_over` returns.
+        """Give up the name, and remove what is cached. Return what `take_over` returns.
 
-        Who has it open keeps what was present.
+        Processes that have the image open keep what was present.
 
         Args:
-            reason: why the rest is not fetched any more; None if readers still fetch, as the export
-                is the same.
-            take_over: puts another image in this one's place in the catalog; called in a thread.
+            reason: why the rest is not fetched any more. None if readers may still fetch, because
+                the export is the same.
+            take_over: puts another image in this one's place in the catalog. Called in a thread.
 
         Raises:
-            UserError, OSError, and what `take_over` raises: all is as it was.
+            UserError, OSError, and what `take_over` raises: nothing has changed.
         """
         async with self._changing:
             remove = partial(partial_cache.remove, self._context.stores, self.record, take_over)
@@ -356,11 +377,13 @@ class Image:
         return taken_over
 
     async def aclose(self) -> None:
-        """Save everything, hand off what is complete, and close; for the daemon's end, when nobody
-        reads any more."""
+        """Save everything, hand off what is complete, and close.
+
+        This is for the end of the daemon, when nobody reads any more.
+        """
         self._scope.cancel()
         async with self._changing:
-            self._scope.cancel()  # again: an open that was under way has begun another
+            self._scope.cancel()  # again, as an open that was under way may have begun another task
             filling = self.filling
             if (
                 filling is not None
@@ -369,9 +392,8 @@ class Image:
                 and self.record.state is not State.WHOLE
             ):
                 await filling.reader.written()
-                if not await self._become_whole(
-                    filling
-                ):  # its task may not have begun, or was cancelled
+                # The image's task may not have begun to hand it off, or was cancelled.
+                if not await self._become_whole(filling):
                     await self._checkpoint(filling)
             left = {handle.filling for handle in self._handles if isinstance(handle, PartialHandle)}
             self._handles.clear()
@@ -392,7 +414,9 @@ class Image:
             await self._save(ImageRecord.begun)
             self._context.on_attributes_changed(self)
         filling = self._fill(await self._load(fresh or self._unkept))
-        await self._disown()  # a crash may have come before it; last, as this may be cancelled
+        # A crash may have come before the file of a failed image was disowned. This comes last,
+        # because it may be cancelled.
+        await self._disown()
         return filling
 
     async def _load(self, fresh: bool) -> partial_cache.Loaded:
@@ -407,7 +431,7 @@ class Image:
             raise
 
     def _fill(self, loaded: partial_cache.Loaded) -> Filling:
-        """Serve from this store from now on, and attend to it."""
+        """Serve from this store from now on, and start the task for it."""
         record = self.record
         assert record.size is not None
         filling = self._content = make_filling(
@@ -454,8 +478,10 @@ class Image:
             await self._close_file(content.store)
 
     async def _close_file(self, file: ImageFile) -> None:
-        """Close in a thread what nothing else holds: the kernel frees its blocks meanwhile, which
-        takes seconds."""
+        """Close a file. If nothing else may hold it, that is done in a thread.
+
+        The kernel then frees the blocks during the close, which takes seconds.
+        """
         if not self.retired:
             file.close()
             return
@@ -470,7 +496,7 @@ class Image:
         )
 
     async def _save(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
-        """Change the record, catalog first."""
+        """Change the record, first in the catalog and then here."""
         counted = self.record
         if self.filling is not None:
             counted = counted.counted(self.filling.table.present_bytes, self._counters())
@@ -483,7 +509,8 @@ class Image:
             except (errors.NoSpace, errors.CacheCorrupt, OSError) as error:
                 if record.state is State.WHOLE and self.record.state is not State.WHOLE:
                     raise
-                # It catches up with the next change; at worst a restart asks or counts again.
+                # The next change saves this one as well. At worst the daemon asks or counts again
+                # after a restart.
                 logger.warning("the catalog could not be written: %s", error)
         before, self.record = self.record, record
         if record.last_used_ns == counted.last_used_ns:  # the image may have been closed meanwhile
@@ -494,8 +521,10 @@ class Image:
     # -- the task of an image that is being filled
 
     async def _carry_on(self, filling: Filling, scope: trio.CancelScope) -> None:
-        """Attend to a cache file until it is handed off. A bug is reported, and costs a pause; it
-        ends nothing."""
+        """Look after a cache file until it is handed off.
+
+        A bug is reported, and the work goes on after a pause.
+        """
         retry = Backoff(first=1.0, limit=MAX_RETRY_S)
         with scope:
             while True:
@@ -506,7 +535,10 @@ class Image:
                         "attending to an image failed, a bug in lazyfs: image=%s",
                         self.record.export,
                     )
-                    self._bug = f"a bug in lazyfs: {error!r}; it is tried again, and the log has the details"
+                    self._bug = (
+                        f"a bug in lazyfs: {error!r}; "
+                        "it is tried again, and the log has the details"
+                    )
                 else:
                     return
                 await trio.sleep(retry.next())
@@ -514,7 +546,7 @@ class Image:
                 self._context.on_fillable()
 
     async def _attend(self, filling: Filling) -> None:
-        """Checkpoint while it fills; hand off when it is complete."""
+        """Make checkpoints while the cache file is being filled, and hand it off at the end."""
         while not filling.table.completed.is_set():
             await filling.table.until_changed()
             with trio.move_on_after(CHECKPOINT_S):
@@ -530,7 +562,10 @@ class Image:
             await trio.sleep(retry.next())
 
     async def _wait_for_room(self, unkept: Filling) -> None:
-        """Begin to cache an image that was opened with no room for its map, once there is room."""
+        """Begin the cache of an image that was opened without room for its map.
+
+        That is done once there is room.
+        """
         while self._content is unkept:
             await trio.sleep(ROOM_CHECK_S)
             async with self._changing:
@@ -549,7 +584,7 @@ class Image:
         for handle in self._handles:
             if isinstance(handle, PartialHandle) and handle.filling is unkept:
                 handle.filling = filling
-        unkept.reader.rest()  # readers that had begun with it end with it
+        unkept.reader.rest()  # reads that have begun through `unkept` end through it
         self._context.on_fillable()
 
     async def _checkpoint(self, filling: Filling) -> None:
@@ -569,9 +604,12 @@ class Image:
             await self._save(lambda record: record)
 
     async def _hand_off(self, filling: Filling) -> bool:
-        """Turn the complete image into a plain file, and tell the kernel; False if it is worth
-        another try later."""
-        # The digest takes minutes; no open waits for that.
+        """Turn the complete image into a plain file, and tell the kernel.
+
+        Returns:
+            False if this should be tried again later.
+        """
+        # The digest takes minutes. `_changing` is not held, so no open waits for that.
         if not await self._digest_check.passes(filling.store):
             return False
         async with self._changing:
@@ -587,16 +625,15 @@ class Image:
     async def _become_whole(self, filling: Filling) -> bool:
         if not filling.kept or not filling.table.complete or self.record.state is State.FAILED:
             return False
-        if not self._digest_check.is_current(
-            self.record
-        ):  # at the daemon's end, which does not wait for it
+        # The digest may not have been compared yet at the end of the daemon, which does not wait
+        # for that.
+        if not self._digest_check.is_current(self.record):
             return False
         try:
             await filling.checkpoint(self._context.threads.syncs)
             await trio.to_thread.run_sync(filling.store.finish, limiter=self._context.threads.syncs)
-            with trio.CancelScope(
-                shield=True
-            ):  # else the partial name would stay until the next start
+            # Without the shield the partial file's name could stay until the next start.
+            with trio.CancelScope(shield=True):
                 await self._save(ImageRecord.became_whole)
                 await trio.to_thread.run_sync(
                     filling.store.remove, limiter=self._context.threads.opens
@@ -612,7 +649,7 @@ class Image:
     # -- reporting
 
     def statistics(self) -> ImageStatistics:
-        """Return what `status` shows, as of now."""
+        """Return what `status` shows now."""
         record, counters, filling = self.record, self._counters(), self.filling
         if filling is not None:
             zero = filling.table.zero_bytes
@@ -652,7 +689,7 @@ class Image:
         ]
 
     def _filling_message(self) -> str:
-        """Return what hinders an image that is not whole; "" if nothing does."""
+        """Return what hinders an image that is not whole, or ""."""
         if self.record.state is not State.PARTIAL:
             return ""
         # Nobody waits for room for an image that is closed.
@@ -666,7 +703,7 @@ class Image:
 def _nearly_full(stores: Stores) -> bool:
     try:
         return stores.nearly_full()
-    except OSError:  # whoever writes says what is wrong
+    except OSError:  # a write will report what is wrong
         return False
 
 

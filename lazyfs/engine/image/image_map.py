@@ -1,4 +1,4 @@
-"""Which ranges of an image are here: `query-map`."""
+"""Finds out which ranges of an image are present, for `query-map`."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from lazyfs.engine.image.image import Image
 
 @dataclass(frozen=True, slots=True)
 class MapEntry:
-    """A range of the export; the fields are those of `qemu-img map --output=json`."""
+    """Describes a range of the export. The fields are those of `qemu-img map --output=json`."""
 
     start: int
     length: int
@@ -29,7 +29,7 @@ async def entries(image: Image, limiter: trio.CapacityLimiter) -> list[MapEntry]
     """Return the map of an image, in order and without gaps.
 
     Raises:
-        UserError: its size is not known.
+        UserError: the size of the image is not known.
         CacheCorrupt, OSError: the plain file of a whole image cannot be looked at.
     """
     size = image.record.size
@@ -49,8 +49,11 @@ async def entries(image: Image, limiter: trio.CapacityLimiter) -> list[MapEntry]
 async def entries_of(
     image: Image, handle: Handle, limiter: trio.CapacityLimiter | None
 ) -> list[MapEntry]:
-    """Return the map of an image that is open. Raises OSError if the plain file cannot be looked
-    at."""
+    """Return the map of an image that is open, in order and without gaps.
+
+    Raises:
+        OSError: the plain file cannot be looked at.
+    """
     size = image.record.size
     assert size is not None
     if isinstance(handle, WholeHandle):
@@ -63,7 +66,10 @@ async def entries_of(
 
 
 def _joined(runs: list[tuple[ByteRange, int]]) -> Iterator[MapEntry]:
-    """What is being fetched counts as missing, so neighbours may have to be joined."""
+    """Yield the map of an image that is not whole.
+
+    What is being fetched counts as missing, so neighbouring runs may have to be joined.
+    """
     last: MapEntry | None = None
     for span, state in runs:
         present, zero = state in (block_map.DATA, block_map.ZERO), state == block_map.ZERO
@@ -81,7 +87,7 @@ def _joined(runs: list[tuple[ByteRange, int]]) -> Iterator[MapEntry]:
 
 
 def _segments(fd: int, begin: int, end: int) -> list[MapEntry]:
-    """By lseek(2), SEEK_DATA and SEEK_HOLE."""
+    """Yield the map of a plain file, by SEEK_DATA and SEEK_HOLE of lseek(2)."""
     found = []
     position = begin
     while position < end:

@@ -1,19 +1,19 @@
-"""What is told about an image: the row of `query-images`."""
+"""Defines what is told about an image: one row of `query-images`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ImageStatistics:
-    """What `status` shows of an image."""
+    """Holds what `status` shows of an image."""
 
     name: str
     path: str
     inode: int
     size: int | None
-    """Of the export."""
+    """The size of the export."""
     file_size: int | None
-    """Of the file shown."""
+    """The size of the file shown."""
     format: str
     state: str
     present_bytes: int

@@ -1,4 +1,4 @@
-"""Opens and removes what there is on disk of an image."""
+"""Opens and removes what is on disk of an image."""
 
 import errno
 import logging
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_BLOCKS = 256 * MiB
-"""Blocks of one image: 16 TiB at 64 KiB. The map takes as many bytes of memory, and a stranger
-names the size."""
+"""The most blocks that one image may have: 16 TiB at 64 KiB. The map takes as many bytes of memory,
+and the size is chosen by the repository, which is not trusted."""
 
 
 def too_large(record: ImageRecord) -> str:
-    """Return why this image cannot be cached with these blocks; "" if it can."""
+    """Return why this image cannot be cached with its block size, or "" if it can."""
     size = record.size or 0
     if size <= MAX_BLOCKS * record.block_size:
         return ""
@@ -36,8 +36,10 @@ def too_large(record: ImageRecord) -> str:
 
 
 def map_bytes(record: ImageRecord) -> int:
-    """Return what the cache of a partial image takes of the disk before any data: its map, or a
-    qcow2's metadata."""
+    """Return what the cache of a partial image takes of the disk before there is any data.
+
+    That is its map, or the metadata of a qcow2 image.
+    """
     if record.format != shown_file.RAW:
         return record.shown.metadata_size
     blocks = -(-(record.size or 0) // record.block_size)
@@ -46,31 +48,35 @@ def map_bytes(record: ImageRecord) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The cache file of a partial image, open."""
+    """Holds the open cache file of a partial image."""
 
     store: Store
     blocks: BlockMap
     kept: bool
-    """False if there was no room even for a map: the store keeps nothing."""
+    """False if there was no room even for a map, so that the store keeps nothing."""
 
 
 def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Loaded:
-    """Open what is on disk of an image, or begin it. Blocks; meant for a thread.
+    """Open what is on disk of an image, or begin it. Blocks, so call it in a thread.
 
     What is on disk and cannot be trusted is discarded.
 
     Args:
+        stores: makes the store.
+        record: the image.
+        budget: the map takes its share of it.
         fresh: nothing is there yet, so the map takes its share of the budget now.
 
     Raises:
-        OSError, CacheCorrupt, UserError: it can be neither used nor begun anew.
+        OSError, CacheCorrupt, UserError: the files can neither be used nor begun anew.
     """
     assert record.size is not None
     unkept = Loaded(stores.unkept(), BlockMap(record.size, record.block_size), False)
     reservation = budget.reserve(map_bytes(record) if fresh else 0)
     if reservation is None:
         return unkept
-    reservation.keep()  # at once: whoever adds up what all images take counts the map of a partial one
+    # Kept at once, because a count of what all images take includes the map of a partial image.
+    reservation.keep()
     try:
         try:
             return _opened(stores, record)
@@ -103,15 +109,16 @@ def _opened(stores: Stores, record: ImageRecord) -> Loaded:
 
 
 def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
-    """Remove what is cached of an image; return what `tell` returns. Who has it open goes on
-    reading. Blocks.
+    """Remove what is cached of an image, and return what `tell` returns. Blocks.
 
-    Nothing lies at the image's path any more when `tell`, which tells the catalog, is called; if
-    that fails, all is as it was. A crash before it has the image fetched again, one after it leaves
-    files that the next mount sweeps.
+    Processes that have the image open keep reading it.
+
+    When `tell` is called, nothing is at the image's path any more. `tell` tells the catalog. If it
+    fails, everything is as it was. If lazyfs crashes before `tell`, the image is fetched again. If
+    it crashes after, files are left that the next mount removes.
 
     Raises:
-        UserError: its plain file is not what lazyfs left there, so not ours to remove.
+        UserError: the plain file is not what lazyfs left there, so lazyfs must not remove it.
         OSError, or what `tell` raises: nothing was removed.
     """
     plain = _plain_file(stores, record)
@@ -156,10 +163,12 @@ def _plain_file(stores: Stores, record: ImageRecord) -> PlainFile | None:
 
 
 def disown(store: Store, record: ImageRecord) -> errors.CacheCorrupt | None:
-    """See to it that nobody who opens a failed image's file without lazyfs reads a mixture of two
-    versions. Blocks.
+    """Make sure that other programs do not read a mixture of two versions of an export. Blocks.
 
-    Returns what the sync reported, if data may have been lost.
+    They might do so when they open the file of a failed image without lazyfs.
+
+    Returns:
+        What the sync reported, if data may have been lost.
     """
     try:
         store.disown()

@@ -1,4 +1,4 @@
-"""What population and its job know about one image."""
+"""Holds what population and its job know about one image."""
 
 from dataclasses import dataclass
 
@@ -7,37 +7,43 @@ from lazyfs.engine.pace import Pace
 
 @dataclass(slots=True)
 class Populating:
-    """Whether, when and how fast an image is populated. Trio thread only, `pace` excepted."""
+    """Says whether, when and how fast an image is populated.
+
+    Trio thread only, except for `pace`.
+    """
 
     pace: Pace
     wanted: bool
-    """Population may work on it. False with `--no-populate` until `prefetch`, and after
-    `job-cancel`."""
+    """True if population may work on the image. With `--no-populate` it is False until `prefetch`.
+    It is also False after `job-cancel`."""
     paused: bool = False
-    """By `job-pause`."""
+    """True after `job-pause`."""
     waits_since: int | None = None
-    """The number of population's turn when it last worked here, or first saw it."""
+    """The number of population's turn in which it last worked on the image, or first saw it."""
     after: float = 0.0
-    """Population leaves it alone until this time (trio's clock), after a failure."""
+    """Population leaves the image alone until this time, by trio's clock, after a failure."""
     trouble: str = ""
-    """Why the latest turn of population failed; "" if it did not."""
+    """Why the latest turn of population failed. It is "" if it did not."""
 
     @property
     def goes_on(self) -> bool:
-        """Whether population may work on it now."""
+        """True if population may work on the image now."""
         return self.wanted and not self.paused
 
     def due(self, now: float) -> float:
-        """Return when population may work on it next, by trio's clock; `now` or before: at once."""
+        """Return when population may work on the image next, by trio's clock.
+
+        `now` or an earlier time means at once.
+        """
         return max(self.after, now + self.pace.own_wait_s())
 
     def want(self) -> None:
-        """Let population work on it, unless it is paused."""
+        """Let population work on the image, unless it is paused."""
         self.wanted = True
         self.pace.stopped = self.paused
 
     def pause(self) -> None:
-        """Stop, the turn under way included."""
+        """Pause population, including the turn under way."""
         self.paused = self.pace.stopped = True
 
     def resume(self) -> None:
@@ -46,6 +52,6 @@ class Populating:
         self.pace.stopped = not self.wanted
 
     def stop(self) -> None:
-        """Stop for good, the turn under way included: until `want`."""
+        """Stop population until `want` is called, including the turn under way."""
         self.wanted = self.paused = False
         self.pace.stopped = True
