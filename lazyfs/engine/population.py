@@ -208,7 +208,7 @@ class Population:
             trouble = port.trouble
         finally:
             if not image.open_count:
-                filling.reader.rest()
+                filling.reader.drop_connection_when_idle()
         progress = table.counters().populated_bytes > before
         if trouble is None and not progress and trio.current_time() < began + TURN_S:
             # Others have claimed everything that is missing. Whether they succeed or fail says

@@ -80,7 +80,7 @@ class DemandReader:
         self._read_around = ReadAround(table.block_size)
         self._ahead_until = 0
         """The byte up to which `learn_ahead` has learned the windows with missing blocks."""
-        self._resting = False
+        self._drop_when_idle = False
         """True if the connection is to be dropped as soon as nothing is under way on it."""
         self._token = trio.lowlevel.current_trio_token()
 
@@ -105,7 +105,7 @@ class DemandReader:
         """
         if self._timeouts.is_again(wanted.start, trio.current_time()):
             raise self._timed_out(wanted)
-        self._resting = False
+        self._drop_when_idle = False
         self._totals.waiting += 1
         try:
             with trio.fail_at(trio.current_time() + self._io_timeout_s):
@@ -287,7 +287,7 @@ class DemandReader:
 
     def _forget(self, fetch: DemandFetch) -> None:
         del self._fetches[fetch.flight]
-        self._drop_if_resting()
+        self._drop_if_idle()
 
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:
         what = f"reading {self.export.name} at {wanted.start}"
@@ -308,7 +308,7 @@ class DemandReader:
             self.changed(error)
             raise
         finally:
-            self._drop_if_resting()
+            self._drop_if_idle()
 
     async def learn_next(self) -> None:
         """Learn windows from where population goes on, until one has something to fetch.
@@ -347,17 +347,17 @@ class DemandReader:
         ) is not None:
             await fetch.written.wait()
 
-    def rest(self) -> None:
+    def drop_connection_when_idle(self) -> None:
         """Drop the connection once nothing is under way on it, because nobody reads any more.
 
         A read that comes before keeps the connection.
         """
-        self._resting = True
-        self._drop_if_resting()
+        self._drop_when_idle = True
+        self._drop_if_idle()
 
-    def _drop_if_resting(self) -> None:
-        if self._resting and not self._fetches and not self._questions:
-            self._resting = False
+    def _drop_if_idle(self) -> None:
+        if self._drop_when_idle and not self._fetches and not self._questions:
+            self._drop_when_idle = False
             self._source.drop_connection()
 
     def drop_connection(self) -> None:

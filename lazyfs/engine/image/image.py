@@ -261,7 +261,7 @@ class Image:
             if self.retired or not content.kept:
                 await self._close(content)
             else:
-                content.reader.rest()
+                content.reader.drop_connection_when_idle()
         if self.retired and not self._handles:
             self._context.on_unused(self)
 
@@ -584,7 +584,7 @@ class Image:
         for handle in self._handles:
             if isinstance(handle, PartialHandle) and handle.filling is unkept:
                 handle.filling = filling
-        unkept.reader.rest()  # reads that have begun through `unkept` end through it
+        unkept.reader.drop_connection_when_idle()  # reads that have begun through `unkept` end through it
         self._context.on_fillable()
 
     async def _checkpoint(self, filling: Filling) -> None:

@@ -108,18 +108,18 @@ def _opened(stores: Stores, record: ImageRecord) -> Loaded:
         raise
 
 
-def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
-    """Remove what is cached of an image, and return what `tell` returns. Blocks.
+def remove(stores: Stores, record: ImageRecord, take_over: Callable[[], T]) -> T:
+    """Remove what is cached of an image, and return what `take_over` returns. Blocks.
 
     Processes that have the image open keep reading it.
 
-    When `tell` is called, nothing is at the image's path any more. `tell` tells the catalog. If it
-    fails, everything is as it was. If lazyfs crashes before `tell`, the image is fetched again. If
+    When `take_over` is called, nothing is at the image's path any more. `take_over` tells the catalog. If it
+    fails, everything is as it was. If lazyfs crashes before `take_over`, the image is fetched again. If
     it crashes after, files are left that the next mount removes.
 
     Raises:
         UserError: the plain file is not what lazyfs left there, so lazyfs must not remove it.
-        OSError, or what `tell` raises: nothing was removed.
+        OSError, or what `take_over` raises: nothing was removed.
     """
     plain = _plain_file(stores, record)
     partial = stores.partial(record) if record.state is not State.REMOTE else None
@@ -129,7 +129,7 @@ def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
         elif partial is not None:
             partial.unfinish()
         try:
-            told = tell()
+            taken_over = take_over()
         except BaseException:
             if plain is not None:
                 plain.restore()
@@ -143,7 +143,7 @@ def remove(stores: Stores, record: ImageRecord, tell: Callable[[], T]) -> T:
             logger.warning(
                 "its room is free after the next mount: image=%s reason=%s", record.export, error
             )
-        return told
+        return taken_over
     finally:
         if plain is not None:
             plain.close()
