@@ -89,6 +89,7 @@ class FakeRepository:
         self.connected = False
         self.nursery: trio.Nursery | None = None
         """Runs what is submitted; without it nothing can be."""
+        self.sources: set[_FakeSource] = set()
         self.exports: dict[str, FakeExport] = {}
         self.log: list[Request] = []
         self.status_log: list[tuple[str, ByteRange]] = []
@@ -245,6 +246,10 @@ class FakeRepository:
                 raise errors.RequestFailed(f"reading {name} at {offset}", code)
         buffer[:] = content[asked.start : asked.end]
 
+    def connections(self) -> int:
+        """How many sources have a connection."""
+        return sum(source._connected for source in self.sources)
+
     async def status(self, export: Export, window: ByteRange) -> list[ByteRange]:
         """One attempt to ask for block status."""
         self._check_up()
@@ -266,6 +271,8 @@ class _FakeSource:
         self._connected = False
         self._calls = 0
         self._dropped = False
+        self._drops = 0
+        repository.sources.add(self)
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
         if self._repository.nursery is None or not self._connected:
@@ -279,9 +286,11 @@ class _FakeSource:
 
     async def _answer(self, offset: int, buffer: memoryview, at: float, answered: Answered) -> None:
         outcome: errors.LazyfsError | None = errors.ConnectionLost(self._repository.uri, "closed")
+        drops = self._drops
         try:
             await self._repository.answer(self._export, offset, buffer, at)
-            outcome = None
+            if drops == self._drops:
+                outcome = None
         except errors.RequestFailed as error:
             outcome = error
         except errors.LazyfsError:  # also of another version: who connects anew learns of it
@@ -317,6 +326,7 @@ class _FakeSource:
 
     def drop_connection(self) -> None:
         self._connected = False
+        self._drops += 1
         self._dropped = self._calls > 0
 
 

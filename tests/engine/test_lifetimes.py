@@ -267,6 +267,42 @@ async def test_population_leaves_no_connection_of_its_questions_behind() -> None
         assert not image.filling.reader._source._connected  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("how", ["evict", "replace", "whole"])
+@pytest.mark.parametrize("connected", [True, False])
+async def test_no_connection_is_left_of_an_image_that_has_gone(how: str, connected: bool) -> None:
+    """Nor is one made anew, for a fetch that was under way and that nobody waits for."""
+    world = world_with("a", size=64 * BLOCK, populate=False, replace_changed=True)
+    async with world.daemon():
+        image = await world.open("a")
+        if connected:
+            await world.read(image, 0, 4096)
+            world.repository.demand_delay_s = 2.0
+            await world.read(image, BLOCK, 4096)  # its readahead is answered later
+        else:
+            world.repository.down = True
+            with trio.move_on_after(1):
+                await world.read(image, 0, 4096)
+        await world.close(image)
+        assert connected == bool(image.filling and image.filling.table.under_way())
+        if how == "evict":
+            await world.command("evict", path="a")
+        elif how == "replace":
+            world.repository.add("a", pattern(65 * BLOCK))
+            with suppress(errors.ConnectionLost):
+                await world.filesystem.refresh()
+        else:
+            world.repository.demand_delay_s = 0.0
+            world.repository.down = False
+            again = await world.open("a")
+            await world.read(again, 0, 64 * BLOCK)
+            await world.close(again)
+        world.repository.down = False
+        world.repository.demand_delay_s = 0.0
+        await trio.sleep(100)
+        assert world.repository.connections() == 0
+        assert len(world.stores.open_files) <= 1
+
+
 # -- background work that fails
 
 

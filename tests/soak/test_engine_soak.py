@@ -62,6 +62,7 @@ class Soak:
         filesystem = world.filesystem
         return {
             "files": len(world.stores.open_files),
+            "connections": world.repository.connections(),
             "images": len(list(filesystem.names.all_images())),
             "active": len(list(filesystem.active_images())),
             "tasks": trio.lowlevel.current_statistics().tasks_living,

@@ -82,6 +82,9 @@ class DemandReader:
         """The byte up to which `learn_ahead` has learned the windows with missing blocks."""
         self._drop_when_idle = False
         """True if the connection is to be dropped as soon as nothing is under way on it."""
+        self._closed = False
+        self._fetching: set[trio.CancelScope] = set()
+        """Around the fetches that have a task of their own."""
         self._token = trio.lowlevel.current_trio_token()
 
     async def read_missing(
@@ -231,17 +234,19 @@ class DemandReader:
 
     def _answered(self, fetch: DemandFetch) -> None:
         """Go on with `fetch`, after the connection has done what it could for it."""
-        if isinstance(fetch.failure, errors.ConnectionLost):
+        if isinstance(fetch.failure, errors.ConnectionLost) and not self._closed:
             self._nursery.start_soon(self._carry_out, fetch)
         else:
             self._end(fetch)
 
     async def _carry_out(self, fetch: DemandFetch) -> None:
         """Fetch with as many attempts as the time allows."""
+        self._fetching.add(scope := trio.CancelScope())
         try:
-            with trio.fail_at(fetch.began + self._io_timeout_s):
-                await demand_fetch.receive(fetch, self._source)
-            fetch.failure = None
+            with scope, trio.fail_at(fetch.began + self._io_timeout_s):
+                if not self._closed:
+                    await demand_fetch.receive(fetch, self._source)
+                    fetch.failure = None
         except trio.TooSlowError:
             fetch.failure = self._timed_out(fetch.span)
         except errors.LazyfsError as error:
@@ -251,6 +256,7 @@ class DemandReader:
         except Exception:
             logger.exception("a fetch failed, a bug in lazyfs: image=%s", self.export.name)
         finally:
+            self._fetching.remove(scope)
             self._end(fetch)
 
     def _end(self, fetch: DemandFetch) -> None:
@@ -258,6 +264,10 @@ class DemandReader:
         if fetch.ended:
             return
         fetch.ended = True
+        if fetch.failure is not None and self._table.failure is not None:
+            fetch.failure = (
+                self._table.failure.again()
+            )  # which says more than that it was cancelled
         fetch.wait.end(fetch.data_bytes if fetch.failure is None else 0)
         if fetch.failure is not None:
             self._table.settle(fetch.flight, None)
@@ -301,7 +311,12 @@ class DemandReader:
     # -- extents
 
     async def learn(self, window: ByteRange) -> None:
-        """Learn the extents of `window`. Raises what `ExtentQuestions.ask` raises."""
+        """Learn the extents of `window`.
+
+        Raises what `ExtentQuestions.ask` raises, and ConnectionLost if the reader is closed.
+        """
+        if self._closed:
+            raise errors.ConnectionLost(self.export.name, "the image is closed")
         try:
             await self._questions.ask(window)
         except errors.ExportChanged as error:
@@ -360,6 +375,12 @@ class DemandReader:
             self._drop_when_idle = False
             self._source.drop_connection()
 
-    def drop_connection(self) -> None:
-        """Close the connection to the repository now. A later fetch connects again."""
+    def close(self) -> None:
+        """Give up the connection for good, because nobody will read a missing range any more.
+
+        A fetch that is under way fails, unless its bytes have arrived.
+        """
+        self._closed = True
+        for scope in self._fetching:
+            scope.cancel()
         self._source.drop_connection()

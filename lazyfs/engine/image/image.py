@@ -372,7 +372,7 @@ class Image:
             self._scope.cancel()
             if self.filling is not None and reason is not None:
                 self.filling.table.stop_fetching(reason)
-                self.filling.reader.drop_connection()
+                self.filling.reader.close()
             await self._close_unused_locked()
         return taken_over
 
@@ -474,7 +474,7 @@ class Image:
         if isinstance(content, Whole):
             await self._close_file(content.file)
         else:
-            content.reader.drop_connection()
+            content.reader.close()
             await self._close_file(content.store)
 
     async def _close_file(self, file: ImageFile) -> None:
@@ -584,7 +584,8 @@ class Image:
         for handle in self._handles:
             if isinstance(handle, PartialHandle) and handle.filling is unkept:
                 handle.filling = filling
-        unkept.reader.drop_connection_when_idle()  # reads that have begun through `unkept` end through it
+        # Reads that have begun through `unkept` end through it.
+        unkept.reader.drop_connection_when_idle()
         self._context.on_fillable()
 
     async def _checkpoint(self, filling: Filling) -> None:
@@ -615,7 +616,7 @@ class Image:
         async with self._changing:
             if not await self._become_whole(filling):
                 return False
-            filling.reader.drop_connection()
+            filling.reader.close()
             self._content = Closed()
             if not any(isinstance(handle, PartialHandle) for handle in self._handles):
                 await self._close(filling)
