@@ -1,10 +1,13 @@
-"""`python -m lazyfs`, and the `lazyfs` command."""
+"""Starts lazyfs, as `python -m lazyfs` or as the command `lazyfs`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command; also an interrupt while modules are loaded is one, not a traceback."""
+    """Run the command and return its exit code.
+
+    An interrupt while modules are loaded ends the command without a traceback as well.
+    """
     try:
         from lazyfs.cli import main as cli
 

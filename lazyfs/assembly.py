@@ -1,12 +1,13 @@
-"""Builds the engine of a mount and its control, and wires them. The daemon does it over real parts,
-tests over fakes.
+"""Builds and wires the engine of a mount and its control.
+
+The daemon passes real parts, and tests pass fakes.
 
 Filesystem --on_fillable--> Population.wake, Jobs.announce        something may be filled
            --on_state_changed--> IMAGE_STATE_CHANGE, Jobs.announce
 Population --on_turn--> Jobs.announce
            --shortage--> Room.want, Room.message                  before each turn
-Room       --on_change--> as on_fillable                          there is room again, or none any
-more Budget     --on_low--> Room                                       set by Room itself
+Room       --on_change--> as on_fillable             there is room again, or none any more
+Budget     --on_low--> Room                          set by Room itself
 Jobs       --on_status--> JOB_STATUS_CHANGE
 """
 
@@ -28,12 +29,12 @@ from lazyfs.engine.room import Room
 from lazyfs.engine.supervision import Supervisor
 
 Emit = Callable[[str, dict[str, object]], None]
-"""Sends an event to the clients of the control socket: its name, and its data."""
+"""Sends an event to the clients of the control socket. The arguments are its name and its data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The engine of one mount, and what controls it."""
+    """Holds the engine of one mount, and what controls it."""
 
     filesystem: Filesystem
     operations: Operations
@@ -56,13 +57,19 @@ def build(
     backing_files: Callable[[], Awaitable[frozenset[str]]],
     nursery: trio.Nursery,
 ) -> Parts:
-    """Build all parts. They do nothing before they are wired, and `start` is called.
+    """Build all parts. They do nothing before they are wired and `start` is called.
 
     Args:
+        mountpoint: where the images are shown.
+        repository: where the exports are.
+        stores: makes the cache files.
+        catalog: stores the records.
         records: what `catalog` holds.
-        backing_files: returns the paths of images that overlays need. Raises UserError if it cannot
-            tell.
-        nursery: runs fetches, and tasks of images; it ends after the images are closed.
+        options: what the user chose about images.
+        limits: what the user allows the cache.
+        backing_files: returns the paths of images that overlays need. Raises UserError if they
+            cannot be found out.
+        nursery: runs fetches and the tasks of images. It ends after the images are closed.
     """
     filesystem = Filesystem(repository, stores, catalog, records, options, nursery)
     operations = Operations(filesystem, repository, options, backing_files)
@@ -74,9 +81,11 @@ def build(
 
 
 def wire(parts: Parts, emit: Emit, on_use: Callable[[], None] = lambda: None) -> None:
-    """Connect the parts; everything that is called when something else happens is set here.
+    """Connect the parts. Everything that one part calls when something happens is set here.
 
     Args:
+        parts: what `build` returned.
+        emit: sends events to clients.
         on_use: called when an image may have been used.
     """
 
@@ -108,8 +117,10 @@ def wire(parts: Parts, emit: Emit, on_use: Callable[[], None] = lambda: None) ->
 
 
 async def start(parts: Parts, nursery: trio.Nursery, *, populate: bool = True) -> None:
-    """Start the background tasks in `nursery`, which must end before the images are closed: jobs
-    read them."""
+    """Start the background tasks in `nursery`.
+
+    The nursery must end before the images are closed, because jobs read them.
+    """
     await nursery.start(parts.jobs.run)
     nursery.start_soon(parts.supervisor.keep_running, "making room", parts.room.run)
     if populate:

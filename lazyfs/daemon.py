@@ -1,10 +1,11 @@
-"""The composition root: picks the concrete classes, wires them, and takes them down in order.
+"""Builds a mount from the concrete classes, and takes it down in order: the composition root.
 
 mount        cache directory opened and locked -> exports listed -> mounted -> "ready"
-detach       unmounted lazily -> open files are served -> the last is closed: as after unmount
+detach       unmounted lazily -> open files are served -> the last is closed -> as after unmount
 unmount      kernel's connection ends -> jobs and population end -> checkpoint of every image,
              hand-off of what is complete -> catalog closed -> exit
-A crash anywhere costs what the last checkpoint did not have.
+
+A crash at any point loses only what was cached after the last checkpoint.
 """
 
 import errno
@@ -46,25 +47,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_LIST_S = 10.0
-"""How long a mount waits for a repository that does not answer before it comes up from the
+"""How long a mount waits for a repository that does not answer. After that it starts from the
 catalog."""
 
 LAST_ANSWERS_S = 1.0
-"""How long the daemon's end waits for control commands under way to be answered, as the `detach`
-that caused it; and for requests of the kernel."""
+"""How long the end of the daemon waits for requests of the kernel, and for control commands
+under way, such as the `detach` that caused it."""
 
 SAVE_USES_S = 30.0
-"""How late the catalog hears that an image was used: what a crash may cost of the order of
-eviction."""
+"""How late the catalog is told that an image was used. A crash loses the uses of this time,
+which matter only for the order of eviction."""
 
 MAX_REQUESTS = 2048
-"""FUSE requests handled at once: readers that wait for a repository must leave room for all the
-others."""
+"""How many FUSE requests are handled at once. Readers that wait for a repository must leave room
+for all other requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountConfig:
-    """Everything `lazyfs mount` decides."""
+    """Holds everything that `lazyfs mount` decides."""
 
     repository: str
     mountpoint: str
@@ -76,22 +77,22 @@ class MountConfig:
     overlays: Sequence[str]
     """Folders of qcow2 files whose backing files are never evicted."""
     metrics: str | None
-    """Where to serve them, "HOST:PORT"; None for nowhere."""
+    """Where to serve the metrics, as "HOST:PORT". None means that they are not served."""
     passthrough: bool
     allow_evict: bool
     dropped_log_lines: Callable[[], int] = lambda: 0
-    """Returns how many lines did not fit into a log that blocks."""
+    """Returns how many lines of the log were dropped because the log blocked."""
 
 
 def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
-    """Mount, call `on_ready` when the mount answers, and return after it was unmounted.
+    """Mount, call `on_ready` when the mount answers, and return when it has been unmounted.
 
     Raises:
-        UserError: it could not be mounted; nothing was left behind.
+        UserError: it could not be mounted. Nothing was left behind.
     """
-    os.umask(0o022)  # folders for whole images
+    os.umask(0o022)  # for the folders of whole images
     _raise_file_limit()
-    # What libnbd or a thread cannot raise to us is reported here, on stderr by default.
+    # This reports what libnbd or a thread cannot raise to us. The default is to print it on stderr.
     sys.excepthook = lambda kind, error, trace: logger.error(
         "uncaught", exc_info=(kind, error, trace)
     )
@@ -117,13 +118,16 @@ def _first(group: BaseExceptionGroup[errors.UserError]) -> errors.UserError:
 
 
 def _raise_file_limit() -> None:
-    """Each partial image takes two files and up to three sockets."""
+    """Allow as many open files as possible.
+
+    Each partial image takes two files and up to three sockets.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Daemon:
-    """Builds the parts of a mount, mounts, serves, and takes all down again."""
+    """Builds the parts of a mount, mounts, serves, and takes everything down again."""
 
     def __init__(self, config: MountConfig, cache: CacheDir, on_ready: Callable[[], None]) -> None:
         self._config = config
@@ -131,8 +135,8 @@ class _Daemon:
         self._on_ready = on_ready
         self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
         self._scanning = trio.CapacityLimiter(1)
-        """The thread that looks at overlays: a network file system that hangs must not take those
-        of others."""
+        """Limits the thread that looks at overlays. A network file system that hangs must not
+        take the threads of others."""
 
     async def run(self) -> None:
         """Mount, and serve until it is unmounted.
@@ -158,7 +162,7 @@ class _Daemon:
             try:
                 await self._first_list(parts)
                 await self._mount(repository, parts, metrics)
-            finally:  # nobody reads images any more: neither the kernel nor a job
+            finally:  # neither the kernel nor a job reads images any more
                 with trio.CancelScope(shield=True):
                     await parts.filesystem.aclose()
                 nursery.cancel_scope.cancel()
@@ -213,13 +217,17 @@ class _Daemon:
         logger.info("unmounted: %s", config.mountpoint)
 
     async def _backing_files(self) -> frozenset[str]:
-        """Return what overlays need. Raises UserError if that cannot be told."""
+        """Return the paths of images that overlays need.
+
+        Raises:
+            UserError: they cannot be found out.
+        """
         scan = self._overlays.backing_files
         return await trio.to_thread.run_sync(scan, limiter=self._scanning, abandon_on_cancel=True)
 
 
 class _Mounted:
-    """A mount that is up: its background tasks, and the commands that concern it as a whole."""
+    """Serves a mount: its background tasks, and the commands that concern it as a whole."""
 
     def __init__(
         self,
@@ -240,10 +248,11 @@ class _Mounted:
         self._metrics = metrics
         self._used = trio.Event()
         self._answering = trio.CancelScope()
-        """Around the requests of the kernel that are being answered."""
+        """The scope of the kernel's requests that are being answered."""
         self._detaching = trio.Lock()
         self._unmounting = trio.CapacityLimiter(2)
-        """Threads that unmount: no disk that stalls may take them."""
+        """Limits the threads that unmount. They are separate so that a disk that stalls cannot
+        take them."""
         own: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
         self._control = ControlServer(
             mounts.socket_path(config.mountpoint), parts.commands.handlers | own
@@ -251,7 +260,7 @@ class _Mounted:
         assembly.wire(parts, self._control.emit, on_use=lambda: self._used.set())
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
-        """Answer the kernel until it is unmounted; `on_ready` is called when it does."""
+        """Answer the kernel until it is unmounted. `on_ready` is called when the mount answers."""
         keep_running = self._parts.supervisor.keep_running
         async with trio.open_nursery() as nursery:
             await assembly.start(self._parts, nursery)
@@ -307,7 +316,7 @@ class _Mounted:
         await self._metrics.run(mount.picture)
 
     async def _save_uses(self) -> None:
-        """Write down now and then when images were used; nothing wakes up while none is."""
+        """Save from time to time when images were used. Nothing wakes up while none is used."""
         while True:
             await self._used.wait()
             await trio.sleep(SAVE_USES_S)
@@ -315,7 +324,7 @@ class _Mounted:
             await self._parts.filesystem.save_uses()
 
     async def _refresh(self) -> None:
-        """Look at the repository's list now and then; sooner while it cannot be had."""
+        """Look at the repository's list from time to time, more often while it cannot be had."""
         backoff = Backoff(first=1.0, limit=self._config.refresh_s)
         filesystem = self._parts.filesystem
         while True:
@@ -355,8 +364,10 @@ class _Mounted:
                     await self._stop_answering()
 
     async def _stop_answering(self) -> None:
-        """Take no more requests. Those under way get LAST_ANSWERS_S: they may wait for a disk or a
-        repository that never answers."""
+        """Take no more requests, and end those under way after LAST_ANSWERS_S.
+
+        They may wait for a disk or a repository that never answers.
+        """
         pyfuse3.terminate()
         await trio.sleep(LAST_ANSWERS_S)
         self._answering.cancel()
@@ -393,8 +404,10 @@ class _Mounted:
         }
 
     async def _detach(self, arguments: dict[str, Any]) -> object:
-        """Unmount lazily. Fails while an open image is not whole: nobody could see to it that it
-        becomes so."""
+        """Unmount lazily.
+
+        Fails while an open image is not whole, because once unmounted nobody could make it whole.
+        """
         async with self._detaching:
             return await self._detach_once()
 
@@ -407,7 +420,7 @@ class _Mounted:
         )
         if filling:
             raise CommandError(f"open and not whole: {', '.join(filling)}")
-        # First: once it is unmounted, another daemon may come and have its socket there.
+        # The socket moves first, because another daemon may want its place after the unmount.
         self._control.move(mounts.detached_socket_path(os.getpid()))
         try:
             unmounted = await trio.to_thread.run_sync(
@@ -420,21 +433,25 @@ class _Mounted:
             raise CommandError("somebody else has unmounted it just now")
         self._cache.tell_detached()
         self._parts.room.may_evict = False
-        if self._metrics is not None:  # another daemon may come and have the port
+        if self._metrics is not None:  # another daemon may want the port
             self._metrics.close()
         logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
         return {"open_count": sum(image.open_count for image in images)}
 
 
 _ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})
-"""How reading /dev/fuse ends when somebody writes to the connection's `abort` file, or has
+"""How reading /dev/fuse ends when somebody has written to the connection's `abort` file, or has
 unmounted with force."""
 
 
 def _metrics_server(address: str) -> "MetricsServer":
-    """Listen at `address`. Raises UserError."""
+    """Listen at `address`.
+
+    Raises:
+        UserError: prometheus_client is missing, or the address cannot be used.
+    """
     try:
-        # Here: most mounts need none of it, neither the package nor the 12 ms to load it.
+        # Imported here, because most mounts need neither the package nor the 12 ms to load it.
         from lazyfs.report import metrics_server
     except ModuleNotFoundError as error:
         if error.name != "prometheus_client":

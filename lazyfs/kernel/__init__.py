@@ -1,1 +1,1 @@
-"""The connection to the kernel: mounting, FUSE requests, and passthrough."""
+"""Holds the connection to the kernel: mounting, FUSE requests, and passthrough."""

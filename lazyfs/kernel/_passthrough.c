@@ -1,11 +1,14 @@
 /*
- * The one thing that pyfuse3 and libfuse 3.14 cannot do: answer an OPEN with FOPEN_PASSTHROUGH and a backing id.
+ * This module does the one thing that pyfuse3 and libfuse 3.14 cannot do: it answers an OPEN with
+ * FOPEN_PASSTHROUGH and a backing id.
  *
- * This module defines fuse_reply_open. Loaded with RTLD_GLOBAL before pyfuse3 (lazyfs/kernel/passthrough.py does that), it
- * comes first when the dynamic linker binds pyfuse3's call. Every other function is libfuse's own.
+ * It defines fuse_reply_open. lazyfs/kernel/passthrough.py loads it with RTLD_GLOBAL before
+ * pyfuse3, so the dynamic linker finds this function first when it binds pyfuse3's call. All other
+ * functions are those of libfuse.
  *
- * pyfuse3 replies in the thread, and in the same step of the event loop, in which the handler returned: so a single
- * slot, filled just before the return, is enough. It is used up by the reply with its file handle.
+ * pyfuse3 replies in the thread, and in the step of the event loop, in which the handler returns.
+ * So a single slot is enough. It is filled just before the return, and the reply that has its file
+ * handle empties it.
  */
 #define PY_SSIZE_T_CLEAN
 #define FUSE_USE_VERSION 35
@@ -25,12 +28,13 @@ enum {
     FOPEN_KEEP_CACHE = 1 << 1,
     FOPEN_NONSEEKABLE = 1 << 2,
     FOPEN_CACHE_DIR = 1 << 3,
-    FOPEN_NOFLUSH = 1 << 5, /* else the first close of a mount waits for us, to learn that we have no FLUSH */
+    /* Without this the first close of a mount waits for us, only to learn that we have no FLUSH. */
+    FOPEN_NOFLUSH = 1 << 5,
     FOPEN_PASSTHROUGH = 1 << 7,
 };
 
 static uint64_t slot_fh;
-static int32_t slot_backing_id; /* 0: empty; ids begin at 1 */
+static int32_t slot_backing_id; /* 0 if the slot is empty. Ids begin at 1. */
 
 __attribute__((visibility("default")))
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)

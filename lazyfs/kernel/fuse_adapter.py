@@ -1,8 +1,10 @@
-"""pyfuse3's handlers: check, call the engine, translate. The only place where errors become errnos.
+"""Handles pyfuse3's requests: each handler checks, calls the engine, and translates the result.
 
-The kernel takes the file system for a writable one, or it would refuse utime(2), by which users of
-a cache directory say that a file is in use. That is let through, and unlink(2) with
-`--allow-evict`; every other change is refused here, with EROFS.
+This is the only place where errors become errnos.
+
+The kernel must take the file system for a writable one, because otherwise it would refuse utime(2).
+Users of a cache directory call that to say that a file is in use. It is allowed, and so is
+unlink(2) with `--allow-evict`. All other changes are refused here with EROFS.
 """
 
 import errno
@@ -34,26 +36,27 @@ from lazyfs.units import SECTOR
 logger = logging.getLogger(__name__)
 
 SETTLED_TIMEOUT_S = 3600.0
-"""How long the kernel may keep what does not change without our telling it."""
+"""How long the kernel may cache what does not change unless we tell it."""
 FILLING_TIMEOUT_S = 1.0
-"""How old `du` of an image that is being filled may be."""
+"""How old the result of `du` may be for an image that is being filled."""
 LARGEST_FILE = 2**63 - 1
-"""Bytes. A size that a stranger names may be more, with a qcow2's metadata; such an image cannot be
-opened."""
+"""The largest size in bytes that can be shown. With a qcow2's metadata, the size that an
+untrusted repository states may be larger. Such an image cannot be opened."""
 
 QUIET_S = 10.0
 MAX_COMPLAINTS = 1000
-"""One failure of one file is logged once in QUIET_S seconds; of MAX_COMPLAINTS such failures it is
-remembered. Unmeasured."""
+"""A failure of one kind of one file is logged once in QUIET_S seconds. Up to MAX_COMPLAINTS such
+failures are remembered. Both are unmeasured."""
 
 XATTR_PREFIX = "user.lazyfs."
 _XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
 
 
 class FuseAdapter(pyfuse3.Operations):
-    """One mount. A file's handle is its inode number, so that another process could go on with it.
+    """Answers the requests for one mount.
 
-    A file opened by its second inode number is the plain file: the kernel reads it by itself if it
+    The handle of an open file is its inode number, so another process could go on with it. A file
+    that is opened by its second inode number is the plain file. The kernel reads it by itself if it
     can.
     """
 
@@ -71,12 +74,17 @@ class FuseAdapter(pyfuse3.Operations):
         forget_names: Callable[[], bool],
         allow_evict: bool,
     ) -> None:
-        """`root_fd`: the cache directory, for statfs. `on_connected`: called when libfuse has
-        negotiated.
+        """Answer requests for the images of `filesystem`.
 
-        `forget_names`: as `KernelSession.forget_names`.
-
-        `allow_evict`: whether unlink(2) evicts.
+        Args:
+            filesystem: the images.
+            attributes: how files appear.
+            root_fd: the cache directory, for statfs.
+            operations: called for utime(2) and unlink(2).
+            backings: lets the kernel read plain files.
+            on_connected: called when libfuse has negotiated.
+            forget_names: does what `KernelSession.forget_names` does.
+            allow_evict: whether unlink(2) evicts.
         """
         super().__init__()
         self._filesystem = filesystem
@@ -89,13 +97,13 @@ class FuseAdapter(pyfuse3.Operations):
         self._allow_evict = allow_evict
         self._operations = operations
         self._open: dict[int, list[Handle]] = {}
-        """What is open, by the inode number that it was opened by. Handles of one number are
-        alike."""
+        """The open handles, by the inode number by which they were opened. The handles of one
+        number are interchangeable."""
         self._mounted_ns = time.time_ns()
         self._complaints = _Complaints(filesystem.totals.clock)
 
     def init(self) -> None:
-        """libfuse is ready: from here on the kernel listens to notifications."""
+        """Start to notify the kernel, which listens from now on because libfuse is ready."""
         self._on_connected()
         self._filesystem.names.on_invalid_entry = self._invalidate_entry
         self._filesystem.on_invalid_attributes = _invalidate_attributes
@@ -105,7 +113,7 @@ class FuseAdapter(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """Find a name; ask for its size if that is not known."""
+        """Find a name, and ask for its size if that is not known."""
         with self._translated("lookup", parent_inode):
             child = self._folder(parent_inode).entries.get(os.fsdecode(name))
             if child is None:
@@ -115,7 +123,7 @@ class FuseAdapter(pyfuse3.Operations):
     async def getattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> pyfuse3.EntryAttributes:
-        """Return attributes."""
+        """Return the attributes of an inode."""
         with self._translated("getattr", inode):
             return await self._described(self._node(inode), inode)
 
@@ -144,7 +152,8 @@ class FuseAdapter(pyfuse3.Operations):
         entry.st_blksize = node.record.block_size
         entry.st_blocks = -(-node.allocated_bytes() // SECTOR)
         entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = node.record.created_ns
-        # A name without a size is looked up again by whoever wants more than the name.
+        # The kernel does not cache a name without a size, so it is looked up again when more than
+        # the name is wanted.
         entry.entry_timeout = SETTLED_TIMEOUT_S if node.record.size is not None else 0
         filling = node.record.state in (State.PARTIAL, State.FAILED)
         entry.attr_timeout = FILLING_TIMEOUT_S if filling else entry.entry_timeout
@@ -162,7 +171,10 @@ class FuseAdapter(pyfuse3.Operations):
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
-        """List a folder from a position on. Never waits for sizes: `ls` needs none."""
+        """List a folder from a position on.
+
+        This never waits for sizes, because `ls` needs none.
+        """
         with self._translated("readdir", fh):
             folder = self._folder(fh)
             if start_id == 0:
@@ -178,14 +190,17 @@ class FuseAdapter(pyfuse3.Operations):
                     break
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        """Close a folder: nothing to do."""
+        """Close a folder. There is nothing to do."""
 
     # -- files
 
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        """Open an image. The page cache keeps what it has: an inode never changes its bytes."""
+        """Open an image.
+
+        The page cache keeps what it has, because the bytes of an inode never change.
+        """
         with self._translated("open", inode):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
@@ -233,7 +248,10 @@ class FuseAdapter(pyfuse3.Operations):
                 await handle.aclose()
 
     async def forget(self, inode_list: object) -> None:
-        """The kernel dropped inodes: ours live as long as their names and openers."""
+        """Do nothing when the kernel drops inodes.
+
+        Our inodes exist as long as they have a name or are open.
+        """
 
     # -- what changes something: a use, an eviction, or nothing
 
@@ -245,8 +263,11 @@ class FuseAdapter(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Take the times of an image for its last use. Those shown stay: they are of the bytes,
-        which do not change."""
+        """Take the times that are set for an image as its last use.
+
+        The times that are shown do not change. They belong to the bytes, which do not change
+        either.
+        """
         with self._translated("setattr", inode):
             node = self._node(inode)
             others = (
@@ -262,8 +283,10 @@ class FuseAdapter(pyfuse3.Operations):
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
-        """Evict an image. Its name stays, as its export does: the next lookup finds it with nothing
-        cached."""
+        """Evict an image.
+
+        Its name stays, because its export stays. The next lookup finds it with nothing cached.
+        """
         if not self._allow_evict:
             raise pyfuse3.FUSEError(errno.EROFS)
         with self._translated("unlink", parent_inode):
@@ -280,7 +303,7 @@ class FuseAdapter(pyfuse3.Operations):
                 raise pyfuse3.FUSEError(errno.EPERM if pinned else errno.EBUSY) from refusal
 
     async def _refuse(self, *_positional: Any, **_named: Any) -> Any:
-        """Change nothing."""
+        """Refuse a change with EROFS."""
         raise pyfuse3.FUSEError(errno.EROFS)
 
     create = mknod = mkdir = rmdir = symlink = link = rename = write = setxattr = removexattr = (
@@ -292,8 +315,10 @@ class FuseAdapter(pyfuse3.Operations):
     async def getxattr(
         self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
     ) -> bytes:
-        """Return one of ours. Other namespaces (security, system) there are none here: `ls -l` then
-        asks once a file system, and not for two attributes of each file.
+        """Return one of the attributes of lazyfs.
+
+        There are no other namespaces here, such as security or system. ENOTSUP tells that to `ls
+        -l`, which then asks once per file system and not for two attributes of each file.
         """
         if not name.startswith(_XATTR_PREFIX_BYTES):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR if name.startswith(b"user.") else errno.ENOTSUP)
@@ -304,7 +329,7 @@ class FuseAdapter(pyfuse3.Operations):
             return value.encode("utf-8", "surrogatepass")
 
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        """Return the names of ours."""
+        """Return the names of the attributes of lazyfs."""
         with self._translated("listxattr", inode):
             return [os.fsencode(name) for name in _xattrs(self._node(inode))]
 
@@ -335,7 +360,7 @@ class FuseAdapter(pyfuse3.Operations):
     def _translated(self, what: str, inode: int, offset: int = 0) -> Iterator[None]:
         """Turn errors into errnos.
 
-        A bug becomes EIO, and a traceback in the log: it must not end the mount.
+        A bug becomes EIO, and a traceback in the log, because it must not end the mount.
         """
         try:
             yield
@@ -356,8 +381,8 @@ class FuseAdapter(pyfuse3.Operations):
 
     def _invalidate_entry(self, folder: Folder, name: str) -> None:
         if not self._forget_names():
-            # In pyfuse3's own thread: the kernel takes the folder's lock, which a lookup we serve
-            # may hold.
+            # pyfuse3 does this in a thread of its own, because the kernel takes the folder's lock,
+            # and a lookup that we serve may hold that.
             pyfuse3.invalidate_entry_async(
                 pyfuse3.InodeT(folder.inode),
                 pyfuse3.FileNameT(os.fsencode(name)),
@@ -384,16 +409,19 @@ class FuseAdapter(pyfuse3.Operations):
 
 
 class _Complaints:
-    """Says once in a while that something fails, however often it does: a guest that repeats a read
-    that fails must not fill the log."""
+    """Logs a failure that is repeated only once in a while.
+
+    A guest that repeats a read that fails must not fill the log.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._said: dict[tuple[str, int, str], tuple[float, int]] = {}
-        """By what failed: when it was last said, and how often it has failed since."""
+        """For each kind of failure: when it was last logged, and how often it has happened
+        since."""
 
     def warn(self, what: str, inode: int, offset: int, error: Exception) -> None:
-        """Log a failure, unless the same has been said in the last QUIET_S seconds."""
+        """Log a failure, unless the same failure has been logged in the last QUIET_S seconds."""
         kind, now = (what, inode, type(error).__name__), self._clock()
         said_at, since = self._said.get(kind, (-math.inf, 0))
         if now < said_at + QUIET_S:
@@ -413,7 +441,7 @@ class _Complaints:
 
 
 def _xattrs(node: Node) -> dict[str, str]:
-    """Return the extended attributes of a file; folders have none."""
+    """Return the extended attributes of a file. Folders have none."""
     if isinstance(node, Folder):
         return {}
     record = node.record
@@ -429,7 +457,7 @@ def _xattrs(node: Node) -> dict[str, str]:
 
 
 def _invalidate_attributes(inode: int) -> None:
-    # Attributes only: that takes no lock. ENOENT: the kernel does not know the inode; EINVAL: it is
-    # unmounted.
+    # Only attributes are made invalid, because that takes no lock. ENOENT means that the kernel
+    # does not know the inode, and EINVAL that it is unmounted.
     with suppress(OSError):
         pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)

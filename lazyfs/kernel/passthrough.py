@@ -1,11 +1,13 @@
-"""Files that the kernel reads by itself: which backing id belongs to which open inode.
+"""Lets the kernel read plain files by itself: it knows which backing id belongs to which open
+inode.
 
-Importing this module loads the C module, which must come before pyfuse3: it takes the place of one
-function of libfuse. So whoever imports pyfuse3 imports this first.
+Importing this module loads the C module. That must happen before pyfuse3 is imported, because the C
+module replaces one function of libfuse. So every module that imports pyfuse3 imports this one
+first.
 
-An inode has at most one backing id at a time, shared by all who have it open, from its first open
-to its last release. That the kernel could not give one is remembered as long: it refuses to mix
-both kinds of opens.
+An inode has at most one backing id at a time. All who have the inode open share it, from the first
+open to the last release. If the kernel could not give one, that is remembered for the same time,
+because the kernel refuses to mix both kinds of opens.
 """
 
 import logging
@@ -18,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def _load() -> str:
-    """Load the C module in front of libfuse; return why it cannot be used, or ""."""
+    """Load the C module in front of libfuse. Return why it cannot be used, or ""."""
     if "pyfuse3" in sys.modules:
         return "pyfuse3 was imported first"
     flags = sys.getdlopenflags()
@@ -27,7 +29,10 @@ def _load() -> str:
         import lazyfs.kernel._passthrough  # noqa: F401
     except ImportError as error:
         logger.debug("no C module: %s", error)
-        return "lazyfs was installed without its C module: install gcc, pkg-config and libfuse3-dev, then lazyfs again"
+        return (
+            "lazyfs was installed without its C module: "
+            "install gcc, pkg-config and libfuse3-dev, then lazyfs again"
+        )
     finally:
         sys.setdlopenflags(flags)
     return ""
@@ -37,18 +42,24 @@ _NO_MODULE = _load()
 
 
 class Backings:
-    """The backing ids of one mount. Trio thread only."""
+    """Holds the backing ids of one mount. Trio thread only."""
 
     def __init__(self, session: KernelSession, wanted: bool, probe_fd: int) -> None:
-        """Find out whether passthrough works, with any plain file of the cache's file system,
-        `probe_fd`."""
+        """Find out whether passthrough works.
+
+        Args:
+            session: the mounted connection.
+            wanted: False if passthrough is turned off.
+            probe_fd: any plain file on the file system of the cache, to try it with.
+        """
         self._session = session
         self._open: dict[int, tuple[int, int]] = {}
-        """By inode: its backing id (0: it has none) and the number of its opens."""
+        """The backing id and the number of opens of each inode. The id is 0 if there is none."""
         self.opens = 0
-        """Files opened so that the kernel reads them by itself, in all."""
+        """How many files have been opened so that the kernel reads them by itself."""
         self.trouble = self._trouble(wanted, probe_fd)
-        """Why whole images are read through the daemon; "" if they are not."""
+        """Why whole images are read through the daemon. It is "" if the kernel reads them by
+        itself."""
 
     def _trouble(self, wanted: bool, probe_fd: int) -> str:
         if not wanted:
@@ -66,8 +77,8 @@ class Backings:
         return ""
 
     def opened(self, inode: int, fd: int) -> None:
-        """Let the OPEN reply that comes next, with `inode` as file handle, be passthrough to `fd`
-        if that works.
+        """Let the next OPEN reply with `inode` as file handle be passthrough to `fd`, if that
+        works.
 
         Nothing may be awaited between this and the reply.
         """
@@ -89,7 +100,7 @@ class Backings:
             return 0
 
     def released(self, inode: int) -> None:
-        """One open is gone; with the last, the kernel forgets the backing file."""
+        """Note that one open has ended. With the last one, the kernel forgets the backing file."""
         backing_id, opens = self._open.pop(inode)
         if opens > 1:
             self._open[inode] = backing_id, opens - 1

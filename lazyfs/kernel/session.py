@@ -1,13 +1,14 @@
-"""The kernel's side of FUSE: mounting, FUSE_INIT, and slipping the connection under libfuse.
+"""Mounts, answers FUSE_INIT, and puts the connection underneath libfuse.
 
-lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself, because libfuse 3.14 and pyfuse3 offer
-no way to set what a cache needs (background requests, readahead, passthrough, resend). pyfuse3 is
-then given one end of a socket pair that holds a made-up FUSE_INIT; once libfuse has read that, the
-real connection is dup2'ed over it. libfuse's answer to the made-up request reaches the kernel as a
-reply to nothing, which is refused with ENOENT and ignored.
+lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself. libfuse 3.14 and pyfuse3 offer no way
+to set what a cache needs: background requests, readahead, passthrough and resend. pyfuse3 is given
+one end of a socket pair, from which libfuse reads a made-up FUSE_INIT. When libfuse has read that,
+the real connection is put in the place of the socket by dup2. The answer of libfuse to the made-up
+request reaches the kernel as a reply to no request. The kernel refuses it with ENOENT, and that is
+ignored.
 
-All structures are native-endian, as include/uapi/linux/fuse.h has them (protocol 7.40, Linux 6.9;
-other kernels say what they lack, and lazyfs does without).
+All structures are native-endian, as in include/uapi/linux/fuse.h (protocol 7.40, Linux 6.9). Other
+kernels say what they lack, and lazyfs does without that.
 """
 
 import ctypes
@@ -29,13 +30,11 @@ logger = logging.getLogger(__name__)
 
 # fuse.h: opcode and header sizes
 FUSE_INIT = 26
-IN_HEADER = struct.Struct(
-    "=IIQQIIIHH"
-)  # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
+# fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
+IN_HEADER = struct.Struct("=IIQQIIIHH")
 OUT_HEADER = struct.Struct("=IiQ")  # fuse_out_header: len, error, unique
-INIT_IN = struct.Struct(
-    "=5I44x"
-)  # fuse_init_in: major, minor, max_readahead, flags, flags2, unused[11]
+# fuse_init_in: major, minor, max_readahead, flags, flags2, unused[11]
+INIT_IN = struct.Struct("=5I44x")
 INIT_IN_SHORT = struct.Struct("=4I")  # as kernels before 5.17 send it
 # fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold,
 # max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth, unused[6]
@@ -55,9 +54,8 @@ MAX_PAGES = 1 << 22
 EXPLICIT_INVAL_DATA = 1 << 25
 INIT_EXT = 1 << 30  # the flags from bit 32 on are in flags2
 PASSTHROUGH = 1 << 37  # Linux 6.9
-HAS_RESEND = (
-    1 << 39
-)  # Linux 6.9: another process may go on with the connection, and ask for what is unanswered
+# Linux 6.9: another process may go on with the connection, and ask for what is unanswered.
+HAS_RESEND = 1 << 39
 BASIC = (
     ASYNC_READ
     | BIG_WRITES
@@ -80,16 +78,18 @@ MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
 MNT_FORCE, MNT_DETACH = 1, 2
 
 MAX_READ = 1 * MiB
-"""Longest read request: 256 pages, the most the kernel takes."""
+"""The longest read request: 256 pages, which is the most that the kernel takes."""
 MAX_WRITE = 4 * KiB
-"""Nothing is ever written; small, as it bounds the kernel's idea of a request buffer."""
+"""Nothing is ever written. This is small because it also limits the kernel's idea of a request
+buffer."""
 MAX_BACKGROUND = 512
-"""Readahead requests in flight for the whole mount. The kernel's default of 12 would let one image
-whose repository is gone stop the readahead of all others."""
+"""The most readahead requests in flight for the whole mount. With the kernel's default of 12,
+one image whose repository is gone would stop the readahead of all others."""
 
 MAX_STACK_DEPTH = 1
-"""The plain files may lie on a file system that is itself no stack, such as overlayfs. As for
-FUSE_PASSTHROUGH in fs/fuse/inode.c; with 2, nobody could put an overlayfs over our mount."""
+"""The plain files may be on a file system that is not itself stacked, as overlayfs is. This is
+what FUSE_PASSTHROUGH means in fs/fuse/inode.c. With 2, nobody could put an overlayfs over our
+mount."""
 
 _INIT_BUFFER = 128 * KiB
 
@@ -101,10 +101,12 @@ def encode_init_in(flags: int) -> bytes:
 
 
 def answer_init(request: bytes, wanted: int = WANTED) -> tuple[bytes, int]:
-    """Return the reply to the kernel's FUSE_INIT, and the flags (64 bits) both sides agree on.
+    """Return the reply to the kernel's FUSE_INIT, and the flags on which both sides agree (64
+    bits).
 
     Raises:
         UserError: the kernel is too old.
+    32, MAX_STACK_DEPTH if flags & PASSTHROUGH else 0, >>
     """
     _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
     if opcode != FUSE_INIT:
@@ -112,45 +114,47 @@ def answer_init(request: bytes, wanted: int = WANTED) -> tuple[bytes, int]:
     major, minor, readahead, offered = INIT_IN_SHORT.unpack_from(request, IN_HEADER.size)
     if (major, minor) < (MAJOR, OLDEST_MINOR):
         raise errors.UserError(
-            f"the kernel speaks FUSE {major}.{minor}; lazyfs needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4)"
+            f"the kernel speaks FUSE {major}.{minor}; "
+            f"lazyfs needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4)"
         )
     if offered & INIT_EXT and len(request) >= IN_HEADER.size + INIT_IN.size:
         offered |= INIT_IN.unpack_from(request, IN_HEADER.size)[4] << 32
     flags = offered & wanted
     body = INIT_OUT.pack(
         MAJOR, min(minor, MINOR), min(readahead, MAX_READ), flags & 0xFFFFFFFF,
-        MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // (4 * KiB), 0, flags >> 32,
-        MAX_STACK_DEPTH if flags & PASSTHROUGH else 0,
+        MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_READ // (4 * KiB), 0,
+        flags >> 32, MAX_STACK_DEPTH if flags & PASSTHROUGH else 0,
     )  # fmt: skip
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body, flags
 
 
 class KernelSession:
-    """A mounted, negotiated FUSE connection."""
+    """Holds a FUSE connection that is mounted and negotiated."""
 
     def __init__(self, mountpoint: str, source: str, passthrough: bool = True) -> None:
         """Mount at `mountpoint` and answer FUSE_INIT. Blocks for a few milliseconds.
 
-        Not with MS_RDONLY: the kernel would refuse utime(2) and unlink(2) before we are asked.
-        `fuse_adapter.py` refuses what it must.
+        The mount does not have MS_RDONLY, because then the kernel would refuse utime(2) and
+        unlink(2) without asking us. `fuse_adapter.py` refuses what it must.
 
-        As root the mount is open to all users (permissions are checked by the kernel); as a user,
-        through fusermount3, it is that user's alone.
+        If root mounts, the mount is open to all users, and the kernel checks permissions. If a user
+        mounts, through fusermount3, it is open to that user only.
 
         Raises:
             UserError: it could not be mounted.
         """
         self.mountpoint = mountpoint
         self.detached = False
-        """Unmounted: files that were open go on, and another file system may be mounted there."""
+        """True if it was unmounted. Files that were open still work, and another file system may
+        be mounted there."""
         self._unmounting = threading.Lock()
         self._as_root = os.geteuid() == 0
         self._fd = self._mount_as_root(source) if self._as_root else self._mount_as_user(source)
         self.device = mounts.devices_at(mountpoint)[-1]
-        """"major:minor" of the mount."""
+        """The device of the mount as "major:minor"."""
         try:
-            # Not asked for in vain: it makes our file system a layer of a stack, of which there may
-            # be two.
+            # Passthrough is asked for only if it is used. It makes our file system a layer of a
+            # stack, and a stack may have only two.
             wanted = WANTED if passthrough else WANTED & ~PASSTHROUGH
             reply, self.flags = answer_init(os.read(self._fd, _INIT_BUFFER), wanted)
             os.write(self._fd, reply)
@@ -165,55 +169,62 @@ class KernelSession:
 
     @property
     def libfuse_path(self) -> str:
-        """What pyfuse3.init takes for its mountpoint."""
+        """The path that pyfuse3.init takes as its mountpoint."""
         return f"/dev/fd/{self._libfuse_fd}"
 
     def connect_libfuse(self) -> None:
-        """Put the real connection in the place of the made-up one. To be called from
-        Operations.init."""
+        """Put the real connection in the place of the made-up one.
+
+        Operations.init must call this.
+        """
         os.dup2(self._fd, self._libfuse_fd, inheritable=False)
         os.close(self._fd)
         self._fd = -1
         self._made_up.close()
 
     def forget_names(self) -> bool:
-        """Have the kernel ask again for every name when it is next used; False if it cannot (before
-        Linux 6.16).
+        """Let the kernel ask again for every name when the name is next used.
 
-        Takes no lock, and cannot block. A notification that one name is invalid waits for the
-        folder's lock, which a lookup holds that we have not answered; a daemon killed in that
-        moment does not let go of its connection, and whoever uses the mount hangs until somebody
-        aborts it (`clear_away`).
+        This takes no lock, and cannot block. A notification that one name is invalid would wait for
+        the folder's lock, which may be held by a lookup that we have not answered. If the daemon
+        were killed in that moment, it would not let go of its connection, and everybody who uses
+        the mount would hang until somebody aborts it (`clear_away`).
 
-        Every name is outdated, not one: /proc/PID/fd may show any open file as "(deleted)", and
-        what is mounted on a path of this mount is detached when that path is next looked up. Names
-        change a few times in an image's life.
+        Every name becomes outdated, not just one. So /proc/PID/fd may show any open file as
+        "(deleted)", and what is mounted on a path of this mount is detached when that path is next
+        looked up. The name of an image changes only a few times in its life.
+
+        Returns:
+            False if the kernel cannot do this, because it is older than Linux 6.16.
         """
         try:
             os.write(self._connection, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0))
         except OSError as error:
-            return error.errno != errno.EINVAL  # others: the mount is gone, and with it all names
+            return error.errno != errno.EINVAL  # after any other error the mount is gone
         return True
 
     def open_backing(self, fd: int) -> int:
-        """Register a plain file with the connection; return its backing id, for OPEN replies.
+        """Register a plain file with the connection. Return its backing id, for OPEN replies.
 
-        The file stays open in the kernel until `close_backing`, also if this process closes `fd`,
-        or ends.
+        The file stays open in the kernel until `close_backing`, even if this process closes `fd` or
+        ends.
 
         Raises:
-            OSError: EPERM without CAP_SYS_ADMIN or if it was not negotiated, ELOOP if the file's
-                file system is stacked, EOPNOTSUPP or ENOTTY if the kernel was built without.
+            OSError: EPERM without CAP_SYS_ADMIN, or if passthrough was not negotiated. ELOOP if the
+                file system of the file is stacked. EOPNOTSUPP or ENOTTY if the kernel was built
+                without passthrough.
         """
-        # A bytearray: for one, Python returns what the system call returned.
+        # With a bytearray, Python returns what the system call returned.
         backing_id: int = fcntl.ioctl(
             self._connection, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0))
         )
         return backing_id
 
     def close_backing(self, backing_id: int) -> None:
-        """Undo `open_backing`. Every file opened with the id must have been released: the kernel
-        resolves the id only when it handles the OPEN reply.
+        """Undo `open_backing`.
+
+        Every file that was opened with the id must have been released, because the kernel resolves
+        the id only when it handles the OPEN reply.
         """
         fcntl.ioctl(self._connection, FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
@@ -222,14 +233,19 @@ class KernelSession:
         return self._fd if self._fd >= 0 else self._libfuse_fd
 
     def unmount(self, lazy: bool) -> bool:
-        """Unmount; `lazy` also if files are open. From any thread. False if somebody has done it
-        already.
+        """Unmount this mount. Thread-safe.
 
-        Never what is mounted below or over us: a disk under the mountpoint is the rule, not the
-        exception.
+        File systems that are mounted below this one or over it are left alone. It is normal that a
+        disk is mounted below the mountpoint.
+
+        Args:
+            lazy: unmount even if files are open.
+
+        Returns:
+            False if somebody has unmounted it already.
 
         Raises:
-            OSError: EBUSY, because of open files or because another file system is mounted over
+            OSError: EBUSY, because files are open, or because another file system is mounted over
                 this one.
         """
         with self._unmounting:
@@ -244,7 +260,7 @@ class KernelSession:
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    there = []  # somebody was faster
+                    there = []  # somebody has unmounted it meanwhile
             self.detached = True
             return self.device in there
 
@@ -255,7 +271,10 @@ class KernelSession:
             raise errors.UserError(
                 f"cannot open /dev/fuse: {error.strerror}; load the fuse module"
             ) from error
-        options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ}"
+        options = (
+            f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
+            f"max_read={MAX_READ}"
+        )
         libc = ctypes.CDLL(None, use_errno=True)
         paths = os.fsencode(source), os.fsencode(self.mountpoint)
         if libc.mount(
@@ -267,11 +286,16 @@ class KernelSession:
         return fd
 
     def _mount_as_user(self, source: str) -> int:
-        """fusermount3 mounts, and sends the fd over the socket that _FUSE_COMMFD names (libfuse,
-        lib/mount.c)."""
+        """Mount with fusermount3, and return the connection.
+
+        fusermount3 sends it over the socket that _FUSE_COMMFD names (libfuse, lib/mount.c).
+        """
         subtype = FS_TYPE.partition(".")[2]
         name = source.replace("\\", "\\\\").replace(",", "\\,")
-        options = f"rw,nosuid,nodev,noatime,default_permissions,max_read={MAX_READ},subtype={subtype},fsname={name}"
+        options = (
+            f"rw,nosuid,nodev,noatime,default_permissions,max_read={MAX_READ},"
+            f"subtype={subtype},fsname={name}"
+        )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours, theirs:
             try:
@@ -298,7 +322,11 @@ class KernelSession:
 
 
 def unmount(mountpoint: str, lazy: bool) -> None:
-    """Unmount a FUSE file system, as root or with fusermount3; `lazy` also if files are open.
+    """Unmount a FUSE file system, as root or with fusermount3.
+
+    Args:
+        mountpoint: where it is mounted.
+        lazy: unmount even if files are open.
 
     Raises:
         OSError: EBUSY while files are open, EINVAL if nothing is mounted there, or what fusermount3
@@ -318,11 +346,10 @@ def unmount(mountpoint: str, lazy: bool) -> None:
 
 
 def clear_away(mount: mounts.Mount) -> None:
-    """Unmount what a killed daemon left, whoever still waits for it; nothing that is mounted below
-    or over it.
+    """Unmount what a killed daemon left, even if processes still wait for it.
 
-    Forced first: a thread of the daemon that hangs in the kernel may keep the connection, and that
-    ends it.
+    What is mounted below it or over it is left alone. The unmount is forced first, because a thread
+    of the daemon that hangs in the kernel may keep the connection, and force ends that.
 
     Raises:
         OSError: EBUSY if another file system is mounted over it, or what fusermount3 reports.
@@ -336,5 +363,5 @@ def clear_away(mount: mounts.Mount) -> None:
         if mounts.devices_at(place)[-1:] == [mount.device]:
             unmount(place, lazy=True)
     except OSError:
-        if mount.device in mounts.devices_at(place):  # else somebody was faster
+        if mount.device in mounts.devices_at(place):  # otherwise somebody has unmounted it
             raise

@@ -1,1 +1,1 @@
-"""The repository over NBD."""
+"""Reads the repository over NBD."""

@@ -1,7 +1,9 @@
-"""Moves claims from the repository to the cache file in a thread: population's inner loop.
+"""Moves claims from the repository to the cache file in a thread. This is population's inner
+loop.
 
-Fixed, reused buffers, a few requests in flight, libnbd's own poll: a new buffer for each request
-halves the speed (page faults), one event loop for everything thirds it.
+It uses fixed buffers again and again, keeps a few requests in flight, and polls with libnbd. A new
+buffer for each request would halve the speed, because of page faults. One event loop for everything
+would cut it to a third.
 """
 
 import threading
@@ -19,17 +21,17 @@ from lazyfs.units import KiB
 
 REQUEST = 512 * KiB
 IN_FLIGHT = 2
-"""Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 in 2.2 s,
-512 KiB x 2 and 1 MiB x 2 in 1.6 s, 2 MiB x 2 in 1.7 s (nbdcopy 1.7 s). The smaller of the two best:
-a reader's request comes behind it on the link."""
+"""Measured with two threads and `store/write_behind.py`, 2 GiB until whole: 256 KiB x 4 take 2.2
+s, 512 KiB x 2 and 1 MiB x 2 take 1.6 s, 2 MiB x 2 take 1.7 s (nbdcopy 1.7 s). Of the two
+best, this is the smaller one, because a reader's request comes behind it on the link."""
 
 _POLL_MS = 100
-"""How late a stop is noticed."""
+"""How late a stop is noticed, at most."""
 
 
 @dataclass(slots=True)
 class _Slot:
-    """A buffer, and the claim that is being fetched into it."""
+    """Holds a buffer and the claim that is being fetched into it."""
 
     buffer: nbd_buffers.NbdBuffer | None
     claim: Claim | None = None
@@ -39,7 +41,7 @@ class _Slot:
 
 
 class FillConnection:
-    """One connection and its buffers. Belongs to one thread at a time."""
+    """Holds one connection and its buffers. It belongs to one thread at a time."""
 
     def __init__(self, uri: str, export: Export, stall_s: float) -> None:
         self._uri = uri
@@ -53,8 +55,8 @@ class FillConnection:
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
         """Do what `interfaces.Filler.run` promises, until `stop` is set. Needs a connection.
 
-        After an error, or a stop with requests in flight, the connection is dropped, so that no
-        late reply can reach a buffer that serves another claim.
+        After an error, or a stop with requests in flight, the connection is dropped. So no late
+        reply can reach a buffer that serves another claim.
         """
         try:
             self._work(work, time.monotonic() + duration_s, stop)
@@ -72,7 +74,9 @@ class FillConnection:
 
     def close(self) -> None:
         """Drop the connection and the buffers."""
-        self._handle = None  # first: with it libnbd closes the socket, and nothing writes to the buffers any more
+        # The handle goes first. libnbd closes the socket with it, and nothing writes to the buffers
+        # any more.
+        self._handle = None
         slots, self._slots = self._slots, []
         for slot in slots:
             if slot.buffer is not None:
@@ -80,7 +84,7 @@ class FillConnection:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection to work on."""
+        """True if there is a connection to work on."""
         return self._handle is not None
 
     def adopt(self, handle: nbd.NBD) -> None:
@@ -110,7 +114,7 @@ class FillConnection:
                 elif claim.parts:
                     self._start(claim)
                     busy += 1
-                else:  # nothing but zeroes
+                else:  # the blocks hold nothing but zeroes
                     claim.finish()
             if busy == 0 and exhausted:
                 return
@@ -119,7 +123,7 @@ class FillConnection:
                 self._last_progress = time.monotonic()
                 continue
             timeout_ms = _POLL_MS if not wait_s else max(1, min(_POLL_MS, int(wait_s * 1000)))
-            if self._handle.poll(timeout_ms):  # also in the middle of a long answer
+            if self._handle.poll(timeout_ms):  # a part of a long answer is progress as well
                 self._last_progress = time.monotonic()
             busy -= self._collect()
             if time.monotonic() - self._last_progress > self._stall_s:
@@ -131,10 +135,10 @@ class FillConnection:
         if slot is None:
             slot = _Slot(None)
             self._slots.append(slot)
-        slot.claim, slot.waiting = claim, 1  # it must come back even if there is no memory for it
+        slot.claim, slot.waiting = claim, 1  # set first, so it is dropped even if memory runs out
         if slot.buffer is None or len(slot.buffer.memory) < length:
-            # Blocks may be larger than REQUEST: a slot grows to the largest claim once, and is
-            # kept.
+            # Blocks may be larger than REQUEST. A buffer grows to the largest claim once, and then
+            # stays that large.
             if slot.buffer is not None:
                 nbd_buffers.give(slot.buffer)
                 slot.buffer = None
@@ -154,7 +158,11 @@ class FillConnection:
             slot.cookies.append(self._handle.aio_pread(target, piece.start, completed))
 
     def _collect(self) -> int:
-        """Store what has arrived; return how many slots became free. Raises ConnectionLost."""
+        """Store what has arrived. Return how many slots became free.
+
+        Raises:
+            ConnectionLost: the server has ended the connection, or is about to.
+        """
         freed, lost = 0, False
         for slot in self._slots:
             if slot.claim is None or slot.waiting:
@@ -166,14 +174,14 @@ class FillConnection:
                 continue
             self._last_progress = time.monotonic()
             self._store(slot, slot.claim)
-            slot.claim = None  # last: if storing it fails by a bug, it is dropped with the others
+            slot.claim = None  # last, so that it is dropped if a bug made `_store` fail
             freed += 1
         if lost:
             raise errors.ConnectionLost(self._uri, "the server hung up, or is about to")
         return freed
 
     def _store(self, slot: _Slot, claim: Claim) -> None:
-        """Write what has arrived for a claim, which ends."""
+        """Write what has arrived for a claim, and end the claim."""
         base = claim.parts[0].start
         if slot.code:
             claim.drop(errors.RequestFailed(f"reading at {base}", slot.code))

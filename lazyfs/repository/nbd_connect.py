@@ -1,6 +1,7 @@
-"""Connecting libnbd handles: in threads, as libnbd connects and negotiates in blocking calls.
+"""Connects libnbd handles. That is done in threads, because libnbd connects in blocking calls.
 
-A handle serves one export. The export is chosen in option mode, so that the URI stays the repository's.
+A handle serves one export. The export is chosen in option mode, so the URI stays that of the
+repository.
 """
 
 import errno
@@ -19,16 +20,17 @@ from lazyfs.engine.interfaces import Export
 from lazyfs.units import MiB
 
 CONNECT_TIMEOUT_S = 15.0
-"""For one attempt, TLS and option haggling included. Longer than three lost SYNs (1 + 2 + 4 s)."""
+"""The time for one attempt, including TLS and the negotiation of options. It is longer than
+three lost SYNs take (1 + 2 + 4 s)."""
 
 _POLL_MS = 100
-"""How late a connecting thread notices that nobody wants it any more."""
+"""How late a connecting thread notices that nobody wants the connection any more."""
 
 _MAX_PAYLOAD = 32 * MiB
 """What a server that states no maximum must accept (NBD protocol, "Block size constraints")."""
 
 LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
-"""Completion codes that say the connection ends, not that the request is bad."""
+"""Completion codes which say that the connection ends, not that the request is bad."""
 
 
 REFUSED = frozenset({errno.ENOTSUP, errno.EINVAL, errno.EPERM})
@@ -37,10 +39,10 @@ _POLICY."""
 
 
 def new_handle() -> NBD:
-    """Return an unconnected handle with the settings every use here shares.
+    """Return an unconnected handle with the settings that all uses here share.
 
-    TLS follows from the URI: `nbds` requires it. Local files (certificates, PSK) may be named in
-    the URI, as the URI comes from the administrator.
+    The URI decides about TLS: `nbds` requires it. The URI may name local files (certificates, PSK),
+    because it comes from the administrator.
     """
     handle = nbd.NBD()
     handle.set_opt_mode(True)
@@ -51,10 +53,10 @@ def new_handle() -> NBD:
 
 
 def connect(uri: str, abandoned: threading.Event) -> NBD:
-    """Return a handle in option mode. Blocks; meant for a thread.
+    """Return a handle in option mode. Blocks, so call it in a thread.
 
     Raises:
-        ConnectionLost: not in CONNECT_TIMEOUT_S, or `abandoned` was set.
+        ConnectionLost: it took longer than CONNECT_TIMEOUT_S, or `abandoned` was set.
         Unsupported: the server is too old to choose an export by name.
     """
     handle = new_handle()
@@ -72,12 +74,14 @@ def connect(uri: str, abandoned: threading.Event) -> NBD:
 
 
 def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD, Export]:
-    """Return a handle ready to read export `name`, and what the export is now. Blocks; meant for a
-    thread.
+    """Return a handle that is ready to read export `name`, and what the export is now.
+
+    Blocks, so call it in a thread.
 
     Raises:
-        ConnectionLost: also if the server does not have the export, as it may be about to.
-        Unsupported.
+        ConnectionLost: the server cannot be reached, or does not have the export. The latter may be
+            a passing state.
+        Unsupported: as for `connect`.
     """
     handle = connect(uri, abandoned)
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
@@ -104,15 +108,18 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD
 
 
 class Watchdog:
-    """Bounds libnbd's blocking calls inside a `with`, by cutting the connection under them.
+    """Limits the time of libnbd's blocking calls inside a `with` block, by cutting their
+    connection.
 
-    The calls that negotiate options wait for a server for ever; their `aio_` forms do not say why
-    one was refused.
+    The calls that negotiate options wait for a server for ever. Their `aio_` forms would not, but
+    these do not say why an option was refused.
     """
 
     def __init__(self, handle: NBD, uri: str, abandoned: threading.Event) -> None:
-        """Watch `handle`, which is connected: until `abandoned` is set, or nothing comes in
-        CONNECT_TIMEOUT_S."""
+        """Watch `handle`, which is connected.
+
+        The connection is cut when `abandoned` is set, or when nothing comes in CONNECT_TIMEOUT_S.
+        """
         self._uri = uri
         self._abandoned = abandoned
         self._connection = socket.socket(fileno=os.dup(handle.aio_get_fd()))
@@ -126,8 +133,7 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Raises ConnectionLost in the place of the nbd.Error that cutting the connection led
-        to."""
+        """Raise ConnectionLost instead of the nbd.Error that cutting the connection has caused."""
         self._done.set()
         self._thread.join()
         self._connection.close()
@@ -135,7 +141,7 @@ class Watchdog:
             raise errors.ConnectionLost(self._uri, self._cut) from error
 
     def progress(self) -> None:
-        """Something came. May be called in libnbd's callbacks."""
+        """Note that something came. May be called in libnbd's callbacks."""
         self._deadline = time.monotonic() + CONNECT_TIMEOUT_S
 
     def _watch(self) -> None:
@@ -145,16 +151,19 @@ class Watchdog:
             elif time.monotonic() > self._deadline:
                 self._cut = f"no answer in {CONNECT_TIMEOUT_S:g} s"
             if self._cut:
-                with suppress(OSError):  # the server was faster
+                with suppress(OSError):  # the server has closed it already
                     self._connection.shutdown(socket.SHUT_RDWR)
                 return
 
 
 def described(handle: NBD, name: str) -> Export | str:
-    """Return what the handle was last told about an export, or what is wrong with that. Raises
-    nbd.Error."""
+    """Return what the handle was last told about an export, or what is wrong with that.
+
+    Raises:
+        nbd.Error: the handle cannot tell.
+    """
     size = handle.get_size()
-    if size < 0:  # libnbd 1.14's Python takes 64 bits for a signed number
+    if size < 0:  # the Python module of libnbd 1.14 takes the 64 bits for a signed number
         return "the server claims that it has 8 EiB or more"
     try:
         return Export(name, size, str(handle.get_export_description()))
@@ -163,12 +172,12 @@ def described(handle: NBD, name: str) -> Export | str:
 
 
 def max_payload(handle: NBD) -> int:
-    """Return how many bytes the server of a connected handle gives in answer to one read."""
+    """Return how many bytes the server of a connected handle may be asked for in one read."""
     return int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_PAYLOAD
 
 
 def reason(error: nbd.Error) -> str:
-    """Return libnbd's message without the name of its function, which says nothing to a user."""
+    """Return libnbd's message without the name of its function, which means nothing to a user."""
     text = str(error.string)
     head, _, tail = text.partition(": ")
     return tail if head.startswith("nbd_") and tail else text
@@ -177,7 +186,7 @@ def reason(error: nbd.Error) -> str:
 def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
         if handle.aio_is_dead() or handle.aio_is_closed():
-            # libnbd keeps it to itself that a server has refused TLS.
+            # libnbd does not report that a server has refused TLS.
             hint = ", or does not do TLS" if uri.startswith("nbds") else ""
             raise errors.ConnectionLost(uri, f"the server hung up{hint}")
         if abandoned.is_set():
@@ -188,10 +197,13 @@ def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threa
 
 
 def retire(handle: NBD, cookie: int) -> int:
-    """Let libnbd forget a command that has completed; return its error, 0 for none.
+    """Let libnbd forget a command that has completed.
 
-    Only here does it say that a read was answered without any data: the buffer holds what it held
-    before.
+    Only this call reports that a read was answered without any data. The buffer then holds what it
+    held before.
+
+    Returns:
+        The error number of the command, or 0.
     """
     try:
         handle.aio_command_completed(cookie)

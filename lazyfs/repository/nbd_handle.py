@@ -1,12 +1,12 @@
-"""One connected libnbd handle, driven from trio for demand fetches.
+"""Drives one connected libnbd handle from trio, for demand fetches.
 
-How libnbd wants it (docs/libnbd.pod, 1.14), and what follows here:
+What libnbd says (docs/libnbd.pod, 1.14), and what follows from that here:
 
-- a callback runs under the handle's lock: it calls no method of the handle, returns 1 to retire its
-  command, and reads `err.value`. An exception in it would only be printed, a failing assert
-  abort();
-- a failed read leaves the buffer unspecified;
-- when a handle dies, every command in flight is completed with an error.
+- A callback runs while the handle is locked. So it calls no method of the handle, returns 1 to
+  retire its command, and reads `err.value`. An exception in it would only be printed, and a failing
+  assert would call abort().
+- A failed read leaves the buffer unspecified.
+- When a handle dies, every command in flight is completed with an error.
 """
 
 import errno
@@ -30,12 +30,13 @@ from lazyfs.units import KiB
 logger = logging.getLogger(__name__)
 
 SLOWEST = 64 * KiB
-"""Bytes per second of the slowest link on which a request is not given up while bytes arrive.
-Unmeasured: below it, one block of the default size takes over a second."""
+"""A request is not given up while bytes arrive, unless the link is slower than this many bytes
+per second. It is unmeasured. On a slower link one block of the default size takes over a
+second."""
 
 
 class _Command:
-    """A command in flight."""
+    """Tracks a command in flight."""
 
     __slots__ = ("answered", "code", "cookie", "ended", "late_at", "retired")
 
@@ -43,32 +44,39 @@ class _Command:
         self.ended = ended
         """Called once, in the trio thread, when there is an answer or the connection is broken."""
         self.late_at = late_at
-        """When it counts as never to be answered; trio's clock."""
+        """When the connection is given up if this command has not been answered by then, by
+        trio's clock."""
         self.code = 0
-        """The error that libnbd reported; 0 for none."""
+        """The error number that libnbd reported, or 0."""
         self.cookie = 0
         self.answered = False
-        """libnbd has done with its buffer."""
+        """True if libnbd does not use the buffer any more."""
         self.retired = False
-        """libnbd has forgotten it. Until then it keeps the command and its callback, and every
-        later look for an answer passes over it."""
+        """True if libnbd has forgotten the command. Before that it keeps the command and its
+        callback, and passes over them whenever it looks for an answer."""
 
 
 def _nothing() -> None:
-    """Stand in for a callback that was called already, so that the command no longer holds it."""
+    """Replace a callback that was called already, so that the command no longer refers to it."""
 
 
 class NbdHandle:
-    """A connected handle, many requests in flight at once, driven by the task that runs `run`."""
+    """Drives a connected handle, with many requests in flight at once.
+
+    The task that runs `run` does the work.
+    """
 
     def __init__(self, handle: NBD, uri: str, export: str, stall_s: float, answer_s: float) -> None:
         """Take over `handle`, from `connect_export`.
 
         Args:
-            stall_s: when requests are in flight and nothing at all has arrived for so long, the
+            handle: the connected handle.
+            uri: the repository, for messages.
+            export: the name of the export.
+            stall_s: if requests are in flight and nothing at all has arrived for so long, the
                 connection counts as lost.
-            answer_s: so it does when one request has had no answer for so long, and for the time
-                that what is in flight takes at SLOWEST.
+            answer_s: the connection also counts as lost if one request has had no answer for this
+                time and the time that everything in flight takes at SLOWEST.
         """
         self._handle: NBD | Any = handle  # Any for the None that `run` leaves
         self._uri = uri
@@ -79,23 +87,23 @@ class NbdHandle:
         self._max_payload = nbd_connect.max_payload(handle)
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self._in_flight: dict[_Command, None] = {}
-        """Oldest first."""
+        """The commands in flight, the oldest first."""
         self._answered: list[_Command] = []
-        """By libnbd's callbacks, which may not call its methods."""
+        """The commands whose callbacks libnbd has called. The callbacks themselves may not call
+        libnbd."""
         self._some_in_flight = trio.Event()
         self._orphans: dict[_Command, nbd_buffers.NbdBuffer | None] = {}
-        """Commands that nobody waits for any more, and that may still be answered, with what they
-        are read into."""
+        """Commands for which nobody waits any more, but which may still be answered, and the
+        buffers into which libnbd reads them."""
         self._asked_bytes: dict[_Command, int] = {}
         self._last_progress = trio.current_time()
         self._want_write = trio.Event()
         self._scope = trio.CancelScope()
         self.broken = ""
-        """Why the connection is of no more use; "" while it is."""
+        """Why the connection cannot be used any more. It is "" while it can."""
 
     async def run(self) -> None:
-        """Move bytes until the connection breaks or `close` is called. Raises nothing but
-        Cancelled."""
+        """Move bytes until the connection breaks or `close` is called. Raises only Cancelled."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -111,24 +119,24 @@ class NbdHandle:
             self.broken = self.broken or "closed"
             for command in list(self._in_flight):
                 self._end(command)
-            # The last reference: libnbd closes the socket with the handle.
+            # This is the last reference. libnbd closes the socket with the handle.
             self._handle = None
             for buffer in self._orphans.values():
                 if buffer is not None:
                     nbd_buffers.give(buffer)
 
     def close(self, why: str = "closed") -> None:
-        """Break the connection; every waiting request raises ConnectionLost."""
+        """Break the connection. Every request that waits raises ConnectionLost."""
         self.broken = self.broken or why
         self._scope.cancel()
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
-        """As `interfaces.Source.submit`."""
+        """Ask for bytes as `interfaces.Source.submit` describes."""
         if self.broken or len(buffer) > self._max_payload:
             return False
         try:
             bounce = nbd_buffers.take(len(buffer))
-        except OSError:  # no memory; `pread` says so
+        except OSError:  # there is no memory, which `pread` will report
             return False
 
         def ended() -> None:
@@ -149,7 +157,8 @@ class NbdHandle:
         return True
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`; as `interfaces.Source.pread`, but one attempt only.
+        """Fill `buffer` from `offset` as `interfaces.Source.pread` does, but in one attempt
+        only.
 
         Raises:
             ConnectionLost, RequestFailed.
@@ -165,8 +174,9 @@ class NbdHandle:
             await self._ask(submit, what, piece.length, buffer[piece.start : piece.end], bounce)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
-        """Return the data ranges of `window`; as `interfaces.Source.block_status`, but one attempt
-        only.
+        """Return the data ranges of `window` as `interfaces.Source.block_status` does.
+
+        This is one attempt only.
 
         Raises:
             ConnectionLost, RequestFailed.
@@ -209,7 +219,7 @@ class NbdHandle:
 
         Raises:
             ConnectionLost, RequestFailed.
-        Cancellation: the command is forgotten; its answer is thrown away when it comes.
+        Cancellation: the command is forgotten. Its answer is thrown away when it comes.
         """
         done = trio.Event()
         try:
@@ -261,7 +271,7 @@ class NbdHandle:
             self._some_in_flight.set()
         try:
             command.cookie = submit(completed)
-            if self._answered:  # libnbd has met the end of the connection
+            if self._answered:  # libnbd has noticed the end of the connection while it sent
                 self.close("the server hung up")
             elif self._handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
                 self._want_write.set()
@@ -277,32 +287,34 @@ class NbdHandle:
         return command
 
     def _end(self, command: _Command) -> None:
-        if command in self._in_flight:  # else nobody waits any more
+        if command in self._in_flight:  # otherwise nobody waits any more
             del self._in_flight[command]
             if command.code in nbd_connect.LOST and not self.broken:
                 self.close("the server shuts down")
-            ended, command.ended = (
-                command.ended,
-                _nothing,
-            )  # or the two would keep each other, and the data, in memory
+            # Without this the callback and the command would keep each other, and the data, in
+            # memory.
+            ended, command.ended = command.ended, _nothing
             ended()
 
     def _outcome(self, command: _Command, what: str) -> errors.LazyfsError | None:
-        """Return what has become of a command that has ended; None if it did what it should."""
+        """Return why a command that has ended has failed, or None if it has not."""
         if self.broken:
             return errors.ConnectionLost(self._uri, self.broken)
         code = command.code or self._retire(command)
         return errors.RequestFailed(what, code) if code else None
 
     def _retire(self, command: _Command) -> int:
-        """Let libnbd forget an answered command; return its error, 0 for none."""
+        """Let libnbd forget an answered command. Return its error number, or 0."""
         if command.retired or self._handle is None:
             return 0
         command.retired = True
         return nbd_connect.retire(self._handle, command.cookie)
 
     def _forget(self, command: _Command, bounce: nbd_buffers.NbdBuffer | None) -> None:
-        """Nobody waits for `command` any more: its answer has been used, or will be thrown away."""
+        """Forget `command`, for which nobody waits any more.
+
+        Its answer has been used, or will be thrown away.
+        """
         self._in_flight.pop(command, None)
         self._asked_bytes.pop(command, None)
         if command.answered or self._handle is None:
@@ -332,11 +344,11 @@ class NbdHandle:
     async def _read_loop(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._fd)
-            self._last_progress = trio.current_time()  # also in the middle of a long answer
+            self._last_progress = trio.current_time()  # a part of a long answer counts as well
             direction = self._handle.aio_get_direction()
             if direction & nbd.AIO_DIRECTION_READ:
                 self._handle.aio_notify_read()
-            else:  # it must write before it will read
+            else:  # libnbd must write before it will read
                 await trio.lowlevel.wait_writable(self._fd)
             self._end_answered()
             if direction & nbd.AIO_DIRECTION_WRITE:

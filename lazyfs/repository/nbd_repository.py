@@ -1,4 +1,7 @@
-"""The repository over NBD: its list of exports, and connections that come back after every loss."""
+"""Implements the repository over NBD.
+
+It lists the exports, and makes connections that come back after every loss.
+"""
 
 import logging
 import math
@@ -29,38 +32,43 @@ from lazyfs.units import MiB
 logger = logging.getLogger(__name__)
 
 MAX_EXPORTS = 1_000_000
-"""More names than this from one server are dropped: it is broken or hostile."""
+"""If one server lists more names than this, the rest is dropped, because the server is broken or
+hostile."""
 
 MAX_NAMES_LENGTH = 64 * MiB
-"""Characters of all names together: with a million names of 4 KiB, the list alone would take 4 GiB."""
+"""The most characters that all names may have together. With a million names of 4 KiB the list
+alone would take 4 GiB."""
 
 T = TypeVar("T")
 
 
 class NbdRepository:
-    """One NBD server with named exports. Implements `interfaces.Repository`."""
+    """Represents one NBD server with named exports. Implements `interfaces.Repository`."""
 
     def __init__(self, uri: str, nursery: trio.Nursery, io_timeout_s: float) -> None:
-        """Connect lazily; connections are driven by tasks in `nursery`.
+        """Do not connect before something is asked for. Tasks in `nursery` drive the
+        connections.
 
         Args:
             uri: an NBD URI without an export name.
+            nursery: runs the connections.
             io_timeout_s: how long a reader waits. A connection that makes no progress for a third
-                of it is given up, so that a reader has two more tries.
+                of that is given up, so that a reader has two more attempts.
         """
         self.uri = uri
         self.connected = False
         self.trouble = ""
-        """Why the last attempt failed; "" if it did not."""
+        """Why the last attempt to reach the repository failed. It is "" if it did not."""
         self.reconnects = 0
         self._failures = 0
         self._names_per_connection = MAX_EXPORTS
-        """How many exports the server describes on one connection; lowered when it hangs up
-        earlier."""
+        """How many exports the server describes on one connection. It is lowered when the server
+        hangs up earlier."""
         self._nursery = nursery
         self._stall_s = io_timeout_s / 3
         self._io_timeout_s = io_timeout_s
-        # Not the default limiter: attempts that hang must not keep cache files from being read.
+        # These are not trio's default limiter, because attempts that hang must not keep cache files
+        # from being read.
         self._connects = trio.CapacityLimiter(64)
         self._fills = trio.CapacityLimiter(64)
 
@@ -69,8 +77,10 @@ class NbdRepository:
         return RepositoryStatistics(self.connected, self.reconnects, self._failures)
 
     async def list_exports(self) -> list[str]:
-        """As `interfaces.Repository.list_exports`. A name that is not UTF-8 is left out, and
-        logged."""
+        """Return the names of all exports, as `interfaces.Repository.list_exports` does.
+
+        A name that is not UTF-8 is left out, and logged.
+        """
         names, unreadable, dropped = await self._connecting(self._list)
         if unreadable:
             logger.warning(
@@ -93,7 +103,7 @@ class NbdRepository:
         def found(name: str, _description: str) -> int:
             nonlocal length, dropped
             if len(names) >= MAX_EXPORTS or length >= MAX_NAMES_LENGTH:
-                dropped += 1  # and no progress: an endless list is cut off
+                dropped += 1  # this does not count as progress, so an endless list is cut off
                 return 0
             watchdog.progress()
             names.append(name)
@@ -106,7 +116,8 @@ class NbdRepository:
                 handle.opt_abort()
         except nbd.Error as error:
             if error.errnum in nbd_connect.REFUSED:
-                # libnbd does not tell a server that wants TLS first from one that cannot list.
+                # libnbd reports the same for a server that wants TLS first and for one that cannot
+                # list.
                 hint = "" if self.uri.startswith("nbds") else "; it may want TLS (nbds)"
                 raise errors.Unsupported(
                     f"{self.uri} does not list its exports: {nbd_connect.reason(error)}{hint}"
@@ -115,14 +126,16 @@ class NbdRepository:
         return names, count - len(names) - dropped, dropped
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """As `interfaces.Repository.describe`."""
+        """Describe exports, as `interfaces.Repository.describe` does."""
         return await self._connecting(partial(self._describe, names))
 
     def _describe(
         self, names: Sequence[str], abandoned: threading.Event
     ) -> dict[str, Export | str]:
-        """On as few connections as the server allows: nbdkit 1.32 hangs up after 32 options on
-        one."""
+        """Describe exports on as few connections as the server allows.
+
+        nbdkit 1.32 hangs up after 32 options on one connection.
+        """
         found: dict[str, Export | str] = {}
         names = list(dict.fromkeys(names))
         while len(found) < len(names):
@@ -141,15 +154,15 @@ class NbdRepository:
         return found
 
     def source(self, export: Export) -> Source:
-        """As `interfaces.Repository.source`."""
+        """Return a source, as `interfaces.Repository.source` does."""
         return _NbdSource(self, export)
 
     def filler(self, export: Export) -> Filler:
-        """As `interfaces.Repository.filler`."""
+        """Return a filler, as `interfaces.Repository.filler` does."""
         return _NbdFiller(self, FillConnection(self.uri, export, self._stall_s))
 
     async def connect_export(self, export: Export) -> nbd_handle.NbdHandle:
-        """Return a running connection to `export`. Raises as `connect`."""
+        """Return a running connection to `export`. Raises what `connect` raises."""
         running = nbd_handle.NbdHandle(
             await self.connect(export), self.uri, export.name, self._stall_s, self._io_timeout_s
         )
@@ -160,20 +173,20 @@ class NbdRepository:
         """Return a libnbd handle that is ready to read `export`.
 
         Raises:
-            ConnectionLost, Unsupported.
-            ExportChanged: the server has another version; the connection is closed.
+            ConnectionLost, Unsupported: as for `nbd_connect.connect_export`.
+            ExportChanged: the server has another version. The connection is closed.
         """
         attempt = partial(nbd_connect.connect_export, self.uri, export.name)
         handle, found = await self._connecting(attempt)
         try:
             export.check_same(found)
         except errors.ExportChanged:
-            del handle  # else the traceback of this error would keep the connection open
+            del handle  # otherwise the traceback of this error would keep the connection open
             raise
         return handle
 
     async def fill(self, connection: FillConnection, work: FillWork, duration_s: float) -> None:
-        """Run `connection` in a thread, until all its claims have ended."""
+        """Run `connection` in a thread until all its claims have ended."""
         stop, call = threading.Event(), partial(connection.run, work, duration_s)
         with self._noting():
             await _stoppable(
@@ -181,10 +194,10 @@ class NbdRepository:
             )
 
     async def _connecting(self, call: Callable[[threading.Event], T]) -> T:
-        """Run `call`, which connects, in a thread; it is given an event that says to stop.
+        """Run `call`, which connects, in a thread. It is given an event that tells it to stop.
 
-        Cancellation: the thread is left to itself. libnbd resolves the host's name in a call that
-        cannot be interrupted, and what the thread connects is closed with its result.
+        Cancellation: the thread goes on by itself, because libnbd resolves the host's name in a
+            call that cannot be interrupted. What the thread connects is closed with its result.
         """
         stop = threading.Event()
         try:
@@ -197,11 +210,11 @@ class NbdRepository:
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """Keep book of whether the repository can be reached."""
+        """Note whether the repository can be reached."""
         try:
             yield
         except errors.ExportRefused:
-            raise  # which says nothing of the server
+            raise  # this says nothing about whether the server can be reached
         except errors.ConnectionLost as error:
             if self.connected or not self.trouble:
                 logger.warning("repository lost: %s", error)
@@ -215,8 +228,11 @@ class NbdRepository:
 
 
 def _describe_one(handle: nbd.NBD, name: str) -> Export | str:
-    """Return the export, or why the server will not describe it. Raises nbd.Error if the connection
-    is lost."""
+    """Return the export, or why the server will not describe it.
+
+    Raises:
+        nbd.Error: the connection is lost.
+    """
     try:
         handle.set_export_name(name)
         handle.opt_info()
@@ -228,7 +244,10 @@ def _describe_one(handle: nbd.NBD, name: str) -> Export | str:
 
 
 async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) -> T:
-    """Await `call`, a thread that cannot be cancelled; set `stop` when we are."""
+    """Await `call`, which runs a thread that cannot be cancelled.
+
+    If this task is cancelled, set `stop`, and wait for the thread.
+    """
 
     async def relay() -> None:
         try:
@@ -251,7 +270,10 @@ async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) ->
 
 
 class _NbdSource:
-    """One export on a demand connection that is made when first needed and remade when lost."""
+    """Reads one export on a demand connection.
+
+    It is made when it is first used, and made again when it is lost.
+    """
 
     def __init__(self, repository: NbdRepository, export: Export) -> None:
         self._repository = repository
@@ -263,24 +285,26 @@ class _NbdSource:
         self._calls: set[object] = set()
         """A token for each `pread` and `block_status` under way."""
         self._dropped: set[object] = set()
-        """Those of them that `drop_connection` has overtaken: the last one closes what it
-        connected."""
+        """The tokens of those calls during which `drop_connection` was called. When the last of
+        all calls ends, it closes what they have connected."""
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
-        """As `interfaces.Source.submit`."""
+        """Ask for bytes as `interfaces.Source.submit` describes."""
         return self._handle is not None and self._handle.submit(offset, buffer, answered)
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
-        """As `interfaces.Source.pread`."""
+        """Fill `buffer` as `interfaces.Source.pread` describes."""
         await self._retry(lambda handle: handle.pread(offset, buffer))
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
-        """As `interfaces.Source.block_status`."""
+        """Return ranges of data as `interfaces.Source.block_status` describes."""
         return await self._retry(lambda handle: handle.block_status(window))
 
     def drop_connection(self) -> None:
-        """As `interfaces.Source.drop_connection`. An attempt under way belongs to a caller who
-        still waits."""
+        """Close the connection as `interfaces.Source.drop_connection` describes.
+
+        An attempt to connect that is under way goes on for its caller, who still waits.
+        """
         self._dropped |= self._calls
         self._close_handle()
 
@@ -314,8 +338,11 @@ class _NbdSource:
                     self._close_handle()
 
     def _note_failure(self) -> None:
-        """Put off the next attempt, once for all who wait: twenty readers must not look like twenty
-        failures."""
+        """Put off the next attempt.
+
+        This is done once for all callers that wait, so that twenty readers do not count as twenty
+        failures.
+        """
         if trio.current_time() >= self._next_attempt:
             self._next_attempt = trio.current_time() + self._backoff.next()
 
@@ -323,8 +350,8 @@ class _NbdSource:
         async with self._connecting:
             if self._handle is None or self._handle.broken:
                 self._handle = None
-                # Whoever had the lock before may have failed meanwhile: one attempt at a time,
-                # whoever waits.
+                # The task that had the lock before may have failed meanwhile. There is one attempt
+                # at a time, for whichever task waits.
                 await trio.sleep_until(max(self._next_attempt, trio.current_time()))
                 try:
                     self._handle = await self._repository.connect_export(self._export)
@@ -335,14 +362,14 @@ class _NbdSource:
 
 
 class _NbdFiller:
-    """A fill connection, run in a thread for each turn."""
+    """Runs a fill connection in a thread for each turn."""
 
     def __init__(self, repository: NbdRepository, connection: FillConnection) -> None:
         self._repository = repository
         self._connection = connection
 
     async def run(self, work: FillWork, duration_s: float) -> None:
-        """As `interfaces.Filler.run`."""
+        """Work as `interfaces.Filler.run` describes."""
         if not self._connection.connected:
             self._connection.adopt(await self._repository.connect(self._connection.export))
         await self._repository.fill(self._connection, work, duration_s)
