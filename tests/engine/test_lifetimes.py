@@ -267,7 +267,7 @@ async def test_population_leaves_no_connection_of_its_questions_behind() -> None
         assert not image.filling.reader._source._connected  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("how", ["evict", "replace", "whole"])
+@pytest.mark.parametrize("how", ["evict", "evict while open", "replace", "whole"])
 @pytest.mark.parametrize("connected", [True, False])
 async def test_no_connection_is_left_of_an_image_that_has_gone(how: str, connected: bool) -> None:
     """Nor is one made anew, for a fetch that was under way and that nobody waits for."""
@@ -282,15 +282,17 @@ async def test_no_connection_is_left_of_an_image_that_has_gone(how: str, connect
             world.repository.down = True
             with trio.move_on_after(1):
                 await world.read(image, 0, 4096)
-        await world.close(image)
+        if how == "evict while open":
+            await world.command("evict", path="a")
         assert connected == bool(image.filling and image.filling.table.under_way())
+        await world.close(image)
         if how == "evict":
             await world.command("evict", path="a")
         elif how == "replace":
             world.repository.add("a", pattern(65 * BLOCK))
             with suppress(errors.ConnectionLost):
                 await world.filesystem.refresh()
-        else:
+        elif how == "whole":
             world.repository.demand_delay_s = 0.0
             world.repository.down = False
             again = await world.open("a")
