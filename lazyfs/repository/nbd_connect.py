@@ -52,15 +52,18 @@ def new_handle() -> NBD:
     return handle
 
 
-def connect(uri: str, abandoned: threading.Event) -> NBD:
+def connect(uri: str, abandoned: threading.Event, deadline: float | None = None) -> NBD:
     """Return a handle in option mode. Blocks, so call it in a thread.
 
+    Args:
+        deadline: when to give up, by `time.monotonic`; in CONNECT_TIMEOUT_S if it is None.
+
     Raises:
-        ConnectionLost: it took longer than CONNECT_TIMEOUT_S, or `abandoned` was set.
+        ConnectionLost: it took longer than that, or `abandoned` was set.
         Unsupported: the server is too old to choose an export by name.
     """
     handle = new_handle()
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    deadline = deadline or time.monotonic() + CONNECT_TIMEOUT_S
     try:
         handle.aio_connect_uri(uri)
         _poll_until_settled(handle, uri, deadline, abandoned)
@@ -83,8 +86,8 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD
             a passing state.
         Unsupported: as for `connect`.
     """
-    handle = connect(uri, abandoned)
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    handle = connect(uri, abandoned, deadline)
     try:
         handle.set_export_name(name)
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
