@@ -241,7 +241,10 @@ class Population:
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # else this frame and the error keep each other, and what they hold
 
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
         """Note how a turn has ended.

@@ -231,7 +231,7 @@ class NbdHandle:
         try:
             await done.wait()
             if (error := self._outcome(command, what)) is not None:
-                raise error
+                raise error.again()  # a frame that has raised its own local is a cycle
             if target is not None and bounce is not None:
                 target[:] = bounce.memory[: len(target)]
         finally:

@@ -265,7 +265,10 @@ async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) ->
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # else this frame and the error keep each other, and what they hold
     return result  # type: ignore[no-any-return]
 
 

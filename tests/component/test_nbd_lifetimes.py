@@ -3,6 +3,7 @@
 import errno
 import gc
 import logging
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator
@@ -256,6 +257,67 @@ async def _relay_all(listener: trio.socket.SocketType, server: Path) -> None:
         while True:
             connection, _ = await listener.accept()
             nursery.start_soon(serve, trio.SocketStream(connection))
+
+
+async def test_a_connection_that_failed_is_closed_without_the_garbage_collector(
+    tmp_path: Path,
+) -> None:
+    """An error that refers to a frame which refers to it would keep the connection until then."""
+    trigger = tmp_path / "trigger"
+    arguments = ["--filter=error", "memory", "1M", f"error-file={trigger}", "error-rate=100%"]
+    with servers.nbdkit(tmp_path / "nbd.sock", *arguments) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            async with repository(server.uri) as found:
+                description = (await found.describe([""]))[""]
+                assert isinstance(description, Export)
+                before = own_sockets()
+                await _everything_fails(found, description, trigger, server)
+                with trio.fail_after(servers.DEADLINE_S):
+                    while own_sockets() != before:
+                        await trio.sleep(0.01)
+        finally:
+            gc.enable()
+
+
+async def _everything_fails(
+    found: NbdRepository, export: Export, trigger: Path, server: servers.Server
+) -> None:
+    source, filler = found.source(export), found.filler(export)
+    buffer = memoryview(bytearray(4 * KiB))
+    await source.pread(0, buffer)
+    trigger.touch()  # noqa: ASYNC240
+    with pytest.raises(errors.RequestFailed):
+        await source.pread(0, buffer)
+    with pytest.raises(errors.RequestFailed):
+        await source.block_status(ByteRange(0, MiB))
+    source.drop_connection()
+    await filler.run(Work(export, [ByteRange(0, MiB)]), 5)
+    trigger.unlink()  # noqa: ASYNC240
+    full = Work(export, [ByteRange(0, MiB)])
+    full.on_write = _no_space
+    await filler.run(full, 5)
+    await source.pread(0, buffer)
+    server.kill()
+    with trio.move_on_after(0.3):
+        await source.pread(0, buffer)
+    with pytest.raises(errors.ConnectionLost):
+        await filler.run(Work(export, [ByteRange(0, MiB)]), 5)
+    server.restart()
+    await filler.aclose()
+
+
+def own_sockets() -> int:
+    links = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(fd))
+    return sum(link.startswith("socket:") for link in links)
+
+
+def _no_space(_offset: int) -> None:
+    raise errors.NoSpace
 
 
 async def test_a_link_too_slow_for_the_timeout_still_brings_what_was_asked_for(

@@ -178,7 +178,7 @@ async def receive(fetch: DemandFetch, source: Source) -> None:
             for offset, piece in fetch.pieces():
                 nursery.start_soon(one, offset, piece)
     if failures:
-        raise failures[0]
+        raise failures[0].again()
 
 
 async def assemble(
