@@ -1,22 +1,23 @@
-"""Every error lazyfs raises on purpose, sorted by what the one who catches it may do.
+"""Defines every error that lazyfs raises on purpose, sorted by what the one who catches it may
+do.
 
     LazyfsError
     ├── ConnectionLost      retry, on another connection or later
     │   └── ExportRefused   the same, but the server answers: it does not give this export now
-    ├── RequestFailed       this request only; the connection and its neighbours go on
+    ├── RequestFailed       concerns this request only; the connection and other requests go on
     │   └── TimedOut        nothing answered in time
     ├── Unsupported         never ask this server again
-    ├── ExportChanged       the export is not the one we have cached: fetch nothing more
-    ├── CacheCorrupt        what is on disk cannot be trusted: discard and fetch again
-    │   └── PlainFileGone   a whole image's file is not there: somebody removed it
+    ├── ExportChanged       the export is not the one that is cached: fetch nothing more
+    ├── CacheCorrupt        what is on disk cannot be trusted: discard it and fetch again
+    │   └── PlainFileGone   the file of a whole image is missing: somebody has removed it
     ├── NoSpace             the cache's file system is full: serve without keeping
-    │   └── OverLimit       the same, by --max-cache or --min-free
-    ├── StateError          our own bug: an operation that the state does not permit
-    └── UserError           one line for the user, exit 1
-        └── UsageError      the same, exit 2
-            └── WrongConfiguration  a file's text, not an argument
+    │   └── OverLimit       the same, because of --max-cache or --min-free
+    ├── StateError          a bug in lazyfs: an operation that the state does not permit
+    └── UserError           one line for the user, exit code 1
+        └── UsageError      the same, exit code 2
+            └── WrongConfiguration  the same, for the text of a file, not an argument
 
-Facts are attributes; the message is built from them, once, here.
+Facts are attributes. The message is built from them, here and only here.
 """
 
 import errno
@@ -25,7 +26,7 @@ from typing import Self
 
 
 class LazyfsError(Exception):
-    """The root of the tree."""
+    """The base class of all errors of lazyfs."""
 
     def again(self) -> Self:
         """Return a new error with the same facts, which has never been raised.
@@ -50,7 +51,7 @@ class ConnectionLost(LazyfsError):
 
 
 class ExportRefused(ConnectionLost):
-    """The server is there, but refuses this export, for now: it may be about to offer it."""
+    """The server can be reached, but refuses this export for now. It may be about to offer it."""
 
 
 class RequestFailed(LazyfsError):
@@ -66,7 +67,7 @@ class RequestFailed(LazyfsError):
 
 
 class TimedOut(RequestFailed):
-    """No answer within the time the user allows (`--io-timeout`)."""
+    """There was no answer within the time that the user allows (`--io-timeout`)."""
 
     def __init__(self, what: str, timeout_s: float, reason: str) -> None:
         super().__init__(what, errno.ETIMEDOUT)
@@ -79,11 +80,11 @@ class TimedOut(RequestFailed):
 
 
 class Unsupported(LazyfsError):
-    """The server cannot do this, and will not later."""
+    """The server cannot do this, neither now nor later."""
 
 
 class ExportChanged(LazyfsError):
-    """The export is no longer the one that the cache was filled from."""
+    """The export is no longer the one from which the cache was filled."""
 
     def __init__(self, export: str, was: str, now: str) -> None:
         super().__init__(export, was, now)
@@ -100,7 +101,7 @@ class CacheCorrupt(LazyfsError):
 
 
 class PlainFileGone(CacheCorrupt):
-    """The plain file of a whole image is not there any more."""
+    """The plain file of a whole image does not exist any more."""
 
 
 class NoSpace(LazyfsError):
@@ -111,24 +112,27 @@ class NoSpace(LazyfsError):
 
 
 class OverLimit(NoSpace):
-    """The cache may not grow any more: `--max-cache`, `--min-free`."""
+    """The cache may not grow any more, because of `--max-cache` or `--min-free`."""
 
     def __str__(self) -> str:
         return "the cache has reached its limit (--max-cache, --min-free)"
 
 
 class StateError(LazyfsError):
-    """An operation that the present state does not permit: a bug in lazyfs."""
+    """The present state does not permit this operation, which is a bug in lazyfs."""
 
 
 class UserError(LazyfsError):
-    """Something only the user can mend. The text is one line: what is wrong, what to do."""
+    """Something is wrong that only the user can repair.
+
+    The text is one line. It says what is wrong and what to do.
+    """
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """Wrong arguments."""
+    """The arguments are wrong."""
 
     exit_code = 2
 
@@ -137,7 +141,13 @@ class WrongConfiguration(UsageError):
     """A configuration file says something wrong."""
 
     def __init__(self, file: str, where: str, problem: str) -> None:
-        """`where`: the key, or "line N"; "" for the file as a whole."""
+        """Describe the mistake.
+
+        Args:
+            file: the path of the file.
+            where: the key, or "line N". "" means the file as a whole.
+            problem: what is wrong.
+        """
         super().__init__(file, where, problem)
         self.file = file
         self.where = where

@@ -1,4 +1,5 @@
-"""The cache directory: opened before mounting, so that it stays reachable under the mount.
+"""Opens the cache directory. That happens before mounting, so it stays reachable under the
+mount.
 
     CACHE_DIR/
         debian-12            whole images, plain files
@@ -8,8 +9,8 @@
             catalog.sqlite
             partial/         images being filled
 
-Everything else in it is foreign: lazyfs neither hides nor touches what it did not put there, it
-refuses.
+All other files in it are foreign. lazyfs neither hides nor touches what it did not put there. It
+refuses to use such a directory.
 """
 
 import fcntl
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 STATE = ".lazyfs"
 
 ENDING_S = 20.0
-"""How long to wait for a daemon that is not mounted any more: its last checkpoint, on a slow
-disk."""
+"""How long to wait for a daemon that is not mounted any more, but still writes its last
+checkpoint to a slow disk."""
 
 _DETACHED = "the lazyfs detached from"
 PARTIAL = f"{STATE}/partial"
@@ -49,31 +50,36 @@ LOCK = f"{STATE}/lock"
 
 
 class CacheDir:
-    """An open, locked cache directory. Implements `interfaces.Stores`."""
+    """Holds an open, locked cache directory. Implements `interfaces.Stores`."""
 
     def __init__(
         self, path: str, mountpoint: str, repository: str, attributes: FileAttributes
     ) -> None:
-        """Open and lock the cache at `path`, creating what is missing, and load its catalog.
+        """Open and lock the cache at `path`, create what is missing, and load its catalog.
 
-        `repository`: its URI, which a qcow2 names as its backing file while it is being filled.
+        Args:
+            path: the cache directory.
+            mountpoint: where it will be mounted, for messages.
+            repository: its URI. A qcow2 names it as its backing file while it is being filled.
+            attributes: those of plain files.
 
         Raises:
-            UserError: it cannot be used; says why.
+            UserError: the cache cannot be used. The error says why.
         """
         self.path = path
         self._repository = repository
         self._file_attributes = attributes
         try:
-            # Its parent must exist: a mistyped name, or a disk that is not mounted yet, must not
-            # fill another disk.
+            # The parent must exist. Otherwise a mistyped name, or a disk that is not mounted yet,
+            # could fill another disk.
             with suppress(FileExistsError):
                 os.mkdir(path)
             self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
         self.lock_fd = -1
-        """Locked; also a plain file on the cache's file system that is always there."""
+        """The file that is locked. It also serves as a plain file on the cache's file system
+        that always exists."""
         self._mountpoint = mountpoint
         try:
             self._open(mountpoint)
@@ -81,7 +87,8 @@ class CacheDir:
             raise errors.UserError(f"cannot use {path} as the cache: {error}") from error
         except errors.CacheCorrupt as error:
             raise errors.UserError(
-                f"cannot use {path} as the cache: {error}; move it away, or start anew with --cache-dir"
+                f"cannot use {path} as the cache: {error}; "
+                "move it away, or start anew with --cache-dir"
             ) from error
         except OSError as error:
             what = (
@@ -106,16 +113,16 @@ class CacheDir:
         return WholeFile(self.root_fd, record)
 
     def nearly_full(self) -> bool:
-        """Whether less than 1 % of the file system (at most 1 GiB, at least 1 MiB) is free for us.
+        """Return whether less than 1 % of the file system is free for this user.
 
-        Enough for the catalog, and for neighbours on the same disk to go on for a while.
-        Unmeasured.
+        The limit is at most 1 GiB and at least 1 MiB. That is enough for the catalog, and for other
+        programs on the same disk to go on for a while. It is unmeasured.
         """
         space = self.space()
         return space.free < max(min(space.total // 100, GiB), MiB)
 
     def space(self) -> Space:
-        """Return the size of the file system, and what of it an ordinary user may still take."""
+        """Return the size of the file system, and what an ordinary user may still write to it."""
         found = os.fstatvfs(self.root_fd)
         return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
@@ -147,7 +154,8 @@ class CacheDir:
             found = os.stat(name, dir_fd=self.root_fd, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 raise errors.UserError(
-                    f"{self.path}/{name} is not a folder of this user; remove it, or use --cache-dir"
+                    f"{self.path}/{name} is not a folder of this user; "
+                    "remove it, or use --cache-dir"
                 )
 
     def _take_lock(self, mountpoint: str) -> None:
@@ -162,7 +170,7 @@ class CacheDir:
                 for mount in mounts.lazyfs_mounts()
             )
             if not mounted and not detached and time.monotonic() < deadline:
-                time.sleep(0.1)  # unmounted a moment ago, it saves what it has
+                time.sleep(0.1)  # it was unmounted a moment ago, and is saving what it has
                 continue
             raise errors.UserError(
                 f"the cache {self.path} is in use by {owner or 'another lazyfs'}; "
@@ -176,10 +184,14 @@ class CacheDir:
         tell_owner(self.lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})")
 
     def tell_detached(self) -> None:
-        """Let the message to another daemon that wants this cache say what keeps it."""
+        """Say in the lock file that open files of a detached mount keep the cache in use.
+
+        Another daemon that wants this cache shows that in its message.
+        """
         tell_owner(
             self.lock_fd,
-            f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), which serves the files still open",
+            f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), "
+            "which serves the files still open",
         )
 
     def _checked_whole(self, record: ImageRecord) -> ImageRecord:
@@ -200,8 +212,10 @@ class CacheDir:
             )
 
     def _sweep(self) -> None:
-        """Remove partial files that no record speaks of: the rest of a crash, or of an image become
-        whole."""
+        """Remove partial files to which no record belongs.
+
+        They are left by a crash, or by an image that has become whole.
+        """
         wanted = {
             str(record.inode)
             for record in self.records
@@ -214,7 +228,7 @@ class CacheDir:
     # -- closing
 
     def close(self) -> None:
-        """Close the catalog and unlock. The mount over the directory must be gone."""
+        """Close the catalog and unlock. Nothing may be mounted over the directory any more."""
         self.catalog.close()
         self._close_fds()
 
@@ -224,7 +238,7 @@ class CacheDir:
                 os.close(fd)
 
 
-# -- what can be asked of a cache directory that is open in any way; `cache_check.py` does, too
+# -- what needs no `CacheDir`, only an open cache directory; `cache_check.py` uses it as well
 
 
 def partial_file(
@@ -237,7 +251,7 @@ def partial_file(
 
 
 def try_lock(lock_fd: int) -> bool:
-    """Lock, if nobody else has; released when the descriptor is closed."""
+    """Lock the file unless another process has locked it. Closing the descriptor unlocks it."""
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -246,21 +260,21 @@ def try_lock(lock_fd: int) -> bool:
 
 
 def owner_of(lock_fd: int) -> str:
-    """Return who says that he has the lock; "" if nobody does."""
+    """Return who has the lock, as written in the lock file, or ""."""
     return os.pread(lock_fd, 4096, 0).decode(errors="surrogateescape").strip()
 
 
 def tell_owner(lock_fd: int, owner: str) -> None:
-    """Say who has the lock."""
+    """Write into the lock file who has the lock."""
     os.ftruncate(lock_fd, 0)
     os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
 
 
 def check_catalog_file(root_fd: int, path: str) -> None:
-    """SQLite would follow a symlink.
+    """Check that the catalog is a plain file, because SQLite would follow a symbolic link.
 
     Raises:
-        UserError: the catalog of the cache at `path` is one, or a folder.
+        UserError: the catalog of the cache at `path` is a symbolic link or a folder.
     """
     try:
         found = os.stat(CATALOG, dir_fd=root_fd, follow_symlinks=False)
@@ -273,11 +287,11 @@ def check_catalog_file(root_fd: int, path: str) -> None:
 
 
 def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
-    """Return the record of an image as it is now, if somebody removed or changed its plain file
-    meanwhile.
+    """Return the record of an image as it is now.
 
-    A file that is gone was evicted by hand: the image is remote again. One of another size is left
-    alone and reported, and when it is gone, too, the image is remote again.
+    It changes if somebody has removed or changed the plain file meanwhile. If the file is gone, the
+    image was evicted by hand, and is remote again. If the file has another size, it is left alone,
+    and the image fails. If that file is gone later, the image is remote again as well.
     """
     if record.state is not State.WHOLE and record.cause is not Cause.CHANGED_BY_HAND:
         return record
@@ -291,7 +305,7 @@ def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
 
 
 def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]:
-    """Yield the path of every file that is no image's."""
+    """Yield the path of every file that does not belong to an image."""
     ours = {r.path for r in records if r.state is State.WHOLE or r.cause is Cause.CHANGED_BY_HAND}
     unfinished = {record.path: record for record in records if record.path not in ours}
     for path in _files_below(root_fd):
@@ -300,7 +314,10 @@ def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]
 
 
 def is_finished(root_fd: int, record: ImageRecord) -> bool:
-    """Whether a crash came between linking a whole image into place and telling the catalog."""
+    """Return whether the image is whole but the catalog does not know it.
+
+    A crash came between linking the file into place and telling the catalog.
+    """
     try:
         ours = os.stat(
             f"{PARTIAL}/{record.inode}.{record.format}", dir_fd=root_fd, follow_symlinks=False
@@ -321,8 +338,10 @@ def list_folder(root_fd: int, name: str) -> list[str]:
 
 
 def _files_below(root_fd: int) -> Iterator[str]:
-    """Yield every path below the cache directory that is not a folder, state and reserved names
-    left out."""
+    """Yield every path below the cache directory that is not a folder.
+
+    The state folder and reserved names are left out.
+    """
     pending: list[Sequence[str]] = [[]]
     while pending:
         folder = pending.pop()

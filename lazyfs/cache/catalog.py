@@ -1,14 +1,15 @@
-"""catalog.sqlite: every image of one cache, and what became of it. The one authority on names and
-inodes.
+"""Stores every image of one cache, and what became of it, in catalog.sqlite.
 
-SQLite opens journals by path, and the cache directory's path leads into our own mount once that is
-up. So the catalog is opened before mounting, in WAL mode with exclusive locking: then every later
-operation goes to file descriptors that are open already (checked with strace, SQLite 3.40), until
-`close`, which belongs after unmounting.
+The catalog is the only authority on names and inodes.
 
-Losing the last commits in a power cut would be safe (a whole image is finished again, a new inode's
-files are swept), but `synchronous=FULL` costs one fsync for what happens a few times in an image's
-life.
+SQLite opens journals by path, and once lazyfs is mounted, the path of the cache directory may lead
+into our own mount. So the catalog is opened before mounting, in WAL mode with exclusive locking.
+Then all later operations use file descriptors that are open already (checked with strace, SQLite
+3.40). Only `close` uses the path again, so it comes after unmounting.
+
+It would be safe to lose the last commits in a power cut: a whole image is finished again, and the
+files of a new inode are removed. But `synchronous=FULL` costs just one fsync for what happens a few
+times in an image's life.
 """
 
 import dataclasses
@@ -28,24 +29,42 @@ _VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE images (
-    inode           INTEGER PRIMARY KEY AUTOINCREMENT,  -- st_ino on the mount; AUTOINCREMENT: never given twice
-    export          TEXT NOT NULL,     -- the export's name, as the server lists it
-    path            TEXT NOT NULL,     -- where it is shown, relative to the mountpoint; unique among images shown
-    size            INTEGER,           -- bytes; NULL: the repository was not asked yet
-    identity        TEXT NOT NULL,     -- the export's description when the cache was begun; '' if it has none
-    format          TEXT NOT NULL,     -- of the cache file: 'raw' or 'qcow2'
-    state           TEXT NOT NULL,     -- 'remote', 'partial', 'whole', 'failed' (core/lifecycle.py)
-    error           TEXT NOT NULL,     -- why it failed, or what an operator should know; '' if nothing
-    block_size      INTEGER NOT NULL,  -- bytes for each state of the map, a qcow2's clusters; fixed when begun
-    created_ns      INTEGER NOT NULL,  -- first seen, ns since the epoch
-    present_bytes   INTEGER NOT NULL,  -- data in the cache file; as of the last checkpoint
-    demand_bytes    INTEGER NOT NULL,  -- fetched because a reader waited; as of the last checkpoint
-    populated_bytes INTEGER NOT NULL,  -- fetched in the background; as of the last checkpoint
-    requests        INTEGER NOT NULL,  -- read requests sent to the repository; as of the last checkpoint
-    last_used_ns    INTEGER NOT NULL DEFAULT 0,  -- last open or close, ns since the epoch; 0: never; may lag
-    pinned          INTEGER NOT NULL DEFAULT 0,  -- 1: never evicted
-    digest          TEXT NOT NULL DEFAULT '',    -- what the bytes must hash to, 'sha256:...'; '' if not known
-    cause           TEXT NOT NULL DEFAULT ''     -- what `error` says, for decisions (core/lifecycle.py, Cause)
+    -- st_ino on the mount. AUTOINCREMENT makes sure that it is never given twice.
+    inode           INTEGER PRIMARY KEY AUTOINCREMENT,
+    -- the export's name, as the server lists it
+    export          TEXT NOT NULL,
+    -- where it is shown, relative to the mountpoint; unique among the images that are shown
+    path            TEXT NOT NULL,
+    -- bytes; NULL if the repository was not asked yet
+    size            INTEGER,
+    -- the export's description when the cache was begun; '' if it has none
+    identity        TEXT NOT NULL,
+    -- the format of the cache file: 'raw' or 'qcow2'
+    format          TEXT NOT NULL,
+    -- 'remote', 'partial', 'whole' or 'failed' (core/lifecycle.py)
+    state           TEXT NOT NULL,
+    -- why it failed, or what an operator should know; '' if there is nothing
+    error           TEXT NOT NULL,
+    -- bytes of a block of the map, or of a qcow2's cluster; fixed when the cache is begun
+    block_size      INTEGER NOT NULL,
+    -- when it was first seen, in ns since the epoch
+    created_ns      INTEGER NOT NULL,
+    -- bytes of data in the cache file, as of the last checkpoint
+    present_bytes   INTEGER NOT NULL,
+    -- bytes fetched because a reader waited, as of the last checkpoint
+    demand_bytes    INTEGER NOT NULL,
+    -- bytes fetched in the background, as of the last checkpoint
+    populated_bytes INTEGER NOT NULL,
+    -- read requests sent to the repository, as of the last checkpoint
+    requests        INTEGER NOT NULL,
+    -- the last open or close, in ns since the epoch; 0 if there was none; may be out of date
+    last_used_ns    INTEGER NOT NULL DEFAULT 0,
+    -- 1 if it must not be evicted
+    pinned          INTEGER NOT NULL DEFAULT 0,
+    -- the digest that the bytes must have, such as 'sha256:...'; '' if it is not known
+    digest          TEXT NOT NULL DEFAULT '',
+    -- what `error` says, in a form for decisions (core/lifecycle.py, Cause)
+    cause           TEXT NOT NULL DEFAULT ''
 )
 """
 _CAUSE_OF_TEXT = (
@@ -56,7 +75,8 @@ _CAUSE_OF_TEXT = (
     " WHEN error LIKE 'its plain file was changed by hand%' THEN 'changed-by-hand'"
     " ELSE 'other' END"
 )
-"""How a row of version 1 or 2 gets its cause: until then decisions were made by these words."""
+"""How a row of version 1 or 2 gets its cause. In these versions, decisions were made by these
+words."""
 _UPGRADES = {
     1: """
 ALTER TABLE images ADD COLUMN last_used_ns INTEGER NOT NULL DEFAULT 0;
@@ -68,9 +88,9 @@ ALTER TABLE images ADD COLUMN cause TEXT NOT NULL DEFAULT '';
 UPDATE images SET cause = {_CAUSE_OF_TEXT};
 """,
 }
-"""From each older version to the next."""
+"""The statements that upgrade from each older version to the next."""
 _ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''", "cause": _CAUSE_OF_TEXT}
-"""What rows of older versions lack, and what stands for it."""
+"""The columns that rows of older versions lack, and what replaces them."""
 _FIRST_INODE = 2  # 1 is the root of the mount
 
 _COLUMNS = [field.name for field in fields(ImageRecord)]
@@ -79,11 +99,11 @@ _UPDATE = f"UPDATE images SET {', '.join(f'{c} = ?' for c in _COLUMNS[1:])} WHER
 
 
 class TooNew(errors.CacheCorrupt):
-    """A newer lazyfs wrote the catalog: nothing is wrong with it."""
+    """A newer lazyfs wrote the catalog. Nothing is wrong with it."""
 
 
 class SqliteCatalog:
-    """Implements `interfaces.Catalog`."""
+    """Stores the records of all images in SQLite. Implements `interfaces.Catalog`."""
 
     def __init__(self, path: str) -> None:
         """Open or create the catalog.
@@ -133,7 +153,7 @@ class SqliteCatalog:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def load(self) -> list[ImageRecord]:
-        """Return all records, by inode.
+        """Return all records, ordered by inode.
 
         Raises:
             CacheCorrupt: a row is not what lazyfs wrote.
@@ -147,17 +167,19 @@ class SqliteCatalog:
             raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
 
     def load_each(self) -> tuple[list[ImageRecord], dict[int, str]]:
-        """Return the records that can be read, by inode, and of the other rows what is wrong with
-        them."""
+        """Return the records that can be read, and what is wrong with the other rows, by inode."""
         return _read_each(self._db)
 
     def restore(self, records: Sequence[ImageRecord]) -> None:
-        """Insert records under the inodes that they have; for a catalog that is made anew."""
+        """Insert records under the inodes that they have.
+
+        This is for a catalog that is made anew.
+        """
         with self._transaction():
             self._db.executemany(_INSERT, [_row(record) for record in records])
 
     def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-        """Insert; one transaction for all."""
+        """Insert records, all in one transaction."""
         added = []
         with self._transaction():
             for record in records:
@@ -167,12 +189,12 @@ class SqliteCatalog:
         return added
 
     def update(self, records: Sequence[ImageRecord]) -> None:
-        """Replace; one transaction for all."""
+        """Replace records, all in one transaction."""
         with self._transaction():
             self._db.executemany(_UPDATE, [(*_row(record)[1:], record.inode) for record in records])
 
     def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
-        """Set sizes and identities of remote images; one transaction for all."""
+        """Set sizes and identities of remote images, all in one transaction."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE images SET size = ?, identity = ? WHERE inode = ? AND state = 'remote'",
@@ -180,7 +202,7 @@ class SqliteCatalog:
             )
 
     def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
-        """Set when images were used last; one transaction for all."""
+        """Set when images were last used, all in one transaction."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE images SET last_used_ns = ? WHERE inode = ?",
@@ -188,14 +210,17 @@ class SqliteCatalog:
             )
 
     def remove(self, inodes: Sequence[int]) -> None:
-        """Delete; one transaction for all."""
+        """Delete records, all in one transaction."""
         with self._transaction():
             self._db.executemany(
                 "DELETE FROM images WHERE inode = ?", [(inode,) for inode in inodes]
             )
 
     def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
-        """Delete one and insert another; one transaction, so that the image always has a row."""
+        """Delete one record and insert another.
+
+        This is one transaction, so that the image always has a row.
+        """
         with self._transaction():
             self._db.execute("DELETE FROM images WHERE inode = ?", (inode,))
             cursor = self._db.execute(_INSERT, (None, *_row(record)[1:]))
@@ -203,8 +228,10 @@ class SqliteCatalog:
             return dataclasses.replace(record, inode=cursor.lastrowid)
 
     def close(self) -> None:
-        """Close the database. Touches its path: only before mounting over it, or after
-        unmounting."""
+        """Close the database.
+
+        This uses its path, so it may be called only before mounting over it or after unmounting.
+        """
         with self._lock:
             self._db.close()
 
@@ -213,7 +240,10 @@ class SqliteCatalog:
 
 
 class _Transaction:
-    """BEGIN, then COMMIT or ROLLBACK, under the lock; SQLite's errors become ours."""
+    """Makes one transaction under the lock: BEGIN, then COMMIT or ROLLBACK.
+
+    It translates SQLite's errors into ours.
+    """
 
     def __init__(self, db: sqlite3.Connection, lock: threading.Lock) -> None:
         self._db = db
@@ -241,14 +271,16 @@ class _Transaction:
             try:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-            finally:  # also if it cannot be rolled back: others must hear what is wrong, and not wait for ever
+            finally:
+                # This happens even if the rollback fails. Other callers must get an error too, and
+                # not wait for ever.
                 self._lock.release()
         if isinstance(error, sqlite3.Error):
             raise _translate(error, "catalog.sqlite") from error
 
 
 def salvage(path: str) -> list[ImageRecord]:
-    """Return the records that can still be read of a damaged catalog; for want of them none."""
+    """Return the records of a damaged catalog that can still be read. There may be none."""
     try:
         db = sqlite3.connect(path)
     except sqlite3.Error:
@@ -260,7 +292,7 @@ def salvage(path: str) -> list[ImageRecord]:
 
 
 def _read_each(db: sqlite3.Connection) -> tuple[list[ImageRecord], dict[int, str]]:
-    """Row by row: one that is damaged leaves the others readable."""
+    """Read row by row, so that the other rows can be read if one is damaged."""
     records, damaged = [], {}
     there = set(_COLUMNS)
     with suppress(sqlite3.Error):
@@ -281,7 +313,7 @@ def _read_each(db: sqlite3.Connection) -> tuple[list[ImageRecord], dict[int, str
 
 def _inodes(db: sqlite3.Connection) -> list[int]:
     inodes = []
-    with suppress(sqlite3.Error):  # what came before the damage is good
+    with suppress(sqlite3.Error):  # the rows before the damage are good
         for (inode,) in db.execute("SELECT inode FROM images ORDER BY inode"):
             inodes.append(inode)
     return inodes
@@ -319,7 +351,7 @@ def _record(row: tuple[object, ...]) -> ImageRecord:
 def _translate(error: sqlite3.Error, path: str) -> Exception:
     if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL,):
         return errors.NoSpace()
-    # "no such table", "no such column": it is a database, and not what lazyfs wrote.
+    # After "no such table" or "no such column" it is a database, but not the one that lazyfs wrote.
     if isinstance(error, sqlite3.OperationalError) and not str(error).startswith("no such"):
         return OSError(f"{path}: {error}")
     return errors.CacheCorrupt(f"{path}: {error}")

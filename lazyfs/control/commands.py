@@ -1,5 +1,7 @@
-"""The commands of the control socket, as calls of the engine. `core/control_schema.py` says what
-each is."""
+"""Implements the commands of the control socket by calling the engine.
+
+`core/control_schema.py` says what each command does.
+"""
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
@@ -21,7 +23,10 @@ Handler = Callable[[Arguments], Awaitable[object]]
 
 
 class Commands:
-    """The commands that concern images and jobs. Arguments have been checked by the schema."""
+    """Implements the commands that concern images and jobs.
+
+    The schema has checked the arguments already.
+    """
 
     def __init__(
         self,
@@ -58,8 +63,11 @@ class Commands:
     def _images(
         self, path: str, unless_named: Callable[[Image], bool] = lambda image: True
     ) -> list[Image]:
-        """Return the image at `path`, or those in the folder there for which `unless_named`
-        holds."""
+        """Return the image at `path`, or the images in the folder there for which `unless_named`
+        holds.
+
+        An image that `path` names itself is returned in any case.
+        """
         node = self._filesystem.names.node_at(path)
         if node is None:
             raise CommandError(f"no image at {path!r}")
@@ -79,8 +87,11 @@ class Commands:
     async def _each(
         self, images: Iterable[Image], work: Callable[[Image], Awaitable[object]]
     ) -> dict[str, Any]:
-        """Do something with all images, also when it fails with one; then fail with the first
-        reason."""
+        """Do something with each image, even if it fails for some. Then raise the first failure.
+
+        Raises:
+            CommandError: it has failed for at least one image.
+        """
         done, failures = 0, []
         for image in images:
             try:
@@ -141,7 +152,7 @@ class Commands:
 
     async def _prefetch(self, arguments: Arguments) -> object:
         paths, images, image_format = [], self._images(arguments["path"]), arguments.get("format")
-        for image in images:  # before any name is changed
+        for image in images:  # all are checked before the name of any is changed
             self._operations.check_format(image, image_format)
 
         async def prefetch(image: Image) -> None:

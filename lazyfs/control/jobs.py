@@ -1,7 +1,7 @@
-"""Background work as clients see it: QEMU's jobs (qapi/job.json).
+"""Shows background work to clients in the form of QEMU's jobs (qapi/job.json).
 
-A populate job is an image that is being filled: it is there while the image is partial and
-population wants it. Other work is started here, runs in a task, and stays, concluded, until it is
+A populate job is an image that is being filled. It exists while the image is partial and population
+is to fill it. Other work is started here and runs in a task. It stays, concluded, until it is
 dismissed.
 """
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 RUNNING, PAUSED, STANDBY, CONCLUDED = "running", "paused", "standby", "concluded"
 GONE = "null"
-"""What QEMU calls the status of a job that is no more."""
+"""What QEMU calls the status of a job that does not exist any more."""
 
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """Work that was asked for. It adds to `current` as it goes on."""
+    """Holds work that a client has asked for. The work adds to `current` as it goes on."""
 
     id: str
     type: str
@@ -35,13 +35,13 @@ class Task:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def advance(self, amount: int) -> None:
-        """`amount` more is done."""
+        """Note that `amount` more is done."""
         self.current += amount
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatistics:
-    """A row of `query-jobs`."""
+    """Describes one job, as a row of `query-jobs`."""
 
     id: str
     type: str
@@ -52,13 +52,17 @@ class JobStatistics:
 
 
 class Jobs:
-    """All jobs of one mount. Trio thread only."""
+    """Knows all jobs of one mount. Trio thread only."""
 
     def __init__(self, active: Callable[[], Iterable[Image]], room: Callable[[], str]) -> None:
-        """`active`: the images that population may look at; `room`: why it does nothing at all, or
-        ""."""
+        """Begin without any task.
+
+        Args:
+            active: returns the images that population may look at.
+            room: returns why population does nothing at all, or "".
+        """
         self.on_status: Callable[[str, str], None] = lambda job, status: None
-        """A job has another status, or is `GONE`. Set by whoever tells clients."""
+        """Called when a job has another status, or is `GONE`. Whoever tells clients sets it."""
         self._nursery: trio.Nursery | None = None
         self._active = active
         self._room = room
@@ -66,14 +70,17 @@ class Jobs:
         self._told: dict[str, str] = {}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
-        """Run what `start` begins, until cancelled. Every job has ended then."""
+        """Run what `start` begins, until cancelled.
+
+        Cancellation: every job has ended when this ends.
+        """
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
             await trio.sleep_forever()
 
     def statistics(self) -> list[JobStatistics]:
-        """Return all jobs, by id."""
+        """Return all jobs, ordered by id."""
         found = [
             self._populating(image, status)
             for image in self._active()
@@ -86,7 +93,7 @@ class Jobs:
         return sorted(found, key=lambda job: job.id)
 
     def _status(self, image: Image) -> str:
-        """Of an image's populate job; "" if it has none."""
+        """Return the status of an image's populate job, or "" if it has none."""
         filling = image.filling
         if (
             image.record.state is not State.PARTIAL
@@ -111,8 +118,10 @@ class Jobs:
         return JobStatistics(now.path, "populate", status, done, now.size or 0, error)
 
     def announce(self) -> None:
-        """Tell clients which jobs have another status than at the last call. Call it whenever one
-        may have."""
+        """Tell clients which jobs have another status than at the last call.
+
+        Call it whenever the status of a job may have changed.
+        """
         now = {
             image.record.path: status for image in self._active() if (status := self._status(image))
         }
@@ -127,7 +136,11 @@ class Jobs:
     # -- what clients ask for
 
     def pause(self, job: str) -> None:
-        """Pause a populate job. Raises UserError."""
+        """Pause a populate job.
+
+        Raises:
+            UserError: there is no such job, or it cannot be paused now.
+        """
         image = self._image(job, "paused")
         if image.populating.paused:
             raise errors.UserError(f"Job '{job}' is paused already")
@@ -135,7 +148,11 @@ class Jobs:
         self.announce()
 
     def resume(self, job: str) -> None:
-        """Resume a paused job; the caller wakes population. Raises UserError."""
+        """Resume a paused job. The caller must wake population.
+
+        Raises:
+            UserError: there is no such job, or it is not paused.
+        """
         image = self._image(job, "resumed")
         if not image.populating.paused:
             raise errors.UserError(f"Job '{job}' is not paused")
@@ -143,7 +160,11 @@ class Jobs:
         self.announce()
 
     def cancel(self, job: str) -> None:
-        """End a job. Raises UserError."""
+        """End a job.
+
+        Raises:
+            UserError: there is no such job, or it has concluded.
+        """
         task = self._tasks.get(job)
         if task is None:
             self._image(job, "cancelled").populating.stop()
@@ -154,7 +175,11 @@ class Jobs:
         self.announce()
 
     def dismiss(self, job: str) -> None:
-        """Forget a concluded job. Raises UserError."""
+        """Forget a concluded job.
+
+        Raises:
+            UserError: there is no such job, or it has not concluded.
+        """
         task = self._tasks.get(job)
         if task is None:
             self._image(job, "dismissed")
@@ -174,10 +199,16 @@ class Jobs:
     def start(
         self, job: str, kind: str, total: int, work: Callable[[Task], Awaitable[None]]
     ) -> None:
-        """Begin other work; its failure is kept as the job's error.
+        """Begin other work. If it fails, the failure is stored as the error of the job.
+
+        Args:
+            job: the id of the job.
+            kind: its type.
+            total: how much there is to do.
+            work: does the work.
 
         Raises:
-            UserError: a job with this id is there and has not concluded.
+            UserError: a job with this id exists and has not concluded.
         """
         old = self._tasks.get(job)
         if old is not None and old.status != CONCLUDED:

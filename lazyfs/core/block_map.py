@@ -1,18 +1,20 @@
-"""Which blocks of one image are in the cache, being fetched, or missing.
+"""Knows which blocks of one image are in the cache, being fetched, or missing.
 
-One byte a block, not one bit: searches run at the speed of memchr and re, a page of the map needs
-no read-modify-write, and at 64 KiB a block it is 16 KiB for each GiB of image.
+It has one byte per block, not one bit. So searches run at the speed of memchr and re, and a page of
+the map can be written without reading it first. With blocks of 64 KiB it takes 16 KiB for each GiB
+of an image.
 
-    0 MISSING   nobody has it, nobody is fetching it
+    0 MISSING   nobody has it, and nobody is fetching it
     1 DATA      in the cache file
     2 ZERO      known to read as zeroes; the cache file has a hole there
     3 CLAIMED   a request is under way (in memory only; saved as MISSING)
 
-Saved bytes only ever go from 0 to 1 or 2 (while the file lives), so a page torn between two
-versions of itself claims nothing that is not true. A block of mixed content (some extents data,
-some zeroes) is DATA; `mixed_zero_bytes` counts the zeroes inside such blocks, for reporting only.
+While the file exists, saved bytes only ever change from 0 to 1 or 2. So if a crash leaves a page
+that is a mixture of two versions of itself, what it says is still true. A block with mixed content
+(some extents data, some zeroes) is DATA. `mixed_zero_bytes` counts the zeroes inside such blocks,
+which is only for reporting.
 
-Not thread-safe: the caller holds the lock (`engine/fetch/block_table.py`).
+This is not thread-safe. The caller holds the lock (`engine/fetch/block_table.py`).
 """
 
 import re
@@ -24,7 +26,7 @@ from lazyfs.core.byte_range import ByteRange
 MISSING, DATA, ZERO, CLAIMED = range(4)
 
 PAGE_BLOCKS = 4096
-"""Blocks in one page of the saved map: one page of memory, and of most disks."""
+"""The blocks in one page of the saved map. This is one page of memory, and of most disks."""
 
 _ABSENT = re.compile(rb"[\x00\x03]")
 _MISSING_RUN = re.compile(rb"\x00+")
@@ -32,22 +34,29 @@ _SAVED = bytes([MISSING, DATA, ZERO, MISSING])
 
 
 class BlockRun(NamedTuple):
-    """Blocks `[first, end)`, by index."""
+    """The blocks `[first, end)`, by index."""
 
     first: int
     end: int
 
 
 class BlockMap:
-    """The state of every block of an image of `size` bytes."""
+    """Holds the state of every block of an image of `size` bytes."""
 
     def __init__(
         self, size: int, block_size: int, saved: bytes | None = None, mixed_zero_bytes: int = 0
     ) -> None:
-        """Start with every block missing, or with what `saved()` gave before.
+        """Start with every block missing, or with saved pages.
 
-        `saved` may come from a damaged disk: a byte that is not a state counts as missing, and a
-        length that does not fit raises ValueError.
+        Args:
+            size: bytes of the image.
+            block_size: bytes of a block.
+            saved: the pages that `take_dirty` gave, put together. They may come from a damaged
+                disk: a byte that is not a state counts as missing.
+            mixed_zero_bytes: as saved with the pages.
+
+        Raises:
+            ValueError: `saved` does not have one byte per block.
         """
         self.size = size
         self.block_size = block_size
@@ -67,22 +76,22 @@ class BlockMap:
 
     @property
     def present_bytes(self) -> int:
-        """Bytes of data in the cache file; zeroes do not count."""
+        """Bytes of data in the cache file. Zeroes do not count."""
         return self._data_bytes - self._mixed_zero_bytes
 
     @property
     def zero_bytes(self) -> int:
-        """Bytes known to read as zeroes."""
+        """Bytes that are known to read as zeroes."""
         return self._zero_bytes + self._mixed_zero_bytes
 
     @property
     def mixed_zero_bytes(self) -> int:
-        """The part of `zero_bytes` that lies in blocks which also hold data."""
+        """The part of `zero_bytes` that is in blocks which also hold data."""
         return self._mixed_zero_bytes
 
     @property
     def complete(self) -> bool:
-        """Whether every block is DATA or ZERO."""
+        """True if every block is DATA or ZERO."""
         return self._data_bytes + self._zero_bytes == self.size
 
     def blocks_of(self, wanted: ByteRange) -> BlockRun:
@@ -92,14 +101,16 @@ class BlockMap:
         return BlockRun(wanted.start // self.block_size, -(-wanted.end // self.block_size))
 
     def blocks_inside(self, span: ByteRange) -> BlockRun:
-        """Return the blocks that lie wholly inside `span`; the image's last block may be a short
-        one."""
+        """Return the blocks that are entirely inside `span`.
+
+        The last block of the image may be shorter than the others.
+        """
         first = -(-span.start // self.block_size)
         end = self.blocks if span.end == self.size else span.end // self.block_size
         return BlockRun(first, max(first, end))
 
     def bytes_of(self, run: BlockRun) -> ByteRange:
-        """Return the bytes of `run`, cut at the image's end."""
+        """Return the bytes of `run`, cut at the end of the image."""
         return ByteRange(
             min(run.first * self.block_size, self.size), min(run.end * self.block_size, self.size)
         )
@@ -109,7 +120,7 @@ class BlockMap:
         return self._states[block]
 
     def is_present(self, wanted: ByteRange) -> bool:
-        """Whether every block that `wanted` touches can be read from the cache file."""
+        """Return whether every block that `wanted` touches can be read from the cache file."""
         run = self.blocks_of(wanted)
         return _ABSENT.search(self._states, run.first, run.end) is None
 
@@ -119,8 +130,10 @@ class BlockMap:
             yield BlockRun(*match.span())
 
     def next_missing(self, first: int, max_blocks: int) -> BlockRun | None:
-        """Return the first run of MISSING blocks at or after block `first`, at most `max_blocks`
-        long."""
+        """Return the first run of MISSING blocks at or after block `first`, or None.
+
+        It is at most `max_blocks` long.
+        """
         start = self._states.find(MISSING, first)
         if start < 0:
             return None
@@ -129,25 +142,30 @@ class BlockMap:
         return BlockRun(*match.span())
 
     def runs(self) -> Iterator[tuple[BlockRun, int]]:
-        """Yield maximal runs of one state, over the whole image, in order."""
+        """Yield maximal runs of blocks in one state, over the whole image, in order."""
         for match in re.finditer(rb"\x00+|\x01+|\x02+|\x03+", self._states):
             yield BlockRun(*match.span()), self._states[match.start()]
 
     # -- changes
 
     def claim(self, run: BlockRun) -> None:
-        """MISSING -> CLAIMED."""
+        """Change MISSING blocks to CLAIMED."""
         self._change(run, MISSING, CLAIMED)
 
     def release(self, run: BlockRun) -> None:
-        """CLAIMED -> MISSING: the request failed or its data could not be kept."""
+        """Change CLAIMED blocks to MISSING.
+
+        The request has failed, or its data could not be kept.
+        """
         self._change(run, CLAIMED, MISSING)
 
     def mark_present(self, run: BlockRun, data_bytes: int) -> None:
-        """CLAIMED -> DATA (or ZERO), once the bytes are in the cache file.
+        """Change CLAIMED blocks to DATA or ZERO. Their bytes must be in the cache file.
 
-        `data_bytes` of the run were written; the rest of it is zeroes. A run without any data
-        becomes ZERO.
+        Args:
+            run: the blocks.
+            data_bytes: how many bytes of the run were written. The rest is zeroes. A run without
+                any data becomes ZERO.
         """
         length = self.bytes_of(run).length
         assert 0 <= data_bytes <= length
@@ -161,7 +179,7 @@ class BlockMap:
         self._touch(run)
 
     def mark_zero(self, within: BlockRun) -> None:
-        """Turn every MISSING block inside `within` to ZERO; the others stay as they are."""
+        """Change every MISSING block inside `within` to ZERO. The others stay as they are."""
         for run in list(self.missing_runs(within)):
             self._change(run, MISSING, ZERO)
             self._zero_bytes += self.bytes_of(run).length
@@ -170,11 +188,13 @@ class BlockMap:
     # -- saving
 
     def take_dirty(self) -> list[tuple[int, bytes]]:
-        """Return (page index, content) for each page changed since the last call, and count them
-        clean.
+        """Return the pages that changed since the last call, and count them as clean.
 
-        The content is a copy: what is marked later does not slip into it. Give pages back with
-        `give_back` if they could not be saved.
+        If they could not be saved, give them back with `give_back`.
+
+        Returns:
+            (page index, content) of each page. The content is a copy, so it does not change with
+                later calls.
         """
         pages = []
         for index in sorted(self._dirty_pages):
@@ -189,7 +209,7 @@ class BlockMap:
 
     @property
     def dirty(self) -> bool:
-        """Whether anything changed since the last `take_dirty`."""
+        """True if anything changed since the last `take_dirty`."""
         return bool(self._dirty_pages)
 
     # -- inside

@@ -1,9 +1,8 @@
-"""The text of a configuration file -> values with their origins -> text again.
+"""Reads the text of a configuration file, and writes it.
 
-    text --parse--> {dest: value} --settle, with what the command line gave--> Settings --render-->
-    text
+    text --parse--> {dest: value} --settle, with the command line--> Settings --render--> text
 
-What `render` writes, `parse` reads back as the same values.
+`parse` reads what `render` writes back as the same values.
 """
 
 import difflib
@@ -42,7 +41,7 @@ class Origin(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The value of a key that is in effect."""
+    """Holds the value of a key that is in effect."""
 
     key: Key
     value: object
@@ -53,12 +52,12 @@ def parse(text: str, keys: Sequence[Key], file: str) -> dict[str, object]:
     """Return the values that a file gives, by the destination of their options.
 
     Args:
-        text: what is in the file.
-        keys: the keys that it may have.
-        file: its path, for messages.
+        text: the content of the file.
+        keys: the keys that the file may have.
+        file: the path of the file, for messages.
 
     Raises:
-        WrongConfiguration: it is not TOML, or a key or its value is wrong.
+        WrongConfiguration: the file is not TOML, or a key or its value is wrong.
     """
     try:
         table = tomllib.loads(text)
@@ -117,7 +116,7 @@ def _text(key: Key, value: object) -> str:
     if key.takes_numbers and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return str(value)
-        except ValueError:  # more digits than Python likes to write
+        except ValueError:  # the number has more digits than Python writes by default
             raise ValueError("the number is too large") from None
     raise ValueError(f"{_said(value)} is given; allowed is {key.allowed}")
 
@@ -129,8 +128,10 @@ def _said(value: object) -> str:
 def settle(
     keys: Sequence[Key], from_file: Mapping[str, object], given: Mapping[str, object]
 ) -> tuple[Setting, ...]:
-    """Return the value in effect of each key: from the command line, else from the file, else the
-    default."""
+    """Return the value of each key that is in effect.
+
+    It is the value from the command line, else the value from the file, else the default.
+    """
     layers = ((Origin.COMMAND_LINE, given), (Origin.FILE, from_file))
     return tuple(
         next(
@@ -146,16 +147,17 @@ def settle(
 
 
 def plain(setting: Setting) -> object:
-    """Return a value as TOML and JSON have it: a string, number, boolean or list; None if it is not
-    set."""
+    """Return a value as TOML and JSON have it, or None if it is not set.
+
+    It is a string, a number, a boolean or a list.
+    """
     if setting.key.metavar == OCTAL and isinstance(setting.value, int):
         return f"{setting.value:04o}"
     return setting.value
 
 
 def render(settings: Sequence[Setting], file: str | None) -> str:
-    """Return the configuration as TOML, each key with a comment that says where its value came
-    from.
+    """Return the configuration as TOML. A comment on each key says where its value came from.
 
     Args:
         settings: every key, once.
@@ -180,12 +182,12 @@ def render(settings: Sequence[Setting], file: str | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` for a comment or a message of one line."""
+    """Return `text` in a form that fits a comment, or a message of one line."""
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def _toml(value: object) -> str | None:
-    """Return a value in TOML; None if there is no way to say it."""
+    """Return a value in TOML, or None if TOML cannot express it."""
     if isinstance(value, list | tuple):
         items = [_toml(item) for item in value]
         return (
@@ -195,13 +197,16 @@ def _toml(value: object) -> str | None:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    # A basic string of TOML is one of JSON, but for DEL, which JSON leaves as it is.
+    # A basic string of TOML is written like a string of JSON, except that JSON does not escape DEL.
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return text if _is_unicode(text) else None
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether there are no surrogates in it: bytes of a file name that are not UTF-8 (PEP 383)."""
+    """Return whether there are no surrogates in `text`.
+
+    They stand for bytes of a file name that are not UTF-8 (PEP 383).
+    """
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -223,5 +228,5 @@ def table(keys: Sequence[Key]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return `text` for a cell of a table in Markdown, where "|" would begin the next cell."""
+    """Return `text` for a cell of a Markdown table, in which "|" would begin the next cell."""
     return text.replace("|", "\\|")

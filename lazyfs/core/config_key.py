@@ -1,17 +1,16 @@
-"""The keys of a configuration file. Each is made from an option of `lazyfs mount`, so that there is
-no second list.
+"""Makes the keys of a configuration file from the options of `lazyfs mount`.
 
-A key is the option's long name without the dashes in front, or the name of a positional argument.
-The values that it can have follow from the option:
+So there is no second list. A key is the long name of the option without the dashes in front, or the
+name of a positional argument. The option decides which values the key can have:
 
     option                          value in the file
     a flag (takes no value)         true or false
     may be given several times      a list
     has choices, or no type         a string
-    metavar OCTAL                   a string: 444 would be another mode than 0444
+    metavar OCTAL                   a string, because 444 is not the mode 0444
     any other type                  a string as on the command line, or a number
-    metavar DIR, FILE, MOUNTPOINT   a string that is an absolute path: a file knows no current
-    folder
+    metavar DIR, FILE, MOUNTPOINT   a string with an absolute path, because a file has no
+                                    current folder
 """
 
 import argparse
@@ -24,7 +23,7 @@ OCTAL = "OCTAL"
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a configuration file."""
+    """Describes one key of a configuration file."""
 
     name: str
     """The key as it is written in the file."""
@@ -34,26 +33,27 @@ class Key:
     metavar: str
     default: object
     convert: Callable[[str], object] | None = None
-    """The option's type: raises argparse.ArgumentTypeError or ValueError."""
+    """The type of the option. It raises argparse.ArgumentTypeError or ValueError."""
     choices: tuple[str, ...] = ()
     is_flag: bool = False
     is_list: bool = False
     required: bool = False
-    """The file must have it if the command line does not: it is a positional argument."""
+    """True if the file must have it when the command line does not, because it is a positional
+    argument."""
 
     @property
     def takes_numbers(self) -> bool:
-        """Whether the file may have a number instead of a text."""
+        """True if the file may have a number instead of a text."""
         return self.convert is not None and self.metavar not in (OCTAL, "REPOSITORY")
 
     @property
     def is_path(self) -> bool:
-        """Whether the value names a file or a folder."""
+        """True if the value names a file or a folder."""
         return self.metavar in PATHS
 
     @property
     def allowed(self) -> str:
-        """The values that it can have, in words, for messages and documents."""
+        """The values that the key can have, in words, for messages and documents."""
         if self.is_flag:
             return "true or false"
         if self.choices:
@@ -74,7 +74,7 @@ class Key:
         """Return the value of one text, as the command line would.
 
         Raises:
-            ValueError: it is not allowed; the message says why.
+            ValueError: the text is not allowed. The message says why.
         """
         if "\0" in text:
             raise ValueError("a NUL character is not allowed")
@@ -92,14 +92,14 @@ class Key:
 def keys_of(actions: Iterable[argparse.Action]) -> tuple[Key, ...]:
     """Return the keys that the options of `lazyfs mount` give.
 
-    An option that is hidden, or has no default at all (argparse.SUPPRESS, as --help has it), is for
-    the command line alone.
+    An option that is hidden is for the command line only. So is one that has no default at all
+    (argparse.SUPPRESS), such as --help.
     """
     return tuple(
         Key(
             name=_name(action),
             dest=action.dest,
-            meaning=(action.help or "").replace("%%", "%"),  # as argparse prints it
+            meaning=(action.help or "").replace("%%", "%"),  # argparse prints it like this
             metavar=str(action.metavar or ""),
             default=action.default,
             convert=action.type if callable(action.type) else None,

@@ -1,12 +1,12 @@
-"""Every command and event of the control socket: what clients may send, what they get, and since
-which version.
+"""Defines every command and event of the control socket.
 
-This is the one authority: it validates arguments, `query-qmp-schema` returns it, and
-tools/make-docs makes doc/CONTROL.md from it. The names of jobs and their fields, and messages about
-arguments, follow QEMU (qapi/job.json).
+It says what clients may send, what they get, and since which version. This is the only authority:
+it validates arguments, `query-qmp-schema` returns it, and tools/make-docs makes doc/CONTROL.md from
+it. The names of jobs and their fields, and the messages about arguments, follow QEMU
+(qapi/job.json).
 """
 
-# Longer than 500 lines: it is one table, the authority on every command and event.
+# Longer than 500 lines: this is one table, the authority on all commands and events.
 
 import textwrap
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _EXPECTED = {"str": "string", "int": "integer", "bool": "boolean", "list": "arra
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument of a command."""
+    """Describes one argument of a command."""
 
     name: str
     type: str
@@ -29,12 +29,12 @@ class Argument:
     meaning: str
     optional: bool = False
     values: tuple[str, ...] = ()
-    """Of a string: those allowed; () for any."""
+    """The values that a string may have. () means any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One member of what a command returns, or of an event's data."""
+    """Describes one member of what a command returns, or of the data of an event."""
 
     name: str
     type: str
@@ -45,23 +45,23 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command."""
+    """Describes one command."""
 
     name: str
     meaning: str
     arguments: tuple[Argument, ...] = ()
     returns: tuple[Field, ...] = ()
-    """() for an empty object."""
+    """The members of the object that it returns. () means an empty object."""
     returns_list: bool = False
-    """It returns a list of such objects."""
+    """True if it returns a list of such objects."""
     errors: tuple[str, ...] = ()
-    """When it fails, with class GenericError."""
+    """When the command fails, with class GenericError."""
     since: str = "0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened; sent to every client."""
+    """Describes something that happens and is told to every client."""
 
     name: str
     meaning: str
@@ -78,7 +78,8 @@ _NO_JOB = "there is no job with this id"
 _PATHS = Argument(
     "path",
     "str",
-    'path of an image, or of a folder for all images below it; relative to the mountpoint; "" for all',
+    'path of an image, or of a folder for all images below it; relative to the mountpoint; "" for '
+    "all",
 )
 _COUNT = Field("images", "int", "number of images that it concerned")
 
@@ -104,7 +105,8 @@ COMMANDS = (
     ),
     Command(
         "query-qmp-schema",
-        "Returns all commands and events, with the types of arguments, results and data, in the form that QEMU uses.",
+        "Returns all commands and events, with the types of arguments, results and data, in the "
+        "form that QEMU uses.",
         returns=(
             Field("name", "str", "name of the entity"),
             Field("meta-type", "str", "command, event, object, ..."),
@@ -134,8 +136,9 @@ COMMANDS = (
             Field(
                 "room",
                 "object",
-                "bytes: `total` and `free` of the cache's file system, and `used` by the cache; the limits `max_cache` "
-                'and `min_free`, null for none; and `message`: why the cache may not grow now, or ""',
+                "bytes: `total` and `free` of the cache's file system, and `used` by the cache; "
+                "the limits `max_cache` and `min_free`, null for none; and `message`: why the "
+                'cache may not grow now, or ""',
             ),
             Field("message", "str", 'what an operator should know, or ""'),
         ),
@@ -196,19 +199,22 @@ COMMANDS = (
     ),
     Command(
         "query-jobs",
-        "Returns background work, as QEMU's command of that name does. A `populate` job ends when its image is whole, "
-        "and is gone then. A `verify` job stays, concluded, until it is dismissed.",
+        "Returns background work, as QEMU's command of that name does. A `populate` job ends when "
+        "its image is whole, and is gone then. A `verify` job stays, concluded, until it is "
+        "dismissed.",
         returns=(
             Field(
                 "id",
                 "str",
-                'path of the image, relative to the mountpoint; for a verify job, "verify:" and that path',
+                'path of the image, relative to the mountpoint; for a verify job, "verify:" and '
+                "that path",
             ),
             Field("type", "str", "populate or verify"),
             Field(
                 "status",
                 "str",
-                "running, paused (by job-pause), standby (waiting for room or the repository) or concluded",
+                "running, paused (by job-pause), standby (waiting for room or the repository) or "
+                "concluded",
             ),
             Field("current-progress", "int", "number of bytes done"),
             Field("total-progress", "int", "number of bytes in all"),
@@ -225,8 +231,8 @@ COMMANDS = (
     Command("job-resume", "Resumes a paused job.", (_JOB,), errors=(_NO_JOB, "it is not paused")),
     Command(
         "job-cancel",
-        "Ends a job. What a populate job has fetched is kept. `prefetch`, or the next first open of the image, begins "
-        "it again.",
+        "Ends a job. What a populate job has fetched is kept. `prefetch`, or the next first open "
+        "of the image, begins it again.",
         (_JOB,),
         errors=(_NO_JOB, "it has concluded"),
     ),
@@ -235,13 +241,15 @@ COMMANDS = (
     ),
     Command(
         "prefetch",
-        "Populates images now, without waiting for a reader. It works on a mount with --no-populate, too.",
+        "Populates images now, without waiting for a reader. It works on a mount with "
+        "--no-populate, too.",
         (
             _PATHS,
             Argument(
                 "format",
                 "str",
-                "format of the file, whose name changes with it; only if nothing of the image is cached",
+                "format of the file, whose name changes with it; only if nothing of the image is "
+                "cached",
                 optional=True,
                 values=("raw", "qcow2"),
             ),
@@ -263,16 +271,16 @@ COMMANDS = (
     ),
     Command(
         "set-rate",
-        "Limits the population of each image, in addition to the mount's own limit. If `path` is empty, it sets the "
-        "mount's limit, which is for all images together.",
+        "Limits the population of each image, in addition to the mount's own limit. If `path` is "
+        "empty, it sets the mount's limit, which is for all images together.",
         (_PATHS, Argument("rate", "int", "bytes per second; 0 removes the limit")),
         returns=(_COUNT,),
         errors=(_NO_IMAGE,),
     ),
     Command(
         "evict",
-        "Drops what is cached of images. Processes that have an image open keep reading it; the next open begins anew. "
-        "In a folder, images that must not be evicted are left out.",
+        "Drops what is cached of images. Processes that have an image open keep reading it; the "
+        "next open begins anew. In a folder, images that must not be evicted are left out.",
         (_PATHS,),
         returns=(_COUNT,),
         errors=(
@@ -291,7 +299,8 @@ COMMANDS = (
     Command("unpin", "Undoes `pin`.", (_PATHS,), returns=(_COUNT,), errors=(_NO_IMAGE,)),
     Command(
         "forget",
-        "Drops images that are gone from the repository, with what is cached of them. Other images in a folder stay.",
+        "Drops images that are gone from the repository, with what is cached of them. Other "
+        "images in a folder stay.",
         (_PATHS,),
         returns=(_COUNT,),
         errors=(_NO_IMAGE, "an image is in the repository, is pinned, or is open"),
@@ -312,15 +321,16 @@ COMMANDS = (
     ),
     Command(
         "verify",
-        "Reads back what is cached of an image, as a job. Without a digest and `against-repository`, only what the "
-        "disk cannot read is found. A damaged image is dropped, and fetched again when needed.",
+        "Reads back what is cached of an image, as a job. Without a digest and "
+        "`against-repository`, only what the disk cannot read is found. A damaged image is "
+        "dropped, and fetched again when needed.",
         (
             _PATH,
             Argument(
                 "digest",
                 "str",
-                "digest of the whole export, such as sha256:9f86...; it is kept if it is right. If the image is not "
-                "whole, it is kept, too, and compared before the hand-off",
+                "digest of the whole export, such as sha256:9f86...; it is kept if it is right. "
+                "If the image is not whole, it is kept, too, and compared before the hand-off",
                 optional=True,
             ),
             Argument(
@@ -331,7 +341,8 @@ COMMANDS = (
             Field(
                 "id",
                 "str",
-                "id of the job, which has an error if the cache is damaged; left out if a digest was only kept",
+                "id of the job, which has an error if the cache is damaged; left out if a digest "
+                "was only kept",
                 optional=True,
             ),
         ),
@@ -343,7 +354,8 @@ COMMANDS = (
     ),
     Command(
         "detach",
-        "Unmounts although files are open. New opens get the plain files; open files are served until they are closed.",
+        "Unmounts although files are open. New opens get the plain files; open files are served "
+        "until they are closed.",
         returns=(Field("open_count", "int", "number of files that stay open"),),
         errors=("an open image is not whole", "the mount is detached already"),
     ),
@@ -373,10 +385,10 @@ EVENT_NAMES = frozenset(event.name for event in EVENTS)
 
 
 def check_arguments(command: Command, arguments: Mapping[str, Any]) -> None:
-    """Compare what a client sent with the schema.
+    """Compare what a client has sent with the schema.
 
     Raises:
-        CommandError: names the argument, in QEMU's words.
+        CommandError: names the argument, in the words that QEMU uses.
     """
     known = {argument.name: argument for argument in command.arguments}
     for name, value in arguments.items():
@@ -390,8 +402,8 @@ def check_arguments(command: Command, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_value(argument: Argument, value: Any) -> None:
-    # A bool is an int to Python, not to JSON; an integer has 64 bits to QEMU, any number of them to
-    # Python.
+    # In Python a bool is an int, but not in JSON. An integer has 64 bits in QEMU, and any number of
+    # bits in Python.
     fits = isinstance(value, _TYPES[argument.type])
     if argument.type == "int":
         fits = fits and not isinstance(value, bool) and -(2**63) <= value < 2**63
@@ -403,15 +415,16 @@ def _check_value(argument: Argument, value: Any) -> None:
         raise CommandError(f"Parameter '{argument.name}' does not accept value '{value}'")
 
 
-# -- what clients are told of it
+# -- what clients are told about the schema
 
 
 def introspection() -> list[dict[str, Any]]:
-    """Return what `query-qmp-schema` does (QEMU, qapi/introspect.json)."""
+    """Return what `query-qmp-schema` returns (QEMU, qapi/introspect.json)."""
     found: list[dict[str, Any]] = [
         {"name": name, "meta-type": "builtin", "json-type": json_type}
         for name, json_type in {
-            "str": "string", "int": "int", "bool": "boolean", "number": "number", "null": "null", "any": "value",
+            "str": "string", "int": "int", "bool": "boolean", "number": "number",
+            "null": "null", "any": "value",
         }.items()
     ]  # fmt: skip
     found.append({"name": "list", "meta-type": "array", "element-type": "any"})
@@ -427,7 +440,8 @@ def introspection() -> list[dict[str, Any]]:
         argument_type, return_type = f"{command.name}-arg", f"{command.name}-ret"
         found.append(
             {
-                "name": command.name, "meta-type": "command", "allow-oob": False, "arg-type": argument_type,
+                "name": command.name, "meta-type": "command", "allow-oob": False,
+                "arg-type": argument_type,
                 "ret-type": f"[{return_type}]" if command.returns_list else return_type,
             }
         )  # fmt: skip
@@ -500,7 +514,7 @@ Example:
 """
 
 WIDTH = 100
-"""Columns of the document, tables left out."""
+"""Columns of the document, except for tables."""
 
 
 def _describe(command: Command) -> str:
@@ -528,6 +542,7 @@ def _table(title: str, members: tuple[Argument, ...] | tuple[Field, ...]) -> str
         values = getattr(member, "values", ())
         kind = " or ".join(f'"{value}"' for value in values) if values else member.type
         rows.append(
-            f"| `{member.name}`{' (optional)' if member.optional else ''} | {kind} | {member.meaning} |"
+            f"| `{member.name}`{' (optional)' if member.optional else ''} | {kind} | "
+            f"{member.meaning} |"
         )
     return "\n".join(rows) + "\n"

@@ -1,14 +1,15 @@
-"""Whom to evict so that the cache keeps to its limits: decisions on numbers, nothing else.
+"""Decides which images to evict, so that the cache keeps to its limits. It only looks at
+numbers.
 
-What may still be written, against time; the cache grows from left to right:
+The drawing shows how much is cached; the cache grows from left to right:
 
     0                                              target   mark      limit
     |----------------------------------------------|--------|---------|
                                     evict until here  begin   nothing is kept
                                                       here    beyond
 
-Population stops at the mark. The headroom behind it is for readers: what they fetch is kept while
-eviction, which takes a moment, goes on beside them.
+Population stops at the mark. The headroom behind the mark is for readers. Eviction takes a moment,
+and what readers fetch in the meantime is kept there.
 """
 
 import enum
@@ -18,43 +19,49 @@ from dataclasses import dataclass
 from lazyfs.units import MiB
 
 MAX_HEADROOM = 256 * MiB
-"""What readers bring in 0.25 s at 1 GB/s, or 2 s at 1 Gbit/s: longer than it takes to read the
-headers of a thousand overlays, commit two catalog transactions and unlink a file. Unmeasured beyond
-that; a larger one keeps less."""
+"""What readers fetch in 0.25 s at 1 GB/s, or in 2 s at 1 Gbit/s. That is longer than it takes to
+read the headers of a thousand overlays, to commit two catalog transactions and to unlink a
+file. Beyond that it is unmeasured. A larger headroom would keep less in the cache."""
 
 HEADROOM_SHARE = 64
-"""Of a limit below 16 GiB, this part: a cache of 1 GiB gives up 16 MiB, too little to miss."""
+"""The headroom is this part of a limit below 16 GiB. A cache of 1 GiB gives up 16 MiB, which is
+too little to be missed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the user allows the cache."""
+    """Holds what the user allows the cache."""
 
     max_cache: int | None = None
     """Allocated bytes of all images."""
     min_free: int | None = None
-    """Bytes of the file system that stay free."""
+    """Bytes of the file system that must stay free."""
     min_free_percent: float | None = None
-    """The same as a part of the file system's size, as it is at the moment."""
+    """The same as a percentage of the present size of the file system."""
 
     def __bool__(self) -> bool:
         return self != Limits()
 
     def free_bytes(self, total: int) -> int | None:
-        """Return what has to stay free on a file system of `total` bytes; None if nothing has
-        to."""
+        """Return how many of `total` bytes of a file system must stay free, or None."""
         if self.min_free_percent is not None:
             return int(total * self.min_free_percent / 100)
         return self.min_free
 
     def headroom(self, total: int) -> int:
-        """Return the bytes between mark and limit; as many again are freed below the mark."""
+        """Return the bytes between mark and limit.
+
+        As many bytes again are freed below the mark.
+        """
         return min(
             (total if self.max_cache is None else self.max_cache) // HEADROOM_SHARE, MAX_HEADROOM
         )
 
     def left(self, used: int, total: int, free: int) -> int:
-        """Return how many bytes the cache may still grow; less than 0 if it has to shrink."""
+        """Return by how many bytes the cache may still grow.
+
+        If it must shrink, this is less than 0.
+        """
         room = [] if self.max_cache is None else [self.max_cache - used]
         keep_free = self.free_bytes(total)
         if keep_free is not None:
@@ -72,38 +79,37 @@ class Obstacle(enum.Enum):
     """An overlay needs it."""
     OPEN = enum.auto()
     LAST_COPY = enum.auto()
-    """No fetch would bring it back: it is gone, or has changed in the repository."""
+    """It could not be fetched again, because it is gone or has changed in the repository."""
     SPARED = enum.auto()
-    """It is what the room is wanted for."""
+    """The room is wanted for this image."""
     EMPTY = enum.auto()
     """Nothing of it is cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An image, as far as eviction goes."""
+    """Describes an image for the purposes of eviction."""
 
     key: int
     size: int
-    """Allocated bytes: what its eviction frees."""
+    """Allocated bytes, which its eviction would free."""
     last_used_ns: int
     opened: bool = False
     pinned: bool = False
     backing: bool = False
-    """An overlay needs it."""
+    """True if an overlay needs it."""
     spared: bool = False
-    """It is what the room is wanted for."""
+    """True if the room is wanted for this image."""
     gone: bool = False
-    """The repository does not have it any more."""
+    """True if the repository does not have it any more."""
     last_copy: bool = False
-    """No fetch would bring it back."""
+    """True if it could not be fetched again."""
 
 
 def obstacle(
     candidate: Candidate, among: Collection[Obstacle] = tuple(Obstacle)
 ) -> Obstacle | None:
-    """Return the first of the obstacles `among` that keeps an image from being evicted; None if it
-    may go."""
+    """Return the first of the obstacles `among` that keeps an image from being evicted, or None."""
     found = {
         Obstacle.GONE: candidate.gone,
         Obstacle.PINNED: candidate.pinned,
@@ -117,10 +123,9 @@ def obstacle(
 
 
 def choose(candidates: Iterable[Candidate], wanted: int) -> list[Candidate]:
-    """Return whom to evict, in order: least recently used first, until `wanted` bytes are freed or
-    nobody is left.
+    """Return the images to evict, the least recently used first.
 
-    Nobody whom an obstacle keeps.
+    They free `wanted` bytes, or are all that may be evicted. Images with an obstacle are left out.
     """
     chosen: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.last_used_ns, c.key)):
@@ -134,20 +139,22 @@ def choose(candidates: Iterable[Candidate], wanted: int) -> list[Candidate]:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """How much room is to be made. Bytes."""
+    """Says how much room must be made. All numbers are bytes."""
 
     wanted: int
-    """To be freed; 0 for none."""
+    """How many bytes must be freed, or 0."""
     spare: bool
-    """Nobody waits for it, and no limit is exceeded: the image that population works on is
-    spared."""
+    """True if no reader waits for the room and no limit is exceeded. Then the image that
+    population works on is spared."""
     headroom: int
     left: int
     """What may still be written without evicting anything."""
 
     def is_in_vain(self, candidates: Iterable[Candidate]) -> bool:
-        """Whether there is room but for one write, for which evicting all `candidates` would not be
-        enough."""
+        """Return whether evicting all `candidates` would not be enough for one large write.
+
+        If so, there is room for everything else.
+        """
         freed = sum(one.size for one in candidates)
         return self.left >= self.headroom and 0 < freed < self.wanted - self.headroom
 
@@ -158,12 +165,12 @@ def need(
     """Return how much room to make.
 
     Args:
-        room: what the limits leave, less than 0 if they are exceeded.
-        left: what of it is neither reserved nor kept since it was counted.
+        room: the bytes that the limits leave. It is less than 0 if they are exceeded.
+        left: how many of these bytes are neither reserved nor kept since they were counted.
         unmet: the largest amount that was refused.
-        headroom: as of `Limits.headroom`.
-        refused_reader: whether anything that a reader had fetched was refused.
-        reading: whether anybody has an image open that is not whole.
+        headroom: as `Limits.headroom` returns it.
+        refused_reader: whether bytes were refused that had been fetched for a reader.
+        reading: whether somebody has an image open that is not whole.
     """
     mark = max(headroom, unmet)
     wanted = mark + headroom - left if left < mark else 0
@@ -171,7 +178,7 @@ def need(
 
 
 class Shortage(enum.Enum):
-    """Why there is no room, although something was to be evicted."""
+    """Why there is no room, although something should be evicted."""
 
     ALL_NEEDED = "nothing can be evicted: images are open, pinned or being filled"
     OVERLAYS = "nothing can be evicted: what is not open or pinned, overlays need"
@@ -182,14 +189,14 @@ class Shortage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """These may go, in this order, until enough is free."""
+    """These images may be evicted, in this order, until enough is free."""
 
     victims: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LookAtOverlays:
-    """Something may go if no overlay needs it: that has to be found out first."""
+    """It must be found out what overlays need. Images that no overlay needs may be evicted."""
 
 
 Decision = Evict | LookAtOverlays | Shortage
@@ -201,12 +208,16 @@ def decide(
     """Return what to do to make room.
 
     Args:
-        candidates: all images; `backing` is right if `backing_known`, else False.
-        may_evict: False once detached, when nobody sees any more who opens the plain files.
+        candidates: all images. `backing` must be right if `backing_known` is True, and False
+            otherwise.
+        need: how much room to make.
+        backing_known: whether it is known what overlays need.
+        may_evict: False once the mount is detached, because then nobody sees who opens the plain
+            files.
     """
     free_to_go = choose(candidates, ALL)
     if need.is_in_vain(free_to_go):
-        return Evict(())  # who wanted it says so himself
+        return Evict(())  # whoever wanted the room reports that there is none
     if not may_evict:
         return Shortage.DETACHED
     if not backing_known:

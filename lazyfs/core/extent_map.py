@@ -1,11 +1,13 @@
-"""What the repository says of an export's content: which ranges are data, which read as zeroes.
+"""Stores what the repository says about the content of an export: which ranges are data or
+zeroes.
 
-Source: the NBD protocol, "base:allocation" metadata context. Flag bit 0 is NBD_STATE_HOLE, bit 1 is
-NBD_STATE_ZERO; they are independent. Only ZERO matters here: a range that reads as zeroes is never
-fetched, a hole without ZERO has undefined content and is fetched like data.
+Source: the NBD protocol, "base:allocation" metadata context. Flag bit 0 is NBD_STATE_HOLE, and bit
+    1 is NBD_STATE_ZERO. They are independent. Only ZERO matters here. A range that reads as zeroes
+    is never fetched. A hole without ZERO has undefined content, and is fetched like data.
 
-Knowledge is kept by window, aligned pieces of the image that are asked about at once, because an
-export of terabytes should not be asked about as a whole before its first byte is read.
+The answers are stored by window. Windows are aligned pieces of the image, each of which is asked
+about at once. An export of terabytes should not be asked about as a whole before its first byte is
+read.
 
     window 0          window 1          window 2
     |=====  ====    ==|not asked yet    |      (empty: |    = data ranges, kept as pairs
@@ -25,27 +27,29 @@ STATE_HOLE = 1 << 0
 STATE_ZERO = 1 << 1
 
 WINDOW = 256 * MiB
-"""Bytes asked about at once. Unmeasured: a GiB takes four questions, one window's answer stays
-small."""
+"""How many bytes are asked about at once. It is unmeasured. A GiB takes four questions, and the
+answer for one window stays small."""
 
 GRAIN = 4 * KiB
-"""Zero ranges are trusted in units of this, so that a fetch is never cut finer than a page."""
+"""Zero ranges are trusted in units of this size, so that a fetch is never cut finer than a page."""
 
 
 def parse_block_status(asked: ByteRange, entries: Iterable[int], export: str) -> list[ByteRange]:
-    """Return the data ranges in `asked`, and how far the answer reaches, as judged from a server's
-    reply.
+    """Return the data ranges in `asked`, and how far the answer reaches, from a server's reply.
 
     Args:
-        entries: alternating lengths and flags, as libnbd passes them on.
+        asked: the range about which the server was asked.
+        entries: lengths and flags by turns, as libnbd passes them on.
+        export: the name of the export, for messages.
 
     Returns:
-        Data ranges in order, merged, inside `asked`; the last element is an empty range at the
-        first byte the reply says nothing about (servers may answer for less than was asked, or for
-        more).
+        Data ranges in order, merged, inside `asked`. The last element is an empty range at the
+            first byte about which the reply says nothing, because servers may answer for less than
+            was asked, or for more.
 
     Raises:
-        RequestFailed: an empty reply or an extent of length 0, which would make no progress.
+        RequestFailed: the reply is empty, or has an extent of length 0, which would make no
+            progress.
     """
     data: list[ByteRange] = []
     position = asked.start
@@ -71,7 +75,7 @@ def parse_block_status(asked: ByteRange, entries: Iterable[int], export: str) ->
 
 
 class ExtentMap:
-    """The data ranges of one export, as far as they are known. Not thread-safe."""
+    """Stores the data ranges of one export, as far as they are known. Not thread-safe."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -83,21 +87,27 @@ class ExtentMap:
         return ByteRange(start, min(start + WINDOW, self.size))
 
     def first_unknown(self, within: ByteRange) -> ByteRange | None:
-        """Return the first window touching `within` that nobody has learned yet."""
+        """Return the first window touching `within` that nobody has learned yet, or None."""
         for start in range(within.start - within.start % WINDOW, within.end, WINDOW):
             if start not in self._windows:
                 return self.window_of(start)
         return None
 
     def known_until(self, offset: int, limit: int) -> int:
-        """Return the end of the known windows that follow `offset` without a gap, at most
-        `limit`."""
+        """Return the end of the known windows that follow `offset` without a gap.
+
+        It is at most `limit`.
+        """
         unknown = self.first_unknown(ByteRange(offset, limit)) if offset < limit else None
         return limit if unknown is None else max(offset, unknown.start)
 
     def learn(self, window: ByteRange, data: Iterable[ByteRange]) -> None:
-        """Keep `data`, ordered ranges inside `window`, widened to GRAIN; the rest of the window is
-        zeroes."""
+        """Store the data ranges of a window. The rest of the window is zeroes.
+
+        Args:
+            window: the window.
+            data: ordered ranges inside `window`. They are widened to GRAIN.
+        """
         bounds: array[int] = array("Q")
         for piece in data:
             inside = piece.clip(window)
@@ -111,11 +121,11 @@ class ExtentMap:
         self._windows[window.start] = bounds
 
     def data_ranges(self, within: ByteRange) -> list[ByteRange]:
-        """Return the data inside `within`, in order. Every window it touches must be known."""
+        """Return the data inside `within`, in order. Every window that it touches must be known."""
         found: list[ByteRange] = []
         for start in range(within.start - within.start % WINDOW, within.end, WINDOW):
             bounds = self._windows[start]
-            # Bounds alternate start, end: an odd position lies inside a range.
+            # Bounds are starts and ends by turns, so an odd index is inside a range.
             index = bisect_right(bounds, within.start)
             for i in range(index - index % 2, len(bounds), 2):
                 if bounds[i] >= within.end:
@@ -128,7 +138,7 @@ class ExtentMap:
         return found
 
     def zero_ranges(self, within: ByteRange) -> list[ByteRange]:
-        """Return what lies between the data ranges of `within`, in order."""
+        """Return what is between the data ranges of `within`, in order."""
         zeroes = []
         position = within.start
         for piece in self.data_ranges(within):

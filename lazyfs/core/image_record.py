@@ -1,7 +1,7 @@
-"""The record of one image, as the catalog keeps it, and how it changes.
+"""Defines the record of one image, as the catalog stores it, and how it changes.
 
-A record is never edited: each change is a method that returns a new one, and refuses a transition that
-`lifecycle.py` does not permit.
+A record is never edited. Each change is a method that returns a new record. It refuses a transition
+that `lifecycle.py` does not permit.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from lazyfs.core.lifecycle import Cause, State
 
 @dataclass(frozen=True, slots=True)
 class FetchCounters:
-    """What one image has fetched in its life."""
+    """Counts what one image has fetched since it was created."""
 
     demand_bytes: int
     populated_bytes: int
@@ -21,38 +21,39 @@ class FetchCounters:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """What the catalog keeps of one image."""
+    """Holds what the catalog stores about one image."""
 
     inode: int
-    """Also the key. Never given twice in one cache."""
+    """The inode number, and the key. It is never given twice in one cache."""
     export: str
     path: str
-    """Where it is shown, relative to the mountpoint."""
+    """Where the image is shown, relative to the mountpoint."""
     size: int | None
-    """Of the export; None until the repository was asked."""
+    """The size of the export. None until the repository was asked."""
     identity: str
     format: str
-    """Of the cache file, and of what is shown: a key of `shown_file.SUFFIX`."""
+    """The format of the cache file and of the file shown: a key of `shown_file.SUFFIX`."""
     state: State
     error: str
-    """Why it failed, or what an operator should know; "" if nothing."""
+    """Why the image has failed, or what an operator should know. It is "" if there is nothing."""
     block_size: int
-    """Unit of the map; of a qcow2 the cluster size."""
+    """The unit of the map. For a qcow2 it is the cluster size."""
     created_ns: int
-    """When it was first seen, in ns since the epoch: the file's times."""
+    """When the image was first seen, in ns since the epoch. The times of the file show this."""
     present_bytes: int = 0
-    """Data in the cache file, as of the last checkpoint."""
+    """Bytes of data in the cache file, as of the last checkpoint."""
     demand_bytes: int = 0
     populated_bytes: int = 0
     requests: int = 0
     last_used_ns: int = 0
-    """Last open, close or prefetch, in ns since the epoch; 0: never."""
+    """The last open, close or prefetch, in ns since the epoch. 0 means never."""
     pinned: bool = False
-    """Never evicted."""
+    """True if the image must not be evicted."""
     digest: str = ""
-    """What the export's bytes must hash to, such as "sha256:9f86..."; "" if that is not known."""
+    """The digest that the export's bytes must have, such as "sha256:9f86...". It is "" if that
+    is not known."""
     cause: Cause = Cause.NONE
-    """What `error` says, for decisions."""
+    """What `error` says, in a form for decisions."""
 
     @property
     def shown(self) -> shown_file.ShownFile:
@@ -62,7 +63,7 @@ class ImageRecord:
 
     @property
     def file_size(self) -> int | None:
-        """Bytes of the file on the mount, None until the repository was asked."""
+        """The size of the file on the mount in bytes. None until the repository was asked."""
         return None if self.size is None else self.shown.size
 
     # -- how a record changes
@@ -89,7 +90,7 @@ class ImageRecord:
         return replace(self._in_state(state), error="", cause=Cause.NONE)
 
     def remote_again(self) -> "ImageRecord":
-        """Return the record of the image once nothing of it is cached any more."""
+        """Return the record of the image when nothing of it is cached any more."""
         return replace(
             self, state=State.REMOTE, error="", cause=Cause.NONE,
             present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0,
@@ -104,19 +105,19 @@ class ImageRecord:
         image_format: str = "",
         block_size: int = 0,
     ) -> "ImageRecord":
-        """Return the record of the image that takes this one's name: nothing of it is cached, nor
-        known.
+        """Return the record of the image that takes this one's name.
 
-        What is left out stays as it is, but for the digest. The catalog gives it an inode of its
-        own.
+        Nothing of that image is cached or known. Arguments that are left out keep their old value,
+        except for the digest. The catalog gives the image an inode of its own.
         """
         return replace(
             self.remote_again(), size=None, identity="", created_ns=created_ns, digest=digest,
-            path=path or self.path, format=image_format or self.format, block_size=block_size or self.block_size,
+            path=path or self.path, format=image_format or self.format,
+            block_size=block_size or self.block_size,
         )  # fmt: skip
 
     def described(self, size: int, identity: str) -> "ImageRecord":
-        """Return the record with what the repository says of the export."""
+        """Return the record with what the repository says about the export."""
         return replace(self, size=size, identity=identity)
 
     def counted(self, present_bytes: int, counters: FetchCounters) -> "ImageRecord":
@@ -131,11 +132,11 @@ class ImageRecord:
         return replace(self, last_used_ns=at_ns)
 
     def with_pin(self, pinned: bool) -> "ImageRecord":
-        """Return the record of an image that is pinned, or not any more."""
+        """Return the record of an image that is pinned, or is not pinned any more."""
         return replace(self, pinned=pinned)
 
     def with_digest(self, digest: str) -> "ImageRecord":
-        """Return the record with another digest known; "" for none."""
+        """Return the record with another digest. "" means that none is known."""
         return replace(self, digest=digest)
 
     def _in_state(self, state: State) -> "ImageRecord":

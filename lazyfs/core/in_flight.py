@@ -1,15 +1,17 @@
-"""The in-flight table of one image: which request fetches which block, and who waits for it.
+"""Tracks the requests under way for one image: which fetches which block, and who waits for it.
 
-    MISSING --plan, claim--> CLAIMED by one flight --settle--> DATA or ZERO (kept), or MISSING again
-    (not kept)
+    MISSING --plan, claim--> CLAIMED by one flight --settle--> DATA or ZERO, if it was kept
+                                                           --> MISSING, if it was not kept
 
-A *flight* is one request under way, a reader's or population's. Invariants:
+A *flight* is one request under way, of a reader or of population.
 
-- A block is CLAIMED in the map exactly while one flight has it, so no byte is fetched twice at
-  once.
+Invariants:
+
+- A block is CLAIMED in the map exactly while one flight has it, so no byte is fetched twice at the
+  same time.
 - Every flight ends by exactly one `settle`, which returns everybody who waits for it.
 
-The table decides and remembers; it neither waits nor fetches. It is not thread-safe: the caller
+The table decides and remembers. It neither waits nor fetches. It is not thread-safe: the caller
 holds a lock.
 """
 
@@ -29,15 +31,18 @@ class Purpose(enum.Enum):
     """What a flight is for."""
 
     DEMAND = enum.auto()
-    """A reader waits for it, or it reads ahead of one."""
+    """A reader waits for it, or it reads ahead for one."""
     REST = enum.auto()
-    """It brings the rest of the unit around what a reader waits for."""
+    """It fetches the rest of the unit around what a reader waits for."""
     POPULATION = enum.auto()
 
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """One request under way. Two flights are never equal, and never share a block."""
+    """A request under way.
+
+    Two flights are never equal, and never share a block.
+    """
 
     run: BlockRun
     purpose: Purpose
@@ -45,20 +50,20 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a reader has to do, and to wait for."""
+    """Says what a reader must fetch, and for what it must wait."""
 
     new: tuple[Flight, ...]
-    """Flights that this reader has to begin, the most urgent first."""
+    """Flights that this reader must begin, the most urgent first."""
     joined: tuple[Flight, ...]
-    """Every flight that has a block which the reader wants, new ones included, in the order of the
-    blocks."""
+    """All flights that have a block which the reader wants, including the new ones, in the order
+    of the blocks."""
 
 
 class InFlight(Generic[WaiterT]):
-    """The flights over one block map. `WaiterT` is any token that stands for somebody who waits."""
+    """Holds the flights over one block map. A `WaiterT` is any token for somebody who waits."""
 
     def __init__(self, blocks: BlockMap) -> None:
-        """Begin with nothing under way: no block of `blocks` may be CLAIMED."""
+        """Begin with nothing under way. No block of `blocks` may be CLAIMED."""
         self._blocks = blocks
         self._at: dict[int, Flight] = {}
         self._waiters: dict[Flight, list[WaiterT]] = {}
@@ -72,12 +77,13 @@ class InFlight(Generic[WaiterT]):
         return len(self._waiters)
 
     def plan(self, wanted: ByteRange, ahead: int, unit: int) -> Plan:
-        """Claim what is missing for a read of `wanted`, and say what the reader has to wait for.
+        """Claim what is missing for a read of `wanted`, and say for what the reader must wait.
 
         Args:
+            wanted: the range of the read.
             ahead: how many bytes behind `wanted` to fetch as well, if the read itself misses
                 something.
-            unit: as of `fetch_plan.plan_rest`; the block size for no rest.
+            unit: as for `fetch_plan.plan_rest`. With the block size no rest is fetched.
         """
         new = [self._begin(run, Purpose.DEMAND) for run in plan_read(self._blocks, wanted, ahead)]
         if new:
@@ -90,19 +96,21 @@ class InFlight(Generic[WaiterT]):
         return Plan(tuple(new), tuple(joined))
 
     def claim(self, limit: int, known_until: Callable[[ByteRange], int]) -> Flight | None:
-        """Claim the next missing blocks for population, or return None if there are none that may
-        be fetched now.
+        """Claim the next missing blocks for population.
 
         Args:
-            limit: the most bytes to claim; at least one block is claimed.
+            limit: the most bytes to claim. At least one block is claimed.
             known_until: returns up to which byte of a range it is known what the export holds.
+
+        Returns:
+            None if there are no blocks that may be fetched now.
         """
         run = self.next_missing(limit)
         if run is None:
             return None
         span = self._blocks.bytes_of(run)
         known = known_until(span)
-        if known < span.end:  # what is known ends at the border of a block
+        if known < span.end:  # `known` is always at the border of a block
             run = BlockRun(run.first, known // self._blocks.block_size)
         if run.first == run.end:
             return None
@@ -114,7 +122,11 @@ class InFlight(Generic[WaiterT]):
         return self._cursor.peek(self._blocks, limit)
 
     def wait(self, flight: Flight, waiter: WaiterT) -> bool:
-        """Have `settle` return `waiter` when `flight` ends; False if it has ended already."""
+        """Let `settle` return `waiter` when `flight` ends.
+
+        Returns:
+            False if the flight has ended already.
+        """
         waiters = self._waiters.get(flight)
         if waiters is None:
             return False
@@ -122,17 +134,18 @@ class InFlight(Generic[WaiterT]):
         return True
 
     def forget(self, flight: Flight, waiter: WaiterT) -> None:
-        """Undo `wait`: the waiter gave up. Does nothing if the flight has ended."""
+        """Undo `wait`, because the waiter has given up. Does nothing if the flight has ended."""
         waiters = self._waiters.get(flight, [])
         if waiter in waiters:
             waiters.remove(waiter)
 
     def settle(self, flight: Flight, kept_bytes: int | None) -> list[WaiterT]:
-        """End a flight, and return who waited for it.
+        """End a flight, and return everybody who waited for it.
 
         Args:
-            kept_bytes: how many bytes of data are in the cache file now, the rest of the run being
-                zeroes; None if nothing was kept.
+            flight: the flight.
+            kept_bytes: how many bytes of data are in the cache file now. The rest of the run is
+                zeroes. None means that nothing was kept.
         """
         waiters = self._waiters.pop(flight)
         if kept_bytes is None:

@@ -1,4 +1,4 @@
-"""The states of an image, and every permitted transition.
+"""Defines the states of an image, and all transitions that are permitted.
 
     remote ──open, prefetch──> partial ──last byte kept, file in place──> whole
       ^                          │  ^                                       │
@@ -6,8 +6,8 @@
       │                         failed <── its plain file is not ours ──────┤
       └───────────────────── evicted, replaced, or the file was removed ────┘
 
-A failed image still serves the bytes it has. A whole image never leaves by itself. `_NEXT` is the
-authority.
+A failed image still serves the bytes that it has. A whole image never leaves this state by itself.
+`_NEXT` is the authority.
 """
 
 import enum
@@ -25,25 +25,26 @@ class State(enum.Enum):
 
 
 class Cause(enum.Enum):
-    """Why an image has failed, or what is wrong with it although it has not. The catalog keeps it.
+    """Why an image has failed, or what is wrong with it although it has not. The catalog stores
+    it.
 
-    The text beside it is for people: nothing is decided by its words.
+    The text beside it is for people. Nothing is decided by its words.
     """
 
     NONE = ""
     """Nothing is wrong."""
     EXPORT_CHANGED = "export-changed"
-    """The export is not the one that the cache was filled from."""
+    """The export is not the one from which the cache was filled."""
     WRONG_DIGEST = "wrong-digest"
     """The bytes of the complete image do not have the digest that is known."""
     CHANGED_BY_HAND = "changed-by-hand"
-    """Somebody replaced or resized the plain file."""
+    """Somebody has replaced or resized the plain file."""
     PLAIN_FILE = "plain-file"
     """The plain file cannot be opened."""
     HAND_OFF = "hand-off"
-    """The complete image cannot become a plain file, as something is in the way."""
+    """The complete image cannot become a plain file, because something is in the way."""
     OTHER = "other"
-    """Written by an older lazyfs, which kept no more than a text."""
+    """The cause was written by an older lazyfs, which stored no more than a text."""
 
 
 CHANGED_BY_HAND = (

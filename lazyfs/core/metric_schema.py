@@ -1,10 +1,10 @@
-"""Every metric that `lazyfs mount --metrics` exports: its name, its kind, its labels and what they
-may be.
+"""Defines every metric that `lazyfs mount --metrics` exports: its name, kind, labels and their
+values.
 
-This is the one authority: `metrics.py` exports these and no others, tools/make-docs makes
-doc/METRICS.md from it, and a test compares the expressions of tools/grafana-dashboard.json with it.
-No label has values that grow with the number of
-images: thousands of images would be thousands of time series in every Prometheus that scrapes them.
+This is the only authority: `metrics.py` exports exactly these, tools/make-docs makes doc/METRICS.md
+from it, and a test compares the expressions of tools/grafana-dashboard.json with it. No label has
+values whose number grows with the number of images. Thousands of images would otherwise be
+thousands of time series in every Prometheus that scrapes them.
 """
 
 import textwrap
@@ -16,15 +16,15 @@ COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, as Prometheus has it."""
+    """Describes one metric, as Prometheus has it."""
 
     name: str
-    """The full name, with the `_total` of a counter."""
+    """The full name, including the `_total` of a counter."""
     kind: str
     help: str
     labels: tuple[str, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
-    """The possible values of its only label, and what they mean; {} if they cannot be listed."""
+    """The possible values of its only label, and what they mean. {} if they cannot be listed."""
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -47,7 +47,10 @@ METRICS = (
         "Bytes of images that were fetched, or that the repository reported as zeroes.",
         ("kind",),
         {
-            "demand": "fetched because a reader waited, including readahead and what is fetched around a read",
+            "demand": (
+                "fetched because a reader waited, including readahead and what is fetched around "
+                "a read"
+            ),
             "population": "fetched in the background",
             "zero": "reported as zeroes by the repository, and not fetched",
         },
@@ -55,14 +58,16 @@ METRICS = (
     Metric(
         "lazyfs_requests_total",
         COUNTER,
-        "Read requests to the repository. A request that is sent again after a lost connection counts once.",
+        "Read requests to the repository. A request that is sent again after a lost connection "
+        "counts once.",
         ("kind",),
         {"demand": "sent because a reader waited", "population": "sent in the background"},
     ),
     Metric(
         "lazyfs_read_seconds",
         HISTOGRAM,
-        "Time that reads took in the daemon. It does not see reads that the kernel answers (page cache, passthrough).",
+        "Time that reads took in the daemon. It does not see reads that the kernel answers (page "
+        "cache, passthrough).",
         ("served",),
         {
             "present": "the whole range was in the cache",
@@ -81,7 +86,8 @@ METRICS = (
     Metric(
         "lazyfs_errors_total",
         COUNTER,
-        "Failures, by what failed. A read waits and tries again as long as --io-timeout allows before it counts here.",
+        "Failures, by what failed. A read waits and tries again as long as --io-timeout allows "
+        "before it counts here.",
         ("operation",),
         {
             "read": "a read of an image",
@@ -90,7 +96,9 @@ METRICS = (
             "write": "a write to the cache; readers got the bytes, and they were not kept",
             "checkpoint": "a checkpoint; it is repeated",
             "log": "a line of the log, dropped because the log could not be written in time",
-            "connect": "a connection that could not be made, or was lost while an image was populated",
+            "connect": (
+                "a connection that could not be made, or was lost while an image was populated"
+            ),
         },
     ),
     Metric(
@@ -147,7 +155,8 @@ METRICS = (
     Metric(
         "lazyfs_room_short",
         GAUGE,
-        "1 while there is no room: population pauses, and what is read is perhaps not kept. Otherwise 0.",
+        "1 while there is no room: population pauses, and what is read is perhaps not kept. "
+        "Otherwise 0.",
     ),
     Metric(
         "lazyfs_repository_connected",
@@ -197,7 +206,7 @@ images; `lazyfs status --json` has the numbers of each image.
 """
 
 WIDTH = 100
-"""Columns of the document, tables left out."""
+"""Columns of the document, except for tables."""
 
 
 def _describe(metric: Metric) -> str:

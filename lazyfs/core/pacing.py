@@ -1,32 +1,39 @@
-"""Rates and waits as arithmetic on times that the caller reads from its own clock (seconds, any
-origin)."""
+"""Calculates rates and waits.
+
+The caller reads all times from its own clock. They are in seconds, from any origin.
+"""
 
 import math
 
 from lazyfs.units import KiB
 
 _ROUNDING_S = 1e-6
-"""A wait this short is what rounding left of one that is over; a clock may be too coarse to show it
-passing."""
+"""A wait that is no longer than this is left over by rounding after the real wait has ended. A
+clock may be too coarse to show that it passes."""
 
 
 class TokenBucket:
-    """Keeps a long-run rate in bytes per second, with bursts of at most `burst_s` seconds' worth.
+    """Keeps to a long-term rate in bytes per second. A burst is what the rate allows in
+    `burst_s`.
 
-    May go into debt: a piece larger than the burst is let through when the bucket is not in debt,
-    and paid for by waiting afterwards.
+    A piece that is larger than the burst may start when the bucket is not in debt. The bucket is in
+    debt afterwards, and the next piece waits for that.
     """
 
     def __init__(self, rate: float | None, burst_s: float = 0.1) -> None:
-        """`rate` None means no limit. The burst is short, so that a limit of 10 MB/s is one within
-        a second too."""
+        """Begin without any burst saved.
+
+        Args:
+            rate: bytes per second. None means no limit.
+            burst_s: seconds. It is short, so that a limit of 10 MB/s also holds within one second.
+        """
         self.rate = rate
         self._burst_s = burst_s
         self._tokens = 0.0
         self._at: float | None = None
 
     def wait(self, now: float) -> float:
-        """Return the seconds until the next piece may start; 0 if it may now."""
+        """Return the seconds until the next piece may start, or 0 if it may start now."""
         if self.rate is None:
             return 0.0
         self._fill(now)
@@ -49,11 +56,18 @@ class TokenBucket:
 
 
 class Backoff:
-    """Waits between attempts: they double from `first` to `limit` seconds until `reset`."""
+    """Gives the waits between attempts.
+
+    They double from `first` to `limit` seconds until `reset`.
+    """
 
     def __init__(self, first: float = 0.05, limit: float = 2.0) -> None:
-        """The first retry is soon, as a restarted server is back in well under a second; the limit
-        is how late after a long outage a reader may notice that the repository is back."""
+        """Begin with a wait of `first` seconds.
+
+        The default of `first` is short, because a server that restarts is back in well under a
+        second. The default of `limit` is how late a reader may notice, after a long outage, that
+        the repository is back.
+        """
         self._first = first
         self._limit = limit
         self._next = first
@@ -64,12 +78,12 @@ class Backoff:
         return wait
 
     def reset(self) -> None:
-        """An attempt succeeded."""
+        """Begin again with the first wait, because an attempt has succeeded."""
         self._next = self._first
 
 
 class RateMeter:
-    """Bytes per second over about the last `horizon_s` seconds, exponentially weighted."""
+    """Measures bytes per second over about the last `horizon_s` seconds, exponentially weighted."""
 
     def __init__(self, horizon_s: float = 3.0) -> None:
         self._horizon_s = horizon_s
@@ -89,7 +103,7 @@ class RateMeter:
         if self._started is None:
             return 0.0
         self._decay(now)
-        # Young meters have seen less than one horizon: divide by what they could have seen.
+        # A young meter has not run for a whole horizon, so divide by what it could have seen.
         seen = self._horizon_s * (1 - math.exp(-(now - self._started) / self._horizon_s))
         return self._weight / seen if seen > 0.1 else 0.0
 
@@ -99,30 +113,37 @@ class RateMeter:
 
 
 BESIDE_READERS = 128 * KiB
-"""What population may always have under way. Measured, 4 KiB reads over 50 MB/s and 1 ms, p99: 60
-ms with all of its 2 MiB (3.9 ms without population), 4.0 ms with 128 KiB, 6.7 ms with 256 KiB, 9.7
-ms with 2 x 64 KiB."""
+"""What population may always have under way. Measured with reads of 4 KiB over 50 MB/s and 1 ms,
+p99: 60 ms with all of population's 2 MiB (3.9 ms without population), 4.0 ms with 128 KiB,
+6.7 ms with 256 KiB, 9.7 ms with 2 x 64 KiB."""
 
 QUEUE_S = 0.0025
-"""What an answer to a reader may come later on a faster link: what 128 KiB take at 50 MB/s."""
+"""How much later the answer to a reader may come, on a faster link, because of population. It is
+what 128 KiB take at 50 MB/s."""
 
 RETRY_S = 0.002
 """How late population notices that it may send its next request beside readers."""
 
 
 class DemandGate:
-    """Holds population back for readers, whose answers come behind what it has under way: a link
-    has one queue.
+    """Holds population back while readers wait.
 
-    From a reader's request until `linger_s` after its end population has no more under way than the
-    link moves in QUEUE_S, or BESIDE_READERS: a reader seldom comes alone. While one waits it gets
-    one such request through in each
-    `trickle_s`: readers who never pause do not keep an image from ever becoming whole.
+    A link has one queue, so the answer to a reader comes behind what population has under way. A
+    reader seldom comes alone. So from its request until `linger_s` after its end, population has no
+    more under way than the link moves in QUEUE_S, or BESIDE_READERS if that is more.
+
+    While a reader waits, population gets one such request through in each `trickle_s`. So readers
+    who never pause do not keep an image from becoming whole.
     """
 
     def __init__(self, trickle_s: float = 0.05, linger_s: float = 0.1) -> None:
-        """The defaults are unmeasured; a booting guest is seldom busy for longer between two reads
-        than `linger_s`."""
+        """Begin with nothing under way.
+
+        Args:
+            trickle_s: unmeasured.
+            linger_s: unmeasured. A booting guest is seldom busy for longer than this between two
+                reads.
+        """
         self._trickle_s = trickle_s
         self._linger_s = linger_s
         self._waiting = 0
@@ -131,34 +152,38 @@ class DemandGate:
         self._speed = RateMeter(horizon_s=1.0)
 
     def reader_waits(self) -> None:
-        """A demand fetch begins."""
+        """Note that a demand fetch begins."""
         self._waiting += 1
 
     def reader_leaves(self, now: float, amount: int) -> None:
-        """A demand fetch ends, with `amount` bytes."""
+        """Note that a demand fetch has ended and has brought `amount` bytes."""
         self._waiting -= 1
         self._left = now
         self._speed.add(now, amount)
 
     def most(self, now: float) -> float:
-        """Return how many bytes population's next request may ask for; none below BESIDE_READERS
-        are worth one."""
+        """Return how many bytes population's next request may ask for.
+
+        If they are fewer than BESIDE_READERS, no request should be sent.
+        """
         if not self._waiting and now >= self._left + self._linger_s:
             return math.inf
         return max(BESIDE_READERS, self._speed.rate(now) * QUEUE_S) - self._under_way
 
     def wait(self, now: float) -> float:
-        """Return the seconds until population may look again; 0 if it may send its next request
-        now."""
+        """Return the seconds until population may look again.
+
+        0 means that it may send its next request now.
+        """
         trickle_s = self._sent + self._trickle_s - now if self._waiting else 0.0
         return max(trickle_s, RETRY_S if self.most(now) < BESIDE_READERS else 0.0)
 
     def take(self, now: float, amount: int) -> None:
-        """Population sends a request for `amount` bytes."""
+        """Note that population sends a request for `amount` bytes."""
         self._sent = now
         self._under_way += amount
 
     def done(self, now: float, amount: int, received: int) -> None:
-        """A request for `amount` bytes has ended, and brought `received`."""
+        """Note that a request for `amount` bytes has ended and has brought `received` bytes."""
         self._under_way -= amount
         self._speed.add(now, received)

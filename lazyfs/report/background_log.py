@@ -1,9 +1,9 @@
-"""The daemon's log, written by a thread: a log that blocks holds up no read.
+"""Writes the daemon's log in a thread, so that a log that blocks does not hold up any read.
 
     any thread --put--> queue of at most MAX_LINES --> a thread --> syslog, a file or stderr
 
-What does not fit is dropped and counted; the thread says how many lines are missing as soon as it
-can write again.
+Lines that do not fit are dropped and counted. As soon as the thread can write again, it says how
+many lines are missing.
 """
 
 import logging
@@ -12,8 +12,8 @@ import queue
 import threading
 
 MAX_LINES = 10_000
-"""What may wait for a log that blocks: some minutes of a daemon in trouble, and a few MiB of
-memory. Unmeasured."""
+"""How many lines may wait for a log that blocks. That is some minutes of a daemon in trouble,
+and a few MiB of memory. It is unmeasured."""
 
 LAST_LINES_S = 1.0
 """How long the end of the daemon waits for lines that are still to be written."""
@@ -22,8 +22,8 @@ LAST_LINES_S = 1.0
 class DescriptorHandler(logging.Handler):
     """Writes lines to a descriptor, without a buffer of its own.
 
-    A buffered file has a lock. A thread that blocks while it holds that would keep the interpreter
-    from ending.
+    A buffered file has a lock. A thread that blocks while it holds the lock would keep the
+    interpreter from ending.
     """
 
     def __init__(self, fd: int) -> None:
@@ -42,17 +42,20 @@ class DescriptorHandler(logging.Handler):
 
 
 class BackgroundLog(logging.Handler):
-    """Passes records on to another handler, in a thread of its own. Thread-safe; never blocks."""
+    """Passes records on to another handler in a thread of its own.
+
+    It is thread-safe and never blocks.
+    """
 
     def __init__(self, handler: logging.Handler) -> None:
-        """Start the thread. Only it calls `handler`, which may block.
+        """Start the thread. Only the thread calls `handler`, which may block.
 
-        Its formatter is used where the record is made, so that no object that a message shows is
-        looked at later, in another thread.
+        The message is formatted where the record is made. So the thread never looks at an object
+        that a message shows.
         """
         super().__init__()
         self.dropped = 0
-        """Lines that did not fit, in all."""
+        """How many lines did not fit."""
         self._handler = handler
         self._reported = 0
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_LINES)
@@ -60,13 +63,13 @@ class BackgroundLog(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Have `record` written soon, or count it as dropped."""
+        """Queue `record` to be written soon, or count it as dropped."""
         try:
             line = logging.makeLogRecord(record.__dict__)
             line.msg, line.args = record.getMessage(), None
             if record.exc_info:
                 line.exc_text = logging.Formatter().formatException(record.exc_info)
-                line.exc_info = None  # it would keep the frames of the error
+                line.exc_info = None  # this would keep the frames of the error in memory
             self._lines.put_nowait(line)
         except queue.Full:
             self.dropped += 1
@@ -74,12 +77,12 @@ class BackgroundLog(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Wait for the lines that are still to be written, but not for long."""
+        """Wait for the lines that are still to be written, for at most 2 * LAST_LINES_S."""
         try:
             self._lines.put(None, timeout=LAST_LINES_S)
             self._thread.join(LAST_LINES_S)
         except queue.Full:
-            pass  # the log blocks
+            pass  # the log is blocked
         super().close()
 
     def _write(self) -> None:

@@ -88,8 +88,8 @@ has been touched before is faster."""
 class FileReader:
     """Reads an open cache file, partial or whole.
 
-    `close` may be called at any moment. The descriptor is closed once the reads and writes under way
-    in other threads have ended: before, another file could get the same number.
+    `close` may be called at any moment. The descriptor is closed once the reads and writes under
+    way in other threads have ended: before, another file could get the same number.
     """
 
     _fd = -1
