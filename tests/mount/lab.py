@@ -257,6 +257,13 @@ class Lab:
             self.daemon.wait()
             self.daemon = None
 
+    def status_of_all(self, *options: str) -> str:
+        """Return what `status` says of all mounts of the machine.
+
+        It fails if one of them does not answer, and that one may belong to another test.
+        """
+        return self.lazyfs("status", *options, check=False).stdout
+
     def status(self) -> dict[str, Any]:
         (mount,) = json.loads(self.lazyfs("status", self.mnt, "--json").stdout)["mounts"]
         assert isinstance(mount, dict)
