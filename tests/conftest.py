@@ -15,3 +15,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in NEEDS.get(item.path.relative_to(HERE).parts[0], ()):
             item.add_marker(mark)
+        if "vm" in item.keywords:
+            # One guest at a time: each takes a whole core, and the image is built once a process.
+            item.add_marker(pytest.mark.xdist_group("vm"))

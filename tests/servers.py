@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -83,6 +83,15 @@ class Server:
             process.kill()
             process.wait()
 
+    def stop(self) -> None:
+        """End it for good. nbdkit's eval plugin gets the time to remove its folder in /tmp."""
+        process = self._process
+        if process is not None and "eval" in self.command:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        self.kill()
+
     def restart(self) -> None:
         self.kill()
         self.start()
@@ -128,7 +137,7 @@ def serving(path: Path, command: Sequence[str | Path]) -> Iterator[Server]:
         server.start()
         yield server
     finally:
-        server.kill()
+        server.stop()
 
 
 @contextmanager

@@ -115,6 +115,18 @@ class Nbdkit:
             process.kill()
             process.wait()
 
+    def stop(self) -> None:
+        """End it for good. The eval plugin gets the time to remove its folder in /tmp."""
+        if self.process is not None and "eval" in self.arguments:
+            process, self.process = self.process, None
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.kill()
+
     def reads(self, export: str | None = None) -> list[tuple[int, int]]:
         """Return (offset, length) of each read in the log filter's file, in order."""
         connections: dict[str, str] = {}
@@ -245,6 +257,13 @@ class Lab:
             self.daemon.wait()
             self.daemon = None
 
+    def status_of_all(self, *options: str) -> str:
+        """Return what `status` says of all mounts of the machine.
+
+        It fails if one of them does not answer, and that one may belong to another test.
+        """
+        return self.lazyfs("status", *options, check=False).stdout
+
     def status(self) -> dict[str, Any]:
         (mount,) = json.loads(self.lazyfs("status", self.mnt, "--json").stdout)["mounts"]
         assert isinstance(mount, dict)
@@ -278,7 +297,7 @@ class Lab:
             subprocess.run(["umount", "-l", str(self.mnt)], check=True)
         Path(mounts.socket_path(str(self.mnt))).unlink(missing_ok=True)
         for server in self._servers:
-            server.kill()
+            server.stop()
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def test_status_json_has_what_programs_rely_on(lab: Lab) -> None:
     ]
     assert (opened["open_count"], opened["state"], opened["size"]) == (1, "partial", 1 * MiB)
     os.close(fd)
-    everything = json.loads(lab.lazyfs("status", "--json").stdout)
+    everything = json.loads(lab.status_of_all("--json"))
     assert str(lab.mnt) in [mount["mountpoint"] for mount in everything["mounts"]]
     assert "no image at" in lab.lazyfs("status", lab.mnt / "absent", check=False).stderr
 

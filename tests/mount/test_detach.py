@@ -80,7 +80,7 @@ def test_wait_detaches_when_all_that_is_open_is_whole(lab: Lab) -> None:
     assert os.pread(fd, len(expected), 0) == expected
     assert os.fstat(fd).st_ino == inode.st_ino
 
-    status = lab.lazyfs("status").stdout
+    status = lab.status_of_all()
     assert lab.daemon is not None
     assert f"detached, pid {lab.daemon.pid}" in status
     assert f"detached, pid {lab.daemon.pid}" in lab.lazyfs("status", lab.mnt).stdout
@@ -95,7 +95,7 @@ def test_wait_detaches_when_all_that_is_open_is_whole(lab: Lab) -> None:
     os.close(fd)
     assert daemon_ends(lab) == 0
     assert not socket.exists()
-    assert f"{lab.mnt}  from" not in lab.lazyfs("status").stdout
+    assert f"{lab.mnt}  from" not in lab.status_of_all()
 
 
 def test_nothing_open_ends_the_daemon_at_once(lab: Lab) -> None:

@@ -122,7 +122,7 @@ def test_with_a_pivot_a_killed_daemon_is_not_noticed(lab: Lab, stack: ExitStack)
         lab.lazyfs("detach", lab.mnt, "--wait")
         assert actions(pivot(lab, qemu.socket)) == ["pivoted"]
         lab.kill_daemon()
-        lab.lazyfs("status")  # clears its socket away, if it was not about to end by itself
+        lab.status_of_all()  # clears its socket away, if it was not about to end by itself
 
 
 def test_mounted_again_over_the_plain_file_that_it_was_moved_to(lab: Lab, stack: ExitStack) -> None:
