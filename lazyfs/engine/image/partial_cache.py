@@ -113,9 +113,9 @@ def remove(stores: Stores, record: ImageRecord, take_over: Callable[[], T]) -> T
 
     Processes that have the image open keep reading it.
 
-    When `take_over` is called, nothing is at the image's path any more. `take_over` tells the catalog. If it
-    fails, everything is as it was. If lazyfs crashes before `take_over`, the image is fetched again. If
-    it crashes after, files are left that the next mount removes.
+    `take_over` tells the catalog. When it is called, nothing is at the image's path any more. If it
+    fails, everything is as it was. If lazyfs crashes before it, the image is fetched again. If lazyfs
+    crashes after it, files are left that the next mount removes.
 
     Raises:
         UserError: the plain file is not what lazyfs left there, so lazyfs must not remove it.
