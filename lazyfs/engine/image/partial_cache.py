@@ -114,8 +114,8 @@ def remove(stores: Stores, record: ImageRecord, take_over: Callable[[], T]) -> T
     Processes that have the image open keep reading it.
 
     `take_over` tells the catalog. When it is called, nothing is at the image's path any more. If it
-    fails, everything is as it was. If lazyfs crashes before it, the image is fetched again. If lazyfs
-    crashes after it, files are left that the next mount removes.
+    fails, everything is as it was. If lazyfs crashes before it, the image is fetched again. If
+    lazyfs crashes after it, files are left that the next mount removes.
 
     Raises:
         UserError: the plain file is not what lazyfs left there, so lazyfs must not remove it.
