@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-NEEDS = {"mount": ("fuse",), "vm": ("fuse", "vm", "slow")}
+NEEDS = {"mount": ("fuse",), "soak": ("slow",), "vm": ("fuse", "vm", "slow")}
 """The marks of all tests in a folder. A single test elsewhere has them as decorators."""
 
 

@@ -22,7 +22,7 @@ from lazyfs.engine.filesystem import Options
 from lazyfs.engine.image.image import Image
 from lazyfs.units import KiB
 
-pytestmark = [pytest.mark.trio(run=run), pytest.mark.slow]
+pytestmark = pytest.mark.trio(run=run)
 
 BLOCK = 4 * KiB
 OPERATIONS = 10_000
