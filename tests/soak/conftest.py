@@ -1,4 +1,7 @@
-"""Soaks: the same operation thousands of times, and then nothing more is held than before."""
+"""Sets up soak tests: the same operation is repeated thousands of times.
+
+Afterwards nothing more may be held than before.
+"""
 
 from pathlib import Path
 
@@ -6,7 +9,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder takes its time."""
+    """Mark every test of this folder as slow."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slow)

@@ -1,4 +1,7 @@
-"""A mount after a minute of everything: memory, descriptors, threads and connections are as before."""
+"""Tests that a minute of everything leaves a mount's memory, descriptors and threads as before.
+
+The same goes for its connections.
+"""
 
 import json
 import os
@@ -19,7 +22,8 @@ pytestmark = pytest.mark.fuse
 SECONDS = 60
 WARM_UP_S = 15
 MORE_MEMORY = 24 * MiB
-"""What the daemon may take more than after the warm-up: its allocator keeps what bursts have needed."""
+"""How much more memory the daemon may take than after the warm-up. Its allocator keeps what
+bursts have needed."""
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 class Held:
-    """What a daemon and its server hold."""
+    """Describes what a daemon and its server hold."""
 
     def __init__(self, lab: Lab, server_pid: int) -> None:
         assert lab.daemon is not None
@@ -41,7 +45,7 @@ class Held:
         self._server_pid = server_pid
 
     def descriptors(self) -> Counter[str]:
-        """By kind: a socket's number says nothing."""
+        """Descriptors by kind, because the number of a socket says nothing."""
         folder = Path(f"/proc/{self._pid}/fd")
         kinds: Counter[str] = Counter()
         for fd in folder.iterdir():
@@ -58,7 +62,7 @@ class Held:
         return len(os.listdir(f"/proc/{self._pid}/task"))
 
     def connections(self) -> int:
-        """At the server: its sockets but for the one that listens."""
+        """The sockets of the server, without the one that listens."""
         links = []
         for fd in Path(f"/proc/{self._server_pid}/fd").iterdir():
             with suppress(FileNotFoundError):
@@ -67,7 +71,10 @@ class Held:
 
 
 class Users:
-    """Threads that use a mount until they are stopped. What fails by design is counted, the rest raised."""
+    """Threads that use a mount until they are stopped.
+
+    What fails by design is counted. All other failures are raised.
+    """
 
     def __init__(self, lab: Lab, content: dict[str, bytes]) -> None:
         self._lab = lab
@@ -173,7 +180,7 @@ def _go_on(lab: Lab, users: Users, seconds: float) -> None:
 
 
 def _settle(lab: Lab, held: Held) -> None:
-    """Until nothing is under way: nothing cached, no job, no connection."""
+    """Wait until nothing is under way: nothing cached, no job, no connection."""
     images = [lab.mnt / f"disk{number}" for number in range(4)]
     lab.lazyfs("unpin", *images)
 
