@@ -1,6 +1,7 @@
-"""The world in memory: a repository, stores and a catalog with a switch for each thing that can go wrong.
+"""Implements what the engine needs in memory: a repository, stores and a catalog.
 
-They pass the same contract tests as the real ones (`contracts/`). All time in them is trio's clock.
+Each has a switch for every thing that can go wrong. They pass the same contract tests as the real
+ones (`contracts/`). All times in them are trio's.
 """
 
 import array
@@ -45,10 +46,13 @@ T = TypeVar("T")
 
 @functools.cache
 def pattern(size: int, seed: int = 0) -> bytes:
-    """Bytes in which each aligned group of 8 says where it is and of which seed: none looks like another."""
+    """Return bytes in which each aligned group of 8 tells its place and the seed.
+
+    So no two groups are the same.
+    """
     first = (seed + 1) << 48
     words = array.array("Q", range(first, first + size, 8))
-    words.byteswap()  # reads better in a dump
+    words.byteswap()  # this is easier to read in a dump
     return words.tobytes()[:size]
 
 
@@ -58,20 +62,20 @@ class FakeExport:
 
     content: bytes
     data: tuple[ByteRange, ...]
-    """What block status calls data; the rest reads as zeroes."""
+    """What block status calls data. The rest reads as zeroes."""
     identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One read request as it reached the fake repository."""
+    """Describes one read request as it reached the fake repository."""
 
     export: str
     offset: int
     length: int
     kind: Kind
     at: float
-    """trio's clock."""
+    """When it came, by trio's clock."""
 
     @property
     def range(self) -> ByteRange:
@@ -79,10 +83,10 @@ class Request:
 
 
 class FakeRepository:
-    """Implements `interfaces.Repository`."""
+    """A repository in memory. Implements `interfaces.Repository`."""
 
     REQUEST = 256 * KiB
-    """What its fillers claim at once."""
+    """How many bytes its fillers claim at once."""
 
     def __init__(self) -> None:
         self.uri = "fake://repository"
@@ -95,16 +99,16 @@ class FakeRepository:
         self.status_log: list[tuple[str, ByteRange]] = []
         self.lists = self.describes = 0
         self.down = False
-        """Nothing can be reached, and what is under way is lost."""
+        """True if nothing can be reached, and what is under way is lost."""
         self.refused: set[str] = set()
         """Exports that are listed but cannot be opened or described."""
         self.delay_s = 0.0
-        """Of every answer."""
+        """How long every answer takes."""
         self.demand_delay_s = 0.0
-        """More, of answers to demand reads."""
+        """How much longer answers to demand reads take."""
         self._answered_at = -math.inf
         self.fill_in_flight = 1
-        """Requests that one filler has under way at once."""
+        """How many requests one filler has under way at once."""
         self.fill_connects = 0
         self._bad: list[tuple[str, ByteRange, int]] = []
         self._running = trio.Event()
@@ -147,7 +151,7 @@ class FakeRepository:
     # -- oracles
 
     def reads(self, name: str | None = None, kind: Kind | None = None) -> list[ByteRange]:
-        """The ranges asked for, in order."""
+        """Return the ranges that were asked for, in order."""
         return [
             r.range
             for r in self.log
@@ -214,12 +218,12 @@ class FakeRepository:
         return self.exports[expected.name]
 
     async def read(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> None:
-        """One attempt to read."""
+        """Make one attempt to read."""
         at = self.ask(export, offset, buffer, kind)
         await self.answer(export, offset, buffer, at)
 
     def ask(self, export: Export, offset: int, buffer: memoryview, kind: Kind) -> float:
-        """Send a read request; return when it is answered, `delay_s` not counted."""
+        """Send a read request. Return when it is answered, not counting `delay_s`."""
         buffer[:] = bytes([POISON]) * len(buffer)
         self._check_up()
         self._check_version(export)
@@ -235,7 +239,7 @@ class FakeRepository:
         return now
 
     async def answer(self, export: Export, offset: int, buffer: memoryview, at: float) -> None:
-        """Wait for the answer to one."""
+        """Wait for the answer to a request."""
         asked = ByteRange(offset, offset + len(buffer))
         if at > trio.current_time():
             await trio.sleep_until(at)
@@ -251,7 +255,7 @@ class FakeRepository:
         return sum(source._connected for source in self.sources)
 
     async def status(self, export: Export, window: ByteRange) -> list[ByteRange]:
-        """One attempt to ask for block status."""
+        """Make one attempt to ask for block status."""
         self._check_up()
         self._check_version(export)
         self.status_log.append((export.name, window))
@@ -261,7 +265,7 @@ class FakeRepository:
 
 
 class _FakeSource:
-    """Reconnects for ever, as the real one does."""
+    """Reads on demand. It reconnects for ever, as the real source does."""
 
     def __init__(self, repository: FakeRepository, export: Export) -> None:
         self._repository = repository
@@ -293,7 +297,7 @@ class _FakeSource:
                 outcome = None
         except errors.RequestFailed as error:
             outcome = error
-        except errors.LazyfsError:  # also of another version: who connects anew learns of it
+        except errors.LazyfsError:  # also if it is another version: a new connection will find that
             self._connected = False
         finally:
             answered(outcome)
@@ -331,7 +335,7 @@ class _FakeSource:
 
 
 class _FakeFiller:
-    """A few requests at a time; every claim comes back, whatever happens."""
+    """Fills with a few requests at a time. Every claim ends, whatever happens."""
 
     def __init__(self, repository: FakeRepository, export: Export) -> None:
         self._repository = repository
@@ -398,7 +402,7 @@ class _FakeFiller:
 
 
 class ClaimKeeper(Protocol):
-    """Who hands out `BookedClaim`s and keeps book of them."""
+    """Hands out `BookedClaim`s and remembers what becomes of them."""
 
     def write(self, offset: int, data: memoryview) -> None: ...
     def keep(self, claim: "BookedClaim") -> None: ...
@@ -436,7 +440,10 @@ class BookedClaim:
 
 
 class _Disk:
-    """The files of one partial image: what was written, and what would outlast a power cut."""
+    """Holds the files of one partial image.
+
+    It knows what was written, and what would survive a power cut.
+    """
 
     def __init__(self, record: ImageRecord) -> None:
         assert record.size is not None
@@ -447,9 +454,9 @@ class _Disk:
         self.mixed_zero_bytes = 0
         self.damaged = False
         self.grains: set[int] = set()
-        """4 KiB blocks that the file system allocated."""
+        """The blocks of 4 KiB that the file system has allocated."""
         self.disowned = False
-        """Names no export any more."""
+        """True if the file names no export any more."""
 
 
 class MemoryStores:
@@ -462,21 +469,21 @@ class MemoryStores:
         """Plain files whose image is being replaced in the catalog."""
         """Plain files by path, whole images and what else a test puts there."""
         self.full = False
-        """Every write fails with NoSpace, and nothing new can be begun."""
+        """True if every write fails with NoSpace, and nothing new can be begun."""
         self.room_low = False
-        """What `nearly_full` says."""
+        """What `nearly_full` returns."""
         self.checkpoint_error: Exception | None = None
         self.checkpoints = 0
         self.odd_writes: list[ByteRange] = []
-        """Writes that began or ended where no store should see a border."""
+        """Writes that began or ended inside a block, which no store should see."""
         self.journal: list[str] = []
-        """What became durable, in order; a catalog may write to it too."""
+        """What became durable, in order. A catalog may write to it too."""
         self.open_files: set[object] = set()
         self.disk_size = 1 << 40
         self.neighbours = 0
-        """Bytes that others take of the disk."""
+        """Bytes that other programs take of the disk."""
         self.peak = 0
-        """The most that `allocated` ever was."""
+        """The most that `allocated` has ever been."""
         self._disks: list[_Disk] = []
 
     def partial(self, record: ImageRecord) -> Store:
@@ -495,7 +502,7 @@ class MemoryStores:
         return Space(self.disk_size, max(0, self.disk_size - self.neighbours - self.allocated()))
 
     def allocated(self) -> int:
-        """What `du` says of all images' data."""
+        """What `du` says of the data of all images."""
         linked = {
             id(data)
             for data in [
@@ -514,14 +521,17 @@ class MemoryStores:
         return disk
 
     def sweep(self, records: Iterable[ImageRecord]) -> None:
-        """Remove partial files that no record speaks of, as opening a real cache directory does."""
+        """Remove partial files to which no record belongs.
+
+        Opening a real cache directory does the same.
+        """
         wanted = {
             record.inode for record in records if record.state in (State.PARTIAL, State.FAILED)
         }
         self.partials = {inode: disk for inode, disk in self.partials.items() if inode in wanted}
 
     def crash(self) -> None:
-        """Forget what no checkpoint made durable."""
+        """Forget what no checkpoint has made durable."""
         for disk in self.partials.values():
             disk.data[:] = disk.safe_data
         self.open_files.clear()
@@ -530,7 +540,7 @@ class MemoryStores:
 class _MemoryReader:
     _bytes: bytearray | bytes | None = None
     _data_offset = 0
-    """Where offset 0 of reads and writes lies in the file."""
+    """Where offset 0 of reads and writes is in the file."""
 
     def __init__(self, stores: MemoryStores) -> None:
         self._stores = stores
@@ -556,7 +566,10 @@ class _MemoryReader:
 
 
 class MemoryStore(_MemoryReader):
-    """Implements `interfaces.Store`, and holds its caller to the order of data and map."""
+    """A store in memory. Implements `interfaces.Store`.
+
+    It checks that its caller writes the data before the map.
+    """
 
     def __init__(self, stores: MemoryStores, record: ImageRecord) -> None:
         super().__init__(stores)
@@ -659,7 +672,7 @@ class MemoryStore(_MemoryReader):
 
 
 class _MemoryPlainFile(_MemoryReader):
-    """Implements `interfaces.PlainFile`."""
+    """A plain file in memory. Implements `interfaces.PlainFile`."""
 
     def __init__(self, stores: MemoryStores, record: ImageRecord) -> None:
         super().__init__(stores)
@@ -704,7 +717,7 @@ class _MemoryPlainFile(_MemoryReader):
 
 
 class MemoryCatalog:
-    """Implements `interfaces.Catalog`."""
+    """A catalog in memory. Implements `interfaces.Catalog`."""
 
     def __init__(self, journal: list[str] | None = None) -> None:
         self.records: dict[int, ImageRecord] = {}
@@ -755,7 +768,7 @@ class MemoryCatalog:
             self.records.pop(inode, None)
 
     def close(self) -> None:
-        """Nothing to give up."""
+        """Do nothing, because there is nothing to close."""
 
     def _check(self) -> None:
         if self.error is not None:

@@ -34,7 +34,7 @@ _SAVED = bytes([MISSING, DATA, ZERO, MISSING])
 
 
 class BlockRun(NamedTuple):
-    """The blocks `[first, end)`, by index."""
+    """Represents the blocks `[first, end)`, by index."""
 
     first: int
     end: int

@@ -32,7 +32,7 @@ COMMENT_COLUMN = 44
 
 
 class Origin(enum.Enum):
-    """Where a value came from."""
+    """Says where a value came from."""
 
     DEFAULT = "default"
     FILE = "file"

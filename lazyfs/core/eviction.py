@@ -70,7 +70,7 @@ class Limits:
 
 
 class Obstacle(enum.Enum):
-    """What keeps an image from being evicted."""
+    """Names what keeps an image from being evicted."""
 
     GONE = enum.auto()
     """The repository does not have it any more."""
@@ -178,7 +178,7 @@ def need(
 
 
 class Shortage(enum.Enum):
-    """Why there is no room, although something should be evicted."""
+    """Says why there is no room, although something should be evicted."""
 
     ALL_NEEDED = "nothing can be evicted: images are open, pinned or being filled"
     OVERLAYS = "nothing can be evicted: what is not open or pinned, overlays need"

@@ -28,7 +28,7 @@ WaiterT = TypeVar("WaiterT")
 
 
 class Purpose(enum.Enum):
-    """What a flight is for."""
+    """Says what a flight is for."""
 
     DEMAND = enum.auto()
     """A reader waits for it, or it reads ahead for one."""
@@ -39,7 +39,7 @@ class Purpose(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """A request under way.
+    """Represents a request under way.
 
     Two flights are never equal, and never share a block.
     """

@@ -16,7 +16,7 @@ from lazyfs.errors import StateError
 
 
 class State(enum.Enum):
-    """Where an image is between the repository and a plain file."""
+    """Says where an image is between the repository and a plain file."""
 
     REMOTE = "remote"
     PARTIAL = "partial"
@@ -25,10 +25,9 @@ class State(enum.Enum):
 
 
 class Cause(enum.Enum):
-    """Why an image has failed, or what is wrong with it although it has not. The catalog stores
-    it.
+    """Says why an image has failed, or what is wrong with it although it has not.
 
-    The text beside it is for people. Nothing is decided by its words.
+    The catalog stores it. The text beside it is for people. Nothing is decided by its words.
     """
 
     NONE = ""

@@ -47,7 +47,7 @@ class Export:
 
 
 class Claim(Protocol):
-    """Blocks that population has claimed, and will fetch. Thread-safe.
+    """Holds blocks that population has claimed and will fetch. Thread-safe.
 
     A claim ends with `finish` or `drop`.
     """
@@ -227,7 +227,7 @@ class Repository(Protocol):
 
 
 class ImageFile(Protocol):
-    """The cache file of one image, partial or whole, which is open for reading. Thread-safe."""
+    """Reads the cache file of one image, partial or whole, which is open. Thread-safe."""
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """Return the bytes if the page cache has all of them, else None.
@@ -259,7 +259,7 @@ class ImageFile(Protocol):
 
 
 class PlainFile(ImageFile, Protocol):
-    """The plain file of a whole image."""
+    """Reads and moves the plain file of a whole image."""
 
     def fileno(self) -> int:
         """Return the descriptor of the open file, from which the kernel may read."""
@@ -278,7 +278,8 @@ class PlainFile(ImageFile, Protocol):
 
 
 class Store(ImageFile, Protocol):
-    """The cache file of an image that is being filled, and its map. It sees whole blocks only.
+    """Holds the cache file of an image that is being filled, and its map. It sees whole blocks
+    only.
 
     `write` and `checkpoint` block, and may run in several threads at the same time.
     """

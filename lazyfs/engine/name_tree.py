@@ -18,7 +18,7 @@ from lazyfs.engine.image.image import Image
 
 @dataclass(eq=False, slots=True)
 class Folder:
-    """A folder, which is made from a "/" in export names."""
+    """Represents a folder, which is made from a "/" in export names."""
 
     path: str
     inode: int

@@ -48,7 +48,7 @@ class Permit:
 
 
 class ReaderWait:
-    """A demand fetch under way, which makes population slow down. Thread-safe.
+    """Represents a demand fetch under way, which makes population slow down. Thread-safe.
 
     It must be ended.
     """

@@ -1,4 +1,7 @@
-"""The engine's tests import `engine_world` from here. Hypothesis as in tests/unit: the same examples on every run."""
+"""Lets the engine's tests import `engine_world`, and sets up Hypothesis as in tests/unit.
+
+Its examples are the same on every run.
+"""
 
 import hypothesis
 

@@ -1,8 +1,10 @@
-"""A whole engine over the fakes, on a clock that jumps: hours of outage take microseconds.
+"""Runs a whole engine over the fakes, on a clock that jumps, so hours of outage take
+microseconds.
 
-A mock clock knows nothing of threads, and would jump while one works. So `run` replaces trio's threads by
-calls in the loop that keep trio's promises: others run before and after; a call waits for a token of its
-limiter, and can be cancelled while it does; a call that has begun is not cancelled, but may be abandoned.
+A mock clock knows nothing about threads, and would jump while a thread works. So `run` replaces
+trio's threads by calls in the loop that behave as trio promises: other tasks run before and after a
+call; a call waits for a token of its limiter, and can be cancelled while it waits; a call that has
+begun is not cancelled, but may be abandoned.
 """
 
 import random
@@ -37,19 +39,20 @@ FIRST_LIST_S = 10.0
 
 
 class InlineThreads:
-    """What `trio.to_thread.run_sync` is during `run`."""
+    """Replaces `trio.to_thread.run_sync` during `run`."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.delay_s = 0.0
-        """Of every call, in the clock's time."""
+        """How long every call takes, by the clock."""
         self.on_call: Callable[[int], Awaitable[None]] | None = None
-        """Awaited with the number of each call before it gets its token; it may be cancelled, or raise."""
+        """Awaited with the number of each call before the call gets its token. It may be
+        cancelled, or raise."""
         self.calls = 0
         self.limiters: set[trio.CapacityLimiter] = set()
-        """Those that were used."""
+        """The limiters that were used."""
         self._default: trio.CapacityLimiter | None = None
 
     async def run_sync(
@@ -72,7 +75,7 @@ class InlineThreads:
             with trio.CancelScope(shield=not abandon_on_cancel):
                 try:
                     await trio.sleep(self.delay_s)
-                except trio.Cancelled:  # the thread that was abandoned does its work all the same
+                except trio.Cancelled:  # a thread that is abandoned still does its work
                     with suppress(Exception):
                         call(*args)
                     raise
@@ -90,11 +93,11 @@ def run(
     clock: object = None,
     instruments: Sequence[trio.abc.Instrument] = (),
 ) -> Any:
-    """`trio.run` with a jumping clock, inline threads, and the same order of tasks every time."""
+    """Call `trio.run` with a jumping clock, inline threads, and a fixed order of tasks."""
     assert clock is None, "this runner brings its own clock"
     real = trio.to_thread.run_sync
     threads.reset()
-    # As Hypothesis' trio support does it; there is no public way.
+    # Hypothesis' trio support does the same, because there is no public way.
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     trio._core._run._r = random.Random(0)
     try:
@@ -105,12 +108,15 @@ def run(
 
 
 def blocks(first: int, end: int | None = None) -> ByteRange:
-    """The bytes of blocks `[first, end)`, of one block if `end` is left out."""
+    """Return the bytes of blocks `[first, end)`, or of one block if `end` is left out."""
     return ByteRange(first * BLOCK, (first + 1 if end is None else end) * BLOCK)
 
 
 class World:
-    """Repository, cache directory and catalog, which outlive the daemons that run over them."""
+    """Holds a repository, a cache directory and a catalog.
+
+    They outlive the daemons that run over them.
+    """
 
     def __init__(self, limits: Limits = Limits(), **options: Any) -> None:  # noqa: B008 - it is frozen
         self.limits = limits
@@ -126,16 +132,17 @@ class World:
             **options,
         )
         self.may_leave_files_open = False
-        """A daemon that ends in the middle of a replacement leaves the old file to the operating system."""
+        """True if a daemon may end with open files. One that ends during a replacement leaves
+        the old file to the operating system."""
         self.filesystem: Filesystem
         self.population: Population
         self.jobs: Jobs
         self.operations: Operations
         self.supervisor: Supervisor
         self.handles: dict[tuple[int, bool], list[Handle]] = {}
-        """What the tests have open, by inode and whether it was opened as a whole image."""
+        """What the tests have open, by inode and by whether it was opened as a whole image."""
         self.events: list[tuple[str, str]] = []
-        """(job, status) and (path, state), as clients hear them."""
+        """(job, status) and (path, state), as clients are told them."""
 
     async def _backing_files(self) -> frozenset[str]:
         return self.backing_files()
@@ -144,7 +151,10 @@ class World:
     async def daemon(
         self, *, populate: bool = False, crash: bool = False
     ) -> AsyncIterator["World"]:
-        """Run a daemon as `daemon.py` does; it ends with the block, cleanly or (`crash`) not."""
+        """Run a daemon as `daemon.py` does.
+
+        It ends with the block: cleanly, or with `crash` as if it was killed.
+        """
         self.stores.sweep(self.catalog.load())
         self.handles.clear()
         async with trio.open_nursery() as nursery:
@@ -210,7 +220,7 @@ class World:
         return answer
 
     def image(self, name: str) -> Image:
-        """The image that has this export's name now."""
+        """Return the image that has this export's name now."""
         return self.filesystem.names._by_export[name]
 
     async def open(self, name: str) -> Image:
@@ -219,7 +229,7 @@ class World:
         return image
 
     async def open_image(self, image: Image, whole: bool = False) -> None:
-        """Open as the kernel does: by the first inode number, or (`whole`) by the second."""
+        """Open as the kernel does: by the first inode number or, with `whole`, by the second."""
         opened: Handle = await (
             self.filesystem.open_whole(image) if whole else self.filesystem.open(image)
         )
@@ -266,7 +276,7 @@ JSON_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def check_answer(schema: control_schema.Command | control_schema.Event, answer: Any) -> None:
-    """Compare an answer, or an event's data, with what the schema declares."""
+    """Compare an answer, or the data of an event, with what the schema declares."""
     if isinstance(schema, control_schema.Event):
         rows, fields = [answer], schema.data
     else:
@@ -297,5 +307,5 @@ async def until(condition: Callable[[], object], limit_s: float = 300.0) -> None
 
 
 def seconds_to_next_wakeup() -> float:
-    """inf if no task will wake up by itself."""
+    """Return when the next task wakes up, or inf if none will wake up by itself."""
     return trio.lowlevel.current_statistics().seconds_to_next_deadline

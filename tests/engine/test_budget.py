@@ -1,4 +1,4 @@
-"""The counter that every write asks."""
+"""Tests the counter that is asked before every write."""
 
 import threading
 

@@ -1,7 +1,7 @@
-"""Every call of a thread in the engine is cancelled while it waits for its limiter, one at a time.
+"""Cancels every call of a thread in the engine while it waits for its limiter, one at a time.
 
-Whoever is cancelled there, a reader, an operator or the daemon as a whole: every claim ends, every reservation ends,
-every token is given back, every file is closed, and the daemon ends.
+A reader, an operator or the whole daemon may be cancelled there. In each case every claim ends,
+every reservation ends, every token is given back, every file is closed, and the daemon ends.
 """
 
 from collections.abc import Awaitable, Callable
@@ -26,15 +26,18 @@ SIZE = 16 * BLOCK
 
 
 class Interruption:
-    """Holds one call of a thread back, as a limiter without tokens would, and cancels who made it."""
+    """Holds one call of a thread back and cancels its caller.
+
+    A limiter without tokens would hold the call back in the same way.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number
         self.reached = False
         self.operation = trio.CancelScope()
-        """Around the operation under way."""
+        """The scope of the operation under way."""
         self.everything = trio.CancelScope()
-        """Around the daemon's life."""
+        """The scope of the daemon's life."""
         self._operator = trio.lowlevel.current_task()
 
     async def on_call(self, number: int) -> None:
@@ -49,7 +52,7 @@ class Interruption:
 
 
 async def life(world: World, interruption: Interruption, seen: list[Image]) -> None:
-    """What happens to images, one operation after the other; each may be cancelled."""
+    """Use images, one operation after the other. Each may be cancelled."""
 
     async def do(operation: Callable[[], Awaitable[object]]) -> None:
         interruption.operation = trio.CancelScope()
@@ -88,7 +91,7 @@ async def life(world: World, interruption: Interruption, seen: list[Image]) -> N
 
 
 async def interrupted(number: int) -> bool:
-    """Live with the call of that number held back; return whether there was one."""
+    """Run `life` with the call of that number held back. Return whether there was such a call."""
     world = World(limits=Limits(max_cache=64 * MiB), populate=False)
     for name in "abc":
         world.repository.add(name, pattern(SIZE))
@@ -121,7 +124,7 @@ async def interrupted(number: int) -> bool:
 
 
 async def lives_on(world: World) -> None:
-    """The next daemon finds everything in order."""
+    """Check that the next daemon finds everything in order."""
     async with world.daemon(populate=True):
         for name in "abc":
             image = await world.open(name)

@@ -1,4 +1,4 @@
-"""A complete image is compared with its digest before it becomes a plain file."""
+"""Tests that a complete image is compared with its digest before it becomes a plain file."""
 
 import hashlib
 

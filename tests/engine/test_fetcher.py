@@ -1,4 +1,4 @@
-"""Who fetches which block, who joins, and what is kept of what went wrong."""
+"""Tests who fetches which block, who joins a fetch, and what is remembered of failures."""
 
 import errno
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ SIZE = 4 * MiB - 512
 
 
 class Bench:
-    """A cache file that is being filled, over a fake export "disk" and a memory store."""
+    """Holds a cache file that is being filled, over a fake export "disk" and a memory store."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Bench:
         self.filling = Filling(self.store, self.table, writer, self.reader, self.port, self.totals)
 
     async def read(self, where: ByteRange) -> bytes:
-        """As `PartialHandle.read` does it."""
+        """Read as `PartialHandle.read` does."""
         data = None
         if not self.table.present(where):
             data = await self.reader.read_missing(
@@ -87,7 +87,7 @@ class Bench:
         assert await self.read(where) == self.content[where.start : where.end]
 
     async def settled(self) -> None:
-        """Until no fetch is under way."""
+        """Wait until no fetch is under way."""
         await until(lambda: not self.table.under_way())
 
     def demand(self) -> list[ByteRange]:

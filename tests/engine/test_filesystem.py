@@ -1,4 +1,4 @@
-"""Names and inodes as the repository's list changes; sizes; versions; the beginning and the end."""
+"""Tests names and inodes while the repository's list changes, sizes, versions, start and end."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -32,7 +32,7 @@ def world_with(*names: str, **options: Any) -> World:
 
 
 def tree(world: World) -> dict[str, str]:
-    """Path -> export, found by walking folders as a user would."""
+    """Return the exports by path, found by walking folders as a user would."""
     found: dict[str, str] = {}
 
     def walk(folder: Folder, path: str) -> None:

@@ -1,4 +1,7 @@
-"""The life of one image: begun by an open, checkpointed, handed off, failed, recovered, retired."""
+"""Tests the life of one image.
+
+It is begun by an open, checkpointed, handed off, failed, recovered and retired.
+"""
 
 from typing import Any
 
@@ -144,7 +147,10 @@ async def test_a_crash_in_the_middle_of_a_hand_off_is_finished_by_the_next_daemo
 async def test_a_daemon_that_ends_hands_off_what_is_complete(
     image_format: str, wait_s: float
 ) -> None:
-    """Also what arrived, and was read, a moment ago and is not written yet; each call to the disk takes 1 s."""
+    """That includes bytes that were read a moment ago and are not written yet.
+
+    Each call to the disk takes 1 s.
+    """
     world = World(format=image_format)
     world.repository.add("disk", pattern(SIZE))
     async with world.daemon():
@@ -402,7 +408,7 @@ async def test_a_partial_image_whose_export_changed_keeps_what_it_has_and_recove
 async def test_a_lost_write_that_is_reported_while_a_file_is_disowned_stops_its_reads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Linux tells whoever syncs next, once."""
+    """Linux reports a lost write once, to the next caller that syncs."""
     world = world_with_disk()
 
     def lost(_store: MemoryStore) -> None:

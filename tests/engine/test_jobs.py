@@ -1,4 +1,4 @@
-"""Jobs: those of population, which pause, resume and end, and others that run in a task."""
+"""Tests jobs: those of population, which pause, resume and end, and others that run in a task."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ async def jobs(world: World) -> dict[str, str]:
 
 
 def statuses(world: World, job: str) -> list[str]:
-    """What clients heard of a job."""
+    """Return what clients were told about a job."""
     known = ("running", "paused", "standby", "concluded", "null")
     return [status for name, status in world.events if name == job and status in known]
 

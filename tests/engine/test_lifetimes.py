@@ -1,4 +1,8 @@
-"""What has left the tables is held by nobody, what failed concerns one image, and nothing waits for ever."""
+"""Tests what must not last: objects that have left the tables, failures, and waits.
+
+Nothing holds an object that has left the tables, a failure concerns one image, and nothing waits
+for ever.
+"""
 
 import errno
 import gc

@@ -1,6 +1,7 @@
-"""Random operations and faults against what the bytes ought to be: nothing served may ever be wrong.
+"""Compares random operations and faults with what the bytes should be. Nothing wrong may be
+served.
 
-Not asynchronous themselves: each example is a run of its own.
+These tests are not asynchronous themselves, because each example is a run of its own.
 """
 
 import errno
@@ -95,7 +96,7 @@ lives = st.lists(
 
 
 class Model:
-    """What is open, what may go wrong, and what every byte is."""
+    """Knows what is open, what may go wrong, and what every byte should be."""
 
     def __init__(self, holes: dict[str, list[ByteRange]], replace_changed: bool) -> None:
         self.world = World(block_size=BLOCK, replace_changed=replace_changed, fill_rate=64 * KiB)
@@ -126,7 +127,7 @@ class Model:
         assert self.world.repository.add(name, first, holes, "version 0").content == first
 
     def reset(self) -> None:
-        """End every fault that is not the disk's or the export's."""
+        """End every fault that is not one of the disk or the export."""
         self.world.repository.down = self.world.stores.full = self.unreachable = False
         self.world.stores.checkpoint_error = None
         self.world.repository.delay_s = threads.delay_s = 0
@@ -235,7 +236,7 @@ class Model:
         return self.open_files[name]
 
     async def open_by_name(self, name: str) -> Image:
-        """As the kernel does it: an inode that has just been replaced is looked up again."""
+        """Open as the kernel does, which looks up again an inode that has just been replaced."""
         while True:
             try:
                 return await self.world.open(name)
@@ -249,7 +250,7 @@ class Model:
             await self.world.close(self.open_files.pop(name))
 
     async def end(self) -> None:
-        """With all faults gone, every image becomes whole, and every byte of it is right."""
+        """End all faults, and check that every image becomes whole and that every byte is right."""
         self.reset()
         async with self.world.daemon(populate=True):
             for name in SIZES:

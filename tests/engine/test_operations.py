@@ -1,4 +1,7 @@
-"""What an operator asks of images: prefetch, evict, pin, forget, map, verify; with readers and population at work."""
+"""Tests the operators' operations on images while readers and population are at work.
+
+They are prefetch, evict, pin, forget, map and verify.
+"""
 
 import errno
 import hashlib
@@ -33,7 +36,7 @@ def world_with(*names: str, **options: Any) -> World:
 
 
 async def whole(world: World, name: str = "disk") -> Image:
-    """Whole and closed."""
+    """Return an image that is whole and closed."""
     image = await world.open(name)
     await world.read(image, 0, image.record.shown.size)
     await until(lambda: image.record.state is State.WHOLE)
@@ -42,7 +45,7 @@ async def whole(world: World, name: str = "disk") -> Image:
 
 
 async def partial(world: World, name: str = "disk") -> Image:
-    """With four blocks, closed."""
+    """Return an image of which four blocks are present, and which is closed."""
     image = await world.open(name)
     begin = image.record.shown.metadata_size
     await world.read(image, begin, 4 * BLOCK)
@@ -264,7 +267,7 @@ async def test_an_evicted_image_that_is_open_is_not_populated_any_more() -> None
 async def test_no_reader_fails_because_of_evictions(  # noqa: PLR0915 - a script
     thread_s: float, format_: str
 ) -> None:
-    """While population works, readers come and go, and images become whole in between."""
+    """Meanwhile population works, readers come and go, and images become whole."""
     world = world_with("disk", format=format_)
     content = world.repository.exports["disk"].content
     world.repository.delay_s = 0.3
@@ -391,7 +394,10 @@ async def test_an_image_whose_eviction_fails_half_way_goes_on_and_can_be_evicted
 
 
 async def test_a_plain_file_changed_by_hand_is_not_evicted() -> None:
-    """It is not what lazyfs left there, so not its to remove; without a row the next mount would refuse it."""
+    """The file is not what lazyfs left there, so lazyfs must not remove it.
+
+    Without its row in the catalog the next mount would refuse it.
+    """
     world = world_with("disk", populate=False)
     async with world.daemon():
         await whole(world)
@@ -572,7 +578,7 @@ async def test_the_map_of_a_partial_image(format_: str) -> None:
 
 
 async def verified(world: World, path: str, **arguments: Any) -> str:
-    """The job's error, "" if it has none."""
+    """Return the error of the job, or "" if it has none."""
     answer = await world.command("verify", path=path, **arguments)
     job: dict[str, Any] = {}
 
@@ -695,7 +701,7 @@ async def test_what_is_gone_is_not_waited_for() -> None:
 
 
 async def test_an_image_evicted_while_it_is_opened_is_looked_after_by_nobody() -> None:
-    """Its task would find no file to save, and end the daemon."""
+    """Otherwise its task would find no file to save, and end the daemon."""
     world = world_with("disk", populate=False)
     async with world.daemon():
         image = world.image("disk")

@@ -1,4 +1,7 @@
-"""Background filling: complete, fair, polite, and quiet when there is nothing to do."""
+"""Tests background filling.
+
+It must be complete and fair, let readers go first, and be quiet when there is nothing to do.
+"""
 
 import math
 from itertools import groupby, pairwise

@@ -1,4 +1,4 @@
-"""The engine with qcow2 images: the file shown, its name and its size, beside raw images of the same cache."""
+"""Tests qcow2 images: the file shown, its name and size, beside raw images of the same cache."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ SIZE = 20 * BLOCK + 777
 
 
 def shown(content: bytes, cluster_size: int = BLOCK) -> bytes:
-    """The finished qcow2 of an export."""
+    """Return the finished qcow2 of an export."""
     at = qcow2_layout.layout(len(content), cluster_size)
     return qcow2_layout.finished(at, 0, at.data_offset) + content.ljust(
         at.clusters * cluster_size, b"\0"
@@ -210,7 +210,10 @@ async def test_a_replaced_version_keeps_format_and_cluster_size() -> None:
 
 @in_trio
 async def test_two_exports_that_want_one_name_both_have_one() -> None:
-    """The export "a" as a qcow2, "a.qcow2" as it is, and a folder of that name: first come, first served."""
+    """They are the export "a" as a qcow2, "a.qcow2" as it is, and a folder of that name.
+
+    The first one that comes gets the name.
+    """
     world = World()
     world.repository.add("a.qcow2/b", b"1" * 512)
     async with world.daemon():

@@ -1,4 +1,4 @@
-"""Limits of the cache: who is evicted for whom, what pauses, and that no reader notices."""
+"""Tests the limits of the cache: what is evicted, what pauses, and that no reader notices."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,10 @@ LIMIT = 10 * MiB
 
 @pytest.fixture(autouse=True)
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uses are told apart by the time of day, which a jumping clock does not move."""
+    """Replace the time of day by a counter.
+
+    Uses are told apart by the time of day, which a jumping clock does not move.
+    """
     now = iter(range(1, 1 << 60))
     monkeypatch.setattr("time.time_ns", lambda: next(now))
 
@@ -48,7 +51,7 @@ async def is_whole(world: World, name: str) -> None:
 
 
 async def fill(world: World, *names: str) -> None:
-    """Use one after the other, each until it is whole."""
+    """Use images one after the other, each until it is whole."""
     for name in names:
         image = await world.open(name)
         await is_whole(world, name)
@@ -118,7 +121,7 @@ async def test_readers_evict_too_and_are_kept() -> None:
 
 
 async def test_it_stops_at_the_mark() -> None:
-    """Images of 1 MiB: no more go than it takes for two headrooms to be free."""
+    """No more images of 1 MiB are evicted than it takes to free two headrooms."""
     names = [f"{i}" for i in range(14)]
     world = world_with(*names, size=MiB)
     async with world.daemon(populate=True):
@@ -278,7 +281,7 @@ async def test_after_detach_nothing_is_evicted() -> None:
 
 
 async def test_what_can_never_be_met_evicts_nobody() -> None:
-    """As the map of a huge image, which alone is larger than the cache may be."""
+    """An example is the map of a huge image, if the map alone is larger than the cache may be."""
     world = world_with("a", "b")
     async with world.daemon(populate=True):
         await fill(world, "a", "b")
@@ -313,7 +316,7 @@ async def test_one_that_cannot_go_leaves_it_to_others(caplog: pytest.LogCaptureF
 
 
 async def test_the_last_copy_of_a_whole_image_stays() -> None:
-    """Its export has changed: the next fetch would bring another version."""
+    """Its export has changed, so the next fetch would bring another version."""
     world = world_with("a", "b", "c")
     async with world.daemon(populate=True):
         await fill(world, "a", "b")
@@ -367,7 +370,10 @@ async def test_overlays_alone_are_not_scanned_all_the_time() -> None:
 
 
 async def test_an_image_is_not_evicted_for_its_own_rest() -> None:
-    """Prefetched without a reader, and larger than the cache: it stays partial instead of going in circles."""
+    """It is prefetched without a reader, and larger than the cache.
+
+    It stays partial. Otherwise it would be filled and evicted again and again.
+    """
     world = world_with("large", "old", size=12 * MiB)
     world.repository.add("old", pattern(SIZE, 9))
     async with world.daemon(populate=True):
@@ -493,7 +499,10 @@ async def test_limits_alone_wake_nobody(blocked: bool) -> None:
 
 
 async def test_looks_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that is filled once and a half over: a handful of looks for each headroom, not one for each block."""
+    """The cache is filled one and a half times.
+
+    That takes a handful of looks for each headroom, not one for each block.
+    """
     looks = 0
     real = room.Room._make_room
 
@@ -511,7 +520,10 @@ async def test_looks_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_who_opens_in_the_moment_of_an_eviction_finds_the_new_inode() -> None:
-    """The kernel looks a name up again once after ESTALE, so ESTALE must not come before the name leads elsewhere."""
+    """After ESTALE the kernel looks a name up again, but only once.
+
+    So ESTALE must not come before the name leads to the new inode.
+    """
     world = world_with("a")
     async with world.daemon(populate=True):
         await fill(world, "a")

@@ -1,4 +1,7 @@
-"""What a mount counts: where reads were served, what was fetched, and that evicting takes nothing of it away."""
+"""Tests what a mount counts: where reads were served from, and what was fetched.
+
+Evicting an image takes nothing away from that.
+"""
 
 import errno
 
@@ -17,7 +20,7 @@ pytestmark = pytest.mark.trio(run=run)
 
 
 async def read(world: World, image: Image, where: ByteRange) -> None:
-    """As the adapter does it."""
+    """Read as the adapter does."""
     with Read(world.filesystem.totals) as one:
         await world.read(image, where.start, where.length, False, one)
 

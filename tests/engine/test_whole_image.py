@@ -1,4 +1,7 @@
-"""Two inode numbers for one image: files opened before it was whole, and after."""
+"""Tests the two inode numbers of an image.
+
+Files may be opened before it is whole, and after.
+"""
 
 import errno
 from typing import Any
@@ -19,7 +22,7 @@ SIZE = MiB - 512
 
 
 async def whole(world: World) -> Image:
-    """The image `disk`, whole and closed."""
+    """Return the image `disk`, whole and closed."""
     image = await world.open("disk")
     await world.read(image, 0, SIZE)
     await until(lambda: image.record.state is State.WHOLE)

@@ -1,4 +1,4 @@
-"""What waits to be written: in order, in batches, and never forgotten."""
+"""Tests that what waits to be written is written in order, in batches, and in every case."""
 
 import weakref
 from functools import partial

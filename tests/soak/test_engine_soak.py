@@ -1,4 +1,7 @@
-"""After thousands of operations of each kind, failures included, memory and everything held is as before."""
+"""Tests that thousands of operations of each kind leave memory and all that is held as before.
+
+Failures are among these operations.
+"""
 
 import errno
 import gc
@@ -27,10 +30,12 @@ pytestmark = pytest.mark.trio(run=run)
 BLOCK = 4 * KiB
 OPERATIONS = 10_000
 CYCLES = 1_000
-"""Of operations that go through an image's whole life, each of which is some twenty operations."""
+"""How often operations that go through the whole life of an image are repeated. Each of these is
+some twenty operations."""
 
 ALLOWED = 300_000
-"""Bytes that may stay, whatever the number of operations: trio keeps up to a thousand deadlines that have passed."""
+"""How many bytes may stay, however many operations there were. trio keeps up to a thousand
+deadlines that have passed."""
 
 Operation = Callable[[], Awaitable[object]]
 
@@ -43,7 +48,7 @@ class Nothing(list[Any]):
 
 
 class Soak:
-    """A daemon with an image for each kind of operation."""
+    """Runs a daemon with an image for each kind of operation."""
 
     def __init__(self) -> None:
         self.world = World(populate=False, block_size=BLOCK)
@@ -57,7 +62,7 @@ class Soak:
         self.world.events = Nothing()
 
     def held(self) -> dict[str, object]:
-        """What is held besides memory."""
+        """Return what is held, apart from memory."""
         world = self.world
         filesystem = world.filesystem
         return {
@@ -95,7 +100,10 @@ class Soak:
 
 
 def _kept_bytes() -> int:
-    """What was allocated since, but for what the fakes hold: their disks grow as disks do."""
+    """Return how many bytes were allocated since and are still held.
+
+    What the fakes hold is left out, because their disks grow as real disks do.
+    """
     only_lazyfs = [tracemalloc.Filter(inclusive=False, filename_pattern=fakes.__file__)]
     snapshot = tracemalloc.take_snapshot().filter_traces(only_lazyfs)
     return sum(trace.size for trace in snapshot.traces)
@@ -263,7 +271,7 @@ def _replacing(world: World) -> Options:
 
 
 def _versions() -> Iterator[bytes]:
-    """Contents of two sizes in turn, so that each is seen to be another version."""
+    """Yield contents of two sizes by turns, so that each is seen to be another version."""
     contents = pattern(16 * BLOCK), pattern(17 * BLOCK)
     while True:
         yield contents[1]

@@ -1,4 +1,7 @@
-"""A mount after a minute of everything: memory, descriptors, threads and connections are as before."""
+"""Tests that a minute of everything leaves a mount's memory, descriptors and threads as before.
+
+The same goes for its connections.
+"""
 
 import json
 import os
@@ -18,7 +21,8 @@ pytestmark = [pytest.mark.fuse, pytest.mark.timeout(400)]
 SECONDS = 60
 WARM_UP_S = 15
 MORE_MEMORY = 24 * MiB
-"""What the daemon may take more than after the warm-up: its allocator keeps what bursts have needed."""
+"""How much more memory the daemon may take than after the warm-up. Its allocator keeps what
+bursts have needed."""
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 class Held:
-    """What a daemon and its server hold."""
+    """Describes what a daemon and its server hold."""
 
     def __init__(self, lab: Lab, server_pid: int) -> None:
         assert lab.daemon is not None
@@ -40,7 +44,7 @@ class Held:
         self._server_pid = server_pid
 
     def descriptors(self) -> Counter[str]:
-        """By kind: a socket's number says nothing."""
+        """Descriptors by kind, because the number of a socket says nothing."""
         folder = Path(f"/proc/{self._pid}/fd")
         kinds: Counter[str] = Counter()
         for fd in folder.iterdir():
@@ -57,7 +61,7 @@ class Held:
         return len(os.listdir(f"/proc/{self._pid}/task"))
 
     def connections(self) -> int:
-        """At the server: its sockets but for the one that listens."""
+        """The sockets of the server, without the one that listens."""
         links = []
         for fd in Path(f"/proc/{self._server_pid}/fd").iterdir():
             with suppress(FileNotFoundError):
@@ -66,7 +70,10 @@ class Held:
 
 
 class Users:
-    """Threads that use a mount until they are stopped. What fails by design is counted, the rest raised."""
+    """Threads that use a mount until they are stopped.
+
+    What fails by design is counted. All other failures are raised.
+    """
 
     def __init__(self, lab: Lab, content: dict[str, bytes]) -> None:
         self._lab = lab

@@ -1,1 +1,1 @@
-"""`tools/bench`: lazyfs and its peers at the same work, side by side in one run."""
+"""Implements `tools/bench`, which runs lazyfs and its peers at the same work side by side."""

@@ -1,4 +1,4 @@
-"""The command: `tools/bench --help`."""
+"""Implements the command. See `tools/bench --help`."""
 
 import argparse
 import os

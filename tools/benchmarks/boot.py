@@ -1,4 +1,4 @@
-"""The rows with virtual machines: real guests, emulated, as the tests have them (tests/vm)."""
+"""Defines the rows with virtual machines. The guests are real and emulated, as in tests/vm."""
 
 import concurrent.futures
 import shutil
@@ -24,7 +24,10 @@ PLAIN, BARE, COPY = "plain file", "bare NBD", "copy, then boot"
 
 
 class _NbdMachine(VirtualMachine):
-    """One whose image QEMU reads from the server by itself; `backing` is the URI of "guest"."""
+    """A machine whose image QEMU reads from the server by itself.
+
+    `backing` is the URI of "guest".
+    """
 
     def _nodes(self, backing: Path, backing_format: str, direct: bool) -> list[dict[str, object]]:
         first, *others = super()._nodes(backing, backing_format, direct)
@@ -35,7 +38,7 @@ class _NbdMachine(VirtualMachine):
 def _boot(
     lab: Lab, guest: GuestImage, backing: object, kind: type[VirtualMachine] = VirtualMachine
 ) -> None:
-    """Until the guest has read and checked its files, written one, and powered itself off."""
+    """Boot, and wait until the guest has checked its files, written one, and powered itself off."""
     folder = lab.fresh("vm")
     machine = kind(folder, "vm", guest, backing)  # type: ignore[arg-type]
     try:
@@ -47,7 +50,10 @@ def _boot(
 
 @contextmanager
 def _guest(lab: Lab) -> Iterator[tuple[GuestImage, Path]]:
-    """Build the guest; its disk is in the repository, and a plain copy of it on the disk that is measured."""
+    """Build the guest, and yield it with a plain copy of its disk.
+
+    The copy is on the disk that is measured. Another copy is in the repository.
+    """
     guest = guest_image.build(lab.fresh("guest"), guest_image.cache_folder())
     lab.repository.mkdir(exist_ok=True)
     run("cp", "--sparse=always", guest.disk, lab.repository / "guest")
@@ -64,7 +70,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 @contextmanager
 def _first(lab: Lab, notes: Notes) -> Iterator[Contenders]:
-    """The first VM on a host, 50 MB/s from its repository."""
+    """Boot the first VM on a host, at 50 MB/s from its repository."""
     with _guest(lab) as (guest, plain), lab.far(limited=True) as uri:
 
         def on_lazyfs() -> float:
@@ -93,7 +99,7 @@ def _first(lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
 @contextmanager
 def _later(lab: Lab, notes: Notes) -> Iterator[Contenders]:
-    """The VMs after the first, four at a time; a page cache is not dropped between them."""
+    """Boot the later VMs, four at a time. The page cache is not dropped between them."""
     count = lab.size(20, 4)
     with _guest(lab) as (guest, plain), lab.far(limited=True) as uri, lab.lazyfs(uri) as mount:
         _boot(lab, guest, mount.mnt / "guest")
@@ -111,7 +117,10 @@ def _later(lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
 @contextmanager
 def _units(delay_ms: int, lab: Lab, notes: Notes) -> Iterator[Contenders]:
-    """What a guest's boot asks of the repository, by the size of blocks, with nothing populated beside it."""
+    """Boot with several sizes of blocks, and note what that asks of the repository.
+
+    Nothing is populated meanwhile.
+    """
     seen: dict[str, str] = {}
 
     def boot(block: str) -> float:

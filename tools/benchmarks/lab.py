@@ -1,6 +1,7 @@
-"""What the rows are made of: a repository on a tmpfs, servers, lazyfs and its peers, each in a folder of its own.
+"""Provides what the rows need: a repository, servers, lazyfs and its peers.
 
-The repository lies in memory, so that its disk is in nobody's figures; caches lie on the disk of `folder`.
+Each of them has a folder of its own. The repository is in memory, on a tmpfs, so that its disk has
+no part in any figure. Caches are on the disk of `folder`.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ class Mount:
             await client.disconnect()
 
     def populate(self, names: Sequence[str]) -> float:
-        """Prefetch; return the seconds from the first command until the last image is whole."""
+        """Prefetch. Return the seconds from the first command until the last image is whole."""
         return asyncio.run(self._populate(names))
 
     async def _populate(self, names: Sequence[str]) -> float:
@@ -84,12 +85,12 @@ class Mount:
 
 @dataclass
 class Lab:
-    """One row's world. Everything in it is gone when `close` returns."""
+    """Holds everything that one row uses. All of it is removed when `close` returns."""
 
     folder: Path
-    """On the disk that is measured."""
+    """A folder on the disk that is measured."""
     memory: Path
-    """On a tmpfs."""
+    """A folder on a tmpfs."""
     quick: bool
     troubles: list[str] = field(default_factory=list)
     """What a reader of the figures should know."""
@@ -111,7 +112,10 @@ class Lab:
     # -- the repository
 
     def image(self, name: str, size: int, data_of_four: int = 4) -> Path:
-        """Make an image of random bytes; of each 64 MiB so many quarters, and holes for the rest."""
+        """Make an image, in which some quarters of each 64 MiB are random bytes.
+
+        The other quarters are holes.
+        """
         path = self.repository / name
         if path.exists() and path.stat().st_size == size:
             return path
@@ -134,7 +138,10 @@ class Lab:
     def served(
         self, *filters: str, parameters: Sequence[str] = (), folder: Path | None = None
     ) -> Iterator[str]:
-        """Serve the repository with nbdkit on a unix socket; yields the URI without an export's name."""
+        """Serve the repository with nbdkit on a UNIX socket.
+
+        Yields the URI without the name of an export.
+        """
         path = self.memory / f"nbd{next(self._numbers)}.sock"
         command = self._nbdkit(
             "--unix", path, filters=filters, parameters=parameters, folder=folder
@@ -191,7 +198,7 @@ class Lab:
 
     @contextmanager
     def lazyfs(self, uri: str, *options: object, cache: Path | None = None) -> Iterator[Mount]:
-        """Mount, with a cache on the disk."""
+        """Mount lazyfs with a cache on the disk."""
         mnt = self.fresh("mnt")
         own = cache is None
         cache = cache or self.fresh("cache")
@@ -241,7 +248,7 @@ class Lab:
 
     @contextmanager
     def nbdfuse(self, uri: str, name: str) -> Iterator[Path]:
-        """Libnbd's own FUSE file system: no cache but the kernel's."""
+        """Mount with libnbd's own FUSE file system, which has no cache except the kernel's."""
         mnt = self.fresh("nbdfuse")
         file = mnt / "nbd"
         with fuse(["nbdfuse", "--readonly", file, self.export(uri, name)], mnt, file):
@@ -249,7 +256,7 @@ class Lab:
 
     @contextmanager
     def qsd(self, uri: str, name: str, cache: Path | None = None) -> Iterator[Path]:
-        """qemu-storage-daemon: nbd -> qcow2 -> copy-on-read -> FUSE export."""
+        """Run qemu-storage-daemon: nbd -> qcow2 -> copy-on-read -> FUSE export."""
         folder = cache or self.fresh("qsd")
         overlay, shown = folder / "cache.qcow2", folder / "shown"
         shown.touch()
@@ -280,7 +287,7 @@ class Lab:
 
     @contextmanager
     def nbdkit_cow(self, uri: str, name: str) -> Iterator[Path]:
-        """nbdkit's cow filter, copying on read, under nbdfuse."""
+        """Run nbdkit's cow filter, which copies on read, under nbdfuse."""
         path, source = self.memory / f"cow{next(self._numbers)}.sock", uri.partition("socket=")[2]
         command = ["nbdkit", "--foreground", "--unix", path, "--filter=cow"]
         command += ["nbd", f"socket={source}", f"export={name}", "cow-on-read=true"]
@@ -310,7 +317,7 @@ def _answers(address: str, port: int) -> bool:
 
 
 def cold_read(path: Path, start: int, length: int, piece: int = MiB) -> float:
-    """Read a range in order; return the seconds it took."""
+    """Read a range in order. Return the seconds it took."""
     fd = os.open(path, os.O_RDONLY)
     try:
         began = time.perf_counter()
@@ -323,7 +330,7 @@ def cold_read(path: Path, start: int, length: int, piece: int = MiB) -> float:
 
 
 def latencies(path: Path, offsets: Sequence[int], length: int = 4096) -> list[float]:
-    """Read at each offset; return the seconds each took."""
+    """Read at each offset. Return the seconds that each read took."""
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     try:

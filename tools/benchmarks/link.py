@@ -1,6 +1,7 @@
-"""A slow link to the repository: a network namespace for its server, a veth pair, and tc where the kernel has it.
+"""Makes a slow link to the repository.
 
-What the kernel cannot do (it has no netem, or no veth) nbdkit's `rate` and `delay` filters do.
+It is a network namespace for the server, a veth pair, and tc if the kernel has it. If the kernel
+has no netem or no veth, nbdkit's `rate` and `delay` filters are used instead.
 """
 
 import functools
@@ -13,7 +14,7 @@ from pathlib import Path
 from benchmarks.processes import run, running, wait_until
 
 RATE = "400mbit"
-"""50 MB/s."""
+"""The rate of the link, which is 50 MB/s."""
 
 _TBF = f"rate {RATE} burst 256kb latency 400ms"
 
@@ -22,19 +23,20 @@ _HERE, _THERE = "198.18.0.1", "198.18.0.2"  # RFC 2544: for benchmarks
 
 @dataclass(frozen=True)
 class Link:
-    """How a server is reached."""
+    """Describes how a server is reached."""
 
     prefix: tuple[str, ...]
-    """What its command begins with: it runs at the other end. Empty: there is no link, but a unix socket."""
+    """What the command of the server begins with, so that it runs at the other end. If it is
+    empty, there is no link but a UNIX socket."""
     filters: tuple[str, ...]
-    """nbdkit's, for what the link itself does not do."""
+    """The filters of nbdkit for what the link itself does not do."""
     parameters: tuple[str, ...]
     address: str = _THERE
 
 
 @contextmanager
 def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
-    """Make a link on which an answer takes `delay_ms` longer, and of 50 MB/s if `limited`."""
+    """Make a link on which an answer takes `delay_ms` longer, limited to 50 MB/s if `limited`."""
     filters, parameters = [], []
     if delay_ms and not _kernel_can("netem", f"delay {delay_ms}ms"):
         filters.append("delay")
@@ -60,7 +62,7 @@ def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
 
 
 def described() -> str:
-    """Say what makes the links of this machine."""
+    """Return what makes the links of this machine."""
     ways = {"rate": ("tbf", _TBF), "delay": ("netem", "delay 1ms")}
     return ", ".join(
         f"{what}: {'veth and ' + qdisc if _kernel_can(qdisc, options) else 'nbdkit filter'}"
@@ -70,7 +72,10 @@ def described() -> str:
 
 @contextmanager
 def _namespace() -> Iterator[tuple[str, ...]]:
-    """Yield what runs a command at the other end; all of it is gone when its holder ends."""
+    """Make a namespace, and yield the command that runs another command in it.
+
+    Everything in the namespace ends together with the process that holds it.
+    """
     here = f"lazyfs{os.getpid()}"
     with running("unshare", "--net", "sleep", "infinity", ready=lambda: True) as holder:
         own, theirs = os.readlink("/proc/self/ns/net"), f"/proc/{holder.pid}/ns/net"

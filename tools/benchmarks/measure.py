@@ -1,4 +1,4 @@
-"""Rows, rounds and ratios: contenders take turns at the same work, and what comes out is compared."""
+"""Measures rows: contenders take turns at the same work, and their figures are compared."""
 
 import statistics
 import sys
@@ -14,12 +14,15 @@ from benchmarks.processes import drop_caches
 LAZYFS = "lazyfs"
 
 Contenders = Mapping[str, Callable[[], float]]
-"""By name, what does the work once, from cold, and returns its figure."""
+"""By name: a function that does the work once, with nothing cached, and returns its figure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What lazyfs is to reach: its figure as a multiple of a peer's, or (no peer) the figure itself."""
+    """Says what lazyfs should reach.
+
+    It is a multiple of a peer's figure or, without a peer, the figure itself.
+    """
 
     peer: str
     at_most: float | None = None
@@ -37,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table."""
+    """Describes one line of the table."""
 
     name: str
     title: str
@@ -45,23 +48,23 @@ class Row:
     make: Callable[[Lab, "Notes"], AbstractContextManager[Contenders]]
     targets: Sequence[Target] = ()
     rounds: int | None = None
-    """Fewer than the others, where one round takes minutes."""
+    """How many rounds there are. It is less than for other rows if one round takes minutes."""
     slow: bool = False
-    """Left out with --quick."""
+    """True if the row is left out with --quick."""
 
 
 @dataclass
 class Notes:
-    """What a row has to say beside its figures."""
+    """Holds what a row reports beside its figures."""
 
     lines: list[str] = field(default_factory=list)
     series: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    """(seconds, value) for --plot."""
+    """Pairs (seconds, value) for --plot."""
 
 
 @dataclass
 class Outcome:
-    """What came of one row."""
+    """Holds the outcome of one row."""
 
     row: Row
     samples: dict[str, list[float]]
@@ -72,7 +75,11 @@ class Outcome:
         return statistics.median(self.samples[name])
 
     def ratios(self, peer: str, of: str = LAZYFS) -> list[float]:
-        """Round by round: neighbours in time, so that a slow minute of the machine slows both."""
+        """The ratios of each round.
+
+        What is compared was measured at about the same time, so a slow minute of the machine slows
+        both.
+        """
         return [a / b for a, b in zip(self.samples[of], self.samples[peer], strict=True)]
 
     def against(self, target: Target) -> float:
@@ -101,7 +108,7 @@ class Outcome:
 
 
 def measure(row: Row, lab: Lab, rounds: int, progress: Callable[[str], None]) -> Outcome:
-    """Let the contenders take turns; the order changes from round to round."""
+    """Let the contenders take turns. Their order changes from round to round."""
     rounds = min(rounds, row.rounds or rounds)
     notes = Notes()
     outcome = Outcome(row, {}, notes)

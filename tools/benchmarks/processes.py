@@ -1,4 +1,4 @@
-"""Programs that a benchmark starts: they end with it, however it ends."""
+"""Runs programs for a benchmark. They end with it, however it ends."""
 
 import ctypes
 import os
@@ -22,7 +22,11 @@ def _die_with_parent() -> None:
 
 
 def run(*command: object, **options: Any) -> str:
-    """Run to the end; return what it printed. Raises RuntimeError, with what it complained of."""
+    """Run a program to its end, and return what it printed.
+
+    Raises:
+        RuntimeError: it failed. The message has what it complained about.
+    """
     words = [str(word) for word in command]
     done: subprocess.CompletedProcess[str] = subprocess.run(
         words, capture_output=True, text=True, check=False, preexec_fn=_die_with_parent, **options
@@ -35,14 +39,14 @@ def run(*command: object, **options: Any) -> str:
 
 
 def start(*command: object, **options: Any) -> "subprocess.Popen[bytes]":
-    """Start in the background; `end` it."""
+    """Start a program in the background. Stop it with `end`."""
     options.setdefault("stdout", subprocess.DEVNULL)
     options.setdefault("stderr", subprocess.DEVNULL)
     return subprocess.Popen([str(word) for word in command], preexec_fn=_die_with_parent, **options)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask it to end, and insist."""
+    """Ask a program to end, and kill it if it does not."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -56,7 +60,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 def running(
     *command: object, ready: Callable[[], object], **options: Any
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run in the background while the block lasts; it begins when `ready` returns something true."""
+    """Run a program in the background during the block, which begins when `ready` is true."""
     process = start(*command, **options)
     try:
         wait_until(ready, f"{command[0]} is ready", process)
@@ -69,9 +73,10 @@ def running(
 def kept_running(
     *command: object, ready: Callable[[], object], clear: Callable[[], object] = lambda: None
 ) -> Iterator[Callable[[], int]]:
-    """Run a server until the block ends, and again if it crashes: nbdkit 1.32 aborts at times when a client goes.
+    """Run a server until the block ends. If it crashes, start it again.
 
-    `clear` comes before each start. Yields what returns how often it has crashed.
+    nbdkit 1.32 aborts at times when a client disconnects. `clear` is called before each start.
+    Yields a function that returns how often it has crashed.
     """
     starts = 0
     ending = threading.Event()
@@ -103,7 +108,7 @@ def kept_running(
 def wait_until(
     condition: Callable[[], object], what: str, process: "subprocess.Popen[bytes] | None" = None
 ) -> None:
-    """Poll every few milliseconds: for set-up, never inside what is measured."""
+    """Poll every few milliseconds. This is for preparations, never for what is measured."""
     limit = time.monotonic() + DEADLINE_S
     while not condition():
         if process is not None and process.poll() is not None:
@@ -117,7 +122,10 @@ def wait_until(
 def fuse(
     command: Sequence[object], mountpoint: Path, shown: Path
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a program that mounts, until the block ends; `shown` is a file that is not empty once it serves."""
+    """Run a program that mounts, until the block ends.
+
+    It serves once the file `shown` is not empty.
+    """
     process = start(*command)
     try:
         wait_until(
@@ -131,13 +139,13 @@ def fuse(
 
 
 def drop_caches() -> None:
-    """Forget what the page cache holds of files on disks; what is on a tmpfs stays."""
+    """Drop what the page cache holds of files on disks. What is on a tmpfs stays."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 def rss_mib(pid: int) -> float:
-    """Return what a process has in memory."""
+    """Return how much memory a process has, in MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -145,13 +153,13 @@ def rss_mib(pid: int) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time a process has used."""
+    """Return the CPU time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wakeups(pid: int) -> dict[str, int]:
-    """Return how often each thread of a process has given up the CPU of its own accord, so far."""
+    """Return how often each thread of a process has given up the CPU voluntarily so far."""
     found = {}
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         for line in status.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What is printed, written and drawn: the environment, the table, JSON, PNG."""
+"""Reports the results: prints the environment and the table, and writes JSON and PNG."""
 
 import json
 import os
@@ -88,13 +88,13 @@ def _figure(value: float) -> str:
 
 
 def write_json(path: Path, found: Mapping[str, str], outcomes: Sequence[Outcome]) -> None:
-    """Write everything, each sample included."""
+    """Write everything, including each sample."""
     content = {"environment": dict(found), "rows": [outcome.as_json() for outcome in outcomes]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def plot(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draw the ratios, and each row's time series."""
+    """Draw the ratios, and the time series of each row."""
     import matplotlib
 
     matplotlib.use("Agg")

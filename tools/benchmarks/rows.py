@@ -1,4 +1,4 @@
-"""The rows: one for each line of the table in doc/BENCHMARKS.md."""
+"""Defines the rows, one for each line of the table in doc/BENCHMARKS.md."""
 
 import json
 import os
@@ -98,7 +98,10 @@ def _convert(lab: Lab, uri: str, image_format: str) -> float:
 
 
 def _fio(path: Path, *, pattern: str, block: str, jobs: int, size: int, seconds: int) -> float:
-    """Return reads per second of cold data: each job has a part of the file, and reads nothing twice."""
+    """Return reads per second of cold data.
+
+    Each job has a part of the file, and reads nothing twice.
+    """
     share = size // jobs
     command = [
         "fio",
@@ -224,7 +227,10 @@ def _missing_latency(delay_ms: int, lab: Lab, notes: Notes) -> Iterator[Contende
 
 @contextmanager
 def _during_population(lab: Lab, notes: Notes) -> Iterator[Contenders]:
-    """4 KiB reads of missing blocks over a link of 50 MB/s and 1 ms, while population takes what it can get."""
+    """Read missing blocks of 4 KiB over a link of 50 MB/s and 1 ms, while population runs.
+
+    Population takes what it can get.
+    """
     size, seconds = 2 * GiB, lab.size(8, 4)
     lab.image("disk", size)
 
@@ -244,9 +250,10 @@ def _during_population(lab: Lab, notes: Notes) -> Iterator[Contenders]:
 
 
 def _sample(mount: Mount, size: int, seconds: float, notes: Notes, populates: bool) -> list[float]:
-    """Read at random, what is missing; note what population does meanwhile.
+    """Read at random places that are missing, and note what population does meanwhile.
 
-    A read that population was faster than counts for nothing: it must have raised the bytes fetched on demand.
+    A read does not count if population has been faster. So it must have raised the bytes that were
+    fetched on demand.
     """
     offsets = random.Random(7).sample(range(size // 2 // MiB, size // MiB), 1000)
     found, times, filled = [], [], []
@@ -274,7 +281,7 @@ def _sample(mount: Mount, size: int, seconds: float, notes: Notes, populates: bo
 
 @contextmanager
 def _fetched_bytes(lab: Lab, notes: Notes) -> Iterator[Contenders]:
-    """Four readers, each of everything in an order of its own, until the image is whole."""
+    """Let four readers each read everything in an order of their own, until the image is whole."""
     size = lab.size(GiB, 256 * MiB)
     source = lab.image("disk", size, 3)
     log = lab.memory / "stats"
@@ -304,7 +311,10 @@ def _wander(path: Path, size: int, seed: int) -> None:
 
 
 def _bytes_of(line: str) -> float:
-    """Of a line such as "read: 1234 ops, 0.012 s, 1.00 GiB, ..." (nbdkit-stats-filter(1))."""
+    """Return the bytes of a line such as "read: 1234 ops, 0.012 s, 1.00 GiB, ...".
+
+    nbdkit-stats-filter(1) prints such lines.
+    """
     for part in line.split(","):
         words = part.split()
         if len(words) == 2 and words[1] in _UNITS:
@@ -319,7 +329,7 @@ _UNITS = {"bytes": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB}
 
 
 def _ten_thousand(lab: Lab) -> Path:
-    """Make a repository of 10,000 empty images; return its folder."""
+    """Make a repository of 10,000 empty images. Return its folder."""
     folder = lab.memory / "many"
     folder.mkdir()
     for number in range(10_000):

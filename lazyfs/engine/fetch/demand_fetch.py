@@ -71,9 +71,9 @@ class Miss:
 
 @dataclass(eq=False, slots=True)
 class DemandFetch:
-    """A flight that fetches for readers.
+    """Holds a flight that fetches for readers, and its bytes.
 
-    Its bytes are valid once `done` is set, if `failure` is None then.
+    The bytes are valid once `done` is set, if `failure` is None then.
     """
 
     flight: Flight

@@ -17,7 +17,7 @@ from lazyfs.engine.totals import Read
 
 
 class Handle(Protocol):
-    """An open image. Trio thread only."""
+    """Represents an open image. Trio thread only."""
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         """Return what `read` would return if the host's page cache has all of it.
@@ -51,7 +51,7 @@ class Handle(Protocol):
 
 
 class PartialHandle:
-    """An image that was opened before it was whole."""
+    """Represents an image that was opened before it was whole."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class PartialHandle:
 
 
 class WholeHandle:
-    """A whole image that was opened. It is read from its plain file."""
+    """Represents a whole image that was opened. It is read from its plain file."""
 
     def __init__(
         self, shown: ShownFile, file: PlainFile, closed: Callable[["WholeHandle"], Awaitable[None]]
