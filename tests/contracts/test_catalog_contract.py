@@ -290,3 +290,24 @@ def test_a_catalog_of_a_newer_lazyfs_is_refused_and_left_alone(version_1: str) -
     with closing(sqlite3.connect(version_1)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (99,)
         assert len(db.execute("SELECT * FROM images").fetchone()) == 14
+
+
+class _BrokenDatabase:
+    """Whose disk fails at the end of each transaction, also when it is undone."""
+
+    in_transaction = True
+
+    def execute(self, statement: str) -> None:
+        if statement != "BEGIN IMMEDIATE":
+            raise sqlite3.OperationalError(f"disk I/O error: {statement}")
+
+
+def test_a_transaction_that_cannot_even_be_undone_lets_the_next_one_begin() -> None:
+    lock = threading.Lock()
+    for _ in range(2):
+        with (
+            pytest.raises((OSError, sqlite3.Error)),
+            catalog_module._Transaction(_BrokenDatabase(), lock),  # type: ignore[arg-type]
+        ):
+            pass
+        assert not lock.locked()

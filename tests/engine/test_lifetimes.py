@@ -237,6 +237,30 @@ async def test_data_that_was_lost_is_said_once_and_the_task_of_the_image_ends(
         world.stores.checkpoint_error = None
 
 
+async def test_a_hand_off_that_cannot_succeed_is_tried_again_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts: list[float] = []
+    finish = fakes.MemoryStore.finish
+
+    def counted(self: fakes.MemoryStore) -> None:
+        attempts.append(trio.current_time())
+        finish(self)
+
+    monkeypatch.setattr(fakes.MemoryStore, "finish", counted)
+    world = world_with("a")
+    async with world.daemon(populate=True):
+        world.stores.plain["a"] = b"somebody else's"
+        image = await world.open("a")
+        await trio.sleep(3600)
+        assert "in the way" in image.statistics().error
+        assert 60 <= len(attempts) <= 70, "5, 10, 20, 40 s, and then each minute"
+        del world.stores.plain["a"]
+        await until(lambda: image.record.state is State.WHOLE)
+        assert image.statistics().error == ""
+        await world.close(image)
+
+
 # -- connections
 
 
