@@ -34,6 +34,7 @@ from lazyfs.core.pacing import Backoff
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.filesystem import Options
 from lazyfs.engine.interfaces import FileAttributes
+from lazyfs.engine.supervision import log_failure
 from lazyfs.host import mounts
 from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.session import KernelSession
@@ -173,7 +174,7 @@ class _Daemon:
                 await parts.filesystem.refresh()
         except trio.TooSlowError:
             reason = f"{self._config.repository} does not answer"
-        except errors.LazyfsError as error:
+        except (errors.LazyfsError, OSError) as error:
             reason = str(error)
         else:
             return
@@ -264,7 +265,8 @@ class _Mounted:
         keep_running = self._parts.supervisor.keep_running
         async with trio.open_nursery() as nursery:
             await assembly.start(self._parts, nursery)
-            nursery.start_soon(self._parts.filesystem.resume)
+            resume = self._parts.filesystem.resume
+            nursery.start_soon(log_failure, "opening what an earlier daemon left", resume)
             nursery.start_soon(self._control.run)
             nursery.start_soon(self._unmount_on_signal)
             nursery.start_soon(keep_running, "looking at the repository", self._refresh)

@@ -465,13 +465,16 @@ class MemoryStores:
     def __init__(self) -> None:
         self.partials: dict[int, _Disk] = {}
         self.plain: dict[str, bytearray | bytes] = {}
+        """Plain files by path, whole images and what else a test puts there."""
         self.aside: dict[str, bytearray | bytes] = {}
         """Plain files whose image is being replaced in the catalog."""
-        """Plain files by path, whole images and what else a test puts there."""
         self.full = False
         """True if every write fails with NoSpace, and nothing new can be begun."""
         self.room_low = False
         """What `nearly_full` returns."""
+        self.on_call: Callable[[], None] = lambda: None
+        """Called by each call that the disk could refuse, before anything is done. It may raise
+        OSError. A `close` closes all the same, as close(2) does."""
         self.checkpoint_error: Exception | None = None
         self.checkpoints = 0
         self.odd_writes: list[ByteRange] = []
@@ -561,8 +564,10 @@ class _MemoryReader:
         return data
 
     def close(self) -> None:
-        self._bytes = None
-        self._stores.open_files.discard(self)
+        if self in self._stores.open_files:
+            self._bytes = None
+            self._stores.open_files.discard(self)
+            self._stores.on_call()
 
 
 class MemoryStore(_MemoryReader):
@@ -583,6 +588,7 @@ class MemoryStore(_MemoryReader):
 
     def load(self) -> BlockMap:
         record, stores = self._record, self._stores
+        stores.on_call()
         disk = stores.partials.get(record.inode)
         if disk is None:
             if stores.full:
@@ -602,6 +608,7 @@ class MemoryStore(_MemoryReader):
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if self._stores.full:
                 raise errors.NoSpace
+            self._stores.on_call()
             end = offset + len(data)
             if (
                 offset % GRAIN
@@ -622,6 +629,7 @@ class MemoryStore(_MemoryReader):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self._stores.checkpoint_error is not None:
             raise self._stores.checkpoint_error
+        self._stores.on_call()
         with self._lock:
             self._disk.safe_data = bytes(self._disk.data)
             self._stores.checkpoints += 1
@@ -642,11 +650,13 @@ class MemoryStore(_MemoryReader):
 
     def disown(self) -> None:
         assert self._disk is not None
+        self._stores.on_call()
         self._disk.disowned = True
         self._stores.journal.append(f"disown {self._record.inode}")
 
     def finish(self) -> None:
         assert self._disk is not None
+        self._stores.on_call()
         there = self._stores.plain.get(self._record.path)
         if there is not None and there is not self._disk.data:
             raise errors.UserError(
@@ -661,12 +671,14 @@ class MemoryStore(_MemoryReader):
         self._stores.journal.append(f"finish {self._record.inode}")
 
     def unfinish(self) -> None:
+        self._stores.on_call()
         disk = self._stores.partials.get(self._record.inode)
         if disk is not None and self._stores.plain.get(self._record.path) is disk.data:
             del self._stores.plain[self._record.path]
             self._stores.journal.append(f"unfinish {self._record.inode}")
 
     def remove(self) -> None:
+        self._stores.on_call()
         if self._stores.partials.pop(self._record.inode, None) is not None:
             self._stores.journal.append(f"remove {self._record.inode}")
 
@@ -678,6 +690,7 @@ class _MemoryPlainFile(_MemoryReader):
         super().__init__(stores)
         self._path = record.path
         self._fd = -1
+        stores.on_call()
         found = stores.plain.get(record.path)
         if found is None:
             raise errors.PlainFileGone("the plain file cannot be opened: No such file or directory")
@@ -700,18 +713,21 @@ class _MemoryPlainFile(_MemoryReader):
         return self._fd
 
     def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         super().close()
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
 
     def set_aside(self) -> None:
+        self._stores.on_call()
         self._stores.aside[self._path] = self._stores.plain.pop(self._path)
 
     def restore(self) -> None:
+        self._stores.on_call()
         self._stores.plain[self._path] = self._stores.aside.pop(self._path)
 
     def remove(self) -> None:
+        self._stores.on_call()
         self._stores.aside.pop(self._path, None)
         self._stores.plain.pop(self._path, None)
 
@@ -723,6 +739,8 @@ class MemoryCatalog:
         self.records: dict[int, ImageRecord] = {}
         self.error: Exception | None = None
         """Raised by every call."""
+        self.on_call: Callable[[], None] = lambda: None
+        """Called by each call that the disk could refuse, before anything is done."""
         self._next = 2
         self._journal = [] if journal is None else journal
 
@@ -771,5 +789,6 @@ class MemoryCatalog:
         """Do nothing, because there is nothing to close."""
 
     def _check(self) -> None:
+        self.on_call()
         if self.error is not None:
             raise self.error

@@ -85,15 +85,26 @@ class InFlight(Generic[WaiterT]):
                 something.
             unit: as for `fetch_plan.plan_rest`. With the block size no rest is fetched.
         """
-        new = [self._begin(run, Purpose.DEMAND) for run in plan_read(self._blocks, wanted, ahead)]
-        if new:
-            new += [self._begin(run, Purpose.REST) for run in plan_rest(self._blocks, wanted, unit)]
+        new: list[Flight] = []
+        try:
+            for run in plan_read(self._blocks, wanted, ahead):
+                new.append(self._begin(run, Purpose.DEMAND))
+            if new:
+                for run in plan_rest(self._blocks, wanted, unit):
+                    new.append(self._begin(run, Purpose.REST))
+            return self._joined(tuple(new), wanted)
+        except BaseException:  # there is no memory
+            for flight in new:
+                self.settle(flight, None)
+            raise
+
+    def _joined(self, new: tuple[Flight, ...], wanted: ByteRange) -> Plan:
         own = self._blocks.blocks_of(wanted)
         self._cursor.jump(own.end)
         joined = dict.fromkeys(
             self._at[block] for block in range(own.first, own.end) if block in self._at
         )
-        return Plan(tuple(new), tuple(joined))
+        return Plan(new, tuple(joined))
 
     def claim(self, limit: int, known_until: Callable[[ByteRange], int]) -> Flight | None:
         """Claim the next missing blocks for population.
@@ -157,9 +168,16 @@ class InFlight(Generic[WaiterT]):
         return waiters
 
     def _begin(self, run: BlockRun, purpose: Purpose) -> Flight:
-        self._blocks.claim(run)
         flight = Flight(run, purpose)
         self._waiters[flight] = []
-        for block in range(run.first, run.end):
-            self._at[block] = flight
+        try:
+            for block in range(run.first, run.end):
+                self._at[block] = flight
+            self._blocks.claim(run)
+        except BaseException:  # there is no memory, or a bug
+            del self._waiters[flight]
+            for block in range(run.first, run.end):
+                if self._at.get(block) is flight:
+                    del self._at[block]
+            raise
         return flight

@@ -41,5 +41,7 @@ class Context(Generic[ImageT]):
     on_state_changed: Callable[[ImageT], None]
     """Called when the state of an image has changed. Once an image is whole, its name leads to its
     second inode number."""
+    on_opened: Callable[[ImageT], None]
+    """Called when a file of an image is about to be opened."""
     on_unused: Callable[[ImageT], None]
     """Called when an image has no name and nobody has it open. It may be called more than once."""

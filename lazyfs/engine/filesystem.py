@@ -112,6 +112,7 @@ class Filesystem:
             ),
             on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
             on_state_changed=self._state_changed,
+            on_opened=self._opened,
             on_unused=self._drop_unused,
         )
         self._active: dict[int, Image] = {}
@@ -185,8 +186,8 @@ class Filesystem:
             await self.sizes.learn_again(image, patient=True)
         if image.record.size is None:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
-        with self._opening(image):
-            handle = await self._in_time(image, image.open)
+        self._check_inode(image)
+        handle = await self._in_time(image, image.open)
         if first and self._context.populate:
             image.populating.want()
             self.on_fillable()
@@ -194,15 +195,15 @@ class Filesystem:
 
     async def open_whole(self, image: Image) -> WholeHandle:
         """Open `image` as a whole image, by its second inode number. Raises what `open` raises."""
-        with self._opening(image):
-            return await self._in_time(image, image.open_whole)
+        self._check_inode(image)
+        return await self._in_time(image, image.open_whole)
 
-    @contextmanager
-    def _opening(self, image: Image) -> Iterator[None]:
+    def _check_inode(self, image: Image) -> None:
         if self.names.node(image.inode) is not image:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _opened(self, image: Image) -> None:
         self._active[image.inode] = image
-        yield
 
     async def _in_time(self, image: Image, opened: Callable[[], Awaitable[HandleT]]) -> HandleT:
         try:
@@ -225,7 +226,9 @@ class Filesystem:
         changed.
 
         Raises:
-            ConnectionLost, Unsupported: nothing has changed here, and `list_trouble` says why.
+            ConnectionLost, Unsupported: the repository could not be listed or asked.
+            LazyfsError, OSError: the catalog could not be written.
+                In both cases `list_trouble` says why, and the next refresh tries again.
         """
         async with self._refreshing:
             try:
@@ -234,7 +237,7 @@ class Filesystem:
                 await self._check_versions(
                     [i for i in self.names.images() if i.record.export in listed]
                 )
-            except errors.LazyfsError as error:
+            except (errors.LazyfsError, OSError) as error:
                 self.list_trouble = str(error)
                 raise
             self.list_trouble = ""
@@ -360,6 +363,7 @@ class Filesystem:
         image: Image,
         error: errors.ExportChanged | None,
         successor: Callable[[ImageRecord], ImageRecord],
+        check: Callable[[], None] = lambda: None,
     ) -> Image:
         """Let an image with a new inode take the name.
 
@@ -369,21 +373,21 @@ class Filesystem:
             image: the old image.
             error: why the rest of the old image cannot be fetched any more. None if it can.
             successor: returns the new record, made from the old one.
+            check: as for `Image.retire`.
 
         Raises:
-            UserError, OSError, LazyfsError: nothing has changed.
+            UserError, OSError, LazyfsError, and what `check` raises: nothing has changed.
         """
         self.check_current(image)
-
-        fresh = successor(image.record)
+        path = successor(image.record).path
 
         def take_over() -> ImageRecord:
             return self._catalog.replace(image.inode, successor(image.record))
 
         # This is shielded because the name would lead nowhere if it stopped halfway. It only waits
         # for the disk, so it is never long.
-        with trio.CancelScope(shield=True), self._marked_as_replaced(image, fresh.path):
-            record = await image.retire(error, take_over)
+        with trio.CancelScope(shield=True), self._marked_as_replaced(image, path):
+            record = await image.retire(error, take_over, check)
             logger.info("replaced: image=%s reason=%s", image.record.export, error or "evicted")
             self.names.unname(image)
             new = Image(record, self._context)
@@ -414,13 +418,17 @@ class Filesystem:
                 f"{image.record.path} is being replaced by a new version; try again"
             )
 
-    async def evict(self, image: Image) -> None:
+    async def evict(self, image: Image, check: Callable[[], None] = lambda: None) -> None:
         """Drop what is cached of an image. Obstacles such as a pin are not considered.
 
         Processes that have the image open keep what was present until they close it.
 
+        Args:
+            image: the image.
+            check: as for `Image.retire`.
+
         Raises:
-            LazyfsError, OSError: it could not be dropped.
+            LazyfsError, OSError, and what `check` raises: it could not be dropped.
         """
         if image.record.state is State.REMOTE and not image.gone:
             return
@@ -429,6 +437,7 @@ class Filesystem:
                 image,
                 None,
                 lambda record: record.successor(time.time_ns(), digest=lasting_digest(record)),
+                check,
             )
             if new.gone and not new.open_count:
                 await self._drop([new])
@@ -441,7 +450,6 @@ class Filesystem:
         """
         self.check_current(image)
         await image.prefetch()
-        self._active[image.inode] = image
         self.on_fillable()
 
     def set_rate(self, rate: int | None) -> None:
@@ -478,10 +486,9 @@ class Filesystem:
     async def resume(self) -> None:
         """Open the partial images that an earlier daemon left."""
         for image in self.names.images():
-            if image.record.state in (State.PARTIAL, State.FAILED):
+            if image.record.state in (State.PARTIAL, State.FAILED) and not image.retired:
                 try:
                     await image.resume()
-                    self._active[image.inode] = image
                 except (errors.LazyfsError, OSError) as error:
                     logger.warning("cannot resume: image=%s reason=%s", image.record.export, error)
                 except Exception:
@@ -502,6 +509,11 @@ class Filesystem:
                 await image.aclose()
             except (errors.LazyfsError, OSError) as error:
                 logger.warning("not closed cleanly: image=%s reason=%s", image.record.export, error)
+            except Exception:
+                # The other images are still to be saved.
+                logger.exception(
+                    "not closed cleanly, a bug in lazyfs: image=%s", image.record.export
+                )
         await self.save_uses()
 
     # -- inside

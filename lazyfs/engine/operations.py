@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
 from errno import ESTALE
+from functools import partial
 
 from lazyfs import errors
 from lazyfs.core import eviction, shown_file
@@ -50,6 +51,9 @@ _REFUSALS = {
     Obstacle.PINNED: "{path} is pinned; lazyfs unpin it first",
     Obstacle.BACKING: "{path} is the backing file of an overlay",
     Obstacle.OPEN: "{path} is open",
+    Obstacle.LAST_COPY: "{path} could not be fetched again",
+    Obstacle.SPARED: "{path} is being filled",
+    Obstacle.EMPTY: "nothing of {path} is cached",
 }
 
 
@@ -84,6 +88,15 @@ def candidate(image: Image, backing: Collection[str], spared: bool = False) -> C
         gone=image.gone,
         last_copy=is_last_copy(image),
     )
+
+
+def refuse(
+    image: Image, backing: Collection[str], among: Collection[Obstacle] = tuple(Obstacle)
+) -> None:
+    """Raise Refused if one of the obstacles `among` keeps an image from being evicted now."""
+    found = eviction.obstacle(candidate(image, backing), among)
+    if found is not None:
+        raise Refused(image.record.path, found)
 
 
 class Operations:
@@ -180,26 +193,36 @@ class Operations:
         if image.retired:  # only its open files lead here, and nobody asks for its last use
             image.note_use(at_ns)
         else:
-            await self._annotate(image, lambda record: record.used(at_ns))
+            await self._annotate(image, lambda record: record.used(at_ns), must=False)
 
     async def pin(self, image: Image, pinned: bool) -> None:
-        """Pin an image, so that it is not evicted, or unpin it."""
+        """Pin an image, so that it is not evicted, or unpin it.
+
+        Raises:
+            LazyfsError, OSError: the catalog cannot be written, and nothing has changed.
+        """
         await self._annotate(image, lambda record: record.with_pin(pinned))
 
     async def set_digest(self, image: Image, digest: str) -> None:
-        """Set the digest with which an image is compared when it is complete."""
+        """Set the digest with which an image is compared when it is complete.
+
+        Raises:
+            LazyfsError, OSError: the catalog cannot be written, and nothing has changed.
+        """
         image = await self._annotate(image, lambda record: record.with_digest(digest))
         if image.record.cause is Cause.WRONG_DIGEST:
             await image.recover()  # it will be compared with the new digest
 
-    async def _annotate(self, image: Image, change: Callable[[ImageRecord], ImageRecord]) -> Image:
+    async def _annotate(
+        self, image: Image, change: Callable[[ImageRecord], ImageRecord], must: bool = True
+    ) -> Image:
         """Change the record of the image that has the name now, and return that image.
 
         It may be another image than the one the caller has looked at.
         """
         while True:
             try:
-                await image.annotate(change)
+                await image.annotate(change, must)
             except OSError as error:
                 now = self._filesystem.names.image_of(image.record.export)
                 if error.errno != ESTALE or now is None or now is image:
@@ -228,13 +251,14 @@ class Operations:
         if image.record.state is State.REMOTE and not image.gone:
             return
         backing = await self.backing_files() if backing is None else backing
-        self._refuse(image, backing, AGAINST_EVICT)
-        await self._filesystem.evict(image)
+        check = partial(refuse, image, backing, AGAINST_EVICT)
+        check()
+        await self._filesystem.evict(image, check)
 
     async def unlink(self, image: Image) -> None:
         """Evict as unlink(2) on the mount does. Raises what `evict` raises."""
-        self._refuse(image, await self.backing_files(), AGAINST_UNLINK)
-        await self._filesystem.evict(image)
+        check = partial(refuse, image, await self.backing_files(), AGAINST_UNLINK)
+        await self._filesystem.evict(image, check)
 
     def may_go(self, image: Image, backing: Collection[str]) -> bool:
         """Return whether `evict` would drop anything."""
@@ -252,13 +276,7 @@ class Operations:
             raise errors.UserError(
                 f"{image.record.path} is in the repository; evict drops what is cached of it"
             )
-        self._refuse(image, (), AGAINST_FORGET)
-        await self._filesystem.evict(image)
-
-    def _refuse(self, image: Image, backing: Collection[str], among: Collection[Obstacle]) -> None:
-        found = eviction.obstacle(candidate(image, backing), among)
-        if found is not None:
-            raise Refused(image.record.path, found)
+        await self._filesystem.evict(image, partial(refuse, image, (), AGAINST_FORGET))
 
     # -- looking
 

@@ -189,7 +189,8 @@ class Population:
         self._turns += 1
         image.populating.waits_since = self._turns
         filling = image.filling
-        assert filling is not None
+        if filling is None:  # it was closed while the worker closed connections
+            return
         port, table = filling.port, filling.table
         before, began = table.counters().populated_bytes, trio.current_time()
         port.forget_trouble()

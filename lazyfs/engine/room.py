@@ -20,6 +20,7 @@ import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -30,7 +31,7 @@ from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Space, Stores
-from lazyfs.engine.operations import candidate
+from lazyfs.engine.operations import Refused, candidate, refuse
 from lazyfs.units import format_size
 
 logger = logging.getLogger(__name__)
@@ -227,32 +228,38 @@ class Room:
             How many bytes were freed, and, if they are not enough, the reason.
         """
         decision = self._decide(need, None)
+        backing: frozenset[str] = frozenset()
         if isinstance(decision, LookAtOverlays):
-            backing, found = await self._scan(need)
-            if backing is None:
+            scanned, found = await self._scan(need)
+            if scanned is None:
                 assert found is not None
                 return 0, self._explain(*found)
-            # From here on only evictions are awaited, so an image that somebody opens meanwhile is
-            # seen to be open.
+            backing = scanned
             decision = self._decide(need, backing)
             if isinstance(decision, Shortage):
                 self._remember_scan(need, (decision, ""))
         if isinstance(decision, Shortage):
             return 0, self._explain(decision)
         assert isinstance(decision, Evict)
-        return await self._carry_out(decision, need) if decision.victims else (0, "")
+        return await self._carry_out(decision, need, backing) if decision.victims else (0, "")
 
-    async def _carry_out(self, decision: Evict, need: Need) -> tuple[int, str]:
+    async def _carry_out(
+        self, decision: Evict, need: Need, backing: frozenset[str]
+    ) -> tuple[int, str]:
         images = {image.inode: image for image in self._filesystem.names.images()}
         freed, why, detail = 0, Shortage.ALL_NEEDED, ""
         for victim in decision.victims:
             if freed >= need.wanted:
                 break
             image = images.get(victim.key)
-            if image is None or image.open_count or image.retired:
+            if image is None or image.retired:
                 continue
             try:
-                await self._filesystem.evict(image)
+                # Asked again, because each eviction before it has taken its time: somebody may have
+                # opened or pinned this image, or the repository may have lost it.
+                await self._filesystem.evict(image, partial(refuse, image, backing))
+            except Refused:
+                continue
             except (errors.LazyfsError, OSError) as error:
                 why, detail = (
                     Shortage.CANNOT_EVICT,

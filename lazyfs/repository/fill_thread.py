@@ -115,7 +115,7 @@ class FillConnection:
                     self._start(claim)
                     busy += 1
                 else:  # the blocks hold nothing but zeroes
-                    claim.finish()
+                    self._finish_empty(claim)
             if busy == 0 and exhausted:
                 return
             if busy == 0:
@@ -129,13 +129,24 @@ class FillConnection:
             if time.monotonic() - self._last_progress > self._stall_s:
                 raise errors.ConnectionLost(self._uri, f"no reply in {self._stall_s:g} s")
 
+    def _finish_empty(self, claim: Claim) -> None:
+        try:
+            claim.finish()
+        except BaseException:
+            claim.drop()
+            raise
+
     def _start(self, claim: Claim) -> None:
-        length = claim.parts[-1].end - claim.parts[0].start
-        slot = next((slot for slot in self._slots if slot.claim is None), None)
-        if slot is None:
-            slot = _Slot(None)
-            self._slots.append(slot)
+        try:
+            slot = next((slot for slot in self._slots if slot.claim is None), None)
+            if slot is None:
+                slot = _Slot(None)
+                self._slots.append(slot)
+        except BaseException:
+            claim.drop()
+            raise
         slot.claim, slot.waiting = claim, 1  # set first, so it is dropped even if memory runs out
+        length = claim.parts[-1].end - claim.parts[0].start
         if slot.buffer is None or len(slot.buffer.memory) < length:
             # Blocks may be larger than REQUEST. A buffer grows to the largest claim once, and then
             # stays that large.

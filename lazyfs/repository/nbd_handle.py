@@ -103,7 +103,10 @@ class NbdHandle:
         """Why the connection cannot be used any more. It is "" while it can."""
 
     async def run(self) -> None:
-        """Move bytes until the connection breaks or `close` is called. Raises only Cancelled."""
+        """Move bytes until the connection breaks or `close` is called. Raises only Cancelled.
+
+        Then every command that is in flight has ended, and the socket is closed.
+        """
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -118,10 +121,11 @@ class NbdHandle:
         finally:
             self.broken = self.broken or "closed"
             for command in list(self._in_flight):
-                self._end(command)
+                self._end_broken(command)
             # This is the last reference. libnbd closes the socket with the handle.
             self._handle = None
-            for buffer in self._orphans.values():
+            orphans, self._orphans = self._orphans, {}
+            for buffer in orphans.values():
                 if buffer is not None:
                     nbd_buffers.give(buffer)
 
@@ -295,6 +299,13 @@ class NbdHandle:
             # memory.
             ended, command.ended = command.ended, _nothing
             ended()
+
+    def _end_broken(self, command: _Command) -> None:
+        """End a command that gets no answer any more. The others still have to end."""
+        try:
+            self._end(command)
+        except Exception:
+            logger.exception("a command failed, a bug in lazyfs: export=%s", self._export)
 
     def _outcome(self, command: _Command, what: str) -> errors.LazyfsError | None:
         """Return why a command that has ended has failed, or None if it has not."""

@@ -1,5 +1,6 @@
 """What every Store and ImageFile promises, in memory and on disk."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -511,3 +512,25 @@ def test_a_close_waits_for_the_write_that_is_under_way(
     monkeypatch.undo()
     again, _ = disk.load()
     assert again.read(0, BLOCK) == CONTENT[:BLOCK]
+
+
+@pytest.mark.parametrize("disk", [raw, qcow2], ids=["raw", "qcow2"], indirect=True)
+def test_a_close_that_fails_closes_each_file_once(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux closes the descriptor all the same, and the next file gets its number."""
+    store, _ = disk.load()
+    closed: list[int] = []
+    real_close = os.close
+
+    def close(fd: int) -> None:
+        real_close(fd)
+        closed.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.close()
+    store.close()
+    monkeypatch.undo()
+    assert len(closed) == len(set(closed)) == (2 if disk.format == shown_file.RAW else 1)

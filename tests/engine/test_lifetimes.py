@@ -731,3 +731,64 @@ async def test_no_two_images_get_one_path_while_both_are_on_their_way() -> None:
         assert len(set(images.values())) == 2
         for path in images.values():
             assert world.filesystem.names.node_at(path) is not None
+
+
+async def test_an_image_that_is_evicted_while_it_is_resumed_is_not_begun_anew() -> None:
+    world = world_with("a", "b", populate=False)
+    async with world.daemon():
+        for name in "ab":
+            image = await world.open(name)
+            await world.read(image, 0, 10)
+            await trio.sleep(10)
+            await world.close(image)
+    async with world.daemon():
+        old = world.image("b")
+        await old.aclose()  # as it is before `resume` has come to it
+        await world.filesystem.evict(old)
+        before = dict(world.stores.partials)
+        with pytest.raises(OSError, match="Stale"):
+            await old.resume()
+        assert old.filling is None
+        assert world.stores.partials == before
+
+
+@pytest.mark.parametrize("what", ["pinned", "gone"])
+async def test_room_is_not_made_of_an_image_that_must_stay_meanwhile(what: str) -> None:
+    world = world_with("a", "b", populate=False, limits=Limits(max_cache=4 * SIZE))
+    async with world.daemon(populate=True):
+        for name in "ab":
+            await whole(world, name)
+            await trio.sleep(1)
+        kept = world.image("b")  # the last to go
+        world.room._limits = Limits(max_cache=BLOCK)
+        threads.delay_s = 0.1
+        world.filesystem.budget.on_low()
+        await until(lambda: bool(world.filesystem._replacing))
+        if what == "pinned":
+            await world.command("pin", path="b")
+        else:
+            del world.repository.exports["b"]
+            await world.filesystem.refresh()
+            assert kept.gone
+        await trio.sleep(5)
+        threads.delay_s = 0
+        assert not kept.retired
+        assert world.image("b") is kept
+
+
+async def test_a_bug_in_one_image_at_the_end_does_not_keep_the_others_from_being_saved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = world_with("a", "b", populate=False)
+    world.may_leave_files_open = True
+
+    async def bug() -> None:
+        raise AssertionError("a bug")
+
+    async with world.daemon():
+        first, second = await world.open("a"), await world.open("b")
+        for image in (first, second):
+            await world.read(image, 0, 10)
+        monkeypatch.setattr(first, "aclose", bug)
+    assert f"map {second.inode}" in world.stores.journal
+    assert "not closed cleanly, a bug in lazyfs: image=a" in caplog.text

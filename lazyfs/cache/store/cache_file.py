@@ -126,9 +126,9 @@ class FileReader:
             self._close_fds()
 
     def _close_fds(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """Return `length` bytes if all of them are in the page cache, otherwise None.

@@ -125,7 +125,9 @@ class RawStore(PartialFile):
         return [self._map_name, self._data_name]
 
     def _close_fds(self) -> None:
-        super()._close_fds()
-        if self._map_fd >= 0:
-            os.close(self._map_fd)
-        self._map_fd = -1
+        map_fd, self._map_fd = self._map_fd, -1
+        try:
+            super()._close_fds()
+        finally:
+            if map_fd >= 0:
+                os.close(map_fd)

@@ -75,9 +75,13 @@ class FillPort:
         )
         if reservation is None:
             return None
-        flight = self._table.claim(permit.most)
+        flight = None
+        try:
+            flight = self._table.claim(permit.most)
+        finally:
+            if flight is None:
+                reservation.release()
         if flight is None:
-            reservation.release()
             return None
         claim = FillClaim(self, flight, permit, reservation)
         try:

@@ -87,23 +87,31 @@ class PartialHandle:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _read_export(self, wanted: ByteRange, read: Read | None) -> bytes:
-        table = self.filling.table
-        if (distrust := table.distrust) is not None:
-            raise distrust.again()
-        if not table.present(wanted):
-            data = await self.filling.reader.read_missing(wanted, self._read_cache, read)
-            if data is not None:
-                return data
-        return await read_file(self.filling.store, wanted)
+        filling = self.filling  # which the image may replace meanwhile
+        _check_trust(filling)
+        data = None
+        if not filling.table.present(wanted):
 
-    def _read_cache(self, part: ByteRange) -> bytes:
-        return self.filling.store.read(part.start, part.length)
+            def read_cache(part: ByteRange) -> bytes:
+                return filling.store.read(part.start, part.length)
+
+            data = await filling.reader.read_missing(wanted, read_cache, read)
+        if data is None:
+            data = await read_file(filling.store, wanted)
+        # Again, because the disk may have lost what was read just now from the cache file.
+        _check_trust(filling)
+        return data
 
     async def aclose(self) -> None:
         """Close as `Handle.aclose` describes."""
         if self._open:
             self._open = False
             await self._closed(self)
+
+
+def _check_trust(filling: Filling) -> None:
+    if (distrust := filling.table.distrust) is not None:
+        raise distrust.again()
 
 
 class WholeHandle:

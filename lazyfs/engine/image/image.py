@@ -228,6 +228,7 @@ class Image:
         if not isinstance(self._content, Whole):
             assert isinstance(self._content, Closed)
             self._content = Whole(await self._open_plain_file())
+            self._context.on_opened(self)
         return WholeHandle(self.record.shown, self._content.file, self._closed)
 
     async def _closed(self, handle: PartialHandle | WholeHandle) -> None:
@@ -339,19 +340,31 @@ class Image:
                 self.note_use(time.time_ns())
         self._context.on_fillable()
 
-    async def annotate(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
+    async def annotate(
+        self, change: Callable[[ImageRecord], ImageRecord], must: bool = True
+    ) -> None:
         """Save what an operator says of the image: its pin, its digest or its use.
 
+        Args:
+            change: returns the changed record.
+            must: as for `_save`.
+
         Raises:
+            NoSpace, CacheCorrupt, OSError: the catalog cannot be written, as `_save` says.
             OSError: ESTALE means that it is retired, so another image has its name now.
         """
         async with self._changing:
             if self.retired:
                 raise _stale()
             if change(self.record) != self.record:
-                await self._save(change)
+                await self._save(change, must)
 
-    async def retire(self, reason: errors.LazyfsError | None, take_over: Callable[[], T]) -> T:
+    async def retire(
+        self,
+        reason: errors.LazyfsError | None,
+        take_over: Callable[[], T],
+        check: Callable[[], None] = lambda: None,
+    ) -> T:
         """Give up the name, and remove what is cached. Return what `take_over` returns.
 
         Processes that have the image open keep what was present.
@@ -360,11 +373,14 @@ class Image:
             reason: why the rest is not fetched any more. None if readers may still fetch, because
                 the export is the same.
             take_over: puts another image in this one's place in the catalog. Called in a thread.
+            check: raises if the image must stay. It is called when nobody else can change the image
+                any more.
 
         Raises:
-            UserError, OSError, and what `take_over` raises: nothing has changed.
+            UserError, OSError, and what `take_over` and `check` raise: nothing has changed.
         """
         async with self._changing:
+            check()
             remove = partial(partial_cache.remove, self._context.stores, self.record, take_over)
             taken_over = await trio.to_thread.run_sync(remove, limiter=self._context.threads.opens)
             self.retired = True
@@ -405,8 +421,15 @@ class Image:
     # -- inside; all with `_changing` held
 
     async def _begin(self) -> Filling:
-        """Open the cache file, or begin it."""
+        """Open the cache file, or begin it.
+
+        Raises:
+            OSError, CacheCorrupt, UserError: it cannot be opened. ESTALE means that the image is
+                retired: its files are gone, and belong to nobody if they were made again.
+        """
         assert isinstance(self._content, Closed)
+        if self.retired:
+            raise _stale()
         if trouble := partial_cache.too_large(self.record):
             raise errors.UserError(trouble)
         fresh = self.record.state is State.REMOTE
@@ -444,6 +467,7 @@ class Image:
             is_open=lambda: self.open_count > 0,
         )
         self._unkept = not loaded.kept
+        self._context.on_opened(self)
         if self.record.state is State.FAILED:
             filling.table.stop_fetching(errors.UserError(self.record.error))
         self._scope = trio.CancelScope()
@@ -480,13 +504,19 @@ class Image:
     async def _close_file(self, file: ImageFile) -> None:
         """Close a file. If nothing else may hold it, that is done in a thread.
 
-        The kernel then frees the blocks during the close, which takes seconds.
+        The kernel then frees the blocks during the close, which takes seconds. An error is only
+        reported, because the file is closed all the same: what was to be durable was synced before.
         """
-        if not self.retired:
-            file.close()
-            return
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(file.close, limiter=self._context.threads.syncs)
+        try:
+            if not self.retired:
+                file.close()
+                return
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(file.close, limiter=self._context.threads.syncs)
+        except OSError as error:
+            logger.warning(
+                "error when a file was closed: image=%s reason=%s", self.record.export, error
+            )
 
     def _counters(self) -> FetchCounters:
         if self.filling is not None:
@@ -495,8 +525,14 @@ class Image:
             self.record.demand_bytes, self.record.populated_bytes, self.record.requests
         )
 
-    async def _save(self, change: Callable[[ImageRecord], ImageRecord]) -> None:
-        """Change the record, first in the catalog and then here."""
+    async def _save(self, change: Callable[[ImageRecord], ImageRecord], must: bool = False) -> None:
+        """Change the record, first in the catalog and then here.
+
+        Raises:
+            NoSpace, CacheCorrupt, OSError: the catalog cannot be written, which only concerns a
+                change that `must` be in it. Nothing has changed. Any other change is saved with the
+                next one. At worst the daemon asks or counts again after a restart.
+        """
         counted = self.record
         if self.filling is not None:
             counted = counted.counted(self.filling.table.present_bytes, self._counters())
@@ -507,10 +543,8 @@ class Image:
                     self._context.catalog.update, [record], limiter=self._context.threads.catalog
                 )
             except (errors.NoSpace, errors.CacheCorrupt, OSError) as error:
-                if record.state is State.WHOLE and self.record.state is not State.WHOLE:
+                if must:
                     raise
-                # The next change saves this one as well. At worst the daemon asks or counts again
-                # after a restart.
                 logger.warning("the catalog could not be written: %s", error)
         before, self.record = self.record, record
         if record.last_used_ns == counted.last_used_ns:  # the image may have been closed meanwhile
@@ -635,10 +669,8 @@ class Image:
             await trio.to_thread.run_sync(filling.store.finish, limiter=self._context.threads.syncs)
             # Without the shield the partial file's name could stay until the next start.
             with trio.CancelScope(shield=True):
-                await self._save(ImageRecord.became_whole)
-                await trio.to_thread.run_sync(
-                    filling.store.remove, limiter=self._context.threads.opens
-                )
+                await self._save(ImageRecord.became_whole, must=True)
+                await self._remove_partial_name(filling)
         except (errors.LazyfsError, OSError) as error:
             if self.record.error != str(error):
                 logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)
@@ -646,6 +678,17 @@ class Image:
             return False
         logger.info("image is whole: image=%s size=%d", self.record.export, self.record.size)
         return True
+
+    async def _remove_partial_name(self, filling: Filling) -> None:
+        # The image is whole whether this succeeds or not.
+        try:
+            await trio.to_thread.run_sync(filling.store.remove, limiter=self._context.threads.opens)
+        except OSError as error:
+            logger.warning(
+                "its map is removed by the next mount: image=%s reason=%s",
+                self.record.export,
+                error,
+            )
 
     # -- reporting
 

@@ -87,7 +87,7 @@ def _joined(runs: list[tuple[ByteRange, int]]) -> Iterator[MapEntry]:
 
 
 def _segments(fd: int, begin: int, end: int) -> list[MapEntry]:
-    """Yield the map of a plain file, by SEEK_DATA and SEEK_HOLE of lseek(2)."""
+    """Return the map of a plain file, by SEEK_DATA and SEEK_HOLE of lseek(2)."""
     found = []
     position = begin
     while position < end:

@@ -1,9 +1,13 @@
-"""Cancels every call of a thread in the engine while it waits for its limiter, one at a time.
+"""Uses images for a while, and disturbs one call at a time.
 
-A reader, an operator or the whole daemon may be cancelled there. In each case every claim ends,
-every reservation ends, every token is given back, every file is closed, and the daemon ends.
+Every call of a thread is cancelled while it waits for its limiter, be it a reader's, an operator's
+or the whole daemon's. Every call of the disk fails. In each case every claim ends, every
+reservation ends, every token is given back, every file is closed, the daemon ends, and the next
+daemon serves the right bytes.
 """
 
+import errno
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -26,13 +30,11 @@ SIZE = 16 * BLOCK
 
 
 class Interruption:
-    """Holds one call of a thread back and cancels its caller.
-
-    A limiter without tokens would hold the call back in the same way.
-    """
+    """Disturbs the call with that number."""
 
     def __init__(self, number: int) -> None:
         self._number = number
+        self._disk_calls = 0
         self.reached = False
         self.operation = trio.CancelScope()
         """The scope of the operation under way."""
@@ -40,7 +42,18 @@ class Interruption:
         """The scope of the daemon's life."""
         self._operator = trio.lowlevel.current_task()
 
-    async def on_call(self, number: int) -> None:
+    def fail(self) -> None:
+        """Let one call of the disk fail."""
+        self._disk_calls += 1
+        if self._disk_calls - 1 == self._number:
+            self.reached = True
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def hold_back(self, number: int) -> None:
+        """Hold one call of a thread back and cancel its caller.
+
+        A limiter without tokens would hold the call back in the same way.
+        """
         if number != self._number:
             return
         self.reached = True
@@ -90,8 +103,13 @@ async def life(world: World, interruption: Interruption, seen: list[Image]) -> N
     await do(lambda: world.command("evict", path=""))
 
 
-async def interrupted(number: int) -> bool:
-    """Run `life` with the call of that number held back. Return whether there was such a call."""
+async def disturbed(number: int, *, disk: bool) -> bool:
+    """Run `life` and disturb the call with that number. Return whether there was such a call.
+
+    Args:
+        number: the call.
+        disk: let a call of the disk fail, instead of cancelling the call of a thread.
+    """
     world = World(limits=Limits(max_cache=64 * MiB), populate=False)
     for name in "abc":
         world.repository.add(name, pattern(SIZE))
@@ -100,12 +118,17 @@ async def interrupted(number: int) -> bool:
     threads.reset()
     with interruption.everything:
         async with world.daemon(populate=True):
-            threads.calls, threads.on_call = 0, interruption.on_call
+            threads.calls = 0
+            if disk:
+                world.stores.on_call = world.catalog.on_call = interruption.fail
+            else:
+                threads.on_call = interruption.hold_back
             try:
                 await life(world, interruption, seen)
             finally:
                 fillings += [image.filling for image in seen if image.filling is not None]
     threads.on_call = None
+    world.stores.on_call = world.catalog.on_call = lambda: None
     with trio.fail_after(1000):
         await trio.sleep(10)
     assert world.filesystem.budget._reserved == 0
@@ -135,6 +158,13 @@ async def lives_on(world: World) -> None:
 
 async def test_any_call_may_be_cancelled_while_it_waits_for_its_limiter() -> None:
     number = 0
-    while await interrupted(number):
+    while await disturbed(number, disk=False):
         number += 1
     assert number > 40, "the life has become short"
+
+
+async def test_any_call_of_the_disk_may_fail() -> None:
+    number = 0
+    while await disturbed(number, disk=True):
+        number += 1
+    assert number > 60, "the life has become short"
