@@ -498,6 +498,9 @@ async def test_64_clients_and_one_more(server: ControlServer) -> None:
         async with await trio.open_unix_socket(server.path) as stream:
             assert await Client(stream).receive() is None
         leave.set()
+    with trio.fail_after(DEADLINE_S):
+        while server._clients:  # it has yet to see that they have gone
+            await trio.sleep(0.01)
     async with connected(server) as client:
         assert await client.execute("echo") == {}
 
