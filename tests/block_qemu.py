@@ -1,7 +1,7 @@
 """A real QEMU with disks and no guest (it never starts its CPUs), whose disks are read over NBD.
 
-It has two monitors: one for the `pivot` under test, one for the test itself. What a node reads is asked with an NBD
-export on that node, so reads go the way of a guest's, in an I/O thread if wanted.
+It has two monitors: one for the `pivot` under test, one for the test itself. What a node reads is
+asked with an NBD export on that node, so reads go the way of a guest's, in an I/O thread if wanted.
 """
 
 import ctypes

@@ -1,5 +1,5 @@
-"""Puts this folder on sys.path (by being here), so that every test can import `fakes` and `servers`,
-and marks the tests of whole folders with what they need."""
+"""Puts this folder on sys.path (by being here), so that every test can import `fakes` and
+`servers`, and marks the tests of whole folders with what they need."""
 
 from pathlib import Path
 

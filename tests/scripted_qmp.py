@@ -1,4 +1,5 @@
-"""A QMP server made of a function, for what real peers cannot be made to do: each client in a thread of its own."""
+"""A QMP server made of a function, for what real peers cannot be made to do: each client in a
+thread of its own."""
 
 import os
 import socket
@@ -29,7 +30,8 @@ class Refuse(Exception):
 
 
 class ScriptedQmp:
-    """Serves `answer(command, arguments)` on a UNIX socket until killed; notes what was asked in `commands`."""
+    """Serves `answer(command, arguments)` on a UNIX socket until killed; notes what was asked in
+    `commands`."""
 
     def __init__(
         self, path: Path, answer: Callable[[str, dict[str, Any]], object], greets: bool = True
@@ -93,7 +95,8 @@ class ScriptedQmp:
 
 
 class ScriptedQemu:
-    """A QEMU with `base` (raw) on `base-file`, as far as `pivot` can see; it does open and close the files.
+    """A QEMU with `base` (raw) on `base-file`, as far as `pivot` can see; it does open and close
+    the files.
 
         device disk --root-- base --file-- base-file
 

@@ -1,7 +1,8 @@
-"""Real NBD servers on unix sockets, for the length of a `with`; and the promise that none outlives its test.
+"""Real NBD servers on unix sockets, for the length of a `with`; and the promise that none outlives
+its test.
 
-Each is a child that dies with the test's process (PR_SET_PDEATHSIG), and is ended by its pid when the `with` ends,
-however that ends.
+Each is a child that dies with the test's process (PR_SET_PDEATHSIG), and is ended by its pid when
+the `with` ends, however that ends.
 """
 
 import ctypes
@@ -50,7 +51,8 @@ class Server:
     """A server process that listens on a unix socket; can be killed and started again."""
 
     def __init__(self, path: Path, command: Sequence[str | Path]) -> None:
-        """`path`: of the socket; the server's messages and, for nbdkit, its request log go beside it."""
+        """`path`: of the socket; the server's messages and, for nbdkit, its request log go beside
+        it."""
         requires(str(command[0]))
         self.path = path
         self.command = [str(word) for word in command]
@@ -97,7 +99,8 @@ class Server:
         self.start()
 
     def reads(self, export: str | None = None) -> list[tuple[int, int]]:
-        """(offset, length) of each read request, in order, of one export or all; needs nbdkit's log filter."""
+        """(offset, length) of each read request, in order, of one export or all; needs nbdkit's log
+        filter."""
         text = self.request_log.read_text() if self.request_log.exists() else ""
         exports: dict[str, str] = {}
         found = []
@@ -142,7 +145,8 @@ def serving(path: Path, command: Sequence[str | Path]) -> Iterator[Server]:
 
 @contextmanager
 def nbdkit(path: Path, *arguments: str | Path, log: bool = True) -> Iterator[Server]:
-    """Serve read-only; `arguments`: filters, the plugin, parameters. The log filter is outermost."""
+    """Serve read-only; `arguments`: filters, the plugin, parameters. The log filter is
+    outermost."""
     command: list[str | Path] = [
         "nbdkit",
         "--foreground",
@@ -158,7 +162,8 @@ def nbdkit(path: Path, *arguments: str | Path, log: bool = True) -> Iterator[Ser
 
 @contextmanager
 def qemu_nbd(path: Path, image: Path, *arguments: str | Path) -> Iterator[Server]:
-    """Serve one raw image read-only to several clients at once; `arguments`: such as -x NAME, -D DESCRIPTION."""
+    """Serve one raw image read-only to several clients at once; `arguments`: such as -x NAME, -D
+    DESCRIPTION."""
     command: list[str | Path] = [
         "qemu-nbd",
         "--socket",

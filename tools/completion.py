@@ -1,4 +1,5 @@
-"""Prints the bash completion of the `lazyfs` command, made from its parser: lazyfs/data/lazyfs.bash."""
+"""Prints the bash completion of the `lazyfs` command, made from its parser:
+lazyfs/data/lazyfs.bash."""
 
 from typing import Any
 
@@ -33,6 +34,6 @@ for parser in parsers.verbs.values():
             action.complete = COMPLETERS[action.metavar]  # type: ignore[attr-defined]
 preamble: Any = {"bash": PREAMBLE}  # which shtab declares as a str
 print(shtab.complete(parsers.top, "bash", preamble=preamble).rstrip("\n"))
-# bash splits a URI at its colons, so a MOUNTPOINT after it is one word more than the parser expects.
-# For such a word, any file is offered.
+# bash splits a URI at its colons, so a MOUNTPOINT after it is one word more than the parser
+# expects. For such a word, any file is offered.
 print("complete -o bashdefault -o default -F _shtab_lazyfs lazyfs")

@@ -111,7 +111,8 @@ def _serve(connection: socket.socket, app: Callable[..., Any]) -> None:
     """Answer one request. This runs in a thread, which may have been abandoned."""
     with connection:
         try:
-            _Handler(connection, connection.getpeername(), _Application(app))  # type: ignore[arg-type]
+            application: Any = _Application(app)
+            _Handler(connection, connection.getpeername(), application)
         except OSError as error:
             logger.debug("a scrape was lost: %s", error)
         except trio.RunFinishedError:

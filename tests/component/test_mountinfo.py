@@ -85,7 +85,8 @@ def test_a_process_that_has_ended_is_an_oserror() -> None:
 
 
 HOSTILE = "line\r7 7 0:7 - x \r\x85 end"
-"""Text files end a line at a carriage return, too. What follows it looks like a line, and is none."""
+"""Text files end a line at a carriage return, too. What follows it looks like a line, and is
+none."""
 
 MOUNT = """
 mount -t tmpfs "$(basename "$1")" "$1" && echo >"$1/file" && exec <"$1/file" && echo && exec sleep 60

@@ -172,7 +172,8 @@ def test_spellings_of_one_mountpoint_have_one_socket(run_folder: str) -> None:
 def test_a_long_runtime_folder_leaves_room_for_the_hash(
     monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    """XDG_RUNTIME_DIR can be anything; when nothing fits, making the socket fails with a message."""
+    """XDG_RUNTIME_DIR can be anything; when nothing fits, making the socket fails with a
+    message."""
     folder = "/" + "r" * (length - 1)
     monkeypatch.setattr(mounts, "runtime_dir", lambda: folder)
     one, two = (mounts.socket_path(f"/images/{name}" * 10) for name in "ab")

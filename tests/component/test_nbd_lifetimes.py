@@ -1,4 +1,5 @@
-"""Connections to the repository: made once, closed when nobody needs them, and forgotten commands are forgotten."""
+"""Connections to the repository: made once, closed when nobody needs them, and forgotten commands
+are forgotten."""
 
 import errno
 import gc

@@ -145,7 +145,8 @@ async def test_population_lets_readers_past() -> None:
             await trio.sleep(0.2)  # it has been sent
             before = len(world.fills())
             await trio.sleep(1)
-            # One at a time, in 0.1 s, for all workers and images together: not none, and far from what it was.
+            # One at a time, in 0.1 s, for all workers and images together: not none, and far from
+            # what it was.
             assert 8 <= len(world.fills()) - before <= 11
         before = len(world.fills())
         await trio.sleep(1)

@@ -115,7 +115,8 @@ async def test_readers_evict_too_and_are_kept() -> None:
         await read_all(world, image)
         await until(lambda: state(world, "c") is State.WHOLE)
         assert [state(world, name) for name in "ab"] == [State.REMOTE, State.WHOLE]
-        # Reads come as fast as this machine can: what they brought in the moment of the eviction may not be kept.
+        # Reads come as fast as this machine can: what they brought in the moment of the eviction
+        # may not be kept.
         assert world.repository.bytes_read("c", "demand") <= SIZE + MiB
         assert within(world)
 
@@ -208,7 +209,8 @@ async def test_one_that_is_opened_while_overlays_are_scanned_stays() -> None:
 
         def scan() -> frozenset[str]:
             if not opened:
-                # What an open does before it waits for anything; the rest follows when the scan is over.
+                # What an open does before it waits for anything; the rest follows when the scan is
+                # over.
                 opened.append(world.image("a"))
                 opened[0]._opening.add("an open under way")
             return frozenset()

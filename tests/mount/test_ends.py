@@ -1,4 +1,5 @@
-"""What ends a mount, and what does not: signals, an aborted connection, a disk and a log that stall."""
+"""What ends a mount, and what does not: signals, an aborted connection, a disk and a log that
+stall."""
 
 import mmap
 import os

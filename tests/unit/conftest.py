@@ -1,4 +1,5 @@
-"""One Hypothesis profile for the pure core: the same examples on every run, and nothing written to disk."""
+"""One Hypothesis profile for the pure core: the same examples on every run, and nothing written to
+disk."""
 
 import hypothesis
 

@@ -40,7 +40,8 @@ def test_every_promise_names_a_test() -> None:
 
 
 def test_the_messages_that_troubleshooting_explains_exist() -> None:
-    """Each part of a message in a heading, between dots, must stand in the code as it is written there."""
+    """Each part of a message in a heading, between dots, must stand in the code as it is written
+    there."""
     code = "\n".join(path.read_text() for path in (ROOT / "lazyfs").rglob("*.py"))
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a string that goes on in the next line
     headings = re.findall(

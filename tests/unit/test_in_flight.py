@@ -1,4 +1,5 @@
-"""The in-flight table: every flight ends, every waiter is woken, and no block is fetched twice at once."""
+"""The in-flight table: every flight ends, every waiter is woken, and no block is fetched twice at
+once."""
 
 import pytest
 from hypothesis import settings
@@ -22,7 +23,8 @@ SIZE = 40 * BLOCK - 512
 
 
 class Reader:
-    """Somebody who reads a range, and waits for one flight after the other until all of it is present."""
+    """Somebody who reads a range, and waits for one flight after the other until all of it is
+    present."""
 
     def __init__(self, wanted: ByteRange, number: int = 0) -> None:
         self.number = number
@@ -64,7 +66,8 @@ class Model(RuleBasedStateMachine):
         return multiple(*self._go_on(reader, ahead, unit))
 
     def _go_on(self, reader: Reader, ahead: int = 0, unit: int = BLOCK) -> list[Flight]:
-        """As a reader does it: look, begin what is missing, wait for the first flight in the way."""
+        """As a reader does it: look, begin what is missing, wait for the first flight in the
+        way."""
         if self.blocks.is_present(reader.wanted):
             self.waiting.remove(reader)
             self.done.add(reader)

@@ -43,10 +43,12 @@ PACKAGES = {
     "units": "",
     "__init__": "",
 }
-"""The packages, and modules of the top level, from the top down; and for each package its modules from the top down.
+"""The packages, and modules of the top level, from the top down; and for each package its modules
+from the top down.
 
-A module may import what is printed below it, in its own package and in others. `cache` and `repository` stand above
-`engine`, because they implement what `engine.interfaces` asks for: so the engine cannot choose one of them.
+A module may import what is printed below it, in its own package and in others. `cache` and
+`repository` stand above `engine`, because they implement what `engine.interfaces` asks for: so the
+engine cannot choose one of them.
 """
 
 ORDER = [f"{package}.{module}" if modules else package
@@ -54,7 +56,8 @@ ORDER = [f"{package}.{module}" if modules else package
 
 CHOSEN = ("cache", "repository")
 MAY_CHOOSE = ("cli.checking", "daemon", *CHOSEN)
-"""Who may import from a package of CHOSEN. Everybody else is given objects that implement `engine.interfaces`."""
+"""Who may import from a package of CHOSEN. Everybody else is given objects that implement
+`engine.interfaces`."""
 
 INNER = ("engine", "core")
 NOT_INNER = {"nbd", "prometheus_client", "pyfuse3", "qemu", "socket"}
@@ -83,14 +86,16 @@ def name_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST, package: str = "lazyfs") -> Iterator[str]:
-    """Every module that is imported anywhere in `tree`: at its top, in a function, or for types only."""
+    """Every module that is imported anywhere in `tree`: at its top, in a function, or for types
+    only."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
-                # `from lazyfs import errors` names a module, `from lazyfs import __version__` does not.
+                # `from lazyfs import errors` names a module, `from lazyfs import __version__` does
+                # not.
                 whole = f"{base}.{alias.name}"
                 yield whole if is_ours(whole) and whole.removeprefix("lazyfs.") in ORDER else base
 

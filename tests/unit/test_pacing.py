@@ -30,7 +30,8 @@ def test_after_the_wait_the_next_piece_may_start(rate: float, now: float, amount
     bucket.take(now, amount)
     wait = bucket.wait(now)
     assert wait == pytest.approx(amount / rate) or amount / rate < 1e-5
-    # A clock that stands still between two looks, as a test's does, must not make a caller turn for ever.
+    # A clock that stands still between two looks, as a test's does, must not make a caller turn for
+    # ever.
     assert bucket.wait(now + wait) == 0
 
 
@@ -49,7 +50,8 @@ def test_no_interval_carries_more_than_rate_and_burst(
     for i, (start, _) in enumerate(sent):
         total = 0
         for at, amount in sent[i:]:
-            # The piece that starts at `at` may take the bucket into debt; those before it are paid for.
+            # The piece that starts at `at` may take the bucket into debt; those before it are paid
+            # for.
             assert total <= rate * (at - start + BURST_S + 1e-5)
             total += amount
 
@@ -181,7 +183,8 @@ def test_steady_arrivals_are_measured_at_any_age(
     if age < 0.1:
         assert measured == 0
     elif age > 0.11:
-        # The first piece arrived without an interval before it: one too many, which shows while young.
+        # The first piece arrived without an interval before it: one too many, which shows while
+        # young.
         assert (
             0.99 * rate
             < measured

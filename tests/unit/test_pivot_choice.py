@@ -326,8 +326,8 @@ FIRST = {
         [opened(PLAIN, 99)],
     ),
 }
-"""For each row the nodes, images and open files to which it is the first that applies. Where it can be,
-a later row applies to them as well."""
+"""For each row the nodes, images and open files to which it is the first that applies. Where it can
+be, a later row applies to them as well."""
 
 
 def test_every_row_has_an_example() -> None:

@@ -49,7 +49,8 @@ def made(delay_ms: int = 0, limited: bool = False) -> Iterator[Link]:
         yield Link((), tuple(filters), tuple(parameters))
         return
     with _namespace() as prefix:
-        # One at the root, the other below it: what the server sends is shaped, as that is what takes time.
+        # One at the root, the other below it: what the server sends is shaped, as that is what
+        # takes time.
         parent = "root"
         if limited and "rate" not in filters:
             run(*prefix, "tc", "qdisc", "add", "dev", "there", parent, "handle", "1:",
