@@ -3,7 +3,6 @@ are forgotten."""
 
 import errno
 import gc
-import logging
 import os
 import threading
 import weakref
@@ -130,7 +129,6 @@ async def test_a_lost_repository_is_asked_as_often_whoever_waits(
         raise errors.ConnectionLost(uri, "refused")
 
     monkeypatch.setattr(nbd_connect, "connect_export", down)
-    logging.getLogger("lazyfs").setLevel(logging.ERROR)
     async with repository() as found:
         source = found.source(EXPORT)
         with trio.move_on_after(2):

@@ -986,6 +986,15 @@ def _is_cancelled(task: "asyncio.Task[Any]", times: int) -> bool:
     return task.cancelling() >= times
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A shell lets its background jobs ignore SIGINT, and the tests may run in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_second_interrupt_lets_the_node_end_first(
     world: World, fails: bool, monkeypatch: pytest.MonkeyPatch
