@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
@@ -55,6 +56,9 @@ LAST_ANSWERS_S = 1.0
 """How long the end of the daemon waits for requests of the kernel, and for control commands
 under way, such as the `detach` that caused it."""
 
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that unmount."""
+
 SAVE_USES_S = 30.0
 """How late the catalog is told that an image was used. A crash loses the uses of this time,
 which matter only for the order of eviction."""
@@ -85,6 +89,15 @@ class MountConfig:
     """Returns how many lines of the log were dropped because the log blocked."""
 
 
+def _report_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Log what libnbd or a thread cannot raise to us. The default is to print it on stderr."""
+    if kind is UnicodeDecodeError and trace is None:
+        return  # libnbd cannot pass on the name of an export; `NbdRepository` counts those names
+    logger.error("uncaught", exc_info=(kind, error, trace))
+
+
 def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     """Mount, call `on_ready` when the mount answers, and return when it has been unmounted.
 
@@ -93,10 +106,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     """
     os.umask(0o022)  # for the folders of whole images
     _raise_file_limit()
-    # This reports what libnbd or a thread cannot raise to us. The default is to print it on stderr.
-    sys.excepthook = lambda kind, error, trace: logger.error(
-        "uncaught", exc_info=(kind, error, trace)
-    )
+    sys.excepthook = _report_uncaught
     cache = CacheDir(config.cache_dir, config.mountpoint, config.repository, config.file_attributes)
     try:
         os.chdir("/")
@@ -189,6 +199,8 @@ class _Daemon:
         self, repository: NbdRepository, parts: Parts, metrics: "MetricsServer | None"
     ) -> None:
         config = self._config
+        # Until `_unmount_on_signal` runs, a signal would end the daemon and leave a dead mount.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         session = KernelSession(config.mountpoint, config.repository, config.passthrough)
         try:
             backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
@@ -344,7 +356,8 @@ class _Mounted:
 
     async def _unmount_on_signal(self) -> None:
         session = self._session
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*_ENDING) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             async for number in signals:
                 logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
                 try:

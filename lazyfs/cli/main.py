@@ -16,6 +16,7 @@ from lazyfs.cli.verbs import VERBS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name can contain any bytes, also those that the terminal's encoding does not have.
@@ -39,3 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lazyfs: {error.strerror or error}", file=sys.stderr)
         return 1
     return code
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null in the place of a standard stream that the caller has closed.
+
+    Otherwise Python has no object for it, and the next file that is opened gets its number.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is `fd`
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it stays open to the end
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - it stays open to the end

@@ -187,7 +187,7 @@ def _report(ready_fd: int | None, message: str) -> None:
 
 
 def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
-    """Start the daemon, and wait until it has mounted.
+    """Start the daemon, and wait until it has mounted. Ctrl-C ends the daemon as well.
 
     Raises:
         UserError: it could not mount. The message is the daemon's.
@@ -214,8 +214,12 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
             start_new_session=True,
         )
     os.close(write_fd)
-    with os.fdopen(read_fd) as answer:
-        said = answer.readline().strip()
+    try:
+        with os.fdopen(read_fd) as answer:
+            said = answer.readline().strip()
+    except KeyboardInterrupt:  # the daemon has a session of its own, so it was not interrupted
+        child.terminate()
+        raise
     if said == "ready":
         os.stat(os.path.join(mountpoint, "."))  # This raises OSError if the mount does not answer.
         return 0

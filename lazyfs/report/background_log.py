@@ -51,7 +51,8 @@ class BackgroundLog(logging.Handler):
         """Start the thread. Only the thread calls `handler`, which may block.
 
         The message is formatted where the record is made. So the thread never looks at an object
-        that a message shows.
+        that a message shows. Control characters are escaped, because a repository chooses the
+        names of exports, and could forge lines.
         """
         super().__init__()
         self.dropped = 0
@@ -66,7 +67,7 @@ class BackgroundLog(logging.Handler):
         """Queue `record` to be written soon, or count it as dropped."""
         try:
             line = logging.makeLogRecord(record.__dict__)
-            line.msg, line.args = record.getMessage(), None
+            line.msg, line.args = _one_line(record.getMessage()), None
             if record.exc_info:
                 line.exc_text = logging.Formatter().formatException(record.exc_info)
                 line.exc_info = None  # this would keep the frames of the error in memory
@@ -94,3 +95,12 @@ class BackgroundLog(logging.Handler):
                 self._handler.emit(
                     logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
                 )
+
+
+def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

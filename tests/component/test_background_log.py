@@ -78,3 +78,12 @@ def test_the_end_does_not_wait_for_a_log_that_blocks(monkeypatch: pytest.MonkeyP
     log.close()
     assert target.lines == []
     target.gate.set()
+
+
+def test_a_name_cannot_forge_a_line() -> None:
+    target = Blocking()
+    target.gate.set()
+    log = BackgroundLog(target)
+    logger_to(log).warning("image=%s", "Grüße\n2026-11-27 ERROR\x1b[31m\udcff")
+    log.close()
+    assert target.lines == ["image=Grüße\\n2026-11-27 ERROR\\x1b[31m\\udcff"]

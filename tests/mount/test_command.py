@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
+from lab import DEADLINE_S, KiB, Lab, MiB, die_with_parent, pread, wait_until
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -121,6 +123,46 @@ def test_output_that_cannot_be_written_is_one_line(lab: Lab) -> None:
             command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60
         )
     assert (done.returncode, done.stderr) == (1, "lazyfs: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["status", "status --json", "map {mnt}/dense", "pin --json {mnt}/dense", "check {mnt}"],
+)
+def test_a_closed_stdout_is_like_dev_null(lab: Lab, command: str) -> None:
+    lab.image("dense", 1 * MiB)
+    lab.mount(lab.serve().uri)
+    words = command.format(mnt=lab.mnt)
+    shell = f"exec {sys.executable} -m lazyfs {words} >&-"
+    done = subprocess.run(
+        ["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False, timeout=60
+    )
+    assert "Traceback" not in done.stderr
+    as_usual = lab.lazyfs(*words.split(), check=False)
+    assert (done.returncode, done.stderr) == (as_usual.returncode, as_usual.stderr)
+
+
+def test_an_interrupted_mount_leaves_no_daemon(lab: Lab) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(lab.folder / "silent"))
+        listening.listen()
+        command = [sys.executable, "-m", "lazyfs", "mount"]
+        mount = subprocess.Popen(
+            [*command, f"nbd+unix:///?socket={lab.folder / 'silent'}", str(lab.mnt)],
+            preexec_fn=die_with_parent,
+        )
+        listening.settimeout(DEADLINE_S)
+        connection, _ = listening.accept()
+        with connection:
+            daemon, _, _ = struct.unpack(
+                "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
+            assert daemon != mount.pid
+            mount.send_signal(signal.SIGINT)
+            assert mount.wait(DEADLINE_S) == 130
+            # By itself it would give up after 10 s.
+            wait_until(lambda: not os.path.exists(f"/proc/{daemon}"), "the daemon has ended", 5)
+    assert not os.path.ismount(lab.mnt)
 
 
 def test_every_verb_has_help_with_an_example() -> None:

@@ -59,6 +59,7 @@ def test_export_names_that_are_not_utf8_are_left_out(lab: Lab) -> None:
     lab.mount(server.uri)
     assert os.listdir(lab.mnt) == ["good"]
     assert "not UTF-8" in lab.log.read_text()
+    assert "uncaught" not in lab.log.read_text()
 
 
 def test_images_come_and_go_without_a_remount(lab: Lab) -> None:
