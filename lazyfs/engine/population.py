@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -19,6 +20,7 @@ from lazyfs.core.pacing import Backoff
 from lazyfs.engine.image.filling import Filling
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import Filler, Repository, Stores
+from lazyfs.engine.supervision import call_beside
 
 logger = logging.getLogger(__name__)
 
@@ -233,19 +235,7 @@ class Population:
 
     async def _fill(self, filling: Filling, filler: Filler) -> None:
         """Let the filler work, and learn meanwhile what the rest of the image holds."""
-        failure: Exception | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(filling.reader.learn_ahead)
-            try:
-                await filler.run(filling.port, TURN_S)
-            except Exception as error:  # kept out of the nursery's exception group
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # else this frame and the error keep each other, and what they hold
+        await call_beside(filling.reader.learn_ahead, partial(filler.run, filling.port, TURN_S))
 
     def _note(self, image: Image, trouble: Exception | None, progress: bool) -> None:
         """Note how a turn has ended.

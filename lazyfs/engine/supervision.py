@@ -5,12 +5,14 @@ A task that fails is reported, and started again after a pause. It never ends th
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import trio
 
 from lazyfs.core.pacing import Backoff
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
@@ -30,6 +32,32 @@ async def log_failure(what: str, work: Callable[[], Awaitable[None]]) -> None:
         await work()
     except Exception:
         logger.exception("%s failed, a bug in lazyfs", what)
+
+
+async def call_beside(
+    background: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[T]]
+) -> T:
+    """Return what `call` returns. `background` runs beside it, and is cancelled when it ends.
+
+    Raises:
+        Exception: what `call` raises, as it is: not in an exception group.
+    Cancellation: both are cancelled.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(background)
+        try:
+            result = await call()
+        except Exception as error:  # kept out of the nursery's exception group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # else this frame and the error keep each other, and what they hold
+    return result  # type: ignore[no-any-return]
 
 
 class Supervisor:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import nbd
 import trio
@@ -25,6 +25,7 @@ from lazyfs.engine.interfaces import (
     RepositoryStatistics,
     Source,
 )
+from lazyfs.engine.supervision import call_beside
 from lazyfs.repository import nbd_connect, nbd_handle
 from lazyfs.repository.fill_thread import FillConnection
 from lazyfs.units import MiB
@@ -255,21 +256,7 @@ async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) ->
         finally:
             stop.set()
 
-    result: Any = None
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(relay)
-        try:
-            result = await call()
-        except Exception as error:  # kept out of the nursery's exception group
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # else this frame and the error keep each other, and what they hold
-    return result  # type: ignore[no-any-return]
+    return await call_beside(relay, call)
 
 
 class _NbdSource:
