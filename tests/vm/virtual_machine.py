@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from block_qemu import make_overlay
 from guest_image import GuestImage
 from lab import die_with_parent
 
@@ -71,19 +72,7 @@ class VirtualMachine:
         self.qmp_socket = folder / f"{name}.qmp"
         self._serial = folder / f"{name}.serial"
         self._messages = folder / f"{name}.messages"
-        create = [
-            "qemu-img",
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-b",
-            str(backing),
-            "-F",
-            backing_format,
-        ]
-        create += [str(self.overlay)]
-        subprocess.run(create, check=True, timeout=DEADLINE_S)
+        make_overlay(self.overlay, backing, backing_format)
         if size is not None:
             subprocess.run(
                 ["qemu-img", "resize", "-q", str(self.overlay), size],
