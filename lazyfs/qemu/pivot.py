@@ -29,6 +29,7 @@ from typing import Any
 from lazyfs import errors
 from lazyfs.control import client as control_client
 from lazyfs.core import inode_number, pivot_choice, qemu_arguments, qemu_graph
+from lazyfs.core.escaping import one_line
 from lazyfs.core.pivot_choice import Action, Choice, FileNode
 from lazyfs.core.qemu_graph import Graph, Plan
 from lazyfs.host import mounts, process_files
@@ -80,7 +81,7 @@ class Report:
         """Return a line for people about each node that needs nothing more."""
         if self.good and not self.nodes:
             return [
-                _one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")
+                one_line(f"{self.socket}: nothing to do: no backing file of it lies on a lazyfs")
             ]
         return [self._line(node) for node in self.nodes if node.action in GOOD]
 
@@ -88,25 +89,15 @@ class Report:
         """Return a line for people about each node that was not moved, and about the error."""
         return [
             *(self._line(node) for node in self.nodes if node.action not in GOOD),
-            *([_one_line(f"{self.socket}: {self.error}")] if self.error else []),
+            *([one_line(f"{self.socket}: {self.error}")] if self.error else []),
         ]
 
     def _line(self, node: NodeReport) -> str:
         reason = f": {node.message}" if node.message else ""
-        return _one_line(
+        return one_line(
             f"{self.socket}: {node.action} {node.path} "
             f"(node {node.node or '-'}, pid {self.pid}){reason}"
         )
-
-
-def _one_line(text: str) -> str:
-    """Return `text` with escapes for the characters that would end the line or steer the terminal.
-
-    Names can contain any bytes.
-    """
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +126,7 @@ def sockets(paths: Sequence[str], folder: str | None) -> list[str]:
         try:
             inside = sorted(os.path.join(folder, name) for name in os.listdir(folder))
         except OSError as error:
-            raise errors.UserError(_one_line(f"cannot read {folder}: {error.strerror}")) from error
+            raise errors.UserError(one_line(f"cannot read {folder}: {error.strerror}")) from error
         found += [path for path in inside if qemu_monitor.is_socket(path)]
     once: dict[str, str] = {}
     for path in found:

@@ -11,6 +11,8 @@ import os
 import queue
 import threading
 
+from lazyfs.core.escaping import one_line
+
 MAX_LINES = 10_000
 """How many lines may wait for a log that blocks. That is some minutes of a daemon in trouble,
 and a few MiB of memory. It is unmeasured."""
@@ -67,7 +69,7 @@ class BackgroundLog(logging.Handler):
         """Queue `record` to be written soon, or count it as dropped."""
         try:
             line = logging.makeLogRecord(record.__dict__)
-            line.msg, line.args = _one_line(record.getMessage()), None
+            line.msg, line.args = one_line(record.getMessage()), None
             if record.exc_info:
                 line.exc_text = logging.Formatter().formatException(record.exc_info)
                 line.exc_info = None  # this would keep the frames of the error in memory
@@ -95,12 +97,3 @@ class BackgroundLog(logging.Handler):
                 self._handler.emit(
                     logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
                 )
-
-
-def _one_line(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
