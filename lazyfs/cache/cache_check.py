@@ -126,6 +126,8 @@ class _Check:
         """Whether files that no image needs are removed. They are not if the catalog had to be made
         anew, because then it may lack the images that need them."""
         self._records: dict[int, ImageRecord] = {}
+        self._evicted: dict[str, int] = {}
+        """What `SqliteCatalog.evicted` has returned."""
         self._catalog: SqliteCatalog | None = None
         """The real catalog, when repairing."""
         self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -145,9 +147,23 @@ class _Check:
             ):
                 self._check_partial(record)
         self._check_strays()
+        evicted = self._check_evicted()
         for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):
+            if path in evicted:
+                continue
             self._found(path, "lazyfs did not put it there", LEFT_ALONE)
         return Report(self._path, len(self._records), self._findings)
+
+    def _check_evicted(self) -> set[str]:
+        """Report plain files that were evicted, and that a power cut has brought back."""
+        records = list(self._records.values())
+        back = set(cache_dir.evicted_files(self._root_fd, records, self._evicted))
+        for path in sorted(back):
+            self._found(
+                path, "evicted, but a power cut has brought it back", "removed",
+                partial(cache_dir.remove_durably, self._root_fd, path),
+            )  # fmt: skip
+        return back
 
     def _found(
         self,
@@ -250,6 +266,7 @@ class _Check:
             self._go_on_only_with_a_catalog()
             return
         records, damaged = opened.load_each()
+        self._evicted = opened.evicted()
         opened.close()
         self._take(records)
         if self._repair:

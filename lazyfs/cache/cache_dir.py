@@ -18,12 +18,12 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 from lazyfs import errors
 from lazyfs.cache.catalog import SqliteCatalog
-from lazyfs.cache.store.cache_file import WholeFile
+from lazyfs.cache.store.cache_file import WholeFile, sync_folder
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.cache.store.unkept import UnkeptStore
@@ -119,7 +119,7 @@ class CacheDir:
         programs on the same disk to go on for a while. It is unmeasured.
         """
         space = self.space()
-        return space.free < max(min(space.total // 100, GiB), MiB)
+        return space.total > 0 and space.free < max(min(space.total // 100, GiB), MiB)
 
     def space(self) -> Space:
         """Return the size of the file system, and what an ordinary user may still write to it."""
@@ -137,6 +137,7 @@ class CacheDir:
             self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG))
             undo.callback(self.catalog.close)
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
+            self._remove_evicted()
             self._refuse_foreign()
             self._sweep()
             undo.pop_all()
@@ -203,6 +204,15 @@ class CacheDir:
                 )
             self.catalog.update([now])
         return now
+
+    def _remove_evicted(self) -> None:
+        """Remove plain files that were evicted, and that a power cut has brought back."""
+        evicted = self.catalog.evicted()
+        for path in evicted_files(self.root_fd, self.records, evicted):
+            logger.warning("evicted before a power cut, and removed now: path=%s", path)
+            remove_durably(self.root_fd, path)
+        if evicted:
+            self.catalog.forget_evicted()
 
     def _refuse_foreign(self) -> None:
         for path in foreign_files(self.root_fd, self.records):
@@ -311,6 +321,34 @@ def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]
     for path in _files_below(root_fd):
         if path not in ours and not (path in unfinished and is_finished(root_fd, unfinished[path])):
             yield path
+
+
+def evicted_files(
+    root_fd: int, records: Sequence[ImageRecord], evicted: Mapping[str, int]
+) -> Iterator[str]:
+    """Yield the paths of plain files that were evicted and are there all the same.
+
+    A power cut can bring back a name that was removed. lazyfs gives each plain file a time of its
+    own, to the nanosecond, so it recognises them.
+
+    Args:
+        root_fd: the cache directory.
+        records: the images. What belongs to one of them now is left out.
+        evicted: what `SqliteCatalog.evicted` returns.
+    """
+    ours = {r.path for r in records if r.state is State.WHOLE or r.cause is Cause.CHANGED_BY_HAND}
+    for path, created_ns in evicted.items():
+        if path not in ours:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found = os.stat(path, dir_fd=root_fd, follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode) and found.st_mtime_ns == created_ns:
+                    yield path
+
+
+def remove_durably(root_fd: int, path: str) -> None:
+    """Unlink a file of the cache directory, and sync its folder."""
+    os.unlink(path, dir_fd=root_fd)
+    sync_folder(root_fd, os.path.dirname(path))
 
 
 def is_finished(root_fd: int, record: ImageRecord) -> bool:

@@ -25,7 +25,7 @@ from lazyfs.core.export_name import RESERVED
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
 
-_VERSION = 3
+_VERSION = 4
 
 _SCHEMA = """
 CREATE TABLE images (
@@ -67,6 +67,14 @@ CREATE TABLE images (
     cause           TEXT NOT NULL DEFAULT ''
 )
 """
+_MORE_TABLES = (
+    # The plain files that were evicted, or replaced: where they were, and the time that was set for
+    # them. If a power cut brings such a file back, it is recognised, and removed.
+    "CREATE TABLE evicted (path TEXT PRIMARY KEY, created_ns INTEGER NOT NULL);",
+    # What concerns the whole cache, by name.
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);",
+)
+"""The tables beside `images`."""
 _CAUSE_OF_TEXT = (
     "CASE"
     " WHEN error = '' THEN ''"
@@ -87,6 +95,7 @@ ALTER TABLE images ADD COLUMN digest TEXT NOT NULL DEFAULT '';
 ALTER TABLE images ADD COLUMN cause TEXT NOT NULL DEFAULT '';
 UPDATE images SET cause = {_CAUSE_OF_TEXT};
 """,
+    3: "\n".join(_MORE_TABLES),
 }
 """The statements that upgrade from each older version to the next."""
 _ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''", "cause": _CAUSE_OF_TEXT}
@@ -138,7 +147,8 @@ class SqliteCatalog:
             )
         with self._transaction():
             if version == 0:
-                self._db.execute(_SCHEMA)
+                for statement in (_SCHEMA, *_MORE_TABLES):
+                    self._db.execute(statement)
                 self._db.execute(
                     "INSERT INTO sqlite_sequence VALUES ('images', ?)", (_FIRST_INODE - 1,)
                 )
@@ -217,15 +227,39 @@ class SqliteCatalog:
             )
 
     def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
-        """Delete one record and insert another.
+        """Delete one record and insert another, and note where the plain file was.
 
         This is one transaction, so that the image always has a row.
         """
         with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO evicted"
+                " SELECT path, created_ns FROM images WHERE inode = ? AND state <> 'remote'",
+                (inode,),
+            )
             self._db.execute("DELETE FROM images WHERE inode = ?", (inode,))
             cursor = self._db.execute(_INSERT, (None, *_row(record)[1:]))
             assert cursor.lastrowid is not None
             return dataclasses.replace(record, inode=cursor.lastrowid)
+
+    def evicted(self) -> dict[str, int]:
+        """Return the plain files that were evicted or replaced since `forget_evicted`.
+
+        Returns:
+            By path: the time of the file, in ns since the epoch.
+
+        Raises:
+            CacheCorrupt: the catalog is damaged.
+        """
+        try:
+            return dict(self._db.execute("SELECT path, created_ns FROM evicted").fetchall())
+        except sqlite3.Error as error:
+            raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
+
+    def forget_evicted(self) -> None:
+        """Forget the plain files that were evicted, because none of them is there."""
+        with self._transaction():
+            self._db.execute("DELETE FROM evicted")
 
     def close(self) -> None:
         """Close the database.

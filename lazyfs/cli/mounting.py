@@ -63,7 +63,7 @@ def _mountpoint(path: str) -> str:
             f"the mountpoint {mountpoint} does not exist; make it with mkdir"
         ) from None
     except OSError as error:
-        if not mounted:
+        if error.errno != errno.ENOTCONN or not mounted:
             raise errors.UserError(f"cannot use {mountpoint}: {error.strerror}") from error
         from lazyfs.kernel import session as kernel_session
 

@@ -60,13 +60,14 @@ class Limits:
     def left(self, used: int, total: int, free: int) -> int:
         """Return by how many bytes the cache may still grow.
 
-        If it must shrink, this is less than 0.
+        If it must shrink, this is less than 0. A file system of `total` 0 does not say how much of
+        it is free, so only `max_cache` counts there.
         """
         room = [] if self.max_cache is None else [self.max_cache - used]
         keep_free = self.free_bytes(total)
-        if keep_free is not None:
+        if keep_free is not None and total:
             room.append(free - keep_free)
-        return min(room)
+        return min(room, default=ALL)
 
 
 class Obstacle(enum.Enum):

@@ -266,9 +266,12 @@ class PlainFile(ImageFile, Protocol):
         ...
 
     def set_aside(self) -> None:
-        """Free the path, so that the catalog may record that nothing is there.
+        """Free the path durably, so that the catalog may record that nothing is there.
 
         The caller must call `restore` or `remove` next.
+
+        Raises:
+            OSError: it could not be done, and the file is where it was.
         """
         ...
 
@@ -346,8 +349,8 @@ class Store(ImageFile, Protocol):
     def unfinish(self) -> None:
         """Undo `finish` for an image that is dropped before the catalog was told that it is whole.
 
-        Call it before `remove`. Does nothing if another file is at the image's path. Does not need
-        `load`.
+        Call it before `remove`. It is durable when it returns. Does nothing if another file is at
+        the image's path. Does not need `load`.
         """
         ...
 
@@ -357,6 +360,7 @@ class Space:
     """Describes the size of a file system in bytes."""
 
     total: int
+    """0 if the file system does not say. Some network file systems do not."""
     free: int
     """Bytes that this user may still write."""
 
@@ -380,6 +384,7 @@ class Stores(Protocol):
 
         Raises:
             CacheCorrupt: the file is missing, or has another size.
+            OSError: it cannot be opened now.
         """
         ...
 

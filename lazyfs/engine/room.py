@@ -59,7 +59,7 @@ class RoomStatistics:
     """Describes the room as `query-mount` shows it. All numbers are bytes."""
 
     total: int
-    """The size of the file system that holds the cache."""
+    """The size of the file system that holds the cache, or 0 if it does not say."""
     free: int
     """What this user may still write to that file system."""
     used: int
@@ -125,17 +125,20 @@ class Room:
     def statistics(self) -> RoomStatistics:
         """Return how much room there is now.
 
-        Raises:
-            OSError: the file system cannot tell.
+        If the file system cannot tell, its numbers are 0, and the message says why.
         """
-        space, limits = self._stores.space(), self._limits
+        limits, message = self._limits, self.message
+        try:
+            space = self._stores.space()
+        except OSError as error:
+            space, message = Space(0, 0), f"the cache's file system fails: {error.strerror}"
         return RoomStatistics(
             space.total,
             space.free,
             self._used(),
             limits.max_cache,
             limits.free_bytes(space.total),
-            self.message,
+            message,
         )
 
     # -- the task
@@ -205,7 +208,7 @@ class Room:
 
     def _set_budget(self, space: Space) -> None:
         headroom, room = self._limits.headroom(space.total), self._room(space)
-        if self._limits.free_bytes(space.total) is not None:
+        if space.total and self._limits.free_bytes(space.total) is not None:
             room = min(room, 2 * headroom)  # others use the disk as well, so look again before long
         self._filesystem.budget.set_left(room, headroom)
 

@@ -133,18 +133,23 @@ class FullDisk:
 # -- power cuts
 
 
+NOT_OF_FILES = ("sync of names", "told")
+"""The kinds of events whose name is not that of a file."""
+
+
 @dataclass(frozen=True)
 class Event:
     """Describes one change of a file or of its names, or a sync.
 
-    A sync promises that the earlier changes of that file, or of names, are on disk.
+    A sync promises that the earlier changes of that file, or of the names in a folder, are on disk.
 
     kind            name                        offset, data
     write           the file's                  where, what
     size, grow      the file's                  the new size; the least size
     sync            the file's
     rename, link    the file's                  (target: its new or second name)
-    sync of names   ""
+    sync of names   the folder's, "partial" or the last part of its path
+    told            what was noted elsewhere, durably
 
     A file keeps the name under which it was first seen, so that a rename does not lose its track.
     """
@@ -174,7 +179,7 @@ class Recorder:
             if f"/{PARTIAL}/" in path:
                 self._note(name, self._file(os.path.basename(path)), result, *arguments)
             elif os.path.isdir(path):
-                self.events.append(Event("sync of names", ""))
+                self.events.append(Event("sync of names", os.path.basename(path)))
             return result
 
         patch.setattr(os, name, wrapped)
@@ -279,13 +284,15 @@ def states_after_power_cut(
     """Yield, for a cut after each event, (number of events, state of the disk).
 
     A state has what was synced, and any part of the rest. The file system keeps the order of
-    changes of size and of names, as a journal does. It keeps, loses or tears writes.
+    changes of size, as a journal does. It keeps, loses or tears writes. A change of a name that was
+    not synced in each folder that it concerns may be lost, alone or with others.
     """
     for cut in range(len(events) + 1):
         for luck in lucks:
             disk = Disk({name: bytearray(content) for name, content in before.items()})
             disk.names = {
-                name: name for name in [*before, *(event.name for event in events if event.name)]
+                name: name
+                for name in [*before, *(e.name for e in events if e.kind not in NOT_OF_FILES)]
             }
             for name in disk.names:
                 mine = [
@@ -318,17 +325,24 @@ def _replay(content: bytearray, events: list[Event], luck: str, dice: random.Ran
 def _replay_names(
     names: dict[str, str], events: list[Event], luck: str, dice: random.Random
 ) -> None:
-    synced = max(
-        (i + 1 for i, event in enumerate(events) if event.kind == "sync of names"), default=0
-    )
     for i, event in enumerate(events):
         if event.kind not in ("rename", "link"):
             continue
-        if i >= synced and (luck == "none" or (luck != "all" and dice.random() < 0.5)):
-            return
+        synced = {later.name for later in events[i:] if later.kind == "sync of names"}
+        concerned = {_folder(event.target)}
         if event.kind == "rename":
-            names.pop(event.name)
+            concerned.add(_folder(event.name))
+        durable = concerned <= synced
+        if not durable and (luck == "none" or (luck != "all" and dice.random() < 0.5)):
+            continue
+        if event.kind == "rename":
+            names.pop(event.name, None)
         names[event.target] = event.name
+
+
+def _folder(name: str) -> str:
+    """Return the folder of a name, as an event of kind "sync of names" calls it."""
+    return os.path.basename(os.path.dirname(name)) if "/" in name else "partial"
 
 
 def present_in(folder: Path) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ from lazyfs.core import map_file, qcow2_layout
 from lazyfs.core.block_map import DATA, BlockRun
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
+from lazyfs.engine.image import partial_cache
 from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
 
@@ -401,6 +402,23 @@ def test_a_whole_image_of_another_size_or_kind_is_left_alone(cache: Cache, what:
     plain.rmdir() if what == "a folder" else plain.unlink()
     assert cache.check(repair=True).problems == 0
     assert cache.states() == {"disk": State.REMOTE}
+
+
+def test_an_evicted_file_that_a_power_cut_brought_back_is_removed(cache: Cache) -> None:
+    record = cache.image("back", "raw", BLOCKS, finish=True, told=True)
+    plain, kept = cache.folder / record.path, cache.folder.parent / "kept"
+    kept.hardlink_to(plain)
+    with cache.open() as opened:
+        partial_cache.remove(
+            opened, record, lambda: opened.catalog.replace(record.inode, record.successor(1))
+        )
+        kept.rename(plain)
+    report = cache.check()
+    assert "a power cut has brought it back; would be removed" in lines(report)
+    assert plain.exists()
+    assert "a power cut has brought it back; removed" in lines(cache.check(repair=True))
+    assert not plain.exists()
+    assert not cache.check().findings
 
 
 @pytest.mark.parametrize(

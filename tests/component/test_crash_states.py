@@ -26,6 +26,7 @@ from lazyfs.core.block_map import DATA, MISSING, ZERO, BlockMap, BlockRun
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem, Options
+from lazyfs.engine.image import partial_cache
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.units import KiB
@@ -696,4 +697,133 @@ def test_a_failed_sync_of_the_data_is_not_a_full_disk(
             patch.setattr(os, "fdatasync", fail)
             with pytest.raises(errors.CacheCorrupt, match="could not take the data"):
                 store.checkpoint([], 0)
+        store.close()
+
+
+@pytest.mark.parametrize("linked_only", [False, True])
+def test_no_power_cut_leaves_a_plain_file_that_the_catalog_calls_evicted(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, linked_only: bool
+) -> None:
+    """The names are durable before the catalog says that nothing is there.
+
+    With `linked_only` the image is not whole yet: its file has both names.
+    """
+    record = partial_image(cache, (0, BLOCKS)) if linked_only else whole_image(cache)
+    with cache.open() as opened, monkeypatch.context() as patch:
+        if linked_only:
+            store = store_of(opened, record)
+            store.load()
+            store.finish()
+            store.close()
+        recorder = Recorder(patch)
+        removed: list[str] = []
+        unlink = os.unlink
+
+        def noted(path: str, *, dir_fd: int) -> None:
+            removed.append(path)
+            unlink(path, dir_fd=dir_fd)
+
+        patch.setattr(os, "unlink", noted)
+
+        def take_over() -> ImageRecord:
+            recorder.events.append(Event("told", "", target=str(removed)))
+            return opened.catalog.replace(record.inode, record.successor(10**18 + 1))
+
+        partial_cache.remove(opened, record, take_over)
+    told = next(i for i, event in enumerate(recorder.events) if event.kind == "told")
+    if linked_only:  # the unlink is durable by the sync of its folder after it
+        assert "team/disk" in recorder.events[told].target
+        assert Event("sync of names", "team") in recorder.events[:told]
+        return
+    states = list(states_after_power_cut({"team/disk": CONTENT}, recorder.events, random.Random(3)))
+    assert any("team/disk" in disk.names for cut, disk in states if cut <= told)
+    for cut, disk in states:
+        assert cut <= told or "team/disk" not in disk.names
+
+
+def test_a_sync_that_fails_undoes_the_eviction(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = whole_image(cache)
+    with cache.open() as opened:
+        with monkeypatch.context() as patch:
+            syncs = iter([OSError(errno.EIO, "Input/output error"), None, None])
+            sync = os.fsync
+
+            def fails_once(fd: int) -> None:
+                if (error := next(syncs)) is not None:
+                    raise error
+                sync(fd)
+
+            patch.setattr(os, "fsync", fails_once)
+            with pytest.raises(OSError, match="Input/output error"):
+                partial_cache.remove(opened, record, lambda: pytest.fail("nothing was removed"))
+        whole = opened.whole(record)
+        assert whole.read(0, SIZE) == CONTENT
+        whole.close()
+    assert os.listdir(cache.partial) == []
+
+
+def evicted_and_back(cache: Cache) -> Path:
+    """Leave what a power cut can leave of an eviction where syncs are lies."""
+    record = whole_image(cache)
+    plain = cache.folder / "team" / "disk"
+    kept = cache.folder.parent / "kept"
+    kept.hardlink_to(plain)
+    with cache.open() as opened:
+        partial_cache.remove(
+            opened,
+            record,
+            lambda: opened.catalog.replace(record.inode, record.successor(10**18 + 1)),
+        )
+        kept.rename(plain)
+    return plain
+
+
+def test_an_evicted_file_that_is_back_is_no_stranger(cache: Cache) -> None:
+    plain = evicted_and_back(cache)
+    with cache.open() as opened:
+        assert [record.state for record in opened.records] == [State.REMOTE]
+        assert not plain.exists()
+        assert opened.catalog.evicted() == {}
+
+
+def test_another_file_where_one_was_evicted_is_a_stranger(cache: Cache) -> None:
+    plain = evicted_and_back(cache)
+    os.utime(plain, ns=(5, 5))
+    assert "holds 'team/disk', which lazyfs did not put there" in cache.refused()
+    assert plain.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_plain_file_that_cannot_be_opened_now_is_not_called_changed(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    record = whole_image(cache)
+    with cache.open() as opened, monkeypatch.context() as patch:
+        real = os.open
+
+        def fails(path: str, *arguments: int, **named: int) -> int:
+            if path == record.path:
+                raise OSError(error, os.strerror(error))
+            return real(path, *arguments, **named)
+
+        patch.setattr(os, "open", fails)
+        with pytest.raises(OSError, match=os.strerror(error)):
+            opened.whole(record)
+        with pytest.raises(OSError, match=os.strerror(error)):
+            partial_cache.remove(opened, record, lambda: None)
+
+
+def test_a_disk_that_does_not_say_how_large_it_is_is_not_full(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = partial_image(cache, (0, 3))
+    with cache.open() as opened, monkeypatch.context() as patch:
+        silent = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+        patch.setattr(os, "fstatvfs", lambda _fd: silent)
+        assert opened.space().total == 0
+        assert not opened.nearly_full()
+        store = store_of(opened, record)
+        fill(store, store.load(), 5, 6)
         store.close()

@@ -1,5 +1,6 @@
 """Finding mounts in mountinfo, and the names of control sockets."""
 
+import errno
 import io
 import os
 import random
@@ -9,9 +10,13 @@ from pathlib import Path
 import pytest
 import servers
 
+from lazyfs import errors
+from lazyfs.cli import mounting
+from lazyfs.control import client as control_client
 from lazyfs.host import mountinfo as mountinfo_of_lazyfs
 from lazyfs.host import mounts
 from lazyfs.host.mounts import Mount
+from lazyfs.kernel import session
 
 MOUNTINFO = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:26 / /run rw,nosuid,nodev shared:5 - tmpfs tmpfs rw,size=1g
@@ -192,3 +197,20 @@ def test_the_folder_of_sockets(monkeypatch: pytest.MonkeyPatch, uid: int) -> Non
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     if uid:
         assert mounts.runtime_dir().startswith("/home/somebody/"), "a folder that is nobody else's"
+
+
+def test_a_mount_whose_disk_fails_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its statfs is that of the cache's disk, so it fails with the disk."""
+    mount = mounts.Mount(str(tmp_path), "nbd://example.com", "0:1")
+    monkeypatch.setattr(mounts, "lazyfs_mounts", lambda: [mount])
+    monkeypatch.setattr(control_client, "alive", lambda _mount: True)
+    monkeypatch.setattr(session, "clear_away", lambda _mount: pytest.fail("it is alive"))
+
+    def fails(_path: str) -> os.statvfs_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "statvfs", fails)
+    with pytest.raises(errors.UserError, match=f"cannot use {tmp_path}: Input/output error"):
+        mounting._mountpoint(str(tmp_path))

@@ -11,6 +11,7 @@ from fakes import MemoryStore, pattern
 from lazyfs import errors
 from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
+from lazyfs.engine.interfaces import Space
 
 pytestmark = pytest.mark.trio(run=run)
 
@@ -123,3 +124,16 @@ async def test_a_read_that_waits_while_the_disk_loses_data_fails() -> None:
             store.write(span.start, memoryview(pattern(SIZE)[span.start : span.end]))
             table.settle(flight, span.length)
         assert not outcome
+
+
+async def test_status_answers_when_the_disk_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    async with world.daemon():
+
+        def fails() -> Space:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(world.stores, "space", fails)
+        found = world.room.statistics()
+        assert (found.total, found.free) == (0, 0)
+        assert found.message == "the cache's file system fails: Input/output error"

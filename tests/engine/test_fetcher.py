@@ -494,13 +494,21 @@ async def test_a_bad_place_ahead_does_not_fail_a_sequential_reader_before_it() -
             await b.check(blocks(i))
 
 
-async def test_one_bad_part_of_a_mixed_block_fails_the_block() -> None:
+async def test_one_bad_sector_fails_only_the_reads_that_need_it() -> None:
     async with bench(holes=[ByteRange(16 * KiB, 32 * KiB)]) as b:
-        b.repository.fail("disk", ByteRange(60 * KiB, 61 * KiB))
+        b.repository.fail("disk", ByteRange(60 * KiB, 60 * KiB + 512))
         with pytest.raises(errors.RequestFailed):
             await b.read(blocks(0))
+        with pytest.raises(errors.RequestFailed):
+            await b.read(ByteRange(60 * KiB, 64 * KiB))
+        await b.check(ByteRange(0, 60 * KiB))
+        await b.check(ByteRange(3000, 3100))
+        await b.check(ByteRange(30 * KiB, 34 * KiB))
         await b.settled()
-        assert b.nothing_kept()
+        # The map knows only whole blocks.
+        assert not b.table.present(ByteRange(0, 4 * KiB))
+        b.repository.heal()
+        await b.check(blocks(0))
 
 
 async def test_reads_wait_for_a_repository_that_is_down() -> None:
@@ -740,3 +748,14 @@ async def test_blocks_larger_than_a_request_and_images_smaller_than_a_block() ->
         await b.check(ByteRange(512, 513))
         await until(b.table.completed.is_set)
         assert b.demand() == [ByteRange(0, 513)]
+
+
+async def test_a_server_that_refuses_block_status_is_read_all_the_same() -> None:
+    async with bench() as b:
+
+        async def refuses(export: Export, window: ByteRange) -> list[ByteRange]:
+            raise errors.RequestFailed("block status", errno.EINVAL)
+
+        b.repository.status = refuses  # type: ignore[method-assign]
+        await b.check(blocks(3))
+        await b.check(blocks(0, 2))

@@ -78,6 +78,9 @@ def test_limits() -> None:
     assert Limits(min_free_percent=60).left(30, 1000, 500) == -100
     assert Limits(max_cache=100, min_free=450).left(30, 1000, 500) == 50
     assert Limits(max_cache=60, min_free=450).left(30, 1000, 500) == 30
+    # The file system does not say how large it is.
+    assert Limits(max_cache=60, min_free=450).left(30, 0, 0) == 30
+    assert Limits(min_free=450).left(30, 0, 0) > 1000
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ class PartialFile(FileReader):
     def _leave_room(self, size: int) -> None:
         """Raise NoSpace if the data would use the disk's last RESERVE bytes. This costs 1 us."""
         found = os.fstatvfs(self._root_fd)
-        if found.f_bavail * found.f_frsize < size + RESERVE:
+        if found.f_blocks and found.f_bavail * found.f_frsize < size + RESERVE:
             raise errors.NoSpace
 
     def _sync_data(self) -> None:
@@ -309,7 +309,7 @@ class PartialFile(FileReader):
             except (FileExistsError, NotADirectoryError):
                 self.check_path()
             for folder in ["", *folders]:
-                self._sync_folder(folder)
+                sync_folder(self._root_fd, folder)
 
     def check_path(self) -> None:
         """Look whether the plain file could be put at the image's path, before much is written.
@@ -333,10 +333,14 @@ class PartialFile(FileReader):
         )
 
     def unfinish(self) -> None:
-        """Unlink the plain file if it is another name of the data file."""
+        """Unlink the plain file if it is another name of the data file.
+
+        This is durable when it returns: the catalog may say next that nothing is there.
+        """
         with suppress(FileNotFoundError, NotADirectoryError):
             if self._is_ours(self._record.path):
                 os.unlink(self._record.path, dir_fd=self._root_fd)
+                sync_folder(self._root_fd, os.path.dirname(self._record.path))
 
     def _is_ours(self, path: str) -> bool:
         there = os.stat(path, dir_fd=self._root_fd, follow_symlinks=False)
@@ -352,13 +356,6 @@ class PartialFile(FileReader):
     def _names(self) -> list[str]:
         return [self._data_name]
 
-    def _sync_folder(self, name: str) -> None:
-        fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_fd)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
 
 class WholeFile(FileReader):
     """Holds the plain file of a whole image, read-only. Implements `interfaces.PlainFile`."""
@@ -368,7 +365,8 @@ class WholeFile(FileReader):
 
         Raises:
             PlainFileGone: there is no file at the path.
-            CacheCorrupt: the file cannot be opened, or does not have the image's size.
+            CacheCorrupt: something else is there, or it does not have the image's size.
+            OSError: it cannot be opened now.
         """
         super().__init__()
         self._root_fd = root_fd
@@ -382,9 +380,11 @@ class WholeFile(FileReader):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = os.open(record.path, flags, dir_fd=root_fd)
         except OSError as error:
-            gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
-            kind = errors.PlainFileGone if gone else errors.CacheCorrupt
-            raise kind(f"the plain file cannot be opened: {error.strerror}") from error
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise errors.PlainFileGone("the plain file is gone") from error
+            if error.errno == errno.ELOOP:
+                raise errors.CacheCorrupt("a symbolic link is where the plain file was") from error
+            raise  # this says nothing about the file, only about its disk or this process
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             os.close(self._fd)
@@ -397,18 +397,30 @@ class WholeFile(FileReader):
     def set_aside(self) -> None:
         """Move the plain file to the folder of partial files.
 
-        If it is not removed there, the next mount removes it.
+        If it is not removed there, the next mount removes it. The move is durable when this
+        returns: after a power cut, the file must not be at its path if the catalog says that
+        nothing is there.
+
+        Raises:
+            OSError: it could not be moved durably. It was moved back, if that was possible.
         """
         # A name that already leads to the same file must go: rename() would do nothing then.
         with suppress(FileNotFoundError):
             os.unlink(self._aside, dir_fd=self._root_fd)
         os.rename(self._path, self._aside, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
         self._name = self._aside
+        try:
+            self._sync_folders()
+        except BaseException:
+            with suppress(OSError):
+                self.restore()
+            raise
 
     def restore(self) -> None:
         """Undo `set_aside`, unless another file was put at the path meanwhile."""
         with suppress(FileExistsError):
             os.link(self._aside, self._path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+        sync_folder(self._root_fd, os.path.dirname(self._path))
         os.unlink(self._aside, dir_fd=self._root_fd)
         self._name = self._path
 
@@ -416,6 +428,19 @@ class WholeFile(FileReader):
         """Unlink the plain file. Processes that have it open keep reading it."""
         with suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._root_fd)
+
+    def _sync_folders(self) -> None:
+        for folder in (PARTIAL, os.path.dirname(self._path)):
+            sync_folder(self._root_fd, folder)
+
+
+def sync_folder(root_fd: int, name: str) -> None:
+    """Make durable which names are in a folder of the cache directory. "" is its root."""
+    fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _next_data(fd: int, position: int, end: int) -> int:

@@ -23,6 +23,7 @@ from lazyfs.cache.store.cache_file import (
     PartialFile,
     read_exactly,
     space_errors,
+    sync_folder,
     write_all,
 )
 from lazyfs.core import block_map, map_file, qcow2_layout
@@ -135,7 +136,7 @@ class Qcow2Store(PartialFile):
                 write_all(fd, content, offset)
             os.fsync(fd)
             os.rename(fresh, self._data_name, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
-            self._sync_folder(PARTIAL)
+            sync_folder(self._root_fd, PARTIAL)
         except BaseException:
             os.close(fd)
             # On a full disk, the new file may hold the last free space. This frees it.

@@ -17,6 +17,7 @@ from lazyfs.cache.store.cache_file import (
     PartialFile,
     read_exactly,
     space_errors,
+    sync_folder,
     write_all,
 )
 from lazyfs.core import map_file
@@ -89,7 +90,7 @@ class RawStore(PartialFile):
         # The header comes last. Without it, a map of zeroes says nothing.
         write_all(self._map_fd, self._header.encode(), 0)
         os.fdatasync(self._map_fd)
-        self._sync_folder(PARTIAL)
+        sync_folder(self._root_fd, PARTIAL)
         return BlockMap(self._size, self._record.block_size)
 
     def _load_map(self) -> BlockMap:

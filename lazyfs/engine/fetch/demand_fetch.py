@@ -69,6 +69,11 @@ class Miss:
             around.rest_came(self.came - self.began, now - self.came)
 
 
+UNFORESEEN = errors.RequestFailed("a fetch", errno.ECANCELED)
+"""The failure of a fetch until it has ended. So a fetch that ends in an unforeseen way counts as
+failed."""
+
+
 @dataclass(eq=False, slots=True)
 class DemandFetch:
     """Holds a flight that fetches for readers, and its bytes.
@@ -86,11 +91,8 @@ class DemandFetch:
     miss: Miss | None = None
     """Measures the read that began this fetch. None if that read is not measured."""
     done: trio.Event = field(default_factory=trio.Event)
-    failure: errors.LazyfsError | None = field(
-        default_factory=lambda: errors.RequestFailed("a fetch", errno.ECANCELED)
-    )
-    """Why there are no bytes. Never raise it itself. It is preset, so a fetch that ends in an
-    unforeseen way counts as failed."""
+    failure: errors.LazyfsError | None = UNFORESEEN
+    """Why there are no bytes. Never raise it itself."""
     ended: bool = False
     """True if the fetch has been answered, or given up."""
     written: trio.Event = field(default_factory=trio.Event)

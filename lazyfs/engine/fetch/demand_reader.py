@@ -22,14 +22,19 @@ from lazyfs.engine import totals
 from lazyfs.engine.fetch import demand_fetch
 from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
-from lazyfs.engine.fetch.demand_fetch import DemandFetch, Miss, ReadCache, assemble
+from lazyfs.engine.fetch.demand_fetch import UNFORESEEN, DemandFetch, Miss, ReadCache, assemble
 from lazyfs.engine.fetch.extents import ExtentQuestions
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Export, Source
 from lazyfs.engine.pace import Pace, ReaderWait
 from lazyfs.engine.totals import Read, Totals
+from lazyfs.units import KiB
 
 logger = logging.getLogger(__name__)
+
+SMALLEST_READ = 4 * KiB
+"""The unit of reads of parts of a block: what the kernel asks for at least, and what every server
+must accept."""
 
 
 class DemandReader:
@@ -175,9 +180,29 @@ class DemandReader:
                 and fetch.span.clip(own) != fetch.span
             ):
                 return None  # the blocks of other readers may be to blame, so ask for our own only
+            if isinstance(fetch.failure, errors.RequestFailed) and fetch.failure is not UNFORESEEN:
+                return await self._read_alone(wanted, fetch.failure)
             if fetch.failure is not None:
                 raise fetch.failure.again()
         return await assemble(wanted, joined, self._table.present, read_cache)
+
+    async def _read_alone(self, wanted: ByteRange, failure: errors.RequestFailed) -> bytes:
+        """Read just `wanted`, because its blocks could not be fetched, and keep nothing.
+
+        So a bad sector of the repository fails only the reads that need it.
+
+        Raises:
+            RequestFailed, ExportChanged: as for `read_missing`.
+        """
+        span = wanted.align_out(SMALLEST_READ, self._table.size)
+        if span == self._table.whole_blocks(wanted):
+            raise failure.again()
+        data = bytearray(span.length)
+        self._table.count_requests(1)
+        self._totals.add(totals.DEMAND_REQUESTS, 1)
+        await self._source.pread(span.start, memoryview(data))
+        self._table.count_demand(span.length)
+        return bytes(memoryview(data)[wanted.start - span.start :][: wanted.length])
 
     # -- fetches
 
