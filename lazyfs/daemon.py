@@ -85,6 +85,8 @@ class MountConfig:
     """Where to serve the metrics, as "HOST:PORT". None means that they are not served."""
     passthrough: bool
     allow_evict: bool
+    moved: bool = False
+    """True if the cache was filled from this repository at another address."""
     dropped_log_lines: Callable[[], int] = lambda: 0
     """Returns how many lines of the log were dropped because the log blocked."""
 
@@ -107,7 +109,13 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     os.umask(0o022)  # for the folders of whole images
     _raise_file_limit()
     sys.excepthook = _report_uncaught
-    cache = CacheDir(config.cache_dir, config.mountpoint, config.repository, config.file_attributes)
+    cache = CacheDir(
+        config.cache_dir,
+        config.mountpoint,
+        config.repository,
+        config.file_attributes,
+        config.moved,
+    )
     try:
         os.chdir("/")
         trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)

@@ -8,6 +8,7 @@ do.
     │   └── TimedOut        nothing answered in time
     ├── Unsupported         never ask this server again
     ├── ExportChanged       the export is not the one that is cached: fetch nothing more
+    │   └── ContentChanged  the same, told by its bytes
     ├── CacheCorrupt        what is on disk cannot be trusted: discard it and fetch again
     │   └── PlainFileGone   the file of a whole image is missing: somebody has removed it
     ├── NoSpace             the cache's file system is full: serve without keeping
@@ -94,6 +95,19 @@ class ExportChanged(LazyfsError):
 
     def __str__(self) -> str:
         return f"changed in the repository (was {self.was}, now {self.now})"
+
+
+class ContentChanged(ExportChanged):
+    """The export has other bytes than those that are cached of it."""
+
+    def __init__(self, export: str, start: int, end: int) -> None:
+        super().__init__(export, "", "")
+        self.args = export, start, end
+        self.start = start
+        self.end = end
+
+    def __str__(self) -> str:
+        return f"changed in the repository (bytes {self.start} to {self.end} differ from the cache)"
 
 
 class CacheCorrupt(LazyfsError):

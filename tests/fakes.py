@@ -31,9 +31,11 @@ from lazyfs.engine.interfaces import (
     Filler,
     FillWork,
     PlainFile,
+    Samples,
     Source,
     Space,
     Store,
+    no_samples,
 )
 from lazyfs.units import KiB
 
@@ -173,13 +175,23 @@ class FakeRepository:
         await self._answer()
         return {name: self._describe(name) for name in names}
 
-    def source(self, export: Export) -> Source:
-        return _FakeSource(self, export)
+    def source(self, export: Export, samples: Samples = no_samples) -> Source:
+        return _FakeSource(self, export, samples)
 
-    def filler(self, export: Export) -> Filler:
-        return _FakeFiller(self, export)
+    def filler(self, export: Export, samples: Samples = no_samples) -> Filler:
+        return _FakeFiller(self, export, samples)
 
     # -- inside
+
+    async def compare(self, export: Export, samples: Samples) -> None:
+        """Compare samples, as a new connection does."""
+        if taken := samples():
+            await self._answer()
+        for sample in taken:
+            content = self._check_version(export).content
+            end = sample.offset + len(sample.data)
+            if content[sample.offset : end] != sample.data:
+                raise errors.ContentChanged(export.name, sample.offset, end)
 
     def _describe(self, name: str) -> Export | str:
         found = self.exports.get(name)
@@ -267,9 +279,10 @@ class FakeRepository:
 class _FakeSource:
     """Reads on demand. It reconnects for ever, as the real source does."""
 
-    def __init__(self, repository: FakeRepository, export: Export) -> None:
+    def __init__(self, repository: FakeRepository, export: Export, samples: Samples) -> None:
         self._repository = repository
         self._export = export
+        self._samples = samples
         self._backoff = Backoff()
         self._next_attempt = -math.inf
         self._connected = False
@@ -305,6 +318,9 @@ class _FakeSource:
     async def pread(self, offset: int, buffer: memoryview) -> None:
         await self._retry(lambda: self._repository.read(self._export, offset, buffer, "demand"))
 
+    async def compare(self) -> None:
+        await self._retry(lambda: self._repository.compare(self._export, self._samples))
+
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         return await self._retry(lambda: self._repository.status(self._export, window))
 
@@ -314,6 +330,8 @@ class _FakeSource:
             await trio.lowlevel.checkpoint()  # as the real one, which must have a connection
             while True:
                 try:
+                    if not self._connected:
+                        await self._repository.compare(self._export, self._samples)
                     result = await attempt()
                 except errors.ConnectionLost:
                     if trio.current_time() >= self._next_attempt:
@@ -337,9 +355,10 @@ class _FakeSource:
 class _FakeFiller:
     """Fills with a few requests at a time. Every claim ends, whatever happens."""
 
-    def __init__(self, repository: FakeRepository, export: Export) -> None:
+    def __init__(self, repository: FakeRepository, export: Export, samples: Samples) -> None:
         self._repository = repository
         self._export = export
+        self._samples = samples
         self._connected = False
 
     async def run(self, work: FillWork, duration_s: float) -> None:
@@ -366,6 +385,7 @@ class _FakeFiller:
             self._repository.fill_connects += 1
             await self._repository._answer()
             self._repository._check_version(self._export)
+            await self._repository.compare(self._export, self._samples)
             self._connected = True
 
     async def _work(self, work: FillWork, until: float) -> None:

@@ -31,6 +31,7 @@ from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
+from lazyfs.core.repository_identity import identity
 from lazyfs.engine.interfaces import FileAttributes, PlainFile, Space, Store
 from lazyfs.host import mounts
 from lazyfs.units import GiB, MiB
@@ -48,12 +49,20 @@ PARTIAL = f"{STATE}/partial"
 CATALOG = f"{STATE}/catalog.sqlite"
 LOCK = f"{STATE}/lock"
 
+REPOSITORY = "repository"
+"""The name under which the catalog stores the identity of the repository."""
+
 
 class CacheDir:
     """Holds an open, locked cache directory. Implements `interfaces.Stores`."""
 
     def __init__(
-        self, path: str, mountpoint: str, repository: str, attributes: FileAttributes
+        self,
+        path: str,
+        mountpoint: str,
+        repository: str,
+        attributes: FileAttributes,
+        moved: bool = False,
     ) -> None:
         """Open and lock the cache at `path`, create what is missing, and load its catalog.
 
@@ -62,6 +71,8 @@ class CacheDir:
             mountpoint: where it will be mounted, for messages.
             repository: its URI. A qcow2 names it as its backing file while it is being filled.
             attributes: those of plain files.
+            moved: the cache belongs to this repository, although it was filled from another
+                address.
 
         Raises:
             UserError: the cache cannot be used. The error says why.
@@ -69,6 +80,7 @@ class CacheDir:
         self.path = path
         self._repository = repository
         self._file_attributes = attributes
+        self._moved = moved
         try:
             # The parent must exist. Otherwise a mistyped name, or a disk that is not mounted yet,
             # could fill another disk.
@@ -137,6 +149,7 @@ class CacheDir:
             self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG))
             undo.callback(self.catalog.close)
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
+            self._check_repository()
             self._remove_evicted()
             self._refuse_foreign()
             self._sweep()
@@ -204,6 +217,31 @@ class CacheDir:
                 )
             self.catalog.update([now])
         return now
+
+    def _check_repository(self) -> None:
+        """Refuse a repository from which the cache was not filled, or note that it is the one.
+
+        Images of another repository would be taken for those of the same name here, and be filled
+        up with the others' bytes.
+
+        Raises:
+            UserError: the cache belongs to another repository.
+        """
+        known, ours = self.catalog.setting(REPOSITORY), identity(self._repository)
+        cached = sum(record.state is not State.REMOTE for record in self.records)
+        if known not in ("", ours):
+            if cached and not self._moved:
+                raise errors.UserError(
+                    f"the cache {self.path} belongs to the repository {known}, not to {ours}: "
+                    f"{cached} {'image has' if cached == 1 else 'images have'} something cached; "
+                    "mount with --moved if it is the same repository at another address, "
+                    "or use another --cache-dir"
+                )
+            if not cached:  # sizes and names are the other repository's
+                self.catalog.remove([record.inode for record in self.records])
+                self.records = []
+        if known != ours:
+            self.catalog.set_setting(REPOSITORY, ours)
 
     def _remove_evicted(self) -> None:
         """Remove plain files that were evicted, and that a power cut has brought back."""

@@ -242,6 +242,23 @@ class SqliteCatalog:
             assert cursor.lastrowid is not None
             return dataclasses.replace(record, inode=cursor.lastrowid)
 
+    def setting(self, name: str) -> str:
+        """Return what is stored under `name` for the whole cache, or "".
+
+        Raises:
+            CacheCorrupt: the catalog is damaged.
+        """
+        try:
+            row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        except sqlite3.Error as error:
+            raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
+        return "" if row is None else str(row[0])
+
+    def set_setting(self, name: str, value: str) -> None:
+        """Store `value` under `name`."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+
     def evicted(self) -> dict[str, int]:
         """Return the plain files that were evicted or replaced since `forget_evicted`.
 

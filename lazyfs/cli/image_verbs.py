@@ -199,6 +199,10 @@ def verify(options: argparse.Namespace) -> int:
         arguments["digest"] = options.digest
     if options.against_repository:
         arguments["against-repository"] = True
+    if options.drop:
+        if not options.against_repository:
+            raise errors.UsageError("--drop needs --against-repository")
+        arguments["drop"] = True
     return _each(options, lambda target: _verified(target, arguments, quiet=options.json))
 
 

@@ -21,6 +21,11 @@ def add_to_mount(parser: OneLineParser) -> None:
         help="read what is not given here from /etc/lazyfs/NAME.toml, or from FILE, a path that "
         "has a / or ends in .toml; REPOSITORY and MOUNTPOINT can be there, too",
     )
+    parser.add_argument(
+        "--moved",
+        action="store_true",
+        help="take over a cache that was filled from this repository at another address",
+    )
     _add_options(parser)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     _leave_to_configuration(parser)

@@ -113,6 +113,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         metrics=options.metrics,
         passthrough=not options.no_passthrough,
         allow_evict=options.allow_evict,
+        moved=options.moved,
         dropped_log_lines=lambda: log.dropped,
     )
     try:

@@ -92,6 +92,12 @@ def _add_verify(parser: OneLineParser) -> None:
     parser.add_argument(
         "--against-repository", action="store_true", help="compare with the repository as well"
     )
+    parser.add_argument(
+        "--drop",
+        action="store_true",
+        help="drop what differs from the repository, unless it is pinned, open or the backing "
+        "file of an overlay",
+    )
 
 
 def _add_pivot(parser: OneLineParser) -> None:
@@ -239,7 +245,7 @@ VERBS = (
         "read back what is cached",
         "Read back what is cached of images. Without a digest and --against-repository, only what "
         "the disk cannot read is found. A damaged image is dropped, and fetched again when it is "
-        "next needed.",
+        "next needed. An image that differs from the repository is kept, unless --drop is given.",
         "/var/lib/imagecache/debian-12 --digest sha256:...",
         _add_verify,
         image_verbs.verify,

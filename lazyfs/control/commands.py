@@ -209,7 +209,11 @@ class Commands:
 
         async def work(task: Task) -> None:
             await self._operations.verify(
-                image, arguments.get("against-repository", False), task.advance, known
+                image,
+                arguments.get("against-repository", False),
+                task.advance,
+                known,
+                arguments.get("drop", False),
             )
 
         self._jobs.start(job, "verify", total, work)

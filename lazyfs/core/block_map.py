@@ -141,6 +141,16 @@ class BlockMap:
         assert match is not None
         return BlockRun(*match.span())
 
+    def next_data(self, first: int) -> int | None:
+        """Return the first block at or after `first` that is DATA, or None."""
+        found = self._states.find(DATA, first)
+        return None if found < 0 else found
+
+    def last_data(self) -> int | None:
+        """Return the last block that is DATA, or None."""
+        found = self._states.rfind(DATA)
+        return None if found < 0 else found
+
     def runs(self) -> Iterator[tuple[BlockRun, int]]:
         """Yield maximal runs of blocks in one state, over the whole image, in order."""
         for match in re.finditer(rb"\x00+|\x01+|\x02+|\x03+", self._states):

@@ -176,6 +176,11 @@ COMMANDS = (
                 "bytes known to be zeroes; when whole, `present_bytes` + `zero_bytes` is `size`",
             ),
             Field("fetched_bytes", "int", "demand_bytes + populated_bytes"),
+            Field(
+                "sampled_bytes",
+                "int",
+                "bytes read to compare the cache with the repository, since the file was opened",
+            ),
             Field("demand_bytes", "int", "bytes fetched because a reader waited"),
             Field("populated_bytes", "int", "bytes fetched in the background"),
             Field("requests", "int", "number of read requests sent to the repository"),
@@ -323,7 +328,8 @@ COMMANDS = (
         "verify",
         "Reads back what is cached of an image, as a job. Without a digest and "
         "`against-repository`, only what the disk cannot read is found. A damaged image is "
-        "dropped, and fetched again when needed.",
+        "dropped, and fetched again when needed. One that differs from the repository is kept, "
+        "unless `drop` is true.",
         (
             _PATH,
             Argument(
@@ -335,6 +341,13 @@ COMMANDS = (
             ),
             Argument(
                 "against-repository", "bool", "compare with the repository as well", optional=True
+            ),
+            Argument(
+                "drop",
+                "bool",
+                "drop what differs from the repository, unless it is pinned, open or the backing "
+                "file of an overlay",
+                optional=True,
             ),
         ),
         returns=(

@@ -34,6 +34,8 @@ class Cause(enum.Enum):
     """Nothing is wrong."""
     EXPORT_CHANGED = "export-changed"
     """The export is not the one from which the cache was filled."""
+    CONTENT_CHANGED = "content-changed"
+    """The same, told by its bytes. An equal size or description proves nothing afterwards."""
     WRONG_DIGEST = "wrong-digest"
     """The bytes of the complete image do not have the digest that is known."""
     CHANGED_BY_HAND = "changed-by-hand"

@@ -53,6 +53,7 @@ METRICS = (
             ),
             "population": "fetched in the background",
             "zero": "reported as zeroes by the repository, and not fetched",
+            "sample": "fetched to compare the cache with the repository, and not kept",
         },
     ),
     Metric(

@@ -7,7 +7,7 @@
 
 _shtab_lazyfs_subparsers=(mount status prefetch pause resume cancel set-rate evict pin unpin map verify forget pivot detach umount check config)
 
-_shtab_lazyfs_mount_option_strings=(-h --help --config --cache-dir --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
+_shtab_lazyfs_mount_option_strings=(-h --help --config --moved --cache-dir --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
 _shtab_lazyfs_status_option_strings=(-h --help --json --watch)
 _shtab_lazyfs_prefetch_option_strings=(-h --help --json --wait --format)
 _shtab_lazyfs_pause_option_strings=(-h --help --json)
@@ -18,7 +18,7 @@ _shtab_lazyfs_evict_option_strings=(-h --help --json)
 _shtab_lazyfs_pin_option_strings=(-h --help --json)
 _shtab_lazyfs_unpin_option_strings=(-h --help --json)
 _shtab_lazyfs_map_option_strings=(-h --help --json)
-_shtab_lazyfs_verify_option_strings=(-h --help --json --digest --against-repository)
+_shtab_lazyfs_verify_option_strings=(-h --help --json --digest --against-repository --drop)
 _shtab_lazyfs_forget_option_strings=(-h --help --json)
 _shtab_lazyfs_pivot_option_strings=(-h --help --all-in --wait --dry-run --allow-hmp --json)
 _shtab_lazyfs_detach_option_strings=(-h --help --wait)
@@ -66,6 +66,7 @@ _shtab_lazyfs_pos_0_choices=(mount status prefetch pause resume cancel set-rate 
 
 _shtab_lazyfs_mount__h_nargs=0
 _shtab_lazyfs_mount___help_nargs=0
+_shtab_lazyfs_mount___moved_nargs=0
 _shtab_lazyfs_mount___no_populate_nargs=0
 _shtab_lazyfs_mount___allow_evict_nargs=0
 _shtab_lazyfs_mount___no_passthrough_nargs=0
@@ -116,6 +117,7 @@ _shtab_lazyfs_verify__h_nargs=0
 _shtab_lazyfs_verify___help_nargs=0
 _shtab_lazyfs_verify___json_nargs=0
 _shtab_lazyfs_verify___against_repository_nargs=0
+_shtab_lazyfs_verify___drop_nargs=0
 _shtab_lazyfs_forget_pos_0_nargs=+
 _shtab_lazyfs_forget__h_nargs=0
 _shtab_lazyfs_forget___help_nargs=0

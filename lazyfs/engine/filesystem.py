@@ -328,6 +328,7 @@ class Filesystem:
                 export = found[image.record.export]
                 if isinstance(export, Export):
                     await self._compare(image, export)
+                    self._compare_samples(image)
 
     async def _compare(self, image: Image, export: Export) -> None:
         """Compare a cached image with its export as it is now."""
@@ -345,6 +346,19 @@ class Filesystem:
             if sure and record.state is not State.REMOTE and record.cause is Cause.EXPORT_CHANGED:
                 await image.recover()
 
+    def _compare_samples(self, image: Image) -> None:
+        """Compare some of what is cached with the repository, if something was fetched lately.
+
+        This is done in the background, because one export that hangs must not hold up others.
+        """
+        filling = image.filling
+        if filling is None or image.record.state is not State.PARTIAL:
+            return
+        if filling.kept and filling.samples.due:
+            self._nursery.start_soon(
+                log_failure, "comparing with the repository", filling.reader.compare
+            )
+
     async def _export_changed(self, image: Image, error: errors.ExportChanged) -> None:
         if image.retired:
             return
@@ -352,7 +366,7 @@ class Filesystem:
             if self._options.replace_changed:
                 await self.replace(image, error, lambda record: record.successor(time.time_ns()))
             else:
-                await image.fail(Cause.EXPORT_CHANGED, error)
+                await image.fail(change_of(error), error)
         except (errors.LazyfsError, OSError) as failed:
             logger.warning(
                 "a change is not taken in yet: image=%s reason=%s", image.record.export, failed
@@ -531,8 +545,14 @@ def is_last_copy(image: Image) -> bool:
     That is so if the export is gone or has changed.
     """
     record = image.record
-    changed = record.state is State.WHOLE and record.cause is Cause.EXPORT_CHANGED
-    return image.gone or record.state is State.FAILED or changed
+    changed = record.cause in (Cause.EXPORT_CHANGED, Cause.CONTENT_CHANGED)
+    return image.gone or record.state is State.FAILED or (record.state is State.WHOLE and changed)
+
+
+def change_of(error: errors.ExportChanged) -> Cause:
+    """Return the cause that the catalog stores for a change of an export."""
+    content = isinstance(error, errors.ContentChanged)
+    return Cause.CONTENT_CHANGED if content else Cause.EXPORT_CHANGED
 
 
 def lasting_digest(record: ImageRecord) -> str:

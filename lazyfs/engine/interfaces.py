@@ -83,6 +83,24 @@ class Claim(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Holds some bytes of an export, as they are cached."""
+
+    offset: int
+    data: bytes
+
+
+Samples = Callable[[], Sequence[Sample]]
+"""Returns what a new connection must find at the server, so that an export with other content is
+noticed. Thread-safe. Blocks."""
+
+
+def no_samples() -> Sequence[Sample]:
+    """Return nothing to compare."""
+    return ()
+
+
 Answered = Callable[[errors.LazyfsError | None], None]
 """Called when a request has ended. The argument is None if all went well."""
 
@@ -119,6 +137,14 @@ class Source(Protocol):
             ExportChanged: size or identity are no longer what they were.
         Cancellation: the buffer may still be written to afterwards, so it must not be used for
             anything else.
+        """
+        ...
+
+    async def compare(self) -> None:
+        """Compare the samples with what the server has now.
+
+        Raises:
+            ExportChanged: they differ, or size or identity are no longer what they were.
         """
         ...
 
@@ -217,12 +243,18 @@ class Repository(Protocol):
         """
         ...
 
-    def source(self, export: Export) -> Source:
-        """Return a source that reads `export` on demand. It connects when it is first used."""
+    def source(self, export: Export, samples: Samples = no_samples) -> Source:
+        """Return a source that reads `export` on demand. It connects when it is first used.
+
+        Each new connection is compared with `samples` before it is used.
+        """
         ...
 
-    def filler(self, export: Export) -> Filler:
-        """Return a filler that reads `export`. It connects when it is first used."""
+    def filler(self, export: Export, samples: Samples = no_samples) -> Filler:
+        """Return a filler that reads `export`. It connects when it is first used.
+
+        Each new connection is compared with `samples` before it is used.
+        """
         ...
 
 

@@ -46,6 +46,9 @@ unlinked, as on any file system."""
 
 AGAINST_FORGET = (Obstacle.PINNED, Obstacle.OPEN)
 
+AGAINST_DROP = (Obstacle.GONE, Obstacle.PINNED, Obstacle.BACKING, Obstacle.OPEN)
+"""What keeps an image that differs from the repository from being dropped."""
+
 _REFUSALS = {
     Obstacle.GONE: "{path} is gone from the repository; lazyfs forget drops it",
     Obstacle.PINNED: "{path} is pinned; lazyfs unpin it first",
@@ -290,15 +293,20 @@ class Operations:
         against_repository: bool,
         progress: Callable[[int], None],
         digest: str = "",
+        drop: bool = False,
     ) -> None:
         """Read back what is cached of an image and compare it.
 
         If the cache is damaged, it is dropped, so it is fetched again when it is needed next. What
-        cannot be fetched again, or is pinned, is kept.
+        cannot be fetched again, or is pinned, is kept. What differs from the repository is not
+        damaged: the export may be another one now, and overlays need the old bytes. So it is kept
+        without `drop`. If it is partial, nothing more is fetched of it.
 
         Args:
             image: the image.
             against_repository: compare with what the repository has now.
+            drop: drop what differs from the repository, unless it is pinned, open, the backing file
+                of an overlay, or could not be fetched again.
             progress: called with the number of bytes of each chunk.
             digest: the digest of a whole image, used instead of the one in the catalog. If it
                 matches, it is stored in the catalog. If it does not, the image may still be good,
@@ -306,7 +314,7 @@ class Operations:
 
         Raises:
             Differs, CacheCorrupt: the cache is damaged.
-            UserError: the image does not have the `digest`.
+            UserError: the image does not have the `digest`, or differs from the repository.
             UserError, OSError, LazyfsError: it cannot be verified. The error says why.
         """
         record = image.record
@@ -327,6 +335,8 @@ class Operations:
             )
             if digest:
                 await self._annotate(image, lambda record: record.with_digest(digest))
+        except verifying.DiffersFromRepository as difference:
+            raise errors.UserError(await self._differs(image, difference, drop)) from difference
         except (verifying.Differs, errors.CacheCorrupt) as damage:
             if isinstance(damage, verifying.OtherDigest) and digest not in ("", known):
                 raise errors.UserError(damage.what) from damage
@@ -343,3 +353,24 @@ class Operations:
         finally:
             if source is not None:
                 source.drop_connection()
+
+    async def _differs(
+        self, image: Image, difference: verifying.DiffersFromRepository, drop: bool
+    ) -> str:
+        """Do what follows from a difference between cache and repository, and return a message."""
+        record = image.record
+        if record.state is State.PARTIAL:  # or it would become a mixture of both
+            changed = errors.ContentChanged(record.export, difference.start, difference.end)
+            await image.fail(Cause.CONTENT_CHANGED, changed)
+        logger.warning("%s: image=%s", difference, record.export)
+        if not drop:
+            return f"{difference}; it is kept, and --drop would drop it"
+        check = partial(refuse, image, await self.backing_files(), AGAINST_DROP)
+        try:
+            check()
+            await self._filesystem.replace(
+                image, None, lambda record: record.successor(time.time_ns()), check
+            )
+        except Refused as refusal:
+            return f"{difference}; it is kept, because {refusal}"
+        return f"{difference}; dropped, to be fetched again"

@@ -200,7 +200,9 @@ class Population:
             await self._learn(filling)
             filler = fillers.get(image.inode)
             if filler is None:
-                filler = fillers[image.inode] = self._repository.filler(port.export)
+                filler = fillers[image.inode] = self._repository.filler(
+                    port.export, filling.samples.take
+                )
             await self._fill(filling, filler)
         except errors.ExportChanged as error:
             filling.reader.changed(error)

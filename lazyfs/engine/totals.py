@@ -25,6 +25,7 @@ READ_BOUNDS_S = (
 """Bounds from a read that the page cache answers (60 us) to the default --io-timeout."""
 
 DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES = "demand_bytes", "populated_bytes", "zero_bytes"
+SAMPLED_BYTES = "sampled_bytes"
 DEMAND_REQUESTS, POPULATION_REQUESTS = "demand_requests", "population_requests"
 
 OPEN, WRITE, CHECKPOINT = "open", "write", "checkpoint"
@@ -61,7 +62,15 @@ class Totals:
         self._opens = 0
         self._lock = threading.Lock()  # population's threads add, too
         self._sums = dict.fromkeys(
-            (DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES, DEMAND_REQUESTS, POPULATION_REQUESTS), 0
+            (
+                DEMAND_BYTES,
+                POPULATED_BYTES,
+                ZERO_BYTES,
+                SAMPLED_BYTES,
+                DEMAND_REQUESTS,
+                POPULATION_REQUESTS,
+            ),
+            0,
         )
         self._errors = dict.fromkeys((OPEN, WRITE, CHECKPOINT), 0)
 

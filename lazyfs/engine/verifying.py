@@ -35,6 +35,19 @@ class Differs(errors.LazyfsError):
         return f"the cache is damaged: {self.what}"
 
 
+class DiffersFromRepository(Differs):
+    """The cache and the repository have different bytes. Either may be right."""
+
+    def __init__(self, what: str, start: int, end: int) -> None:
+        super().__init__(what)
+        self.args = what, start, end
+        self.start = start
+        self.end = end
+
+    def __str__(self) -> str:
+        return self.what
+
+
 class OtherDigest(Differs):
     """The bytes of a whole image have another digest than the one asked for."""
 
@@ -59,6 +72,7 @@ async def verify(
 
     Raises:
         Differs, CacheCorrupt: the cache is damaged, or its disk cannot read it.
+        DiffersFromRepository: `source` has other bytes.
         UserError: nothing is cached, or a digest is given and the image is not whole.
         OSError, LazyfsError: the cache or the repository cannot be read now.
     """
@@ -97,7 +111,8 @@ async def _read_back(
             if hasher is not None:
                 await trio.to_thread.run_sync(hasher.update, data, limiter=limiter)
             if source is not None and not await _same(source, span, data, io_timeout_s):
-                raise Differs(f"bytes {span.start} to {span.end} are not those of the repository")
+                what = f"differs from the repository at bytes {span.start} to {span.end}"
+                raise DiffersFromRepository(what, span.start, span.end)
             progress(span.length)
             # Let other tasks run: reading from the page cache does not wait for anything.
             await trio.lowlevel.checkpoint()

@@ -73,6 +73,7 @@ class Mount:
                 "demand": sums.sums[totals.DEMAND_BYTES],
                 "population": sums.sums[totals.POPULATED_BYTES],
                 "zero": sums.sums[totals.ZERO_BYTES],
+                "sample": sums.sums[totals.SAMPLED_BYTES],
             },
             "lazyfs_requests_total": {
                 "demand": sums.sums[totals.DEMAND_REQUESTS],

@@ -9,14 +9,17 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import c_int
+from functools import partial
 
 import nbd
 from nbd import NBD
 
 from lazyfs import errors
-from lazyfs.engine.interfaces import Export
+from lazyfs.engine.interfaces import Export, Sample
+from lazyfs.repository import nbd_buffers
 from lazyfs.units import MiB
 
 CONNECT_TIMEOUT_S = 15.0
@@ -110,6 +113,53 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD
     return handle, found
 
 
+def compare(
+    handle: NBD, uri: str, name: str, samples: Sequence[Sample], abandoned: threading.Event
+) -> None:
+    """Compare samples with what the server has. Blocks, so call it in a thread.
+
+    What the server cannot read is left out.
+
+    Raises:
+        ContentChanged: some bytes differ.
+        ConnectionLost: the connection is lost, or brings nothing for CONNECT_TIMEOUT_S.
+    """
+    codes: dict[int, int] = {}
+
+    def completed(number: int, err: c_int) -> int:
+        codes[number] = err.value
+        return 0
+
+    buffers = [nbd_buffers.take(len(sample.data)) for sample in samples]
+    try:
+        cookies = [
+            handle.aio_pread(
+                buffer.target(0, len(sample.data)), sample.offset, partial(completed, number)
+            )
+            for number, (sample, buffer) in enumerate(zip(samples, buffers, strict=True))
+        ]
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while len(codes) < len(samples):
+            if handle.poll(_POLL_MS):  # a part of a long answer is progress as well
+                deadline = time.monotonic() + CONNECT_TIMEOUT_S
+            _check_alive(handle, uri, deadline, abandoned)
+        ended = [codes[number] or retire(handle, cookie) for number, cookie in enumerate(cookies)]
+    except nbd.Error as error:
+        raise errors.ConnectionLost(uri, reason(error)) from error
+    # Only now, because libnbd may write to the buffers before.
+    found = [
+        bytes(buffer.memory[: len(sample.data)])
+        for sample, buffer in zip(samples, buffers, strict=True)
+    ]
+    for buffer in buffers:
+        nbd_buffers.give(buffer)
+    for sample, data, code in zip(samples, found, ended, strict=True):
+        if code in LOST:
+            raise errors.ConnectionLost(uri, "the server hung up")
+        if not code and data != sample.data:
+            raise errors.ContentChanged(name, sample.offset, sample.offset + len(data))
+
+
 class Watchdog:
     """Limits the time of libnbd's blocking calls inside a `with` block, by cutting their
     connection.
@@ -188,15 +238,19 @@ def reason(error: nbd.Error) -> str:
 
 def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
-        if handle.aio_is_dead() or handle.aio_is_closed():
-            # libnbd does not report that a server has refused TLS.
-            hint = ", or does not do TLS" if uri.startswith("nbds") else ""
-            raise errors.ConnectionLost(uri, f"the server hung up{hint}")
-        if abandoned.is_set():
-            raise errors.ConnectionLost(uri, "not wanted any more")
-        if time.monotonic() > deadline:
-            raise errors.ConnectionLost(uri, f"no answer in {CONNECT_TIMEOUT_S:g} s")
+        _check_alive(handle, uri, deadline, abandoned)
         handle.poll(_POLL_MS)
+
+
+def _check_alive(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
+    if handle.aio_is_dead() or handle.aio_is_closed():
+        # libnbd does not report that a server has refused TLS.
+        hint = ", or does not do TLS" if uri.startswith("nbds") else ""
+        raise errors.ConnectionLost(uri, f"the server hung up{hint}")
+    if abandoned.is_set():
+        raise errors.ConnectionLost(uri, "not wanted any more")
+    if time.monotonic() > deadline:
+        raise errors.ConnectionLost(uri, f"no answer in {CONNECT_TIMEOUT_S:g} s")
 
 
 def retire(handle: NBD, cookie: int) -> int:

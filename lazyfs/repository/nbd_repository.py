@@ -23,7 +23,9 @@ from lazyfs.engine.interfaces import (
     Filler,
     FillWork,
     RepositoryStatistics,
+    Samples,
     Source,
+    no_samples,
 )
 from lazyfs.engine.supervision import call_beside
 from lazyfs.repository import nbd_connect, nbd_handle
@@ -154,34 +156,44 @@ class NbdRepository:
                 self._names_per_connection = max(1, len(found) - before - 1)
         return found
 
-    def source(self, export: Export) -> Source:
+    def source(self, export: Export, samples: Samples = no_samples) -> Source:
         """Return a source, as `interfaces.Repository.source` does."""
-        return _NbdSource(self, export)
+        return _NbdSource(self, export, samples)
 
-    def filler(self, export: Export) -> Filler:
+    def filler(self, export: Export, samples: Samples = no_samples) -> Filler:
         """Return a filler, as `interfaces.Repository.filler` does."""
-        return _NbdFiller(self, FillConnection(self.uri, export, self._stall_s))
+        return _NbdFiller(self, FillConnection(self.uri, export, self._stall_s), samples)
 
-    async def connect_export(self, export: Export) -> nbd_handle.NbdHandle:
+    async def connect_export(
+        self, export: Export, samples: Samples = no_samples
+    ) -> nbd_handle.NbdHandle:
         """Return a running connection to `export`. Raises what `connect` raises."""
         running = nbd_handle.NbdHandle(
-            await self.connect(export), self.uri, export.name, self._stall_s, self._io_timeout_s
+            await self.connect(export, samples),
+            self.uri,
+            export.name,
+            self._stall_s,
+            self._io_timeout_s,
         )
         self._nursery.start_soon(running.run)
         return running
 
-    async def connect(self, export: Export) -> nbd.NBD:
+    async def connect(self, export: Export, samples: Samples = no_samples) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.
 
         Raises:
             ConnectionLost, Unsupported: as for `nbd_connect.connect_export`.
             ExportChanged: the server has another version. The connection is closed.
         """
-        attempt = partial(nbd_connect.connect_export, self.uri, export.name)
-        handle, found = await self._connecting(attempt)
+        return await self._connecting(partial(self._connect, export, samples))
+
+    def _connect(self, export: Export, samples: Samples, abandoned: threading.Event) -> nbd.NBD:
+        handle, found = nbd_connect.connect_export(self.uri, export.name, abandoned)
         try:
             export.check_same(found)
-        except errors.ExportChanged:
+            if taken := samples():
+                nbd_connect.compare(handle, self.uri, export.name, taken, abandoned)
+        except errors.LazyfsError:
             del handle  # otherwise the traceback of this error would keep the connection open
             raise
         return handle
@@ -265,9 +277,10 @@ class _NbdSource:
     It is made when it is first used, and made again when it is lost.
     """
 
-    def __init__(self, repository: NbdRepository, export: Export) -> None:
+    def __init__(self, repository: NbdRepository, export: Export, samples: Samples) -> None:
         self._repository = repository
         self._export = export
+        self._samples = samples
         self._handle: nbd_handle.NbdHandle | None = None
         self._connecting = trio.Lock()
         self._backoff = Backoff()
@@ -285,6 +298,18 @@ class _NbdSource:
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` as `interfaces.Source.pread` describes."""
         await self._retry(lambda handle: handle.pread(offset, buffer))
+
+    async def compare(self) -> None:
+        """Compare the samples as `interfaces.Source.compare` describes."""
+        for sample in await trio.to_thread.run_sync(self._samples):
+            theirs = bytearray(len(sample.data))
+            try:
+                await self.pread(sample.offset, memoryview(theirs))
+            except errors.RequestFailed:
+                continue  # the server cannot read it, which says nothing about its content
+            if theirs != sample.data:
+                end = sample.offset + len(sample.data)
+                raise errors.ContentChanged(self._export.name, sample.offset, end)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return ranges of data as `interfaces.Source.block_status` describes."""
@@ -344,7 +369,9 @@ class _NbdSource:
                 # at a time, for whichever task waits.
                 await trio.sleep_until(max(self._next_attempt, trio.current_time()))
                 try:
-                    self._handle = await self._repository.connect_export(self._export)
+                    self._handle = await self._repository.connect_export(
+                        self._export, self._samples
+                    )
                 except errors.ConnectionLost:
                     self._note_failure()
                     raise
@@ -354,14 +381,18 @@ class _NbdSource:
 class _NbdFiller:
     """Runs a fill connection in a thread for each turn."""
 
-    def __init__(self, repository: NbdRepository, connection: FillConnection) -> None:
+    def __init__(
+        self, repository: NbdRepository, connection: FillConnection, samples: Samples
+    ) -> None:
         self._repository = repository
         self._connection = connection
+        self._samples = samples
 
     async def run(self, work: FillWork, duration_s: float) -> None:
         """Work as `interfaces.Filler.run` describes."""
         if not self._connection.connected:
-            self._connection.adopt(await self._repository.connect(self._connection.export))
+            handle = await self._repository.connect(self._connection.export, self._samples)
+            self._connection.adopt(handle)
         await self._repository.fill(self._connection, work, duration_s)
 
     async def aclose(self) -> None:

@@ -18,7 +18,7 @@ from fakes import POISON, BookedClaim, FakeRepository, pattern
 from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.engine.interfaces import Export, Repository, Source
+from lazyfs.engine.interfaces import Claim, Export, Repository, Sample, Source
 from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
 
@@ -221,6 +221,39 @@ async def test_a_source_reads_any_range(lab: Lab) -> None:
         await source.pread(512, memoryview(buffer))  # connects again
         assert buffer == lab.content[512:1024]
         source.drop_connection()
+
+
+async def test_a_new_connection_is_compared_with_the_samples(lab: Lab) -> None:
+    right = [Sample(512, lab.content[512:66048]), Sample(SIZE - 1, lab.content[-1:])]
+    wrong = [*right, Sample(4096, bytes([lab.content[4096] ^ 1]))]
+    async with connected(lab) as (repository, export):
+        for reads in (repository.source(export, lambda: right), repository.source(export)):
+            buffer = bytearray(10)
+            await reads.pread(0, memoryview(buffer))
+            assert buffer == lab.content[:10]
+            await reads.compare()
+            reads.drop_connection()
+        changed = repository.source(export, lambda: wrong)
+        with pytest.raises(errors.ContentChanged) as difference:
+            await changed.pread(0, memoryview(bytearray(10)))
+        assert (difference.value.start, difference.value.end) == (4096, 4097)
+        with pytest.raises(errors.ContentChanged):
+            await changed.compare()
+        changed.drop_connection()
+        filler = repository.filler(export, lambda: wrong)
+        with pytest.raises(errors.ContentChanged):
+            await filler.run(Nothing(export), 1)
+        await filler.aclose()
+
+
+class Nothing:
+    """Has nothing to fill. Implements `interfaces.FillWork`."""
+
+    def __init__(self, export: Export) -> None:
+        self.export = export
+
+    def claim(self, limit: int) -> Claim | float | None:
+        return None
 
 
 async def test_many_reads_at_once(lab: Lab) -> None:

@@ -22,6 +22,7 @@ from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillClaim, FillPort
+from lazyfs.engine.fetch.samples import Samples
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.filling import Filling
 from lazyfs.engine.interfaces import Answered, Export
@@ -72,7 +73,10 @@ class Bench:
             on_changed=self.changes.append,
         )
         self.port = FillPort(export, self.table, writer, pace, self.totals)
-        self.filling = Filling(self.store, self.table, writer, self.reader, self.port, self.totals)
+        samples = Samples(self.table, self.store, self.totals)
+        self.filling = Filling(
+            self.store, self.table, writer, self.reader, self.port, samples, self.totals
+        )
 
     async def read(self, where: ByteRange) -> bytes:
         """Read as `PartialHandle.read` does."""

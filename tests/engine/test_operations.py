@@ -621,24 +621,52 @@ async def test_verify_of_what_is_good(make: Callable[[World], Awaitable[Image]])
 
 
 @pytest.mark.parametrize("make", [partial, whole])
-async def test_damage_is_found_and_dropped(
-    make: Callable[[World], Awaitable[Image]], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("drop", [False, True])
+async def test_what_differs_from_the_repository_is_kept_unless_told_to_drop_it(
+    make: Callable[[World], Awaitable[Image]], drop: bool
 ) -> None:
     world = world_with("disk", populate=False)
     async with world.daemon():
         image = await make(world)
         damage(world.stores, image, 2 * BLOCK + 5)
         assert await verified(world, "disk") == ""  # it reads; nobody knows better
-        error = await verified(world, "disk", against_repository=True)
-        assert error.startswith("the cache is damaged: bytes ")
-        assert "are not those of the repository" in error
+        error = await verified(world, "disk", against_repository=True, drop=drop)
+        assert error.startswith("differs from the repository at bytes ")
+        if not drop:
+            assert error.endswith("; it is kept, and --drop would drop it")
+            assert world.image("disk") is image
+            # What is partial must not become a mixture.
+            assert states(world) == {"disk": "failed" if make is partial else "whole"}
+            return
+        assert error.endswith("; dropped, to be fetched again")
         assert states(world) == {"disk": "remote"}
         assert world.filesystem.names.node(image.inode) is None
         fresh = await whole(world)
         assert await verified(world, "disk", against_repository=True) == ""
         assert bytes(world.stores.plain["disk"]) == world.repository.exports["disk"].content
         assert fresh.record.inode != image.inode
-    assert [r.levelname for r in caplog.records if "damaged" in r.getMessage()] == ["CRITICAL"]
+
+
+@pytest.mark.parametrize("why", ["pinned", "open", "backing", "gone"])
+async def test_what_must_stay_is_kept_although_it_differs(why: str) -> None:
+    world = world_with("disk", populate=False)
+    async with world.daemon():
+        image = await whole(world)
+        damage(world.stores, image, 2 * BLOCK + 5)
+        if why == "pinned":
+            await world.command("pin", path="disk")
+        elif why == "open":
+            await world.open_image(image, whole=True)
+        elif why == "backing":
+            world.backing_files = lambda: frozenset({"disk"})
+        else:
+            image.gone = True
+        error = await verified(world, "disk", against_repository=True, drop=True)
+        assert "; it is kept, because disk is " in error
+        assert world.image("disk") is image
+        assert states(world) == {"disk": "whole"}
+        if why == "open":
+            await world.close(image, whole=True)
 
 
 async def test_a_digest_is_compared_and_kept() -> None:

@@ -101,7 +101,8 @@ async def test_images_get_equal_turns() -> None:
         await trio.sleep(24)
         shares = [world.repository.bytes_read(name) for name in "abc"]
         assert sum(shares) > 16 * MiB
-        assert max(shares) - min(shares) <= 2 * 5 * world.repository.REQUEST  # a turn or two
+        # A turn or two, and the comparisons of new connections.
+        assert max(shares) - min(shares) <= 2 * 6 * world.repository.REQUEST
         world.repository.delay_s = 0
         await until(lambda: all(world.image(name).record.state is State.WHOLE for name in "abc"))
 

@@ -356,6 +356,82 @@ def test_export_that_changes_while_partial_is_not_mixed_after_a_restart(lab: Lab
     lab.wait_for_state("dense", "failed")
 
 
+def overwrite(source: Path, content: bytes) -> None:
+    """Rebuild an export in place, as a tool that writes to the same file does."""
+    with source.open("r+b") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("when", ["restart", "reconnect", "refresh"])
+def test_an_export_that_was_rebuilt_with_the_same_size_is_noticed(lab: Lab, when: str) -> None:
+    source = lab.image("dense", 16 * MiB)
+    expected = source.read_bytes()
+    server = lab.serve()
+    refresh = "0.5" if when == "refresh" else "1000"
+    lab.mount(server.uri, "--no-populate", "--refresh", refresh)
+    with (lab.mnt / "dense").open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), MiB, 0) == expected[:MiB]
+        wait_until(lambda: lab.image_status("dense")["present_bytes"] >= MiB, "it is kept")
+        if when == "restart":
+            file.close()
+            lab.umount()
+        overwrite(source, os.urandom(16 * MiB))
+        if when == "restart":
+            lab.mount(server.uri)  # population finds it
+        elif when == "reconnect":
+            server.kill()
+            server.start()
+            with pytest.raises(OSError, match="Input/output error"):
+                os.pread(file.fileno(), 4096, 12 * MiB)
+        else:
+            # Something must be fetched for the next look to compare.
+            os.pread(file.fileno(), 4096, 9 * MiB)
+        status = lab.wait_for_state("dense", "failed")
+    assert "changed in the repository (bytes " in status["error"]
+    assert pread(lab.mnt / "dense", 0, MiB) == expected[:MiB]
+    with pytest.raises(OSError, match="Input/output error"):
+        pread(lab.mnt / "dense", 12 * MiB, 4096)
+    lab.lazyfs("evict", lab.mnt / "dense")
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+
+
+def test_what_is_compared_is_counted_apart_and_is_not_much(lab: Lab) -> None:
+    lab.image("dense", 8 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    assert len(pread(lab.mnt / "dense", 0, 4 * MiB)) == 4 * MiB
+    lab.umount()
+    before = server.bytes_read()
+    lab.mount(server.uri, "--no-populate")
+    pread(lab.mnt / "dense", 6 * MiB, 4096)
+    status = lab.image_status("dense")
+    assert 0 < status["sampled_bytes"] <= 512 * KiB
+    spent = server.bytes_read() - before
+    assert status["fetched_bytes"] + status["sampled_bytes"] == before + spent
+
+
+def test_a_cache_belongs_to_a_repository(lab: Lab) -> None:
+    source = lab.image("dense", MiB)
+    lab.mount(lab.serve().uri)
+    lab.lazyfs("prefetch", lab.mnt / "dense", "--wait")
+    lab.umount()
+    other = lab.serve()
+    failed = lab.lazyfs("mount", other.uri, lab.mnt, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert f"belongs to the repository nbd+unix:///?socket={lab.folder}/nbd0.sock" in failed.stderr
+    assert "1 image has something cached; mount with --moved" in failed.stderr
+    lab.mount(other.uri, "--moved")
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+    lab.umount()
+    lab.mount(other.uri)  # which it belongs to now
+    lab.lazyfs("evict", lab.mnt / "dense")
+    lab.umount()
+    third = lab.serve()
+    lab.mount(third.uri)  # nothing is cached, so nothing can be mixed
+    assert (lab.mnt / "dense").read_bytes() == source.read_bytes()
+
+
 def test_export_that_changes_while_whole_is_kept(lab: Lab) -> None:
     source = lab.image("dense", 1 * MiB)
     expected = source.read_bytes()

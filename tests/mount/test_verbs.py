@@ -409,9 +409,16 @@ def test_a_damaged_plain_file_is_found_and_fetched_again(lab: Lab, server: Nbdki
     done = lab.lazyfs("verify", lab.mnt, "--against-repository", check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "bytes 0 to 1048576 are not those of the repository" in done.stderr
+    assert "differs from the repository at bytes 0 to 1048576; it is kept" in done.stderr
     assert done.stdout == f"{lab.mnt}/two: as it should be\n"
     assert lab.status()["jobs"] == [], "each was dismissed"
+    assert lab.image_status("one")["state"] == "whole"
+    done = lab.lazyfs("verify", lab.mnt / "one", "--against-repository", "--drop", check=False)
+    assert done.returncode == 1
+    assert "; dropped, to be fetched again" in done.stderr
+    assert lab.image_status("one")["state"] == "remote"
+    done = lab.lazyfs("verify", lab.mnt / "one", "--drop", check=False)
+    assert (done.returncode, done.stderr) == (2, "lazyfs: --drop needs --against-repository\n")
 
 
 def test_a_verification_is_cancelled(lab: Lab) -> None:

@@ -210,7 +210,7 @@ def test_every_option_of_mount_is_a_key() -> None:
     options = {
         word.strip("[]").removeprefix("--") for word in usage.split() if word.startswith("[--")
     }
-    assert options - {"config"} == KEY.keys() - {"repository", "mountpoint"}
+    assert options - {"config", "moved"} == KEY.keys() - {"repository", "mountpoint"}
     assert options & KEY.keys()
 
 

@@ -29,14 +29,14 @@ PACKAGES = {
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
         " image.digest_check image.partial_cache"
         " context threads"
-        " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.block_table"
+        " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table"
         " fetch.write_queue"
         " budget pace totals interfaces"
     ),
     "host": "open_files process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
-        " config_file config_key eviction overlay digest shown_file qcow2_layout map_file export_name in_flight fetch_plan pacing"
+        " config_file config_key eviction overlay digest shown_file qcow2_layout map_file export_name repository_identity in_flight fetch_plan pacing"
         " extent_map block_map byte_range escaping"
     ),
     "errors": "",

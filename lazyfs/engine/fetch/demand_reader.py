@@ -373,6 +373,22 @@ class DemandReader:
                 self._ahead_until = window.end
                 await trio.lowlevel.checkpoint()
 
+    async def compare(self) -> None:
+        """Compare samples of the cache with the repository, within the time allowed for reads.
+
+        A difference is reported as `changed` does. If the repository does not answer, nothing is
+        known.
+        """
+        try:
+            with trio.move_on_after(self._io_timeout_s):
+                await self._source.compare()
+        except errors.ExportChanged as error:
+            self.changed(error)
+        except errors.LazyfsError as error:
+            logger.debug("not compared: image=%s reason=%s", self.export.name, error)
+        finally:
+            self._drop_if_idle()
+
     # -- the connection
 
     def changed(self, error: errors.ExportChanged) -> None:

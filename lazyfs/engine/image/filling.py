@@ -20,6 +20,7 @@ from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillPort
+from lazyfs.engine.fetch.samples import Samples
 from lazyfs.engine.image.partial_cache import Loaded
 from lazyfs.engine.interfaces import Export, ImageFile, Store
 from lazyfs.engine.pace import Pace
@@ -41,6 +42,7 @@ class Filling:
         writer: CacheWriter,
         reader: DemandReader,
         port: FillPort,
+        samples: Samples,
         totals: Totals,
     ) -> None:
         self.store = store
@@ -48,6 +50,7 @@ class Filling:
         self.writer = writer
         self.reader = reader
         self.port = port
+        self.samples = samples
         self._totals = totals
         self._checkpointing = trio.Lock()
 
@@ -124,9 +127,10 @@ def make_filling(
     totals = context.totals
     table = BlockTable(loaded.blocks, counters, totals)
     writer = CacheWriter(export.name, loaded.store, context.budget, totals)
+    samples = Samples(table, loaded.store, totals)
     reader = DemandReader(
         export,
-        context.repository.source(export),
+        context.repository.source(export, samples.take),
         table,
         writer,
         nursery=context.nursery,
@@ -137,7 +141,8 @@ def make_filling(
         on_changed=on_changed,
     )
     port = FillPort(export, table, writer, pace, totals, is_open)
-    return (Filling if loaded.kept else Unkept)(loaded.store, table, writer, reader, port, totals)
+    kind = Filling if loaded.kept else Unkept
+    return kind(loaded.store, table, writer, reader, port, samples, totals)
 
 
 def read_now(filling: Filling, shown: ShownFile, offset: int, length: int) -> bytes | None:

@@ -716,6 +716,7 @@ class Image:
             demand_bytes=counters.demand_bytes,
             populated_bytes=counters.populated_bytes,
             requests=counters.requests,
+            sampled_bytes=0 if filling is None else filling.samples.bytes,
             open_count=self.open_count,
             replaced=self.retired,
             fill_rate=filling.table.rate() if filling is not None and goes_on else 0.0,

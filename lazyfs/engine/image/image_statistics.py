@@ -22,6 +22,7 @@ class ImageStatistics:
     demand_bytes: int
     populated_bytes: int
     requests: int
+    sampled_bytes: int
     open_count: int
     replaced: bool
     fill_rate: float
