@@ -8,17 +8,15 @@ unmount      kernel's connection ends -> jobs and population end -> checkpoint o
 A crash at any point loses only what was cached after the last checkpoint.
 """
 
-import errno
-import functools
 import logging
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
@@ -27,20 +25,11 @@ import trio
 from lazyfs import assembly, errors
 from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
-from lazyfs.control.commands import Handler
-from lazyfs.control.server import ControlServer
-from lazyfs.core.eviction import Limits
-from lazyfs.core.lifecycle import State
-from lazyfs.core.pacing import Backoff
-from lazyfs.core.qmp_wire import CommandError
-from lazyfs.engine.filesystem import Options
-from lazyfs.engine.interfaces import FileAttributes
-from lazyfs.engine.supervision import log_failure
-from lazyfs.host import mounts
+from lazyfs.host import fuse_limits
 from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.session import KernelSession
+from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
-from lazyfs.report import service_manager
 from lazyfs.repository.nbd_repository import NbdRepository
 
 if TYPE_CHECKING:
@@ -52,43 +41,26 @@ FIRST_LIST_S = 10.0
 """How long a mount waits for a repository that does not answer. After that it starts from the
 catalog."""
 
-LAST_ANSWERS_S = 1.0
-"""How long the end of the daemon waits for requests of the kernel, and for control commands
-under way, such as the `detach` that caused it."""
-
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that unmount."""
-
-SAVE_USES_S = 30.0
-"""How late the catalog is told that an image was used. A crash loses the uses of this time,
-which matter only for the order of eviction."""
-
-MAX_REQUESTS = 2048
-"""How many FUSE requests are handled at once. Readers that wait for a repository must leave room
-for all other requests."""
+MARGIN_S = 2.0
+"""How much earlier than the kernel's limit a read fails by itself. The kernel looks every 15 s, but
+a request that is one jiffy too old at that moment ends the whole mount."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountConfig:
-    """Holds everything that `lazyfs mount` decides."""
-
-    repository: str
-    mountpoint: str
-    cache_dir: str
-    file_attributes: FileAttributes
-    options: Options
-    refresh_s: float
-    limits: Limits
-    overlays: Sequence[str]
-    """Folders of qcow2 files whose backing files are never evicted."""
-    metrics: str | None
-    """Where to serve the metrics, as "HOST:PORT". None means that they are not served."""
-    passthrough: bool
-    allow_evict: bool
-    moved: bool = False
-    """True if the cache was filled from this repository at another address."""
-    dropped_log_lines: Callable[[], int] = lambda: 0
-    """Returns how many lines of the log were dropped because the log blocked."""
+def _within_kernel_limits(config: MountConfig) -> MountConfig:
+    """Lower the time that reads wait, if the kernel would abort the mount before."""
+    limit_s = fuse_limits.request_timeout_s()
+    io_timeout_s = config.options.io_timeout_s
+    if not limit_s or io_timeout_s <= limit_s - MARGIN_S:
+        return config
+    lowered_s = max(1.0, limit_s - MARGIN_S)
+    logger.warning(
+        "reads wait %g s for the repository, not %g s, because /proc/sys/fs/fuse limits requests "
+        "to %d s",
+        lowered_s,
+        io_timeout_s,
+        limit_s,
+    )
+    return replace(config, options=replace(config.options, io_timeout_s=lowered_s))
 
 
 def _report_uncaught(
@@ -107,6 +79,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
         UserError: it could not be mounted. Nothing was left behind.
     """
     os.umask(0o022)  # for the folders of whole images
+    config = _within_kernel_limits(config)
     _raise_file_limit()
     sys.excepthook = _report_uncaught
     cache = CacheDir(
@@ -208,14 +181,14 @@ class _Daemon:
     ) -> None:
         config = self._config
         # Until `_unmount_on_signal` runs, a signal would end the daemon and leave a dead mount.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         session = KernelSession(config.mountpoint, config.repository, config.passthrough)
         try:
             backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
             logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
-            mounted = _Mounted(config, self._cache, repository, parts, session, backings, metrics)
+            mounted = Mounted(config, self._cache, repository, parts, session, backings, metrics)
         except BaseException:
-            _unmount_quietly(session)
+            unmount_quietly(session)
             raise
         adapter = FuseAdapter(
             parts.filesystem,
@@ -231,7 +204,7 @@ class _Daemon:
             pyfuse3.init(adapter, session.libfuse_path, set())
             await mounted.serve(self._on_ready)
         except BaseException:
-            _unmount_quietly(session)
+            unmount_quietly(session)
             raise
         finally:
             pyfuse3.close(unmount=False)
@@ -245,226 +218,6 @@ class _Daemon:
         """
         scan = self._overlays.backing_files
         return await trio.to_thread.run_sync(scan, limiter=self._scanning, abandon_on_cancel=True)
-
-
-class _Mounted:
-    """Serves a mount: its background tasks, and the commands that concern it as a whole."""
-
-    def __init__(
-        self,
-        config: MountConfig,
-        cache: CacheDir,
-        repository: NbdRepository,
-        parts: Parts,
-        session: KernelSession,
-        backings: passthrough.Backings,
-        metrics: "MetricsServer | None",
-    ) -> None:
-        self._config = config
-        self._cache = cache
-        self._repository = repository
-        self._parts = parts
-        self._session = session
-        self._backings = backings
-        self._metrics = metrics
-        self._used = trio.Event()
-        self._answering = trio.CancelScope()
-        """The scope of the kernel's requests that are being answered."""
-        self._detaching = trio.Lock()
-        self._unmounting = trio.CapacityLimiter(2)
-        """Limits the threads that unmount. They are separate so that a disk that stalls cannot
-        take them."""
-        own: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
-        self._control = ControlServer(
-            mounts.socket_path(config.mountpoint), parts.commands.handlers | own
-        )
-        assembly.wire(parts, self._control.emit, on_use=lambda: self._used.set())
-
-    async def serve(self, on_ready: Callable[[], None]) -> None:
-        """Answer the kernel until it is unmounted. `on_ready` is called when the mount answers."""
-        keep_running = self._parts.supervisor.keep_running
-        async with trio.open_nursery() as nursery:
-            await assembly.start(self._parts, nursery)
-            resume = self._parts.filesystem.resume
-            nursery.start_soon(log_failure, "opening what an earlier daemon left", resume)
-            nursery.start_soon(self._control.run)
-            nursery.start_soon(self._unmount_on_signal)
-            nursery.start_soon(keep_running, "looking at the repository", self._refresh)
-            nursery.start_soon(keep_running, "saving when images were used", self._save_uses)
-            if self._metrics is not None:
-                nursery.start_soon(keep_running, "serving metrics", self._serve_metrics)
-            on_ready()
-            if manager := service_manager.own():
-                answers = functools.partial(os.stat, os.path.join(self._config.mountpoint, "."))
-                nursery.start_soon(manager.attend, answers, self._status_line)
-            with self._answering:
-                await self._answer_kernel()
-            with trio.move_on_after(LAST_ANSWERS_S):
-                await self._control.all_answered()
-            nursery.cancel_scope.cancel()
-
-    async def _answer_kernel(self) -> None:
-        try:
-            await pyfuse3.main(max_tasks=MAX_REQUESTS)
-        except BaseExceptionGroup as group:
-            aborted, others = group.split(
-                lambda error: isinstance(error, OSError) and error.errno in _ABORTED
-            )
-            if aborted is None or others is not None:
-                raise
-        except OSError as error:
-            if error.errno not in _ABORTED:
-                raise
-        else:
-            return
-        logger.error(
-            "somebody has aborted the FUSE connection: files that are open fail from now on"
-        )
-
-    async def _serve_metrics(self) -> None:
-        from lazyfs.report.metrics import Mount
-
-        assert self._metrics is not None
-        parts = self._parts
-        mount = Mount(
-            self._config.mountpoint,
-            parts.filesystem,
-            parts.population,
-            self._repository.statistics,
-            self._backings,
-            parts.room,
-            self._config.dropped_log_lines,
-        )
-        await self._metrics.run(mount.picture)
-
-    async def _save_uses(self) -> None:
-        """Save from time to time when images were used. Nothing wakes up while none is used."""
-        while True:
-            await self._used.wait()
-            await trio.sleep(SAVE_USES_S)
-            self._used = trio.Event()
-            await self._parts.filesystem.save_uses()
-
-    async def _refresh(self) -> None:
-        """Look at the repository's list from time to time, more often while it cannot be had."""
-        backoff = Backoff(first=1.0, limit=self._config.refresh_s)
-        filesystem = self._parts.filesystem
-        while True:
-            lost = bool(filesystem.list_trouble) or not self._repository.connected
-            await trio.sleep(
-                min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s
-            )
-            try:
-                await filesystem.refresh()
-                backoff.reset()
-            except errors.LazyfsError as error:
-                logger.debug("no list: %s", error)
-            except OSError as error:
-                logger.warning("the list could not be taken in: %s", error)
-
-    async def _unmount_on_signal(self) -> None:
-        session = self._session
-        with trio.open_signal_receiver(*_ENDING) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-            async for number in signals:
-                logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
-                try:
-                    unmounted = await trio.to_thread.run_sync(
-                        session.unmount, False, limiter=self._unmounting
-                    )
-                    if not unmounted:
-                        logger.warning(
-                            "files are still open from before it was unmounted; "
-                            "they fail from now on"
-                        )
-                        await self._stop_answering()
-                except OSError as error:
-                    if error.errno == errno.EBUSY:
-                        logger.warning(
-                            "files are open on %s; they fail from now on", session.mountpoint
-                        )
-                    _unmount_quietly(session)
-                    await self._stop_answering()
-
-    async def _stop_answering(self) -> None:
-        """Take no more requests, and end those under way after LAST_ANSWERS_S.
-
-        They may wait for a disk or a repository that never answers.
-        """
-        pyfuse3.terminate()
-        await trio.sleep(LAST_ANSWERS_S)
-        self._answering.cancel()
-
-    def _message(self) -> str:
-        parts = self._parts
-        trouble = parts.filesystem.list_trouble or self._repository.trouble
-        return trouble or parts.supervisor.message or parts.population.paused or parts.room.message
-
-    def _status_line(self) -> str:
-        config = self._config
-        where = "detached from" if self._session.detached else "on"
-        message = self._message()
-        return f"{config.repository} {where} {config.mountpoint}{f': {message}' if message else ''}"
-
-    # -- control commands
-
-    async def _query_mount(self, arguments: dict[str, Any]) -> object:
-        return {
-            "mountpoint": self._config.mountpoint,
-            "cache_dir": self._config.cache_dir,
-            "repository": self._config.repository,
-            "connected": self._repository.connected and not self._parts.filesystem.list_trouble,
-            "control_socket": self._control.path,
-            "pid": os.getpid(),
-            "reconnects": self._repository.reconnects,
-            "device": self._session.device,
-            "metrics": self._metrics.address if self._metrics else "",
-            "detached": self._session.detached,
-            "passthrough": not self._backings.trouble,
-            "passthrough_trouble": self._backings.trouble,
-            "room": asdict(self._parts.room.statistics()),
-            "message": self._message(),
-        }
-
-    async def _detach(self, arguments: dict[str, Any]) -> object:
-        """Unmount lazily.
-
-        Fails while an open image is not whole, because once unmounted nobody could make it whole.
-        """
-        async with self._detaching:
-            return await self._detach_once()
-
-    async def _detach_once(self) -> object:
-        if self._session.detached:
-            raise CommandError("detached already")
-        images = self._parts.filesystem.open_images()
-        filling = sorted(
-            image.record.path for image in images if image.record.state is not State.WHOLE
-        )
-        if filling:
-            raise CommandError(f"open and not whole: {', '.join(filling)}")
-        # The socket moves first, because another daemon may want its place after the unmount.
-        self._control.move(mounts.detached_socket_path(os.getpid()))
-        try:
-            unmounted = await trio.to_thread.run_sync(
-                self._session.unmount, True, limiter=self._unmounting
-            )
-        except OSError as error:
-            self._control.move(mounts.socket_path(self._config.mountpoint))
-            raise CommandError(f"cannot unmount: {error.strerror}") from error
-        if not unmounted:
-            raise CommandError("somebody else has unmounted it just now")
-        self._cache.tell_detached()
-        self._parts.room.may_evict = False
-        if self._metrics is not None:  # another daemon may want the port
-            self._metrics.close()
-        logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
-        return {"open_count": sum(image.open_count for image in images)}
-
-
-_ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})
-"""How reading /dev/fuse ends when somebody has written to the connection's `abort` file, or has
-unmounted with force."""
 
 
 def _metrics_server(address: str) -> "MetricsServer":
@@ -485,10 +238,3 @@ def _metrics_server(address: str) -> "MetricsServer":
     server = metrics_server.MetricsServer(address)
     logger.info("metrics: http://%s/metrics", server.address)
     return server
-
-
-def _unmount_quietly(session: KernelSession) -> None:
-    try:
-        session.unmount(lazy=True)
-    except OSError as error:
-        logger.debug("unmount: %s", error)

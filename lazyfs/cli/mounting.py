@@ -90,10 +90,11 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         from lazyfs import daemon
         from lazyfs.engine.filesystem import Options
         from lazyfs.engine.interfaces import FileAttributes
+        from lazyfs.mounted import MountConfig
     except ModuleNotFoundError as error:
         raise errors.UserError(_missing_module(error)) from error
     log = _log_to(options)
-    config = daemon.MountConfig(
+    config = MountConfig(
         repository=options.repository,
         mountpoint=mountpoint,
         cache_dir=os.path.realpath(options.cache_dir or mountpoint),

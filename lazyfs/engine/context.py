@@ -8,6 +8,7 @@ import trio
 
 from lazyfs import errors
 from lazyfs.engine.budget import Budget
+from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Catalog, Repository, Stores
 from lazyfs.engine.pace import SharedPace
@@ -29,6 +30,7 @@ class Context(Generic[ImageT]):
     totals: Totals
     budget: Budget
     writes: WriteQueue
+    under_way: UnderWay
     populate: bool
     """Whether the first open of an image starts its population."""
     io_timeout_s: float

@@ -25,6 +25,7 @@ from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
+from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, WholeHandle
 from lazyfs.engine.image.image import Image
@@ -101,6 +102,7 @@ class Filesystem:
             totals=self.totals,
             budget=self.budget,
             writes=WriteQueue(nursery, self.threads.writes),
+            under_way=UnderWay(),
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,
             threads=self.threads,

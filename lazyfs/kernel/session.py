@@ -46,6 +46,8 @@ OLDEST_MINOR = 31  # Linux 5.4; nothing older has been tried
 
 # fuse.h: FUSE_INIT flags
 ASYNC_READ = 1 << 0
+# Without this a read with O_DIRECT through Linux AIO is a synchronous one: io_submit(2) waits.
+ASYNC_DIO = 1 << 15
 BIG_WRITES = 1 << 5
 DO_READDIRPLUS = 1 << 13
 PARALLEL_DIROPS = 1 << 18
@@ -60,6 +62,7 @@ BASIC = (
     ASYNC_READ
     | BIG_WRITES
     | DO_READDIRPLUS
+    | ASYNC_DIO
     | PARALLEL_DIROPS
     | ABORT_ERROR
     | MAX_PAGES
@@ -82,9 +85,11 @@ MAX_READ = 1 * MiB
 MAX_WRITE = 4 * KiB
 """Nothing is ever written. This is small because it also limits the kernel's idea of a request
 buffer."""
-MAX_BACKGROUND = 512
-"""The most readahead requests in flight for the whole mount. With the kernel's default of 12,
-one image whose repository is gone would stop the readahead of all others."""
+MAX_BACKGROUND = 4096
+"""The most requests for readahead and for direct reads (ASYNC_DIO) in flight for the whole mount.
+All images share them, so readers of one image whose repository is gone must not use them up. A
+request that waits takes the daemon 15 KiB. For other users than root the kernel lowers it to
+/sys/module/fuse/parameters/max_user_bgreq."""
 
 MAX_STACK_DEPTH = 1
 """The plain files may be on a file system that is not itself stacked, as overlayfs is. This is

@@ -23,6 +23,7 @@ from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillClaim, FillPort
 from lazyfs.engine.fetch.samples import Samples
+from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.filling import Filling
 from lazyfs.engine.interfaces import Answered, Export
@@ -69,6 +70,7 @@ class Bench:
             pace=pace,
             io_timeout_s=IO_TIMEOUT_S,
             totals=self.totals,
+            under_way=UnderWay(),
             writes=WriteQueue(nursery, trio.CapacityLimiter(1)),
             on_changed=self.changes.append,
         )

@@ -17,6 +17,7 @@ PACKAGES = {
         " pivoting unmounting checking waiting values arguments"
     ),
     "daemon": "",
+    "mounted": "",
     "assembly": "",
     "report": "metrics_server metrics service_manager background_log",
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
@@ -29,11 +30,11 @@ PACKAGES = {
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
         " image.digest_check image.partial_cache"
         " context threads"
-        " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table"
+        " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table fetch.under_way"
         " fetch.write_queue"
         " budget pace totals interfaces"
     ),
-    "host": "open_files process_files descriptors mounts mountinfo peer",
+    "host": "open_files fuse_limits process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
         " config_file config_key eviction overlay digest shown_file qcow2_layout map_file export_name repository_identity in_flight fetch_plan pacing"
@@ -55,7 +56,7 @@ ORDER = [f"{package}.{module}" if modules else package
          for package, modules in PACKAGES.items() for module in modules.split() or [""]]  # fmt: skip
 
 CHOSEN = ("cache", "repository")
-MAY_CHOOSE = ("cli.checking", "daemon", *CHOSEN)
+MAY_CHOOSE = ("cli.checking", "daemon", "mounted", *CHOSEN)
 """Who may import from a package of CHOSEN. Everybody else is given objects that implement
 `engine.interfaces`."""
 

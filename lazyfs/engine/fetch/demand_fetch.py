@@ -84,15 +84,18 @@ class DemandFetch:
     flight: Flight
     span: ByteRange
     parts: Sequence[ByteRange]
-    data: bytearray
     began: float
     """When the fetch was asked for, by trio's clock."""
     wait: ReaderWait
+    data: bytearray = field(default_factory=bytearray)
+    """The bytes of `span`. It is empty until the fetch is sent."""
     miss: Miss | None = None
     """Measures the read that began this fetch. None if that read is not measured."""
     done: trio.Event = field(default_factory=trio.Event)
     failure: errors.LazyfsError | None = UNFORESEEN
     """Why there are no bytes. Never raise it itself."""
+    sent: bool = False
+    """True if the fetch has memory, and has been sent."""
     ended: bool = False
     """True if the fetch has been answered, or given up."""
     written: trio.Event = field(default_factory=trio.Event)

@@ -6,6 +6,7 @@ cancelled does not cancel what others have joined, and what was asked for is kep
 answered when its bytes have arrived; they are written to the cache file afterwards.
 """
 
+import errno
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import UNFORESEEN, DemandFetch, Miss, ReadCache, assemble
 from lazyfs.engine.fetch.extents import ExtentQuestions
+from lazyfs.engine.fetch.under_way import ImageUnderWay, UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Export, Source
 from lazyfs.engine.pace import Pace, ReaderWait
@@ -52,6 +54,7 @@ class DemandReader:
         io_timeout_s: float,
         totals: Totals,
         writes: WriteQueue,
+        under_way: UnderWay,
         on_changed: Callable[[errors.ExportChanged], None],
     ) -> None:
         """Do not connect before a read needs it.
@@ -66,6 +69,7 @@ class DemandReader:
             io_timeout_s: how long a read waits before it fails.
             totals: counts the reads.
             writes: takes the bytes that are to be written.
+            under_way: limits the memory of the fetches of all images.
             on_changed: called when a connection finds another version of the export.
         """
         self.export = export
@@ -77,6 +81,7 @@ class DemandReader:
         self._io_timeout_s = io_timeout_s
         self._totals = totals
         self._writes = writes
+        self._under_way = ImageUnderWay(under_way)
         self._on_changed = on_changed
         self._questions = ExtentQuestions(source, table)
         self._fetches: dict[Flight, DemandFetch] = {}
@@ -220,7 +225,7 @@ class DemandReader:
                 waits.append(wait := self._pace.reader_waits())
                 span = self._table.span_of(flight)
                 parts = self._table.data_ranges(span)
-                fetch = DemandFetch(flight, span, parts, bytearray(span.length), now, wait)
+                fetch = DemandFetch(flight, span, parts, now, wait)
                 if flight.purpose is Purpose.REST or flight is plan.new[0]:
                     fetch.miss = miss
                 begun.append(fetch)
@@ -237,25 +242,39 @@ class DemandReader:
         return begun
 
     async def _send(self, fetches: list[DemandFetch]) -> None:
-        """Send requests. What cannot be sent without connecting first gets a task of its own.
-
-        Every fetch ends.
+        """Send requests, or queue them until there is memory for them. Every fetch ends.
 
         Cancellation: cannot be cancelled.
         """
         unsent = deque(fetches)
         try:
             while unsent:
-                fetch = unsent[0]
-                if not demand_fetch.submit(fetch, self._source, self._answered):
-                    self._nursery.start_soon(self._carry_out, fetch)
+                fetch = unsent.popleft()
+                begun = self._under_way.start(fetch.span.length, partial(self._launch, fetch))
+                if begun and not fetch.ended and unsent:
                     # The most urgent fetch starts first. trio would run tasks that start together
                     # in random order.
                     await trio.lowlevel.cancel_shielded_checkpoint()
-                unsent.popleft()
         finally:
-            for fetch in unsent:  # some are left after a bug, or when the daemon has ended
+            for fetch in unsent:  # some are left after a bug
                 self._end(fetch)
+
+    def _launch(self, fetch: DemandFetch) -> None:
+        """Send a request. If it cannot be sent without connecting first, it gets a task."""
+        fetch.sent = True
+        try:
+            fetch.data = bytearray(fetch.span.length)
+            if self._closed or not demand_fetch.submit(fetch, self._source, self._answered):
+                self._nursery.start_soon(self._carry_out, fetch)
+        except MemoryError:
+            fetch.failure = errors.RequestFailed(f"reading {self.export.name}", errno.ENOMEM)
+            self._end(fetch)
+        except Exception:
+            logger.exception("a fetch failed, a bug in lazyfs: image=%s", self.export.name)
+            self._end(fetch)
+        except BaseException:
+            self._end(fetch)
+            raise
 
     def _answered(self, fetch: DemandFetch) -> None:
         """Go on with `fetch`, after the connection has done what it could for it."""
@@ -322,6 +341,8 @@ class DemandReader:
 
     def _forget(self, fetch: DemandFetch) -> None:
         del self._fetches[fetch.flight]
+        if fetch.sent:
+            self._under_way.end(fetch.span.length)
         self._drop_if_idle()
 
     def _timed_out(self, wanted: ByteRange) -> errors.TimedOut:

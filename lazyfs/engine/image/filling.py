@@ -138,6 +138,7 @@ def make_filling(
         io_timeout_s=context.io_timeout_s,
         totals=totals,
         writes=context.writes,
+        under_way=context.under_way,
         on_changed=on_changed,
     )
     port = FillPort(export, table, writer, pace, totals, is_open)

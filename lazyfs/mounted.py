@@ -1,0 +1,302 @@
+"""Serves a mount: its background tasks, its signals, and the commands that concern all of it."""
+
+import errno
+import functools
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
+import pyfuse3
+import trio
+
+from lazyfs import assembly, errors
+from lazyfs.assembly import Parts
+from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.control.commands import Handler
+from lazyfs.control.server import ControlServer
+from lazyfs.core.eviction import Limits
+from lazyfs.core.lifecycle import State
+from lazyfs.core.pacing import Backoff
+from lazyfs.core.qmp_wire import CommandError
+from lazyfs.engine.filesystem import Options
+from lazyfs.engine.interfaces import FileAttributes
+from lazyfs.engine.supervision import log_failure
+from lazyfs.host import mounts
+from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
+from lazyfs.report import service_manager
+from lazyfs.repository.nbd_repository import NbdRepository
+
+if TYPE_CHECKING:
+    from lazyfs.report.metrics_server import MetricsServer
+
+logger = logging.getLogger(__name__)
+
+LAST_ANSWERS_S = 1.0
+"""How long the end of the daemon waits for requests of the kernel, and for control commands
+under way, such as the `detach` that caused it."""
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that unmount."""
+
+SAVE_USES_S = 30.0
+"""How late the catalog is told that an image was used. A crash loses the uses of this time,
+which matter only for the order of eviction."""
+
+MAX_REQUESTS = 2 * MAX_BACKGROUND
+"""How many FUSE requests are handled at once. Those that read ahead or directly leave half of them
+to all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountConfig:
+    """Holds everything that `lazyfs mount` decides."""
+
+    repository: str
+    mountpoint: str
+    cache_dir: str
+    file_attributes: FileAttributes
+    options: Options
+    refresh_s: float
+    limits: Limits
+    overlays: Sequence[str]
+    """Folders of qcow2 files whose backing files are never evicted."""
+    metrics: str | None
+    """Where to serve the metrics, as "HOST:PORT". None means that they are not served."""
+    passthrough: bool
+    allow_evict: bool
+    moved: bool = False
+    """True if the cache was filled from this repository at another address."""
+    dropped_log_lines: Callable[[], int] = lambda: 0
+    """Returns how many lines of the log were dropped because the log blocked."""
+
+
+class Mounted:
+    """Serves a mount: its background tasks, and the commands that concern it as a whole."""
+
+    def __init__(
+        self,
+        config: MountConfig,
+        cache: CacheDir,
+        repository: NbdRepository,
+        parts: Parts,
+        session: KernelSession,
+        backings: passthrough.Backings,
+        metrics: "MetricsServer | None",
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._repository = repository
+        self._parts = parts
+        self._session = session
+        self._backings = backings
+        self._metrics = metrics
+        self._used = trio.Event()
+        self._answering = trio.CancelScope()
+        """The scope of the kernel's requests that are being answered."""
+        self._detaching = trio.Lock()
+        self._unmounting = trio.CapacityLimiter(2)
+        """Limits the threads that unmount. They are separate so that a disk that stalls cannot
+        take them."""
+        own: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
+        self._control = ControlServer(
+            mounts.socket_path(config.mountpoint), parts.commands.handlers | own
+        )
+        assembly.wire(parts, self._control.emit, on_use=lambda: self._used.set())
+
+    async def serve(self, on_ready: Callable[[], None]) -> None:
+        """Answer the kernel until it is unmounted. `on_ready` is called when the mount answers."""
+        keep_running = self._parts.supervisor.keep_running
+        async with trio.open_nursery() as nursery:
+            await assembly.start(self._parts, nursery)
+            resume = self._parts.filesystem.resume
+            nursery.start_soon(log_failure, "opening what an earlier daemon left", resume)
+            nursery.start_soon(self._control.run)
+            nursery.start_soon(self._unmount_on_signal)
+            nursery.start_soon(keep_running, "looking at the repository", self._refresh)
+            nursery.start_soon(keep_running, "saving when images were used", self._save_uses)
+            if self._metrics is not None:
+                nursery.start_soon(keep_running, "serving metrics", self._serve_metrics)
+            on_ready()
+            if manager := service_manager.own():
+                answers = functools.partial(os.stat, os.path.join(self._config.mountpoint, "."))
+                nursery.start_soon(manager.attend, answers, self._status_line)
+            with self._answering:
+                await self._answer_kernel()
+            with trio.move_on_after(LAST_ANSWERS_S):
+                await self._control.all_answered()
+            nursery.cancel_scope.cancel()
+
+    async def _answer_kernel(self) -> None:
+        try:
+            await pyfuse3.main(max_tasks=MAX_REQUESTS)
+        except BaseExceptionGroup as group:
+            aborted, others = group.split(
+                lambda error: isinstance(error, OSError) and error.errno in _ABORTED
+            )
+            if aborted is None or others is not None:
+                raise
+        except OSError as error:
+            if error.errno not in _ABORTED:
+                raise
+        else:
+            return
+        logger.error(
+            "somebody has aborted the FUSE connection: files that are open fail from now on"
+        )
+
+    async def _serve_metrics(self) -> None:
+        from lazyfs.report.metrics import Mount
+
+        assert self._metrics is not None
+        parts = self._parts
+        mount = Mount(
+            self._config.mountpoint,
+            parts.filesystem,
+            parts.population,
+            self._repository.statistics,
+            self._backings,
+            parts.room,
+            self._config.dropped_log_lines,
+        )
+        await self._metrics.run(mount.picture)
+
+    async def _save_uses(self) -> None:
+        """Save from time to time when images were used. Nothing wakes up while none is used."""
+        while True:
+            await self._used.wait()
+            await trio.sleep(SAVE_USES_S)
+            self._used = trio.Event()
+            await self._parts.filesystem.save_uses()
+
+    async def _refresh(self) -> None:
+        """Look at the repository's list from time to time, more often while it cannot be had."""
+        backoff = Backoff(first=1.0, limit=self._config.refresh_s)
+        filesystem = self._parts.filesystem
+        while True:
+            lost = bool(filesystem.list_trouble) or not self._repository.connected
+            await trio.sleep(
+                min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s
+            )
+            try:
+                await filesystem.refresh()
+                backoff.reset()
+            except errors.LazyfsError as error:
+                logger.debug("no list: %s", error)
+            except OSError as error:
+                logger.warning("the list could not be taken in: %s", error)
+
+    async def _unmount_on_signal(self) -> None:
+        session = self._session
+        with trio.open_signal_receiver(*ENDING) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            async for number in signals:
+                logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
+                try:
+                    unmounted = await trio.to_thread.run_sync(
+                        session.unmount, False, limiter=self._unmounting
+                    )
+                    if not unmounted:
+                        logger.warning(
+                            "files are still open from before it was unmounted; "
+                            "they fail from now on"
+                        )
+                        await self._stop_answering()
+                except OSError as error:
+                    if error.errno == errno.EBUSY:
+                        logger.warning(
+                            "files are open on %s; they fail from now on", session.mountpoint
+                        )
+                    unmount_quietly(session)
+                    await self._stop_answering()
+
+    async def _stop_answering(self) -> None:
+        """Take no more requests, and end those under way after LAST_ANSWERS_S.
+
+        They may wait for a disk or a repository that never answers.
+        """
+        pyfuse3.terminate()
+        await trio.sleep(LAST_ANSWERS_S)
+        self._answering.cancel()
+
+    def _message(self) -> str:
+        parts = self._parts
+        trouble = parts.filesystem.list_trouble or self._repository.trouble
+        return trouble or parts.supervisor.message or parts.population.paused or parts.room.message
+
+    def _status_line(self) -> str:
+        config = self._config
+        where = "detached from" if self._session.detached else "on"
+        message = self._message()
+        return f"{config.repository} {where} {config.mountpoint}{f': {message}' if message else ''}"
+
+    # -- control commands
+
+    async def _query_mount(self, arguments: dict[str, Any]) -> object:
+        return {
+            "mountpoint": self._config.mountpoint,
+            "cache_dir": self._config.cache_dir,
+            "repository": self._config.repository,
+            "connected": self._repository.connected and not self._parts.filesystem.list_trouble,
+            "control_socket": self._control.path,
+            "pid": os.getpid(),
+            "reconnects": self._repository.reconnects,
+            "device": self._session.device,
+            "metrics": self._metrics.address if self._metrics else "",
+            "detached": self._session.detached,
+            "passthrough": not self._backings.trouble,
+            "passthrough_trouble": self._backings.trouble,
+            "room": asdict(self._parts.room.statistics()),
+            "message": self._message(),
+        }
+
+    async def _detach(self, arguments: dict[str, Any]) -> object:
+        """Unmount lazily.
+
+        Fails while an open image is not whole, because once unmounted nobody could make it whole.
+        """
+        async with self._detaching:
+            return await self._detach_once()
+
+    async def _detach_once(self) -> object:
+        if self._session.detached:
+            raise CommandError("detached already")
+        images = self._parts.filesystem.open_images()
+        filling = sorted(
+            image.record.path for image in images if image.record.state is not State.WHOLE
+        )
+        if filling:
+            raise CommandError(f"open and not whole: {', '.join(filling)}")
+        # The socket moves first, because another daemon may want its place after the unmount.
+        self._control.move(mounts.detached_socket_path(os.getpid()))
+        try:
+            unmounted = await trio.to_thread.run_sync(
+                self._session.unmount, True, limiter=self._unmounting
+            )
+        except OSError as error:
+            self._control.move(mounts.socket_path(self._config.mountpoint))
+            raise CommandError(f"cannot unmount: {error.strerror}") from error
+        if not unmounted:
+            raise CommandError("somebody else has unmounted it just now")
+        self._cache.tell_detached()
+        self._parts.room.may_evict = False
+        if self._metrics is not None:  # another daemon may want the port
+            self._metrics.close()
+        logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
+        return {"open_count": sum(image.open_count for image in images)}
+
+
+_ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})
+"""How reading /dev/fuse ends when somebody has written to the connection's `abort` file, or has
+unmounted with force."""
+
+
+def unmount_quietly(session: KernelSession) -> None:
+    """Unmount lazily. What fails is only logged, because something worse is being reported."""
+    try:
+        session.unmount(lazy=True)
+    except OSError as error:
+        logger.debug("unmount: %s", error)
