@@ -199,12 +199,13 @@ class Mounted:
                     unmounted = await trio.to_thread.run_sync(
                         session.unmount, False, limiter=self._unmounting
                     )
-                    if not unmounted:
-                        logger.warning(
-                            "files are still open from before it was unmounted; "
-                            "they fail from now on"
-                        )
-                        await self._stop_answering()
+                    if unmounted:
+                        # The connection does not end if it is mounted elsewhere, too.
+                        await trio.sleep(LAST_ANSWERS_S)
+                    logger.warning(
+                        "files are open, or it is mounted elsewhere; they fail from now on"
+                    )
+                    await self._stop_answering()
                 except OSError as error:
                     if error.errno == errno.EBUSY:
                         logger.warning(
@@ -256,19 +257,20 @@ class Mounted:
     async def _detach(self, arguments: dict[str, Any]) -> object:
         """Unmount lazily.
 
-        Fails while an open image is not whole, because once unmounted nobody could make it whole.
+        Fails while an open image is not whole, because once unmounted nobody would see how it gets
+        on, unless that is wanted.
         """
         async with self._detaching:
-            return await self._detach_once()
+            return await self._detach_once(arguments.get("force", False))
 
-    async def _detach_once(self) -> object:
+    async def _detach_once(self, force: bool) -> object:
         if self._session.detached:
             raise CommandError("detached already")
         images = self._parts.filesystem.open_images()
         filling = sorted(
             image.record.path for image in images if image.record.state is not State.WHOLE
         )
-        if filling:
+        if filling and not force:
             raise CommandError(f"open and not whole: {', '.join(filling)}")
         # The socket moves first, because another daemon may want its place after the unmount.
         self._control.move(mounts.detached_socket_path(os.getpid()))

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
@@ -95,7 +96,7 @@ class FakeRepository:
         self.connected = False
         self.nursery: trio.Nursery | None = None
         """Runs what is submitted; without it nothing can be."""
-        self.sources: set[_FakeSource] = set()
+        self.sources: weakref.WeakSet[_FakeSource] = weakref.WeakSet()
         self.exports: dict[str, FakeExport] = {}
         self.log: list[Request] = []
         self.status_log: list[tuple[str, ByteRange]] = []

@@ -149,7 +149,7 @@ def _add_options(parser: OneLineParser) -> None:
         metavar="OCTAL",
         type=values.mode,
         default=0o444,
-        help="mode of files; write bits are dropped (default: 0444)",
+        help="mode of files; write bits are shown, and writes fail all the same (default: 0444)",
     )
     parser.add_argument(
         "--uid",

@@ -11,6 +11,7 @@ import logging.handlers
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -52,8 +53,13 @@ def _mountpoint(path: str) -> str:
     """
     if not path:
         raise errors.UsageError("the mountpoint is an empty name")
+    # A daemon that hangs does not even answer about symbolic links, so it is asked first.
+    there = os.path.abspath(path)
+    _refuse_if_hung([mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == there])
     mountpoint = os.path.realpath(path)
     mounted = [mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == mountpoint]
+    if mountpoint != there:
+        _refuse_if_hung(mounted)
     try:
         if mounted and not control_client.alive(mounted[-1]):
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
@@ -81,6 +87,17 @@ def _mountpoint(path: str) -> str:
     if not os.path.isdir(mountpoint):
         raise errors.UserError(f"the mountpoint {mountpoint} is not a folder")
     return mountpoint
+
+
+def _refuse_if_hung(mounted: Sequence[mounts.Mount]) -> None:
+    """Raise UserError if the daemon of the topmost of these mounts exists and does not answer."""
+    if mounted:
+        try:
+            control_client.execute(mounted[-1], [("query-version", {})])
+        except control_client.Hangs as error:
+            raise errors.UserError(f"{error}; end it with kill -9, then mount again") from None
+        except errors.UserError:
+            return  # It has ended, or its socket is gone; the mountpoint itself is asked next.
 
 
 def _serve(options: argparse.Namespace, mountpoint: str) -> None:

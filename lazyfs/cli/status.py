@@ -61,7 +61,7 @@ def _exit_code(found: Sequence[dict[str, Any]]) -> int:
 def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
     if not paths:
         return [
-            _query_or_say_why(mount) for mount in mounts.lazyfs_mounts()
+            _query_or_say_why(mount) for mount in mounts.served_mounts()
         ] + control_client.query_detached()
     found: dict[str, dict[str, Any]] = {}
     detached = {one["mountpoint"]: one for one in control_client.query_detached()}

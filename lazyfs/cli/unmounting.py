@@ -54,36 +54,65 @@ def umount(options: argparse.Namespace) -> int:
     Raises:
         UserError: no lazyfs is mounted at the mountpoint, or the mount is in use.
     """
-    from lazyfs.kernel import session as kernel_session
-
     mount = _mounted_at(options.mountpoint)
+    if mounts.served(mount).mountpoint != mount.mountpoint:
+        _unmount(mount, lazy=options.lazy)  # a bind mount, which is not the daemon's
+        return 0
     _refuse_if_hung(mount)
-    dead = not control_client.alive(mount)  # Then there is nothing to save.
-    pidfd = _daemon(mount)
-    try:
-        if dead:
-            kernel_session.clear_away(mount)
-        else:
-            kernel_session.unmount(mount.mountpoint, lazy=False)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise errors.UserError(
-                f"{mount.mountpoint} is in use; "
-                "close what is open there (see fuser -vm), or lazyfs detach it"
-            ) from error
-        if error.errno != errno.EINVAL:  # EINVAL: another process has unmounted it meanwhile.
-            raise errors.UserError(
-                f"cannot unmount {mount.mountpoint}: {error.strerror}"
-            ) from error
-    if pidfd is None:
+    if not control_client.alive(mount):  # Then there is nothing to save.
+        _unmount(mount, lazy=False, dead=True)
         with suppress(OSError):  # A daemon that was killed could not remove its socket.
             os.unlink(mounts.socket_path(mount.mountpoint))
+        return 0
+    if options.lazy:
+        print(_detached(mount, force=True))
+        return 0
+    # The kernel tells nobody that a file system is unmounted while it is still mounted elsewhere.
+    others = [place for place in open_files.other_mounts(mount.device) if place != mount.mountpoint]
+    if others:
+        raise errors.UserError(
+            f"{mount.mountpoint} is also mounted on {', '.join(map(printable, others))}; "
+            "unmount that first, or use --lazy"
+        )
+    pidfd = _daemon(mount)
+    _unmount(mount, lazy=False)
+    if pidfd is None:
         return 0
     if not _ends(pidfd, NOTICE_S):
         print("lazyfs: saving what was fetched ...", file=sys.stderr)
         _ends(pidfd, None)
     os.close(pidfd)
     return 0
+
+
+def _unmount(mount: mounts.Mount, lazy: bool, dead: bool = False) -> None:
+    """Unmount, without waiting for the daemon.
+
+    Raises:
+        UserError: it is in use, or this user may not.
+    """
+    from lazyfs.kernel import session as kernel_session
+
+    try:
+        if dead:
+            kernel_session.clear_away(mount)
+        else:
+            kernel_session.unmount(mount.mountpoint, lazy)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            users = [
+                *map(str, open_files.users(mount.device)),
+                *open_files.holders_without_process(mount.mountpoint),
+            ]
+            by = f" by {', '.join(users)}" if users else ""
+            raise errors.UserError(
+                f"{mount.mountpoint} is in use{by}; close what is open there, or lazyfs detach it"
+            ) from error
+        if error.errno != errno.EINVAL or mount.device in mounts.devices_at(mount.mountpoint):
+            raise errors.UserError(
+                f"cannot unmount {mount.mountpoint}: {error.strerror}"
+            ) from error
+        # Another process has unmounted it meanwhile.
 
 
 def _refuse_if_hung(mount: mounts.Mount) -> None:
@@ -143,18 +172,31 @@ def _detach(path: str, wait: bool) -> str:
             names the image's readers.
     """
     mount = _mounted_at(path)
-    pidfd = _daemon(mount)
     while True:
         if wait:
             waiting.until_whole(lambda: _filling(mount))
         else:
             _refuse_if_filling(mount)
         try:
-            status, detached = control_client.execute(mount, [("query-mount", {}), ("detach", {})])
-            break
+            return _detached(mount, force=False)
         except control_client.Refused:
             if not _filling(mount):
                 raise  # The daemon refused for another reason than an image that was just opened.
+
+
+def _detached(mount: mounts.Mount, force: bool) -> str:
+    """Let the daemon unmount lazily, and return what to tell the user.
+
+    Args:
+        mount: the mount.
+        force: detach even if images are open that are not whole.
+
+    Raises:
+        Refused: an open image is not whole, and `force` is not set.
+    """
+    pidfd = _daemon(mount)
+    arguments = {"force": True} if force else {}
+    status, detached = control_client.execute(mount, [("query-mount", {}), ("detach", arguments)])
     told = f"{mount.mountpoint} is detached: new opens get the plain files."
     if status["cache_dir"] != mount.mountpoint:
         told = (
@@ -170,9 +212,10 @@ def _detach(path: str, wait: bool) -> str:
         )
     if pidfd is None or _ends(pidfd, LINGER_S):
         return told
+    holders = open_files.holders_without_process(mount.mountpoint)
+    what = ", ".join(holders) or "a mapping, or a working directory"
     return (
-        f"{told} No file is open, but something holds the mount "
-        "(a mapping, or a working directory): "
+        f"{told} No file is open, but something holds the mount ({what}): "
         f"pid {status['pid']} ends with that."
     )
 
@@ -196,17 +239,22 @@ def _refuse_if_filling(mount: mounts.Mount) -> None:
     while images := _filling(mount):
         readers = open_files.readers(mount.device, {image["inode"] for image in images})
         if readers or time.monotonic() > deadline:
-            raise errors.UserError(_why_not(images, readers))
+            holders = open_files.holders_without_process(mount.mountpoint)
+            raise errors.UserError(_why_not(images, readers, holders))
         time.sleep(0.05)
 
 
 def _why_not(
-    images: Sequence[dict[str, Any]], readers: Mapping[int, Sequence[open_files.Reader]]
+    images: Sequence[dict[str, Any]],
+    readers: Mapping[int, Sequence[open_files.Reader]],
+    holders: Sequence[str],
 ) -> str:
     reasons = []
     for image in images:
+        kernel = [one for one in holders if f"({image['path']})" in one]
         who = (
-            ", ".join(map(str, readers.get(image["inode"], [])))
+            ", ".join([*map(str, readers.get(image["inode"], [])), *kernel])
+            or ", ".join(holders)
             or "a process that cannot be seen from here"
         )
         state = "was replaced before it was whole" if image.get("replaced") else "is not whole"

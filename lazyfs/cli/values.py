@@ -152,11 +152,11 @@ def seconds(text: str) -> float:
 
 
 def mode(text: str) -> int:
-    """Return the mode of files, without its write bits: the file system is read-only."""
+    """Return the mode of files. Write bits are only shown: the file system is read-only."""
     try:
         found = int(text, 8)
     except ValueError:
         found = -1
     if not 0 <= found <= 0o777:
         raise argparse.ArgumentTypeError(f"{text!r} is not an octal file mode such as 0444")
-    return found & ~0o222
+    return found

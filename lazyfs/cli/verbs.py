@@ -130,6 +130,11 @@ def _add_detach(parser: OneLineParser) -> None:
 
 def _add_umount(parser: OneLineParser) -> None:
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="unmount although it is in use; the daemon serves what is open until it is closed",
+    )
 
 
 def _add_check(parser: OneLineParser) -> None:

@@ -38,7 +38,8 @@ class Hangs(errors.UserError):
 def locate(path: str) -> tuple[mounts.Mount, str]:
     """Return the mount on which `path` lies, and the path relative to its mountpoint.
 
-    The relative path of the mountpoint itself is "".
+    A bind mount of a lazyfs stands for the mount itself. The relative path of the mountpoint
+    is "".
 
     Raises:
         UserError: the path lies on no lazyfs mount.
@@ -46,8 +47,9 @@ def locate(path: str) -> tuple[mounts.Mount, str]:
     for absolute in (os.path.abspath(path), os.path.realpath(path)):
         mount = mounts.mount_of(absolute)
         if mount is not None:
-            inside = os.path.relpath(absolute, mount.mountpoint)
-            return mount, "" if inside == "." else inside
+            below = os.path.relpath(absolute, mount.mountpoint)
+            inside = os.path.normpath(os.path.join(mount.root, below)).lstrip("/")
+            return mounts.served(mount), "" if inside == "." else inside
     raise errors.UserError(f"{path} is not on a lazyfs mount; lazyfs status shows them all")
 
 

@@ -179,7 +179,7 @@ COMMANDS = (
             Field(
                 "sampled_bytes",
                 "int",
-                "bytes read to compare the cache with the repository, since the file was opened",
+                "bytes read to compare the cache with the repository, since the daemon started",
             ),
             Field("demand_bytes", "int", "bytes fetched because a reader waited"),
             Field("populated_bytes", "int", "bytes fetched in the background"),
@@ -369,8 +369,12 @@ COMMANDS = (
         "detach",
         "Unmounts although files are open. New opens get the plain files; open files are served "
         "until they are closed.",
+        (Argument("force", "bool", "detach even if an open image is not whole", optional=True),),
         returns=(Field("open_count", "int", "number of files that stay open"),),
-        errors=("an open image is not whole", "the mount is detached already"),
+        errors=(
+            "an open image is not whole, and `force` is not true",
+            "the mount is detached already",
+        ),
     ),
 )
 

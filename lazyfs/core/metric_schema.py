@@ -62,7 +62,11 @@ METRICS = (
         "Read requests to the repository. A request that is sent again after a lost connection "
         "counts once.",
         ("kind",),
-        {"demand": "sent because a reader waited", "population": "sent in the background"},
+        {
+            "demand": "sent because a reader waited",
+            "population": "sent in the background",
+            "sample": "sent to compare the cache with the repository",
+        },
     ),
     Metric(
         "lazyfs_read_seconds",

@@ -26,8 +26,9 @@ names a plain file on another device.
 
 A path can lead to other bytes of the same name and size: another repository may be mounted there,
 or somebody may have put any file there. So a file on another device **is the image's** only if it
-has the same size and the same time of change (mtime), to the nanosecond. lazyfs gives an image the
-time when the catalog first saw it, on every mount, and gives the plain file the same time. (A copy
+has the same size and the same time of change, to the nanosecond. lazyfs gives an image the time
+when the catalog first saw it, as its ctime on every mount, and gives the plain file the same time
+as its mtime. So one of the times of both files must be the same. (A copy
 of the file has that time, too, if it was made with `cp --preserve=timestamps`. Whether the file
 lies in the cache directory that the daemon names is not checked: the cache may be below the
 mountpoint, and then whatever is at the path lies in it.)
@@ -71,7 +72,8 @@ class Place:
     device: int
     inode: int
     size: int
-    mtime_ns: int
+    times_ns: frozenset[int]
+    """Its times of change: mtime and ctime."""
     regular: bool
 
 
@@ -83,7 +85,8 @@ class OpenFile:
     device: int
     inode: int
     size: int
-    mtime_ns: int
+    times_ns: frozenset[int]
+    """Its times of change: mtime and ctime."""
     name: str
     """The name that /proc/PID/fd shows. It is used in messages, and for files of a dead mount."""
     orphan: bool = False
@@ -103,9 +106,8 @@ class OpenFile:
         key = inode_number.key(self.inode)
         if self.device == place.device:
             return key == inode_number.key(place.inode)
-        return (self.size, self.mtime_ns) == (place.size, place.mtime_ns) and (
-            image is None or image.key == key
-        )
+        same = self.size == place.size and bool(self.times_ns & place.times_ns)
+        return same and (image is None or image.key == key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ READ_BOUNDS_S = (
 DEMAND_BYTES, POPULATED_BYTES, ZERO_BYTES = "demand_bytes", "populated_bytes", "zero_bytes"
 SAMPLED_BYTES = "sampled_bytes"
 DEMAND_REQUESTS, POPULATION_REQUESTS = "demand_requests", "population_requests"
+SAMPLE_REQUESTS = "sample_requests"
 
 OPEN, WRITE, CHECKPOINT = "open", "write", "checkpoint"
 """What can fail besides reads."""
@@ -69,6 +70,7 @@ class Totals:
                 SAMPLED_BYTES,
                 DEMAND_REQUESTS,
                 POPULATION_REQUESTS,
+                SAMPLE_REQUESTS,
             ),
             0,
         )

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
-_STATX_MTIME_INO_SIZE = 0x40 | 0x100 | 0x200
-_STATX = struct.Struct("=32xQQ64xqI12xII112x")
-"""stx_ino, stx_size, stx_mtime (seconds, nanoseconds), stx_dev_major and stx_dev_minor of struct
-statx, 256 bytes."""
+_STATX_TIMES_INO_SIZE = 0x40 | 0x80 | 0x100 | 0x200
+_STATX = struct.Struct("=32xQQ48xqI4xqI12xII112x")
+"""stx_ino, stx_size, stx_ctime and stx_mtime (seconds, nanoseconds), stx_dev_major and
+stx_dev_minor of struct statx, 256 bytes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -27,7 +27,8 @@ class Attributes:
     """As st_dev of stat(2)."""
     inode: int
     size: int
-    mtime_ns: int
+    times_ns: frozenset[int]
+    """Its times of change: mtime and ctime."""
 
 
 def attributes(pid: int, fd: int) -> Attributes:
@@ -36,13 +37,27 @@ def attributes(pid: int, fd: int) -> Attributes:
     Raises:
         OSError: the descriptor is closed, or the process has ended or belongs to another user.
     """
-    path, buffer = _path(pid, fd), ctypes.create_string_buffer(_STATX.size)
-    flags, wanted = _AT_STATX_DONT_SYNC, _STATX_MTIME_INO_SIZE
+    return _attributes(_path(pid, fd))
+
+
+def device_of(path: str) -> int:
+    """Return the device of the file to which `path` leads, as st_dev of stat(2).
+
+    Raises:
+        OSError: the path leads nowhere.
+    """
+    return _attributes(path).device
+
+
+def _attributes(path: str) -> Attributes:
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    flags, wanted = _AT_STATX_DONT_SYNC, _STATX_TIMES_INO_SIZE
     if _libc.statx(_AT_FDCWD, path.encode(), flags, wanted, buffer) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
-    inode, size, seconds, nanoseconds, major, minor = _STATX.unpack(buffer.raw)
-    return Attributes(os.makedev(major, minor), inode, size, seconds * 10**9 + nanoseconds)
+    inode, size, c_s, c_ns, m_s, m_ns, major, minor = _STATX.unpack(buffer.raw)
+    times_ns = frozenset({c_s * 10**9 + c_ns, m_s * 10**9 + m_ns})
+    return Attributes(os.makedev(major, minor), inode, size, times_ns)
 
 
 def name(pid: int, fd: int) -> str:

@@ -29,6 +29,10 @@ class Entry:
     """The type of the file system, such as "fuse.lazyfs"."""
     source: str
     """What is mounted, such as a device. A FUSE file system can give any text."""
+    root: str = "/"
+    """Which folder of the file system is mounted. It is not "/" for a bind mount of a folder."""
+    layers: tuple[str, ...] = ()
+    """The lower folders of an overlay file system."""
 
 
 def read(pid: int | None = None) -> list[Entry]:
@@ -55,13 +59,33 @@ def _entry(line: bytes) -> Entry | None:
     mount, filesystem = before.split(b" "), after.split(b" ")
     if len(mount) < 6 or len(filesystem) < 2:
         return None
-    mount_id, _, device, _, mountpoint, *_ = mount
-    kind, source, *_ = filesystem
+    mount_id, _, device, root, mountpoint, *_ = mount
+    kind, source, *options = filesystem
     if not re.fullmatch(rb"[0-9]+", mount_id) or not re.fullmatch(rb"[0-9]+:[0-9]+", device):
         return None
     return Entry(
-        int(mount_id), device.decode(), _unescape(mountpoint), _unescape(kind), _unescape(source)
+        int(mount_id),
+        device.decode(),
+        _unescape(mountpoint),
+        _unescape(kind),
+        _unescape(source),
+        _unescape(root),
+        _layers(options[-1]) if kind == b"overlay" and options else (),
     )
+
+
+def _layers(options: bytes) -> tuple[str, ...]:
+    """Return the lower folders among the options of an overlay file system.
+
+    An option is "lowerdir=A:B", or since Linux 6.5 also "lowerdir+=A". (A comma or colon in a name
+    is written with a backslash. Such a name is not found here.)
+    """
+    found: list[str] = []
+    for option in options.split(b","):
+        key, _, value = option.partition(b"=")
+        if key.startswith(b"lowerdir"):
+            found += map(_unescape, filter(None, value.split(b":")))
+    return tuple(found)
 
 
 def _unescape(field: bytes) -> str:

@@ -6,6 +6,7 @@ Sources: systemd.unit(5) for the escaping of paths, unix(7) for the length of a 
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lazyfs.host import mountinfo
@@ -27,12 +28,14 @@ class Mount:
     repository: str
     device: str
     """"major:minor", as sysfs names the connection and the backing device."""
+    root: str = "/"
+    """Which folder of the file system is mounted here. It is "/" unless a folder was bound."""
 
 
 def lazyfs_mounts() -> list[Mount]:
     """Return all lazyfs mounts of this mount namespace, in the order they were made."""
     return [
-        Mount(entry.mountpoint, entry.source, entry.device)
+        Mount(entry.mountpoint, entry.source, entry.device, entry.root)
         for entry in mountinfo.read()
         if entry.kind == FS_TYPE
     ]
@@ -60,6 +63,28 @@ def mount_of(path: str) -> Mount | None:
         if inside and (best is None or len(mount.mountpoint) >= len(best.mountpoint)):
             best = mount
     return best
+
+
+def served(mount: Mount, among: Sequence[Mount] | None = None) -> Mount:
+    """Return the mount that the daemon has made, if `mount` is a bind mount of it.
+
+    It is the one for which there is a control socket. If none is found, `mount` itself is returned.
+
+    Args:
+        mount: the mount.
+        among: all mounts. None means that they are to be looked up.
+    """
+    for one in lazyfs_mounts() if among is None else among:
+        same = (one.device, one.root) == (mount.device, "/")
+        if same and os.path.exists(socket_path(one.mountpoint)):
+            return one
+    return mount
+
+
+def served_mounts() -> list[Mount]:
+    """Return the mounts that daemons have made, without bind mounts of them."""
+    mounts = lazyfs_mounts()
+    return list(dict.fromkeys(served(mount, mounts) for mount in mounts))
 
 
 def runtime_dir() -> str:

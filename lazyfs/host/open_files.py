@@ -47,6 +47,30 @@ def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
     return dict(found)
 
 
+def users(device: str) -> list[Reader]:
+    """Return the processes that keep a file system from being unmounted, by their pids.
+
+    They have something of it open or mapped, or are in one of its folders. Only root sees the
+    processes of other users.
+    """
+    found = []
+    for pid in _processes():
+        used = [*_open(pid, device), *_mapped(pid, device)]
+        if used or device in _folders(pid):
+            found.append(Reader(pid, _command(pid)))
+    return found
+
+
+def _folders(pid: int) -> set[str]:
+    """Return the devices of the current and the root folder of a process."""
+    found = set()
+    for name in ("cwd", "root"):
+        with suppress(OSError):
+            at = descriptors.device_of(f"/proc/{pid}/{name}")
+            found.add(f"{os.major(at)}:{os.minor(at)}")
+    return found
+
+
 def other_mounts(device: str) -> list[str]:
     """Return where the file system "major:minor" is still mounted, for a message.
 
@@ -61,6 +85,32 @@ def other_mounts(device: str) -> list[str]:
                         f"{place} in the mount namespace of {Reader(pid, _command(pid))}", ""
                     )
     return sorted(found)
+
+
+def holders_without_process(mountpoint: str) -> list[str]:
+    """Return what in the kernel uses files below `mountpoint`, for a message.
+
+    These are loop devices, swap files and overlay file systems. No process has such a file open.
+
+    Source: sysfs-block-loop (Documentation/ABI), proc(5) swaps.
+    """
+    inside = mountpoint.rstrip("/") + "/"
+    found = []
+    for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else []:
+        with suppress(OSError):
+            path = f"/sys/block/{name}/loop/backing_file"
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                backing = file.read().rstrip("\n")
+            if backing.startswith(inside):
+                found.append(f"the loop device /dev/{name} ({backing})")
+    with suppress(OSError), open("/proc/swaps", encoding="utf-8", errors="replace") as lines:
+        used = [line.split()[0] for line in lines if line.startswith(inside)]
+        found += [f"the swap file {path}" for path in used]
+    for entry in mountinfo.read():
+        layers = [place for place in entry.layers if f"{place}/".startswith(inside)]
+        if layers:
+            found.append(f"the overlay file system on {entry.mountpoint}")
+    return found
 
 
 def _places(pid: int, device: str) -> list[str]:

@@ -116,7 +116,11 @@ def place_of(path: str, pid: int | None = None) -> Place:
         path = f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
     found = os.stat(path)
     return Place(
-        found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode)
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        frozenset({found.st_mtime_ns, found.st_ctime_ns}),
+        stat.S_ISREG(found.st_mode),
     )
 
 
@@ -146,7 +150,7 @@ def has_ended(pid: int) -> bool:
 
 def _open_file(pid: int, fd: int, name: str) -> OpenFile:
     found = descriptors.attributes(pid, fd)
-    return OpenFile(fd, found.device, found.inode, found.size, found.mtime_ns, name)
+    return OpenFile(fd, found.device, found.inode, found.size, found.times_ns, name)
 
 
 def _mounted_kinds(pid: int) -> dict[int, str]:

@@ -150,13 +150,17 @@ class FuseAdapter(pyfuse3.Operations):
         entry.st_nlink = 0 if node.retired else 1
         entry.st_size = min(node.record.file_size or 0, LARGEST_FILE)
         entry.st_blksize = node.record.block_size
-        entry.st_blocks = -(-node.allocated_bytes() // SECTOR)
+        entry.st_blocks = max(-(-node.allocated_bytes() // SECTOR), int(node.may_have_data))
         entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = node.record.created_ns
+        if self._allow_evict:
+            # Whoever cleans up a cache directory takes the mtime for the last use.
+            entry.st_mtime_ns = max(node.record.created_ns, node.record.last_used_ns)
         # The kernel does not cache a name without a size, so it is looked up again when more than
         # the name is wanted.
         entry.entry_timeout = SETTLED_TIMEOUT_S if node.record.size is not None else 0
         filling = node.record.state in (State.PARTIAL, State.FAILED)
-        entry.attr_timeout = FILLING_TIMEOUT_S if filling else entry.entry_timeout
+        changing = filling or self._allow_evict
+        entry.attr_timeout = FILLING_TIMEOUT_S if changing else entry.entry_timeout
         return entry
 
     # -- folders
@@ -265,8 +269,8 @@ class FuseAdapter(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Take the times that are set for an image as its last use.
 
-        The times that are shown do not change. They belong to the bytes, which do not change
-        either.
+        Without --allow-evict the times that are shown do not change. They belong to the bytes,
+        which do not change either.
         """
         with self._translated("setattr", inode):
             node = self._node(inode)
@@ -329,9 +333,14 @@ class FuseAdapter(pyfuse3.Operations):
             return value.encode("utf-8", "surrogatepass")
 
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        """Return the names of the attributes of lazyfs."""
+        """Return no names.
+
+        What is listed here would be copied by `cp -a`, `rsync -X` and `tar --xattrs`, and say wrong
+        things about the copy. Whoever asks for an attribute of lazyfs by its name gets it.
+        """
         with self._translated("listxattr", inode):
-            return [os.fsencode(name) for name in _xattrs(self._node(inode))]
+            self._node(inode)
+            return []
 
     # -- the file system
 

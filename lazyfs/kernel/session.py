@@ -334,15 +334,17 @@ def unmount(mountpoint: str, lazy: bool) -> None:
         lazy: unmount even if files are open.
 
     Raises:
-        OSError: EBUSY while files are open, EINVAL if nothing is mounted there, or what fusermount3
-            reports.
+        OSError: EBUSY while files are open, EINVAL if nothing is mounted there, EPERM if this user
+            may not.
     """
     if os.geteuid() != 0:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             message = done.stderr.strip().removeprefix("fusermount3: ")
-            raise OSError(errno.EBUSY if "busy" in message.lower() else errno.EINVAL, message)
+            gone = "not found" in message or "not mounted" in message
+            busy = errno.EBUSY if "busy" in message.lower() else errno.EPERM
+            raise OSError(errno.EINVAL if gone else busy, message)
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0):

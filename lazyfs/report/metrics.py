@@ -78,6 +78,7 @@ class Mount:
             "lazyfs_requests_total": {
                 "demand": sums.sums[totals.DEMAND_REQUESTS],
                 "population": sums.sums[totals.POPULATION_REQUESTS],
+                "sample": sums.sums[totals.SAMPLE_REQUESTS],
             },
             "lazyfs_opens_total": {
                 "daemon": sums.opens - self.backings.opens,

@@ -103,3 +103,31 @@ def test_a_file_system_that_hangs_is_not_asked(tmp_path: Path) -> None:
         assert (done.stdout, done.stderr) == (f"sleep (pid {sleeper.pid})\n", "")
     finally:
         hanging.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a loop device")
+def test_loop_devices_and_overlays_hold_files_without_a_process(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(1 << 20))
+    (tmp_path / "other").mkdir()
+    merged = tmp_path / "other" / "merged"
+    merged.mkdir()
+    lower = tmp_path / "in side"
+    lower.mkdir()
+    (lower / "image").write_bytes(bytes(1 << 20))
+    assert open_files.holders_without_process(str(lower)) == []
+    command = ["losetup", "--find", "--show", "--read-only", str(lower / "image")]
+    loop = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        (tmp_path / "second").mkdir()
+        layers = f"lowerdir={lower}:{tmp_path}/second"
+        subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", merged], check=True)
+        try:
+            assert open_files.holders_without_process(str(lower)) == [
+                f"the loop device {loop} ({lower}/image)",
+                f"the overlay file system on {merged}",
+            ]
+            assert open_files.holders_without_process(str(tmp_path / "other")) == []
+        finally:
+            subprocess.run(["umount", merged], check=True)
+    finally:
+        subprocess.run(["losetup", "-d", loop], check=True)

@@ -22,7 +22,7 @@ from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillClaim, FillPort
-from lazyfs.engine.fetch.samples import Samples
+from lazyfs.engine.fetch.samples import Compared, Samples
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.filling import Filling
@@ -75,7 +75,7 @@ class Bench:
             on_changed=self.changes.append,
         )
         self.port = FillPort(export, self.table, writer, pace, self.totals)
-        samples = Samples(self.table, self.store, self.totals)
+        samples = Samples(self.table, self.store, self.totals, Compared())
         self.filling = Filling(
             self.store, self.table, writer, self.reader, self.port, samples, self.totals
         )

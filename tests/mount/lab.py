@@ -274,6 +274,14 @@ class Lab:
         assert isinstance(found, dict)
         return found
 
+    def bytes_fetched(self, server: Nbdkit) -> int:
+        """Return how many bytes the server was asked for, without those that were compared.
+
+        Only what this daemon has compared is left out.
+        """
+        compared = sum(image["sampled_bytes"] for image in self.status()["images"])
+        return server.bytes_read() - int(compared)
+
     def wait_for_state(self, name: str, state: str) -> dict[str, Any]:
         wait_until(lambda: self.image_status(name)["state"] == state, f"{name} is {state}")
         return self.image_status(name)

@@ -436,7 +436,7 @@ def test_a_plain_file_that_is_removed_underneath_shows_in_status(lab: Lab) -> No
     (cache / "disk").unlink()
     with pytest.raises(OSError, match="Input/output"):
         (lab.mnt / "disk").read_bytes()
-    assert "the plain file cannot be opened" in lab.image_status("disk")["error"]
+    assert "the plain file is gone" in lab.image_status("disk")["error"]
     assert "mount anew" in lab.lazyfs("status", lab.mnt).stdout
     lab.umount()
     lab.mount(lab.serve().uri, "--cache-dir", cache)

@@ -86,7 +86,8 @@ def test_a_signal_unmounts_and_saves_what_is_there(lab: Lab, number: signal.Sign
 
 def test_an_aborted_connection_ends_the_daemon_cleanly(lab: Lab, connections: Path) -> None:
     lab.image("disk", 4 * MiB)
-    lab.mount(lab.serve().uri, "--no-populate")
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
     pread(lab.mnt / "disk", 0, 64 * KiB)
     present = lab.image_status("disk")["present_bytes"]
     (connection_of(connections, lab.mnt) / "abort").write_text("1")
@@ -96,7 +97,7 @@ def test_an_aborted_connection_ends_the_daemon_cleanly(lab: Lab, connections: Pa
     lab.daemon = None
     assert "somebody has aborted the FUSE connection" in lab.log_text()
     assert "Traceback" not in lab.log_text()
-    lab.mount(lab.serve().uri, "--no-populate")  # which clears the dead mount away
+    lab.mount(server.uri, "--no-populate")  # which clears the dead mount away
     assert lab.image_status("disk")["present_bytes"] == present > 0
     lab.umount()
 

@@ -100,7 +100,7 @@ def test_files_are_read_only_and_look_as_asked(lab: Lab) -> None:
     lab.image("dense", 1 * MiB)
     lab.mount(lab.serve().uri, "--mode", "0640", "--uid", "1234", "--gid", "4321")
     found = (lab.mnt / "dense").stat()
-    assert stat.S_IMODE(found.st_mode) == 0o440
+    assert stat.S_IMODE(found.st_mode) == 0o640
     assert (found.st_uid, found.st_gid) == (1234, 4321)
     for attempt in (
         lambda: (lab.mnt / "dense").open("r+b"),

@@ -137,3 +137,143 @@ def test_two_thousand_readers_of_a_repository_that_hangs(lab: Lab) -> None:
         with (lab.mnt / "cached").open("rb") as cached:
             os.posix_fadvise(cached.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert (lab.mnt / "cached").read_bytes() == source.read_bytes()
+
+
+# -- unmounting
+
+
+@contextmanager
+def bound(lab: Lab) -> Iterator[Path]:
+    """Show the mount at another place as well."""
+    place = lab.folder / "bound"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", lab.mnt, place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+
+
+@contextmanager
+def in_another_namespace() -> Iterator[int]:
+    """Let a process see the mounts of now in a mount namespace of its own."""
+    script = "import sys; print(flush=True); sys.stdin.readline()"
+    command = ["unshare", "-m", "--propagation", "private", sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def test_umount_says_where_else_it_is_mounted_and_does_not_hang(lab: Lab) -> None:
+    lab.image("a", MiB)
+    lab.mount(lab.serve().uri)
+    with bound(lab) as place:
+        refused = lab.lazyfs("umount", lab.mnt, check=False)
+        assert refused.returncode == 1
+        assert refused.stderr == (
+            f"lazyfs: {lab.mnt} is also mounted on {place}; unmount that first, or use --lazy\n"
+        )
+        lab.lazyfs("umount", place)  # as umount(8) does: the bind mount alone
+        assert not place.is_mount()
+    with in_another_namespace() as pid:
+        refused = lab.lazyfs("umount", lab.mnt, check=False)
+        assert refused.returncode == 1
+        assert f"in the mount namespace of python (pid {pid})" in refused.stderr
+    lab.umount()
+
+
+def test_a_lazy_umount_leaves_the_daemon_to_those_who_have_it_mounted(lab: Lab) -> None:
+    source = lab.image("a", MiB)
+    lab.mount(lab.serve().uri, "--no-populate")
+    with bound(lab) as place:
+        done = lab.lazyfs("umount", "--lazy", lab.mnt)
+        assert f"It is still mounted on {place}" in done.stdout
+        assert not lab.mnt.is_mount()
+        assert (place / "a").read_bytes() == source.read_bytes()
+        subprocess.run(["umount", place], check=True)
+        assert lab.daemon is not None
+        assert lab.daemon.wait(20) == 0
+        lab.daemon = None
+
+
+def test_sigterm_ends_the_daemon_however_often_it_is_mounted(lab: Lab) -> None:
+    lab.image("a", MiB)
+    lab.mount(lab.serve().uri)
+    (lab.mnt / "a").read_bytes()
+    with bound(lab), in_another_namespace():
+        assert lab.daemon is not None
+        lab.daemon.terminate()
+        assert lab.daemon.wait(20) == 0
+        lab.daemon = None
+    assert "it is mounted elsewhere" in lab.log_text()
+
+
+def test_a_bind_mount_stands_for_the_mount(lab: Lab) -> None:
+    server = lab.serve_with(
+        "eval", "list_exports=echo team/a", "get_size=echo 4096", "pread=head -c $3 /dev/zero"
+    )
+    lab.mount(server.uri, "--no-populate")
+    with bound(lab) as place:
+        status = lab.lazyfs("status", place).stdout
+        assert str(lab.mnt) in status
+        lab.lazyfs("prefetch", place / "team" / "a", "--wait")
+        assert lab.image_status("team/a")["state"] == "whole"
+        shown = lab.status_of_all()
+        assert str(place) not in shown
+    inner = lab.folder / "inner"
+    inner.mkdir()
+    subprocess.run(["mount", "--bind", lab.mnt / "team", inner], check=True)
+    try:
+        assert '"name": "team/a"' in lab.lazyfs("status", "--json", inner / "a").stdout
+    finally:
+        subprocess.run(["umount", inner], check=True)
+
+
+def test_umount_names_who_uses_it(lab: Lab) -> None:
+    lab.image("a", MiB)
+    lab.mount(lab.serve().uri)
+    script = "import os, sys; os.chdir(sys.argv[1]); print(flush=True); sys.stdin.readline()"
+    command = [sys.executable, "-c", script, str(lab.mnt)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        refused = lab.lazyfs("umount", lab.mnt, check=False)
+        assert refused.returncode == 1
+        assert f"is in use by python (pid {process.pid}); close what is open" in refused.stderr
+        process.kill()
+    lab.umount()
+
+
+def test_mount_over_a_daemon_that_hangs_says_so(lab: Lab) -> None:
+    lab.image("a", MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    assert lab.daemon is not None
+    lab.daemon.send_signal(signal.SIGSTOP)
+    try:
+        refused = lab.lazyfs("mount", server.uri, lab.mnt, check=False)
+    finally:
+        lab.daemon.send_signal(signal.SIGCONT)
+    assert refused.returncode == 1
+    assert "does not answer in 10 s; end it with kill -9, then mount again" in refused.stderr
+
+
+def test_who_may_not_unmount_is_told(lab: Lab) -> None:
+    lab.image("a", MiB)
+    lab.mount(lab.serve().uri)
+    script = (
+        "import os, sys; os.setgid(65534); os.setuid(65534); "
+        "os.execv(sys.argv[1], [sys.argv[1], '-m', 'lazyfs', 'umount', sys.argv[2]])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", script, sys.executable, str(lab.mnt)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"lazyfs: cannot unmount {lab.mnt}: ")
+    assert lab.mnt.is_mount()

@@ -19,7 +19,9 @@ from lazyfs.core.pivot_choice import (
     choose,
 )
 
-MOUNT, PLAIN, KEY, SIZE, TIME = 50, 8, 17, 1 << 20, 1_700_000_000_123_456_789
+MOUNT, PLAIN, KEY, SIZE = 50, 8, 17, 1 << 20
+TIME = frozenset({1_700_000_000_123_456_789})
+LATER = frozenset({1_700_000_000_123_456_790})
 WHOLE = inode_number.whole(KEY)
 PATH = "/mnt/disk"
 
@@ -129,7 +131,7 @@ def test_the_plain_file_below_the_mount_needs_nothing() -> None:
     below = opened(PLAIN, 99, plain=True)
     assert only([node(ON_MOUNT)], [image(ON_MOUNT)], [below]).action is Action.ALREADY
     for other in (
-        replace(below, mtime_ns=TIME + 1),
+        replace(below, times_ns=LATER),
         replace(below, size=SIZE + 1),
         replace(below, plain=False),
     ):
@@ -161,7 +163,7 @@ def test_a_mount_that_is_detached_elsewhere_is_not_moved_to() -> None:
 
 # -- other bytes of the same name and size
 
-OTHER = replace(DETACHED, mtime_ns=TIME + 1)
+OTHER = replace(DETACHED, times_ns=LATER)
 
 
 def test_an_image_of_another_repository_at_the_same_path_is_not_moved_to() -> None:
@@ -188,7 +190,7 @@ def test_nor_is_one_of_two_nodes_when_it_may_be_the_other_that_has_it() -> None:
 
 
 def test_a_cache_that_was_begun_anew_in_the_same_folder_is_not_moved_to() -> None:
-    now = Place(MOUNT + 1, WHOLE, SIZE, TIME + 1, True)
+    now = Place(MOUNT + 1, WHOLE, SIZE, LATER, True)
     images = [image(now), image(now, device=MOUNT + 1)]
     choice = only([node(now)], images, [opened(MOUNT, KEY)])
     assert (choice.action, "times of change differ" in choice.message) == (Action.SKIPPED, True)

@@ -38,7 +38,8 @@ def test_three_guests_fetch_each_allocated_byte_once(lab: GuestLab) -> None:
         machine.wait_for_the_end()
     status = lab.wait_for_state(IMAGE, "whole")
     assert status["demand_bytes"] > 0
-    assert _joined(server.reads()) == lab.data_segments()
+    assert lab.bytes_fetched(server) == status["fetched_bytes"] == status["present_bytes"]
+    assert _covered(server.reads()) == lab.data_segments()
 
 
 def test_guests_go_on_without_the_repository(lab: GuestLab) -> None:
@@ -54,15 +55,12 @@ def test_guests_go_on_without_the_repository(lab: GuestLab) -> None:
     late.wait_for_the_end()
 
 
-def _joined(reads: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join adjacent ranges to [start, end).
-
-    Ranges that overlap stay apart, and equal no segment.
-    """
-    joined: list[tuple[int, int]] = []
+def _covered(reads: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ranges [start, end) that reads cover."""
+    covered: list[tuple[int, int]] = []
     for offset, length in sorted(reads):
-        if joined and joined[-1][1] == offset:
-            joined[-1] = (joined[-1][0], offset + length)
+        if covered and covered[-1][1] >= offset:
+            covered[-1] = (covered[-1][0], max(covered[-1][1], offset + length))
         else:
-            joined.append((offset, offset + length))
-    return joined
+            covered.append((offset, offset + length))
+    return covered

@@ -10,6 +10,7 @@ At every moment at least one of the two names exists. After a crash `finish` may
 """
 
 import errno
+import logging
 import os
 import stat
 import threading
@@ -22,7 +23,10 @@ from lazyfs.core import block_map
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.engine.interfaces import FileAttributes
+from lazyfs.host import image_lock
 from lazyfs.units import KiB, MiB
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = ".lazyfs/partial"
 READ_AROUND = 256 * KiB
@@ -37,6 +41,9 @@ RESERVE = 1 * MiB
 """Free bytes that data leaves to the catalog and the maps. Without any free bytes, the next mount
 could not write its catalog."""
 OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+WRITE_BITS = 0o222
+"""The bits of a mode that plain files never get: overlays and the catalog rely on their bytes."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -289,7 +296,7 @@ class PartialFile(FileReader):
         path = self._record.path
         with space_errors():
             os.fchown(self._fd, self._file_attributes.uid, self._file_attributes.gid)
-            os.fchmod(self._fd, self._file_attributes.mode)
+            os.fchmod(self._fd, self._file_attributes.mode & ~WRITE_BITS)
             os.utime(self._fd, ns=(self._record.created_ns, self._record.created_ns))
             os.fsync(self._fd)
             folders = _parents(path)
@@ -389,6 +396,13 @@ class WholeFile(FileReader):
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             os.close(self._fd)
             raise errors.CacheCorrupt(f"the plain file has {found.st_size} bytes, the image {size}")
+        try:
+            locked = image_lock.lock_as_reader(self._fd)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        if not locked:
+            logger.warning("somebody may write to the plain file: path=%s", record.path)
 
     def fileno(self) -> int:
         """Return the open file's descriptor."""

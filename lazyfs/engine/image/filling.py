@@ -20,7 +20,7 @@ from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillPort
-from lazyfs.engine.fetch.samples import Samples
+from lazyfs.engine.fetch.samples import Compared, Samples
 from lazyfs.engine.image.partial_cache import Loaded
 from lazyfs.engine.interfaces import Export, ImageFile, Store
 from lazyfs.engine.pace import Pace
@@ -108,6 +108,7 @@ def make_filling(
     *,
     pace: Pace,
     counters: FetchCounters,
+    compared: Compared,
     on_changed: Callable[[errors.ExportChanged], None],
     is_open: Callable[[], bool],
 ) -> Filling:
@@ -121,13 +122,14 @@ def make_filling(
         context: what all images share.
         pace: the pace of the image.
         counters: what was fetched of the image before.
+        compared: counts what is compared with the repository.
         on_changed: called when the export turns out to be another version.
         is_open: returns whether somebody has the image open. Called from population's threads.
     """
     totals = context.totals
     table = BlockTable(loaded.blocks, counters, totals)
     writer = CacheWriter(export.name, loaded.store, context.budget, totals)
-    samples = Samples(table, loaded.store, totals)
+    samples = Samples(table, loaded.store, totals, compared)
     reader = DemandReader(
         export,
         context.repository.source(export, samples.take),

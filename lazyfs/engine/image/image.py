@@ -42,6 +42,7 @@ from lazyfs.core.pacing import Backoff
 from lazyfs.core.shown_file import RAW
 from lazyfs.engine.budget import UNKEPT
 from lazyfs.engine.context import Context
+from lazyfs.engine.fetch.samples import Compared
 from lazyfs.engine.image import partial_cache
 from lazyfs.engine.image.digest_check import DigestCheck
 from lazyfs.engine.image.filling import Filling, make_filling
@@ -94,6 +95,7 @@ class Image:
         self._handles: set[PartialHandle | WholeHandle] = set()
         self._opening: set[object] = set()
         """A token for each open that is under way. What such an open may use stays open."""
+        self._compared = Compared()
         self._unkept = False
         """True if there was no room for a map when the cache was to be begun, and there is still
         none."""
@@ -151,6 +153,17 @@ class Image:
         """
         nothing = self.record.state is State.REMOTE or self._unkept
         return self.present_bytes + (0 if nothing else self.record.shown.metadata_size)
+
+    @property
+    def may_have_data(self) -> bool:
+        """False if every byte is known to be zero.
+
+        A file without any blocks is taken for zeroes by programs such as `tar --sparse`.
+        """
+        filling = self.filling
+        if filling is not None:
+            return filling.table.zero_bytes < filling.table.size
+        return self.record.state is not State.WHOLE and self.record.size != 0
 
     def cached_bytes(self) -> int:
         """Return everything that the image takes of the disk.
@@ -463,6 +476,7 @@ class Image:
             self._context,
             pace=self.populating.pace,
             counters=self._counters(),
+            compared=self._compared,
             on_changed=lambda error: self._context.on_export_changed(self, error),
             is_open=lambda: self.open_count > 0,
         )
@@ -716,7 +730,7 @@ class Image:
             demand_bytes=counters.demand_bytes,
             populated_bytes=counters.populated_bytes,
             requests=counters.requests,
-            sampled_bytes=0 if filling is None else filling.samples.bytes,
+            sampled_bytes=self._compared.bytes,
             open_count=self.open_count,
             replaced=self.retired,
             fill_rate=filling.table.rate() if filling is not None and goes_on else 0.0,
