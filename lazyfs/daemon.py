@@ -30,6 +30,7 @@ from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.session import KernelSession
 from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
+from lazyfs.report import tracebacks
 from lazyfs.repository.nbd_repository import NbdRepository
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     )
     try:
         os.chdir("/")
+        _survive_signals()
         trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)
     except BaseExceptionGroup as group:
         for_user, others = group.split(errors.UserError)
@@ -99,6 +101,23 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
         raise _first(for_user) from None
     finally:
         cache.close()
+
+
+_HARMLESS = (
+    signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
+    signal.SIGIO, signal.SIGPWR,
+    signal.SIGSTKFLT, signal.SIGHUP, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)  # fmt: skip
+"""Signals that would end the daemon and leave a dead mount, and that say nothing of a crash."""
+
+
+def _survive_signals() -> None:
+    """Let no signal end the daemon, but for those that unmount, and those of a crash.
+
+    They get a handler, because programs that the daemon starts would inherit that they are ignored.
+    """
+    for number in _HARMLESS:
+        signal.signal(number, lambda _number, _frame: None)
 
 
 def _first(group: BaseExceptionGroup[errors.UserError]) -> errors.UserError:
@@ -137,6 +156,8 @@ class _Daemon:
             UserError: it could not be mounted.
         """
         config, cache = self._config, self._cache
+        root = trio.lowlevel.current_root_task()
+        signal.signal(signal.SIGUSR1, lambda _number, _frame: tracebacks.log_soon(root))
         metrics = None if config.metrics is None else _metrics_server(config.metrics)
         async with trio.open_nursery() as nursery:
             repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
@@ -181,12 +202,14 @@ class _Daemon:
     ) -> None:
         config = self._config
         # Until `_unmount_on_signal` runs, a signal would end the daemon and leave a dead mount.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, signal.SIGHUP})
         session = KernelSession(config.mountpoint, config.repository, config.passthrough)
         try:
             backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
             logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
-            mounted = Mounted(config, self._cache, repository, parts, session, backings, metrics)
+            mounted = Mounted(
+                config, self._cache, repository, parts, session, backings, metrics, self._overlays
+            )
         except BaseException:
             unmount_quietly(session)
             raise

@@ -15,6 +15,7 @@ do.
     │   └── OverLimit       the same, because of --max-cache or --min-free
     ├── StateError          a bug in lazyfs: an operation that the state does not permit
     └── UserError           one line for the user, exit code 1
+        ├── LastingError    the same, and to try again does not help
         └── UsageError      the same, exit code 2
             └── WrongConfiguration  the same, for the text of a file, not an argument
 
@@ -143,6 +144,15 @@ class UserError(LazyfsError):
     """
 
     exit_code = 1
+
+
+class LastingError(UserError):
+    """The same, and to try again does not help before somebody has mended something.
+
+    A service manager is told so by exit code 6, "not configured" (systemd.exec(5), LSB).
+    """
+
+    service_exit_code = 6
 
 
 class UsageError(UserError):

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
@@ -27,6 +27,7 @@ from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.engine.supervision import log_failure
 from lazyfs.host import mounts
 from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
+from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.report import service_manager
 from lazyfs.repository.nbd_repository import NbdRepository
 
@@ -39,7 +40,7 @@ LAST_ANSWERS_S = 1.0
 """How long the end of the daemon waits for requests of the kernel, and for control commands
 under way, such as the `detach` that caused it."""
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """The signals that unmount."""
 
 SAVE_USES_S = 30.0
@@ -70,6 +71,10 @@ class MountConfig:
     allow_evict: bool
     moved: bool = False
     """True if the cache was filled from this repository at another address."""
+    reread: "Callable[[], MountConfig] | None" = None
+    """Reads the configuration again. Blocks. Raises UserError if it is wrong."""
+    reopen_log: Callable[[], None] = lambda: None
+    """Opens the log file again, which may have been renamed."""
     dropped_log_lines: Callable[[], int] = lambda: 0
     """Returns how many lines of the log were dropped because the log blocked."""
 
@@ -86,8 +91,12 @@ class Mounted:
         session: KernelSession,
         backings: passthrough.Backings,
         metrics: "MetricsServer | None",
+        overlays: OverlayScan,
     ) -> None:
         self._config = config
+        self._overlays = overlays
+        self._reread = trio.Event()
+        """Set when the configuration has been read again, and renewed then."""
         self._cache = cache
         self._repository = repository
         self._parts = parts
@@ -115,7 +124,8 @@ class Mounted:
             resume = self._parts.filesystem.resume
             nursery.start_soon(log_failure, "opening what an earlier daemon left", resume)
             nursery.start_soon(self._control.run)
-            nursery.start_soon(self._unmount_on_signal)
+            await nursery.start(self._unmount_on_signal)
+            await nursery.start(self._reload_on_signal)
             nursery.start_soon(keep_running, "looking at the repository", self._refresh)
             nursery.start_soon(keep_running, "saving when images were used", self._save_uses)
             if self._metrics is not None:
@@ -178,9 +188,10 @@ class Mounted:
         filesystem = self._parts.filesystem
         while True:
             lost = bool(filesystem.list_trouble) or not self._repository.connected
-            await trio.sleep(
-                min(backoff.next(), self._config.refresh_s) if lost else self._config.refresh_s
-            )
+            wait_s = self._config.refresh_s
+            with trio.move_on_after(min(backoff.next(), wait_s) if lost else wait_s):
+                await self._reread.wait()
+                continue  # with another interval, perhaps
             try:
                 await filesystem.refresh()
                 backoff.reset()
@@ -189,10 +200,11 @@ class Mounted:
             except OSError as error:
                 logger.warning("the list could not be taken in: %s", error)
 
-    async def _unmount_on_signal(self) -> None:
+    async def _unmount_on_signal(self, task_status: trio.TaskStatus[None]) -> None:
         session = self._session
         with trio.open_signal_receiver(*ENDING) as signals:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            task_status.started()
             async for number in signals:
                 logger.info("%s: unmounting %s", signal.Signals(number).name, session.mountpoint)
                 try:
@@ -213,6 +225,50 @@ class Mounted:
                         )
                     unmount_quietly(session)
                     await self._stop_answering()
+
+    async def _reload_on_signal(self, task_status: trio.TaskStatus[None]) -> None:
+        """At SIGHUP, open the log file again, and apply what has changed in the configuration."""
+        with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+            task_status.started()
+            async for _ in signals:
+                self._config.reopen_log()
+                logger.info("SIGHUP: the log is reopened")
+                if self._config.reread is not None:
+                    await log_failure("reading the configuration again", self._reload)
+
+    async def _reload(self) -> None:
+        old = self._config
+        assert old.reread is not None
+        try:
+            new = await trio.to_thread.run_sync(old.reread)
+            if new.limits != old.limits:
+                self._parts.room.set_limits(new.limits)
+        except (errors.LazyfsError, OSError) as error:
+            logger.warning("the configuration stays as it was: %s", error)
+            return
+        if new.options.fill_rate != old.options.fill_rate:
+            self._parts.filesystem.set_rate(new.options.fill_rate)
+        self._overlays.set_folders(new.overlays)
+        now = replace(
+            old,
+            refresh_s=new.refresh_s,
+            limits=new.limits,
+            overlays=new.overlays,
+            options=replace(old.options, fill_rate=new.options.fill_rate),
+        )
+        later = sorted(
+            name
+            for name, value in _chosen(new).items()
+            if name in (chosen := _chosen(now)) and value != chosen[name]
+        )
+        if later:
+            logger.warning("this needs a new mount to take effect: %s", ", ".join(later))
+        self._config = now
+        reread, self._reread = self._reread, trio.Event()
+        reread.set()
+        self._parts.population.wake()
+        logger.info("the configuration is applied")
 
     async def _stop_answering(self) -> None:
         """Take no more requests, and end those under way after LAST_ANSWERS_S.
@@ -289,6 +345,18 @@ class Mounted:
             self._metrics.close()
         logger.info("detached: %s open_images=%d", self._config.mountpoint, len(images))
         return {"open_count": sum(image.open_count for image in images)}
+
+
+def _chosen(config: MountConfig) -> dict[str, object]:
+    """Return what a user has chosen, by name."""
+    found: dict[str, object] = {}
+    for one in (config, config.options):
+        found |= {field.name: getattr(one, field.name) for field in fields(one)}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in ("options", "reread", "reopen_log", "dropped_log_lines", "moved")
+    }
 
 
 _ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})

@@ -98,7 +98,7 @@ class CacheDir:
         except errors.NoSpace as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error}") from error
         except errors.CacheCorrupt as error:
-            raise errors.UserError(
+            raise errors.LastingError(
                 f"cannot use {path} as the cache: {error}; "
                 "move it away, or start anew with --cache-dir"
             ) from error
@@ -167,7 +167,7 @@ class CacheDir:
                 ) from error
             found = os.stat(name, dir_fd=self.root_fd, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise errors.UserError(
+                raise errors.LastingError(
                     f"{self.path}/{name} is not a folder of this user; "
                     "remove it, or use --cache-dir"
                 )
@@ -231,7 +231,7 @@ class CacheDir:
         cached = sum(record.state is not State.REMOTE for record in self.records)
         if known not in ("", ours):
             if cached and not self._moved:
-                raise errors.UserError(
+                raise errors.LastingError(
                     f"the cache {self.path} belongs to the repository {known}, not to {ours}: "
                     f"{cached} {'image has' if cached == 1 else 'images have'} something cached; "
                     "mount with --moved if it is the same repository at another address, "
@@ -254,7 +254,7 @@ class CacheDir:
 
     def _refuse_foreign(self) -> None:
         for path in foreign_files(self.root_fd, self.records):
-            raise errors.UserError(
+            raise errors.LastingError(
                 f"{self.path} holds {path!r}, which lazyfs did not put there; "
                 f"move it away, or keep the cache elsewhere with --cache-dir"
             )

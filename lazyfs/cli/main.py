@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from lazyfs import errors
 from lazyfs.cli import arguments as arguments_of
+from lazyfs.cli import mounting
 from lazyfs.cli.verbs import VERBS
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except errors.UserError as error:
         print(f"lazyfs: {error}", file=sys.stderr)
-        return error.exit_code
+        return mounting.exit_code(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

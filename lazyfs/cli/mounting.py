@@ -5,15 +5,18 @@ writes one line to a pipe (--ready-fd): "ready", or the reason why it could not 
 """
 
 import argparse
+import copy
 import errno
 import logging
 import logging.handlers
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from lazyfs import errors
 from lazyfs.cli import configuration, values
@@ -24,10 +27,15 @@ from lazyfs.host import mounts
 from lazyfs.report.background_log import BackgroundLog, DescriptorHandler
 from lazyfs.units import KiB
 
+if TYPE_CHECKING:
+    from lazyfs.mounted import MountConfig
+
 
 def run(options: argparse.Namespace) -> int:
     """Mount a repository."""
+    given = copy.copy(options)
     configuration.apply(options)
+    options.given = given
     options.block_size = _block_size(options)
     mountpoint = _mountpoint(options.mountpoint)
     if os.geteuid() != 0 and (options.uid, options.gid) != (os.geteuid(), os.getegid()):
@@ -41,8 +49,15 @@ def run(options: argparse.Namespace) -> int:
         if options.ready_fd is None:
             raise
         _report(options.ready_fd, str(error))
-        return error.exit_code
+        return exit_code(error)
     return 0
+
+
+def exit_code(error: errors.UserError) -> int:
+    """Return the exit code for an error, in the form that the caller understands."""
+    if isinstance(error, errors.LastingError) and "NOTIFY_SOCKET" in os.environ:
+        return error.service_exit_code
+    return error.exit_code
 
 
 def _mountpoint(path: str) -> str:
@@ -65,7 +80,7 @@ def _mountpoint(path: str) -> str:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         os.statvfs(mountpoint)  # Unlike stat, this is never answered from the kernel's cache.
     except FileNotFoundError:
-        raise errors.UserError(
+        raise errors.LastingError(
             f"the mountpoint {mountpoint} does not exist; make it with mkdir"
         ) from None
     except OSError as error:
@@ -85,7 +100,7 @@ def _mountpoint(path: str) -> str:
             f"{mounted[-1].repository} is mounted on {mountpoint} already; lazyfs umount it first"
         )
     if not os.path.isdir(mountpoint):
-        raise errors.UserError(f"the mountpoint {mountpoint} is not a folder")
+        raise errors.LastingError(f"the mountpoint {mountpoint} is not a folder")
     return mountpoint
 
 
@@ -105,13 +120,47 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         # These are imported here, because status and umount need neither pyfuse3 nor libnbd and
         # start in half the time without them.
         from lazyfs import daemon
-        from lazyfs.engine.filesystem import Options
-        from lazyfs.engine.interfaces import FileAttributes
-        from lazyfs.mounted import MountConfig
     except ModuleNotFoundError as error:
-        raise errors.UserError(_missing_module(error)) from error
-    log = _log_to(options)
-    config = MountConfig(
+        raise errors.LastingError(_missing_module(error)) from error
+    log, reopen = _log_to(options)
+    config = replace(
+        _config(options, mountpoint),
+        reread=None
+        if options.given.config is None
+        else partial(_reread, options.given, mountpoint),
+        reopen_log=reopen,
+        dropped_log_lines=lambda: log.dropped,
+    )
+    try:
+        daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
+    except errors.UserError:
+        raise
+    except Exception:
+        logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
+        raise errors.UserError(
+            "the daemon failed, a bug in lazyfs; the log has the details"
+        ) from None
+
+
+def _reread(given: argparse.Namespace, mountpoint: str) -> "MountConfig":
+    """Read the configuration again, and return what it says together with the options.
+
+    Raises:
+        UserError: it cannot be read, or its content is wrong.
+    """
+    options = copy.copy(given)
+    configuration.apply(options)
+    options.block_size = _block_size(options)
+    logging.getLogger().setLevel(options.log_level.upper())
+    return _config(options, mountpoint)
+
+
+def _config(options: argparse.Namespace, mountpoint: str) -> "MountConfig":
+    from lazyfs.engine.filesystem import Options
+    from lazyfs.engine.interfaces import FileAttributes
+    from lazyfs.mounted import MountConfig
+
+    return MountConfig(
         repository=options.repository,
         mountpoint=mountpoint,
         cache_dir=os.path.realpath(options.cache_dir or mountpoint),
@@ -132,17 +181,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         passthrough=not options.no_passthrough,
         allow_evict=options.allow_evict,
         moved=options.moved,
-        dropped_log_lines=lambda: log.dropped,
     )
-    try:
-        daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
-    except errors.UserError:
-        raise
-    except Exception:
-        logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
-        raise errors.UserError(
-            "the daemon failed, a bug in lazyfs; the log has the details"
-        ) from None
 
 
 def _limits(options: argparse.Namespace) -> Limits:
@@ -248,18 +287,26 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
     )
 
 
-def _log_to(options: argparse.Namespace) -> BackgroundLog:
-    """Have a thread write the log where the options say; return what passes lines on to it."""
+def _log_to(options: argparse.Namespace) -> tuple[BackgroundLog, Callable[[], None]]:
+    """Have a thread write the log where the options say.
+
+    Returns:
+        What passes lines on to the thread, and a function that opens a log file again.
+    """
     text = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     handler: logging.Handler
+
+    def reopen() -> None:
+        return None
+
     if options.log_file:
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            handler = DescriptorHandler(os.open(options.log_file, flags, 0o666))
+            file = DescriptorHandler(_open_log(options.log_file))
         except OSError as error:
             raise errors.UserError(
                 f"cannot write the log {options.log_file}: {error.strerror}"
             ) from error
+        handler, reopen = file, partial(_reopen_log, file, os.path.abspath(options.log_file))
     elif options.ready_fd is None:
         handler = DescriptorHandler(sys.stderr.fileno())
     elif os.path.exists("/dev/log"):
@@ -274,4 +321,16 @@ def _log_to(options: argparse.Namespace) -> BackgroundLog:
     handler.setFormatter(logging.Formatter(text))
     log = BackgroundLog(handler)
     logging.basicConfig(level=options.log_level.upper(), handlers=[log])
-    return log
+    return log, reopen
+
+
+def _open_log(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+
+def _reopen_log(handler: DescriptorHandler, path: str) -> None:
+    """Write to the file that is at `path` now. If it cannot be opened, the old one is used."""
+    try:
+        handler.use(_open_log(path))
+    except OSError as error:
+        logging.getLogger(__name__).exception("cannot open the log %s: %s", path, error.strerror)

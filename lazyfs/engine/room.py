@@ -110,9 +110,9 @@ class Room:
         self._scan_after = -math.inf
         self._not_evicted: dict[int, str] = {}
         """The reasons why images could not be evicted, as logged last, by inode."""
+        filesystem.budget.on_low = self._ask_from_thread
+        self._token = trio.lowlevel.current_trio_token()
         if limits:
-            filesystem.budget.on_low = self._ask_from_thread
-            self._token = trio.lowlevel.current_trio_token()
             self._set_budget(self._measure())
 
     # -- what others ask
@@ -121,6 +121,17 @@ class Room:
         """Look again soon if there was no room, because somebody wants to write."""
         if self.message:
             self._asked.set()
+
+    def set_limits(self, limits: Limits) -> None:
+        """Apply other limits from now on.
+
+        Raises:
+            OSError: the file system cannot tell how much of it is free, and nothing has changed.
+        """
+        space = self._measure()
+        self._limits = limits
+        self._set_budget(space)
+        self._asked.set()
 
     def statistics(self) -> RoomStatistics:
         """Return how much room there is now.
@@ -144,17 +155,17 @@ class Room:
     # -- the task
 
     async def run(self) -> None:
-        """Look for room whenever it is time to, and evict.
-
-        Returns at once if there are no limits.
-        """
-        watch_s = WATCH_S if self._limits.free_bytes(1) is not None else math.inf
-        while self._limits:
+        """Look for room whenever it is time to, and evict."""
+        while True:
+            watch_s = WATCH_S if self._limits.free_bytes(1) is not None else math.inf
             self._asked = trio.Event()
-            try:
-                await self._make_room()
-            except OSError as error:
-                self._say(f"no room: the cache's file system cannot tell: {error.strerror}")
+            if self._limits:
+                try:
+                    await self._make_room()
+                except OSError as error:
+                    self._say(f"no room: the cache's file system cannot tell: {error.strerror}")
+            else:
+                self._say("")
             if self.message:
                 await trio.sleep(RETRY_S)
             with trio.move_on_after(watch_s):

@@ -118,7 +118,7 @@ def answer_init(request: bytes, wanted: int = WANTED) -> tuple[bytes, int]:
         raise errors.StateError(f"the kernel's first request has opcode {opcode}, not FUSE_INIT")
     major, minor, readahead, offered = INIT_IN_SHORT.unpack_from(request, IN_HEADER.size)
     if (major, minor) < (MAJOR, OLDEST_MINOR):
-        raise errors.UserError(
+        raise errors.LastingError(
             f"the kernel speaks FUSE {major}.{minor}; "
             f"lazyfs needs {MAJOR}.{OLDEST_MINOR} (Linux 5.4)"
         )

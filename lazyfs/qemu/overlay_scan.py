@@ -49,6 +49,10 @@ class OverlayScan:
         self._cache_dir = cache_dir
         self._lazyfs_mounts = lazyfs_mounts
 
+    def set_folders(self, folders: Sequence[str]) -> None:
+        """Look in these folders from now on."""
+        self._folders = folders
+
     def backing_files(self) -> frozenset[str]:
         """Return the images that overlays need, as paths relative to the mountpoint.
 

@@ -7,15 +7,22 @@ many lines are missing.
 """
 
 import logging
+import math
 import os
 import queue
 import threading
+import time
 
 from lazyfs.core.escaping import one_line
 
 MAX_LINES = 10_000
 """How many lines may wait for a log that blocks. That is some minutes of a daemon in trouble,
 and a few MiB of memory. It is unmeasured."""
+
+QUIET_S = 10.0
+MAX_REPEATS = 1000
+"""A warning or error that says the same as one before is written once in QUIET_S seconds, and
+counted. The last MAX_REPEATS lines are remembered, about 200 KiB. Both are unmeasured."""
 
 LAST_LINES_S = 1.0
 """How long the end of the daemon waits for lines that are still to be written."""
@@ -32,6 +39,14 @@ class DescriptorHandler(logging.Handler):
         """Write to `fd`, which stays open."""
         super().__init__()
         self._fd = fd
+
+    def use(self, fd: int) -> None:
+        """Write to another descriptor from now on, and close the one before.
+
+        A line that is being written while this is called may end in either.
+        """
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line. Blocks."""
@@ -61,6 +76,8 @@ class BackgroundLog(logging.Handler):
         """How many lines did not fit."""
         self._handler = handler
         self._reported = 0
+        self._repeats: dict[str, tuple[float, int]] = {}
+        """For each line of late: when it was last written, and how often it came since."""
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_LINES)
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -69,7 +86,10 @@ class BackgroundLog(logging.Handler):
         """Queue `record` to be written soon, or count it as dropped."""
         try:
             line = logging.makeLogRecord(record.__dict__)
-            line.msg, line.args = one_line(record.getMessage()), None
+            text = one_line(record.getMessage())
+            if record.levelno >= logging.WARNING and (text := self._once(text)) == "":
+                return
+            line.msg, line.args = text, None
             if record.exc_info:
                 line.exc_text = logging.Formatter().formatException(record.exc_info)
                 line.exc_info = None  # this would keep the frames of the error in memory
@@ -78,6 +98,18 @@ class BackgroundLog(logging.Handler):
             self.dropped += 1
         except Exception:
             self.handleError(record)
+
+    def _once(self, text: str) -> str:
+        """Return the line, and how often it came since; or "" if it was written a moment ago."""
+        now = time.monotonic()
+        written_at, since = self._repeats.get(text, (-math.inf, 0))
+        if now < written_at + QUIET_S:
+            self._repeats[text] = written_at, since + 1
+            return ""
+        if len(self._repeats) >= MAX_REPEATS:
+            self._repeats.clear()
+        self._repeats[text] = now, 0
+        return f"{text} (and {since} times more)" if since else text
 
     def close(self) -> None:
         """Wait for the lines that are still to be written, for at most 2 * LAST_LINES_S."""

@@ -19,7 +19,7 @@ PACKAGES = {
     "daemon": "",
     "mounted": "",
     "assembly": "",
-    "report": "metrics_server metrics service_manager background_log",
+    "report": "metrics_server metrics service_manager background_log tracebacks",
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",
