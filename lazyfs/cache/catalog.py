@@ -64,7 +64,9 @@ CREATE TABLE images (
     -- the digest that the bytes must have, such as 'sha256:...'; '' if it is not known
     digest          TEXT NOT NULL DEFAULT '',
     -- what `error` says, in a form for decisions (core/lifecycle.py, Cause)
-    cause           TEXT NOT NULL DEFAULT ''
+    cause           TEXT NOT NULL DEFAULT '',
+    -- 1 if somebody has used it, 0 if it was only looked at (core/looking.py)
+    meant           INTEGER NOT NULL DEFAULT 1
 )
 """
 _MORE_TABLES = (
@@ -95,10 +97,12 @@ ALTER TABLE images ADD COLUMN digest TEXT NOT NULL DEFAULT '';
 ALTER TABLE images ADD COLUMN cause TEXT NOT NULL DEFAULT '';
 UPDATE images SET cause = {_CAUSE_OF_TEXT};
 """,
-    3: "\n".join(_MORE_TABLES),
+    3: "\n".join(
+        [*_MORE_TABLES, "ALTER TABLE images ADD COLUMN meant INTEGER NOT NULL DEFAULT 1;"]
+    ),
 }
 """The statements that upgrade from each older version to the next."""
-_ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''", "cause": _CAUSE_OF_TEXT}
+_ADDED = {"last_used_ns": "0", "pinned": "0", "digest": "''", "cause": _CAUSE_OF_TEXT, "meant": "1"}
 """The columns that rows of older versions lack, and what replaces them."""
 _FIRST_INODE = 2  # 1 is the root of the mount
 
@@ -389,7 +393,7 @@ def _record(row: tuple[object, ...]) -> ImageRecord:
             raise ValueError(f"{field.name} is {value!r}")
     values["state"] = State(values["state"])
     values["cause"] = Cause(values["cause"])
-    values["pinned"] = bool(values["pinned"])
+    values["pinned"], values["meant"] = bool(values["pinned"]), bool(values["meant"])
     record = ImageRecord(**values)  # type: ignore[arg-type]
     parts = record.path.split("/")
     if any(part in ("", ".", "..") for part in parts) or parts[0] in RESERVED:

@@ -54,6 +54,8 @@ class ImageRecord:
     is not known."""
     cause: Cause = Cause.NONE
     """What `error` says, in a form for decisions."""
+    meant: bool = False
+    """True if somebody has used the image, and not just looked at it (`core/looking.py`)."""
 
     @property
     def shown(self) -> shown_file.ShownFile:
@@ -93,7 +95,7 @@ class ImageRecord:
         """Return the record of the image when nothing of it is cached any more."""
         return replace(
             self, state=State.REMOTE, error="", cause=Cause.NONE,
-            present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0,
+            present_bytes=0, demand_bytes=0, populated_bytes=0, requests=0, meant=False,
         )  # fmt: skip
 
     def successor(
@@ -130,6 +132,10 @@ class ImageRecord:
     def used(self, at_ns: int) -> "ImageRecord":
         """Return the record with its last use, in ns since the epoch."""
         return replace(self, last_used_ns=at_ns)
+
+    def meant_to_be_used(self) -> "ImageRecord":
+        """Return the record of an image that somebody uses."""
+        return replace(self, meant=True)
 
     def with_pin(self, pinned: bool) -> "ImageRecord":
         """Return the record of an image that is pinned, or is not pinned any more."""

@@ -19,7 +19,7 @@ from typing import TypeVar
 import trio
 
 from lazyfs import errors
-from lazyfs.core import shown_file
+from lazyfs.core import looking, shown_file
 from lazyfs.core.export_name import EXPORT, shown_path
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
@@ -27,7 +27,7 @@ from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
-from lazyfs.engine.image.handles import Handle, WholeHandle
+from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
@@ -175,7 +175,10 @@ class Filesystem:
         return [image for image in self.names.all_images() if image.open_count]
 
     async def open(self, image: Image) -> Handle:
-        """Open `image` in its present state. The first open starts its population.
+        """Open `image` in its present state.
+
+        The first open starts its population if the image has been used before. Otherwise that
+        starts as soon as somebody means to use it (`core/looking.py`).
 
         Raises:
             LazyfsError, OSError: the image cannot be opened now. The error says why.
@@ -190,10 +193,18 @@ class Filesystem:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
         self._check_inode(image)
         handle = await self._in_time(image, image.open)
-        if first and self._context.populate:
+        if isinstance(handle, PartialHandle) and not image.record.meant:
+            handle.on_meant = image.mean
+            self._nursery.start_soon(self._mean_in_a_while, handle)
+        elif first and self._context.populate:
             image.populating.want()
             self.on_fillable()
         return handle
+
+    async def _mean_in_a_while(self, handle: PartialHandle) -> None:
+        with trio.move_on_after(looking.LOOK_S):
+            await handle.closed.wait()
+        handle.mean()  # which does nothing once it is closed
 
     async def open_whole(self, image: Image) -> WholeHandle:
         """Open `image` as a whole image, by its second inode number. Raises what `open` raises."""

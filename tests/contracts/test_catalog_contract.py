@@ -219,7 +219,7 @@ def test_a_catalog_of_version_1_is_brought_up_to_date(version_1: str) -> None:
         with closing(SqliteCatalog(version_1)) as catalog:
             one, two = catalog.load()
             assert one == ImageRecord(7, "debian-12", "debian-12", 1 << 20, "v1", "raw", State.WHOLE, "", 65536, 12,
-                                      900, 1, 2, 3, last_used_ns=0, pinned=False, digest="")  # fmt: skip
+                                      900, 1, 2, 3, last_used_ns=0, pinned=False, digest="", meant=True)  # fmt: skip
             assert (two.inode, two.size, two.format, two.digest) == (9, None, "qcow2", "")
     with closing(SqliteCatalog(version_1)) as catalog:
         catalog.update([replace(one, pinned=True, last_used_ns=8, digest="sha256:12")])

@@ -24,7 +24,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.eviction import Limits
 from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.filesystem import Filesystem, Options
-from lazyfs.engine.image.handles import Handle
+from lazyfs.engine.image.handles import Handle, PartialHandle
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.operations import Operations
 from lazyfs.engine.population import Population
@@ -228,11 +228,16 @@ class World:
         await self.open_image(image)
         return image
 
-    async def open_image(self, image: Image, whole: bool = False) -> None:
-        """Open as the kernel does: by the first inode number or, with `whole`, by the second."""
+    async def open_image(self, image: Image, whole: bool = False, look: bool = False) -> None:
+        """Open as the kernel does: by the first inode number or, with `whole`, by the second.
+
+        With `look`, nobody means to use the image. Otherwise it counts as used at once.
+        """
         opened: Handle = await (
             self.filesystem.open_whole(image) if whole else self.filesystem.open(image)
         )
+        if isinstance(opened, PartialHandle) and not look:
+            opened.mean()
         self.handles.setdefault((image.inode, whole), []).append(opened)
 
     async def close(self, image: Image, whole: bool = False) -> None:

@@ -17,6 +17,7 @@ from lazyfs import errors
 from lazyfs.core import extent_map
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
+from lazyfs.core.looking import LOOK_S
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.population import WORKERS
 from lazyfs.units import KiB, MiB
@@ -340,3 +341,48 @@ async def test_an_end_gives_back_every_claim() -> None:
         await is_whole(world.image("disk"))
     # Two daemons, and what the first had under way is all that was fetched twice.
     assert world.repository.bytes_read() <= SIZE + WORKERS * 4 * world.repository.REQUEST
+
+
+# -- looking is no use
+
+
+async def test_an_image_that_is_only_looked_at_is_neither_populated_nor_used() -> None:
+    world = world_with("looked at", "read", "long", size=32 * MiB)
+    async with world.daemon(populate=True):
+        looked, read, long = (world.image(name) for name in ("looked at", "read", "long"))
+        for image in (looked, read, long):
+            await world.open_image(image, look=True)
+        for offset in (0, MiB, 32 * MiB - 4096):
+            await world.read(looked, offset, 4096)
+        await trio.sleep(LOOK_S - 1)
+        await world.close(looked)
+        await world.read(read, 12 * MiB, 4096)
+        await is_whole(read)
+        await is_whole(long)  # after LOOK_S
+        await trio.sleep(100)
+        assert looked.record.state is State.PARTIAL
+        assert world.fills("looked at") == []
+        assert looked.record.last_used_ns == 0
+        assert read.record.last_used_ns > 0
+        for image in (read, long):
+            await world.close(image)
+        assert [job["id"] for job in await world.command("query-jobs")] == []
+    async with world.daemon(populate=True):  # nor after a restart
+        await trio.sleep(100)
+        looked = world.image("looked at")
+        assert world.fills("looked at") == []
+        await world.open_image(looked, look=True)
+        await world.read(looked, 12 * MiB, 1)
+        await is_whole(looked)
+        await world.close(looked)
+
+
+async def test_what_was_used_before_a_restart_is_populated_after_it() -> None:
+    world = world_with("disk", size=32 * MiB)
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.read(image, 0, 4096)
+        await trio.sleep(20)  # a checkpoint
+        await world.close(image)
+    async with world.daemon(populate=True):
+        await is_whole(world.image("disk"))

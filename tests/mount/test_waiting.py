@@ -277,3 +277,27 @@ def test_who_may_not_unmount_is_told(lab: Lab) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(f"lazyfs: cannot unmount {lab.mnt}: ")
     assert lab.mnt.is_mount()
+
+
+# -- looking
+
+
+def test_file_and_head_of_each_image_fetch_next_to_nothing(lab: Lab) -> None:
+    for i in range(4):
+        lab.image(f"i{i}", 32 * MiB)
+    lab.mount(lab.serve().uri)
+    paths = sorted(lab.mnt.iterdir())
+    subprocess.run(["file", *paths], check=True, capture_output=True)
+    for path in paths:
+        assert len(pread(path, 0, 512)) == 512
+        assert len(pread(path, 32 * MiB - 4096, 4096)) == 4096
+    lab.lazyfs("prefetch", lab.mnt / "i0", "--wait")
+    images = {image["name"]: image for image in lab.status()["images"]}
+    assert images.pop("i0")["state"] == "whole"
+    for image in images.values():
+        assert image["state"] == "partial"
+        assert image["fetched_bytes"] <= 18 * MiB
+        assert image["populated_bytes"] == image["last_used_ns"] == 0
+    assert lab.status()["jobs"] == []
+    assert pread(lab.mnt / "i1", 16 * MiB, 1)
+    lab.wait_for_state("i1", "whole")

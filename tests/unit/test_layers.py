@@ -37,7 +37,7 @@ PACKAGES = {
     "host": "open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
-        " config_file config_key eviction overlay digest shown_file qcow2_layout map_file export_name repository_identity in_flight fetch_plan pacing"
+        " config_file config_key eviction overlay digest looking shown_file qcow2_layout map_file export_name repository_identity in_flight fetch_plan pacing"
         " extent_map block_map byte_range escaping"
     ),
     "errors": "",

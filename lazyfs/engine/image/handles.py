@@ -9,6 +9,9 @@ A handle serves reads until `aclose`, whatever becomes of the image:
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import trio
+
+from lazyfs.core import looking
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.shown_file import ShownFile
 from lazyfs.engine.image.filling import Filling, clip, nowait, read_file, read_now
@@ -69,16 +72,35 @@ class PartialHandle:
         self.filling = filling
         """The cache file. If this could not keep anything, and there is room again, the image
         replaces it."""
+        self.on_meant: Callable[[], None] | None = None
+        """Called once, when a read goes beyond the edges of the file. None if nobody wants to
+        know, or if it has happened."""
+        self.closed = trio.Event()
+        """Set by `aclose`."""
         self._shown = shown
         self._closed = closed
         self._open = True
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         """Read as `Handle.read_now` describes."""
+        if self.on_meant is not None:
+            self._look(offset)
         return read_now(self.filling, self._shown, offset, length)
+
+    def _look(self, offset: int) -> None:
+        if not looking.is_at_an_edge(self._shown, offset):
+            self.mean()
+
+    def mean(self) -> None:
+        """Take it that the image is used, and not just looked at."""
+        on_meant, self.on_meant = self.on_meant, None
+        if on_meant is not None:
+            on_meant()
 
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
         """Read as `Handle.read` describes."""
+        if self.on_meant is not None:
+            self._look(offset)
         wanted = self._shown.split(clip(self._shown, offset, length))
         parts = [
             part if isinstance(part, bytes) else await self._read_export(part, read)
@@ -106,6 +128,8 @@ class PartialHandle:
         """Close as `Handle.aclose` describes."""
         if self._open:
             self._open = False
+            self.on_meant = None
+            self.closed.set()
             await self._closed(self)
 
 

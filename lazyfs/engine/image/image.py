@@ -89,7 +89,7 @@ class Image:
         """True if the repository does not list the export any more."""
         self.retired = False
         """True if another inode has the name now. This one exists until it is closed."""
-        self.populating = Populating(Pace(context.pace), context.populate)
+        self.populating = Populating(Pace(context.pace), context.populate and record.meant)
         self._context = context
         self._content: Closed | Filling | Whole = Closed()
         self._handles: set[PartialHandle | WholeHandle] = set()
@@ -225,7 +225,7 @@ class Image:
             await self._close_unused()
             raise
         self._opening.remove(opening)
-        self.note_use(time.time_ns())
+        self._note_use_of(handle)
         self._context.on_fillable()
         return handle
 
@@ -246,7 +246,7 @@ class Image:
 
     async def _closed(self, handle: PartialHandle | WholeHandle) -> None:
         self._handles.remove(handle)
-        self.note_use(time.time_ns())
+        self._note_use_of(handle)
         old = handle.filling if isinstance(handle, PartialHandle) else None
         await self._close_unused(old)
 
@@ -278,6 +278,25 @@ class Image:
                 content.reader.drop_connection_when_idle()
         if self.retired and not self._handles:
             self._context.on_unused(self)
+
+    def _note_use_of(self, handle: PartialHandle | WholeHandle) -> None:
+        """Note that somebody opens or closes the image, unless it was only looked at so far.
+
+        Nobody can tell that of a whole image: the kernel reads it by itself.
+        """
+        if self.record.meant or isinstance(handle, WholeHandle):
+            self.note_use(time.time_ns())
+
+    def mean(self) -> None:
+        """Note that somebody uses the image. If the mount populates, population begins.
+
+        It is saved with the next change. If a crash comes before, the next read notes it again.
+        """
+        self.record = self.record.meant_to_be_used()
+        self.note_use(time.time_ns())
+        if self._context.populate:
+            self.populating.want()
+        self._context.on_fillable()
 
     def note_use(self, at_ns: int) -> None:
         """Note that the image was used at `at_ns`, in ns since the epoch.
@@ -348,6 +367,7 @@ class Image:
                 raise errors.UserError(f"{self.record.path} has failed: {self.record.error}")
             if self.record.state is not State.WHOLE:
                 self.populating.want()
+                self.record = self.record.meant_to_be_used()
                 if isinstance(self._content, Closed):
                     await self._begin()
                 self.note_use(time.time_ns())
