@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -25,6 +26,7 @@ import trio
 from lazyfs import assembly, errors
 from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
 from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.session import KernelSession
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_LIST_S = 10.0
-"""How long a mount waits for a repository that does not answer. After that it starts from the
-catalog."""
+"""How long a mount waits for a repository of which no name of the list comes. After that it starts
+from the catalog."""
 
 MARGIN_S = 2.0
 """How much earlier than the kernel's limit a read fails by itself. The kernel looks every 15 s, but
@@ -173,23 +175,30 @@ class _Daemon:
                 nursery=nursery,
             )
             try:
-                await self._first_list(parts)
+                await self._first_list(parts, repository)
                 await self._mount(repository, parts, metrics)
             finally:  # neither the kernel nor a job reads images any more
                 with trio.CancelScope(shield=True):
                     await parts.filesystem.aclose()
                 nursery.cancel_scope.cancel()
 
-    async def _first_list(self, parts: Parts) -> None:
+    async def _first_list(self, parts: Parts, repository: NbdRepository) -> None:
+        began = time.monotonic()
+
+        async def give_up_when_silent() -> None:
+            until = began + FIRST_LIST_S
+            while until > time.monotonic():
+                await trio.sleep(until - time.monotonic())
+                until = max(began, repository.listed_at) + FIRST_LIST_S
+            patience.cancel()
+
         try:
-            with trio.fail_after(FIRST_LIST_S):
-                await parts.filesystem.refresh()
-        except trio.TooSlowError:
+            with trio.CancelScope() as patience:
+                await call_beside(give_up_when_silent, parts.filesystem.refresh)
+                return
             reason = f"{self._config.repository} does not answer"
         except (errors.LazyfsError, OSError) as error:
             reason = str(error)
-        else:
-            return
         if not self._cache.records:
             raise errors.UserError(
                 f"{reason}; nothing of it is cached here, so there is nothing to show"

@@ -290,6 +290,7 @@ class _FakeSource:
         self._calls = 0
         self._dropped = False
         self._drops = 0
+        self.trouble = ""
         repository.sources.add(self)
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:

@@ -44,7 +44,9 @@ def locate(path: str) -> tuple[mounts.Mount, str]:
     Raises:
         UserError: the path lies on no lazyfs mount.
     """
-    for absolute in (os.path.abspath(path), os.path.realpath(path)):
+    # To resolve symbolic links asks the daemon about the file, which may wait for the repository.
+    for resolve in (os.path.abspath, os.path.realpath):
+        absolute = resolve(path)
         mount = mounts.mount_of(absolute)
         if mount is not None:
             below = os.path.relpath(absolute, mount.mountpoint)

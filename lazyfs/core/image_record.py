@@ -106,16 +106,20 @@ class ImageRecord:
         path: str = "",
         image_format: str = "",
         block_size: int = 0,
+        same_export: bool = False,
     ) -> "ImageRecord":
         """Return the record of the image that takes this one's name.
 
-        Nothing of that image is cached or known. Arguments that are left out keep their old value,
-        except for the digest. The catalog gives the image an inode of its own.
+        Nothing of that image is cached. Arguments that are left out keep their old value, except
+        for the digest. The catalog gives the image an inode of its own. With `same_export` the size
+        is kept as well; otherwise the repository must be asked for it.
         """
         return replace(
-            self.remote_again(), size=None, identity="", created_ns=created_ns, digest=digest,
+            self.remote_again(), created_ns=created_ns, digest=digest,
             path=path or self.path, format=image_format or self.format,
             block_size=block_size or self.block_size,
+            size=self.size if same_export else None,
+            identity=self.identity if same_export else "",
         )  # fmt: skip
 
     def described(self, size: int, identity: str) -> "ImageRecord":

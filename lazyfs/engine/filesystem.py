@@ -463,7 +463,11 @@ class Filesystem:
             new = await self.replace(
                 image,
                 None,
-                lambda record: record.successor(time.time_ns(), digest=lasting_digest(record)),
+                lambda record: record.successor(
+                    time.time_ns(),
+                    digest=lasting_digest(record),
+                    same_export=not is_changed(record),
+                ),
                 check,
             )
             if new.gone and not new.open_count:
@@ -558,8 +562,13 @@ def is_last_copy(image: Image) -> bool:
     That is so if the export is gone or has changed.
     """
     record = image.record
-    changed = record.cause in (Cause.EXPORT_CHANGED, Cause.CONTENT_CHANGED)
-    return image.gone or record.state is State.FAILED or (record.state is State.WHOLE and changed)
+    changed = record.state is State.WHOLE and is_changed(record)
+    return image.gone or record.state is State.FAILED or changed
+
+
+def is_changed(record: ImageRecord) -> bool:
+    """Return whether the export is known to be another one than what is cached."""
+    return record.cause in (Cause.EXPORT_CHANGED, Cause.CONTENT_CHANGED)
 
 
 def change_of(error: errors.ExportChanged) -> Cause:

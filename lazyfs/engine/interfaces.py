@@ -112,6 +112,11 @@ class Source(Protocol):
     may cancel at any moment.
     """
 
+    @property
+    def trouble(self) -> str:
+        """Why the latest attempt to connect or to read has failed, or "" if it did not."""
+        ...
+
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
         """Ask for the bytes at `offset` at once, and return whether that could be done.
 
@@ -239,7 +244,8 @@ class Repository(Protocol):
             By name: the export, or the reason why the server would not describe it.
 
         Raises:
-            ConnectionLost.
+            ExportRefused: the server is there, but describes none of them.
+            ConnectionLost: the server cannot be reached.
         """
         ...
 

@@ -46,6 +46,9 @@ class Sizes:
         self._limiter = limiter
         self._describing = trio.Lock()
         self._no_sizes_until = 0.0
+        self._silent_until: dict[int, float] = {}
+        """Until when further questions about an image fail at once, because the server gave no
+        answer about it, by inode."""
 
     async def learn(self, images: Sequence[Image]) -> None:
         """Learn the sizes that are not known yet, in batches.
@@ -56,6 +59,7 @@ class Sizes:
             TimedOut: the repository does not answer in the time allowed.
         """
         unknown = [image for image in images if image.record.size is None]
+        self._check_silent(unknown)
         for start in range(0, len(unknown), DESCRIBE_BATCH):
             await self._in_time(
                 self._describe_unknown, unknown[start : start + DESCRIBE_BATCH], self._io_timeout_s
@@ -81,7 +85,8 @@ class Sizes:
         Raises:
             TimedOut: the repository does not answer in that time.
         """
-        await self._in_time(self._describe, [image], min(limit_s, self._io_timeout_s), patient)
+        call = partial(self._describe, patient=patient)
+        await self._in_time(call, [image], min(limit_s, self._io_timeout_s), patient)
 
     async def _learn_quietly(self, images: Sequence[Image]) -> None:
         try:
@@ -92,7 +97,15 @@ class Sizes:
     async def _describe_unknown(self, images: Sequence[Image]) -> None:
         async with self._describing:
             # Looked at again under the lock, because the task before us may have learned them.
-            await self._describe([image for image in images if image.record.size is None])
+            unknown = [image for image in images if image.record.size is None]
+            self._check_silent(unknown)
+            await self._describe(unknown)
+
+    def _check_silent(self, images: Sequence[Image]) -> None:
+        """Raise TimedOut if the one image that is asked about gave no answer a moment ago."""
+        if len(images) == 1 and trio.current_time() < self._silent_until.get(images[0].inode, 0.0):
+            what = f"asking for the size of {images[0].record.export}"
+            raise errors.TimedOut(what, NO_SIZES_S, "the repository does not answer about it")
 
     async def _in_time(
         self,
@@ -118,10 +131,10 @@ class Sizes:
             raise too_late from None
         self._no_sizes_until = 0.0
 
-    async def _describe(self, images: Sequence[Image]) -> None:
+    async def _describe(self, images: Sequence[Image], patient: bool = False) -> None:
         if not images:
             return
-        found = await self._ask([image.record.export for image in images])
+        found = await self._ask([image.record.export for image in images], patient)
         changed = []
         for image in images:
             export = found[image.record.export]
@@ -130,15 +143,25 @@ class Sizes:
                 changed.append((image.inode, export.size, export.identity))
             else:
                 logger.warning("no size: image=%s reason=%s", image.record.export, export)
+                now = trio.current_time()
+                recent = {one: until for one, until in self._silent_until.items() if now < until}
+                self._silent_until = {**recent, image.inode: now + NO_SIZES_S}
         try:
             await trio.to_thread.run_sync(self._catalog.describe, changed, limiter=self._limiter)
         except (errors.LazyfsError, OSError) as error:
             logger.warning("the catalog could not be written: %s", error)
 
-    async def _ask(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Ask the repository to describe exports. Reconnects for as long as the caller allows."""
+    async def _ask(self, names: Sequence[str], patient: bool) -> dict[str, Export | str]:
+        """Ask the repository to describe exports. Reconnects for as long as the caller allows.
+
+        With `patient` this is also done when the repository is there, but describes none of them.
+        """
         while True:
             try:
                 return await self._repository.describe(names)
+            except errors.ExportRefused as error:
+                if not patient:
+                    return dict.fromkeys(names, error.reason)
+                await trio.sleep(0.5)
             except errors.ConnectionLost:
                 await trio.sleep(0.5)

@@ -137,6 +137,6 @@ async def _same(source: Source, span: ByteRange, data: bytes, limit_s: float) ->
     except trio.TooSlowError:
         what = f"comparing bytes {span.start} to {span.end}"
         raise errors.TimedOut(
-            what, limit_s, "the repository does not answer, or does not have it"
+            what, limit_s, source.trouble or "the repository does not answer"
         ) from None
     return theirs == data

@@ -168,11 +168,19 @@ class Watchdog:
     these do not say why an option was refused.
     """
 
-    def __init__(self, handle: NBD, uri: str, abandoned: threading.Event) -> None:
+    def __init__(
+        self,
+        handle: NBD,
+        uri: str,
+        abandoned: threading.Event,
+        limit_s: float | None = None,
+    ) -> None:
         """Watch `handle`, which is connected.
 
-        The connection is cut when `abandoned` is set, or when nothing comes in CONNECT_TIMEOUT_S.
+        The connection is cut when `abandoned` is set, or when nothing comes in `limit_s`, or in
+        CONNECT_TIMEOUT_S if that is None.
         """
+        self._limit_s = CONNECT_TIMEOUT_S if limit_s is None else limit_s
         self._uri = uri
         self._abandoned = abandoned
         self._connection = socket.socket(fileno=os.dup(handle.aio_get_fd()))
@@ -195,14 +203,14 @@ class Watchdog:
 
     def progress(self) -> None:
         """Note that something came. May be called in libnbd's callbacks."""
-        self._deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        self._deadline = time.monotonic() + self._limit_s
 
     def _watch(self) -> None:
         while not self._done.wait(_POLL_MS / 1000):
             if self._abandoned.is_set():
                 self._cut = "not wanted any more"
             elif time.monotonic() > self._deadline:
-                self._cut = f"no answer in {CONNECT_TIMEOUT_S:g} s"
+                self._cut = f"no answer in {self._limit_s:g} s"
             if self._cut:
                 with suppress(OSError):  # the server has closed it already
                     self._connection.shutdown(socket.SHUT_RDWR)

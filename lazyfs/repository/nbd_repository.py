@@ -6,6 +6,7 @@ It lists the exports, and makes connections that come back after every loss.
 import logging
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,13 @@ MAX_EXPORTS = 1_000_000
 """If one server lists more names than this, the rest is dropped, because the server is broken or
 hostile."""
 
+DESCRIBE_S = 5.0
+"""How long the description of one export may take. It is unmeasured: nbdkit and nbd-server answer
+in milliseconds, and one that opens a remote disk in a second or two."""
+
+DESCRIBING = 8
+"""How many connections describe exports at the same time, once one has given no answer."""
+
 MAX_NAMES_LENGTH = 64 * MiB
 """The most characters that all names may have together. With a million names of 4 KiB the list
 alone would take 4 GiB."""
@@ -62,11 +70,15 @@ class NbdRepository:
         self.connected = False
         self.trouble = ""
         """Why the last attempt to reach the repository failed. It is "" if it did not."""
+        self.listed_at = -math.inf
+        """When the latest name of a list has come, by `time.monotonic`."""
         self.reconnects = 0
         self._failures = 0
         self._names_per_connection = MAX_EXPORTS
         """How many exports the server describes on one connection. It is lowered when the server
         hangs up earlier."""
+        self._some_hang = False
+        """True once an export has given no answer."""
         self._nursery = nursery
         self._stall_s = io_timeout_s / 3
         self._io_timeout_s = io_timeout_s
@@ -109,6 +121,7 @@ class NbdRepository:
                 dropped += 1  # this does not count as progress, so an endless list is cut off
                 return 0
             watchdog.progress()
+            self.listed_at = time.monotonic()
             names.append(name)
             length += len(name)
             return 0
@@ -129,32 +142,88 @@ class NbdRepository:
         return names, count - len(names) - dropped, dropped
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Describe exports, as `interfaces.Repository.describe` does."""
-        return await self._connecting(partial(self._describe, names))
+        """Describe exports, as `interfaces.Repository.describe` does.
+
+        Once an export has given no answer, several connections are used at the same time, so that
+        a few of that kind do not hold up the others.
+        """
+        names = list(dict.fromkeys(names))
+        found: dict[str, Export | str] = {}
+        failures: list[errors.LazyfsError] = []
+
+        async def some(part: Sequence[str]) -> None:
+            try:
+                found.update(await self._connecting(partial(self._describe, part)))
+            except errors.LazyfsError as error:
+                failures.append(error.again())
+
+        parts = DESCRIBING if self._some_hang else 1
+        async with trio.open_nursery() as nursery:
+            for number in range(min(parts, len(names))):
+                nursery.start_soon(some, names[number::parts])
+        if failures and not found:
+            raise failures[0]
+        for name in names:
+            found.setdefault(name, str(failures[0]) if failures else "no answer")
+        return found
 
     def _describe(
         self, names: Sequence[str], abandoned: threading.Event
     ) -> dict[str, Export | str]:
         """Describe exports on as few connections as the server allows.
 
-        nbdkit 1.32 hangs up after 32 options on one connection.
+        nbdkit 1.32 hangs up after 32 options on one connection. An export that gives no answer
+        takes its connection with it.
         """
         found: dict[str, Export | str] = {}
-        names = list(dict.fromkeys(names))
+        lost: errors.ExportRefused | None = None
+        # A single export has more time: its caller waits for it, and for nothing else.
+        limit_s = DESCRIBE_S if len(names) > 1 else None
+        hung_up_after = 0
         while len(found) < len(names):
-            before = len(found)
+            before, asked = len(found), ""
             handle = nbd_connect.connect(self.uri, abandoned)
             try:
-                with nbd_connect.Watchdog(handle, self.uri, abandoned) as watchdog:
-                    for name in names[before : before + self._names_per_connection]:
-                        found[name] = _describe_one(handle, name)
+                with nbd_connect.Watchdog(handle, self.uri, abandoned, limit_s) as watchdog:
+                    for asked in names[before : before + self._names_per_connection]:
+                        found[asked] = _describe_one(handle, asked)
                         watchdog.progress()
+                        if hung_up_after:  # that was not because of this export
+                            self._names_per_connection = max(1, hung_up_after - 1)
+                            hung_up_after = 0
                     handle.opt_abort()
+            except errors.ConnectionLost as error:
+                if abandoned.is_set() or len(found) == len(names):
+                    raise
+                self._some_hang = True
+                found[asked] = error.reason
+                lost = errors.ExportRefused(self.uri, f"export {asked!r}: {error.reason}")
             except nbd.Error as error:
-                if len(found) == before:
-                    raise errors.ConnectionLost(self.uri, nbd_connect.reason(error)) from error
-                self._names_per_connection = max(1, len(found) - before - 1)
-        return found
+                reason = nbd_connect.reason(error)
+                if len(found) > before:  # it is asked first on the next connection
+                    hung_up_after = len(found) - before
+                else:
+                    found[asked] = f"the server hangs up: {reason}"
+                    lost = errors.ExportRefused(self.uri, f"export {asked!r}: {found[asked]}")
+                    hung_up_after = 0
+        if lost is not None and not any(isinstance(one, Export) for one in found.values()):
+            raise lost
+        return {
+            name: self._asked_by_go(name, abandoned)
+            if isinstance(export, Export) and not export.size
+            else export
+            for name, export in found.items()
+        }
+
+    def _asked_by_go(self, name: str, abandoned: threading.Event) -> Export | str:
+        """Describe an export by opening it.
+
+        Debian's nbd-server 3.24 answers NBD_OPT_INFO with the size 0.
+        """
+        try:
+            return nbd_connect.connect_export(self.uri, name, abandoned)[1]
+        except errors.ConnectionLost as error:
+            return error.reason
 
     def source(self, export: Export, samples: Samples = no_samples) -> Source:
         """Return a source, as `interfaces.Repository.source` does."""
@@ -285,6 +354,8 @@ class _NbdSource:
         self._connecting = trio.Lock()
         self._backoff = Backoff()
         self._next_attempt = -math.inf
+        self.trouble = ""
+        """Why the latest attempt has failed, as `interfaces.Source.trouble` describes."""
         self._calls: set[object] = set()
         """A token for each `pread` and `block_status` under way."""
         self._dropped: set[object] = set()
@@ -340,9 +411,11 @@ class _NbdSource:
                         self._export.name,
                         error.reason,
                     )
+                    self.trouble = error.reason
                     self._note_failure()
                     await trio.sleep_until(self._next_attempt)
                 else:
+                    self.trouble = ""
                     self._backoff.reset()
                     return result
         finally:

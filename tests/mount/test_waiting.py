@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from lab import KiB, Lab, MiB, Nbdkit, die_with_parent, pread, wait_until
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -301,3 +303,90 @@ def test_file_and_head_of_each_image_fetch_next_to_nothing(lab: Lab) -> None:
     assert lab.status()["jobs"] == []
     assert pread(lab.mnt / "i1", 16 * MiB, 1)
     lab.wait_for_state("i1", "whole")
+
+
+# -- one export
+
+
+def test_one_export_that_hangs_holds_up_no_other(lab: Lab) -> None:
+    """`ls -l` waits once in all, and only that export fails."""
+    names = [f"img{i}" for i in range(60)]
+    hang = lab.folder / "hang"
+    hang.touch()
+    listing = lab.folder / "names"
+    listing.write_text("".join(f"{name}\n" for name in [*names, "bad"]))
+    server = lab.serve_with(
+        "eval",
+        "thread_model=echo parallel",
+        f"list_exports=cat {listing}",
+        f'open=[ "$3" = bad ] && [ -e {hang} ] && exec sleep 30; exit 0',
+        "get_size=echo 1048576",
+        "pread=head -c $3 /dev/zero",
+    )
+    lab.mount(server.uri, "--no-populate", "--refresh", "1")
+    listed = subprocess.run(
+        ["ls", "-l", lab.mnt], capture_output=True, text=True, check=False, timeout=40
+    )
+    assert listed.stderr.count("\n") == 1
+    assert "bad" in listed.stderr
+    assert all((lab.mnt / name).stat().st_size == MiB for name in names)
+    assert pread(lab.mnt / "img7", 0, 4096) == bytes(4096)
+    listing.write_text("".join(f"{name}\n" for name in [*names, "bad", "new"]))
+    wait_until(lambda: (lab.mnt / "new").exists(), "the list is followed")
+    assert lab.status()["connected"]
+    hang.unlink()
+    wait_until(lambda: os.path.exists(lab.mnt / "bad"), "it answers")
+
+
+def test_an_evicted_image_keeps_its_size_without_the_repository(lab: Lab) -> None:
+    lab.image("a", MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    lab.lazyfs("prefetch", lab.mnt / "a", "--wait")
+    server.kill()
+    lab.lazyfs("evict", lab.mnt / "a")
+    assert (lab.mnt / "a").stat().st_size == MiB
+    assert lab.image_status("a")["state"] == "remote"
+
+
+def test_the_reason_of_a_read_that_failed_names_the_export_that_is_gone(lab: Lab) -> None:
+    source = lab.image("a", 32 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "3", "--refresh", "1000")
+    with (lab.mnt / "a").open("rb", buffering=0) as file:
+        file.read(4096)
+        source.unlink()
+        server.kill()
+        server.start()
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pread(file.fileno(), 4096, 16 * MiB)
+    assert "the server refuses export" in lab.log.read_text()
+
+
+# -- other servers
+
+
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def test_debians_nbd_server_says_the_size_only_when_an_export_is_opened(lab: Lab) -> None:
+    source = lab.image("a", 4 * MiB)
+    path, config = lab.folder / "nbd-server.sock", lab.folder / "nbd-server.conf"
+    config.write_text(
+        "[generic]\nallowlist=true\nuser=root\ngroup=root\n"
+        f"unixsock={path}\nlistenaddr=127.0.0.1\nport=0\n"
+        f"[a]\nexportname={source}\nreadonly=true\n"
+    )
+    pid = lab.folder / "pid"
+    # It puts itself into the background; with -d it would serve one client only.
+    subprocess.run(["nbd-server", "-C", config, "-p", pid], check=True)
+    try:
+        wait_until(lambda: answers(path) and pid.exists() and pid.read_text(), "it answers")
+        lab.mount(f"nbd+unix:///?socket={path}")
+        assert (lab.mnt / "a").stat().st_size == 4 * MiB
+        assert (lab.mnt / "a").read_bytes() == source.read_bytes()
+        lab.wait_for_state("a", "whole")
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGTERM)

@@ -350,7 +350,7 @@ class DemandReader:
         why = (
             "the cache's disk does not take what came"
             if self._writes.full
-            else "the repository does not answer"
+            else self._source.trouble or "the repository does not answer"
         )
         return errors.TimedOut(what, self._io_timeout_s, why)
 
