@@ -282,7 +282,12 @@ class Mounted:
     def _message(self) -> str:
         parts = self._parts
         trouble = parts.filesystem.list_trouble or self._repository.trouble
-        return trouble or parts.supervisor.message or parts.population.paused or parts.room.message
+        return (
+            trouble
+            or parts.supervisor.message
+            or parts.population.paused
+            or parts.room.statistics().message
+        )
 
     def _status_line(self) -> str:
         config = self._config

@@ -23,6 +23,7 @@ from contextlib import ExitStack, suppress
 
 from lazyfs import errors
 from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.cache.reserve import Reserve
 from lazyfs.cache.store.cache_file import WholeFile, sync_folder
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
@@ -146,8 +147,10 @@ class CacheDir:
             self._make_state_folder()
             self._take_lock(mountpoint)
             check_catalog_file(self.root_fd, self.path)
-            self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG))
+            self._reserve = Reserve(self.root_fd)
+            self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG), self._reserve)
             undo.callback(self.catalog.close)
+            self._reserve.take()
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
             self._check_repository()
             self._remove_evicted()
@@ -278,6 +281,7 @@ class CacheDir:
     def close(self) -> None:
         """Close the catalog and unlock. Nothing may be mounted over the directory any more."""
         self.catalog.close()
+        self._reserve.forget()
         self._close_fds()
 
     def _close_fds(self) -> None:
@@ -314,8 +318,9 @@ def owner_of(lock_fd: int) -> str:
 
 def tell_owner(lock_fd: int, owner: str) -> None:
     """Write into the lock file who has the lock."""
-    os.ftruncate(lock_fd, 0)
-    os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(lock_fd, 0)
+        os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
 
 
 def check_catalog_file(root_fd: int, path: str) -> None:

@@ -13,13 +13,16 @@ times in an image's life.
 """
 
 import dataclasses
+import functools
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, fields
+from typing import Concatenate, ParamSpec, TypeVar
 
 from lazyfs import errors
+from lazyfs.cache.reserve import Reserve
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED
 from lazyfs.core.image_record import ImageRecord
@@ -115,16 +118,52 @@ class TooNew(errors.CacheCorrupt):
     """A newer lazyfs wrote the catalog. Nothing is wrong with it."""
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _with_reserve(
+    method: "Callable[Concatenate[SqliteCatalog, P], T]",
+) -> "Callable[Concatenate[SqliteCatalog, P], T]":
+    """Let a method that found the disk full try once more with the reserve."""
+
+    @functools.wraps(method)
+    def tried_again(self: "SqliteCatalog", /, *args: P.args, **named: P.kwargs) -> T:
+        try:
+            result = method(self, *args, **named)
+        except errors.NoSpace:
+            if not self._reserve.free():
+                raise
+            return method(self, *args, **named)
+        self._reserve.take()
+        return result
+
+    return tried_again
+
+
 class SqliteCatalog:
     """Stores the records of all images in SQLite. Implements `interfaces.Catalog`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, reserve: Reserve | None = None) -> None:
         """Open or create the catalog.
+
+        Args:
+            path: the file.
+            reserve: gives room when the disk is full, as what frees room must be written here.
 
         Raises:
             CacheCorrupt: the file is damaged, or a newer lazyfs wrote it.
             NoSpace, OSError.
         """
+        self._reserve = reserve or Reserve(-1)
+        try:
+            self._open(path)
+        except errors.NoSpace:
+            if not self._reserve.free():
+                raise
+            self._open(path)
+
+    def _open(self, path: str) -> None:
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -149,6 +188,9 @@ class SqliteCatalog:
             raise TooNew(
                 f"the catalog is of format {version}; this lazyfs knows {_VERSION}: update lazyfs"
             )
+        if version == _VERSION:  # a full disk could not take any change
+            self._quick_check()
+            return
         with self._transaction():
             if version == 0:
                 for statement in (_SCHEMA, *_MORE_TABLES):
@@ -158,13 +200,16 @@ class SqliteCatalog:
                 )
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             else:
-                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-                if found != "ok":
-                    raise errors.CacheCorrupt(f"the catalog is damaged: {found.splitlines()[-1]}")
+                self._quick_check()
                 for older in range(version, _VERSION):
                     for statement in _UPGRADES[older].strip().split("\n"):
                         self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _quick_check(self) -> None:
+        (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise errors.CacheCorrupt(f"the catalog is damaged: {found.splitlines()[-1]}")
 
     def load(self) -> list[ImageRecord]:
         """Return all records, ordered by inode.
@@ -184,6 +229,7 @@ class SqliteCatalog:
         """Return the records that can be read, and what is wrong with the other rows, by inode."""
         return _read_each(self._db)
 
+    @_with_reserve
     def restore(self, records: Sequence[ImageRecord]) -> None:
         """Insert records under the inodes that they have.
 
@@ -192,6 +238,7 @@ class SqliteCatalog:
         with self._transaction():
             self._db.executemany(_INSERT, [_row(record) for record in records])
 
+    @_with_reserve
     def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
         """Insert records, all in one transaction."""
         added = []
@@ -202,11 +249,13 @@ class SqliteCatalog:
                 added.append(dataclasses.replace(record, inode=cursor.lastrowid))
         return added
 
+    @_with_reserve
     def update(self, records: Sequence[ImageRecord]) -> None:
         """Replace records, all in one transaction."""
         with self._transaction():
             self._db.executemany(_UPDATE, [(*_row(record)[1:], record.inode) for record in records])
 
+    @_with_reserve
     def describe(self, described: Sequence[tuple[int, int, str]]) -> None:
         """Set sizes and identities of remote images, all in one transaction."""
         with self._transaction():
@@ -215,6 +264,7 @@ class SqliteCatalog:
                 [(size, identity, inode) for inode, size, identity in described],
             )
 
+    @_with_reserve
     def note_uses(self, uses: Sequence[tuple[int, int]]) -> None:
         """Set when images were last used, all in one transaction."""
         with self._transaction():
@@ -223,6 +273,7 @@ class SqliteCatalog:
                 [(used_ns, inode) for inode, used_ns in uses],
             )
 
+    @_with_reserve
     def remove(self, inodes: Sequence[int]) -> None:
         """Delete records, all in one transaction."""
         with self._transaction():
@@ -230,6 +281,7 @@ class SqliteCatalog:
                 "DELETE FROM images WHERE inode = ?", [(inode,) for inode in inodes]
             )
 
+    @_with_reserve
     def replace(self, inode: int, record: ImageRecord) -> ImageRecord:
         """Delete one record and insert another, and note where the plain file was.
 
@@ -258,6 +310,7 @@ class SqliteCatalog:
             raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
         return "" if row is None else str(row[0])
 
+    @_with_reserve
     def set_setting(self, name: str, value: str) -> None:
         """Store `value` under `name`."""
         with self._transaction():
@@ -277,6 +330,7 @@ class SqliteCatalog:
         except sqlite3.Error as error:
             raise errors.CacheCorrupt(f"the catalog is damaged: {error}") from error
 
+    @_with_reserve
     def forget_evicted(self) -> None:
         """Forget the plain files that were evicted, because none of them is there."""
         with self._transaction():

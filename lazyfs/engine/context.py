@@ -45,5 +45,7 @@ class Context(Generic[ImageT]):
     second inode number."""
     on_opened: Callable[[ImageT], None]
     """Called when a file of an image is about to be opened."""
+    on_unkept: Callable[[ImageT], None]
+    """Called when an image is closed for which there was no room, and that population wants."""
     on_unused: Callable[[ImageT], None]
     """Called when an image has no name and nobody has it open. It may be called more than once."""

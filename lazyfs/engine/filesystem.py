@@ -28,7 +28,7 @@ from lazyfs.engine.context import Context
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
-from lazyfs.engine.image.image import Image
+from lazyfs.engine.image.image import ROOM_CHECK_S, Image
 from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
 from lazyfs.engine.name_tree import NameTree, TakenNames
@@ -115,11 +115,14 @@ class Filesystem:
             on_attributes_changed=lambda image: self.on_invalid_attributes(image.inode),
             on_state_changed=self._state_changed,
             on_opened=self._opened,
+            on_unkept=self._wait_for_room,
             on_unused=self._drop_unused,
         )
         self._active: dict[int, Image] = {}
         self._replacing: dict[int, trio.Event] = {}
         """The images that are being replaced, by inode, until the new image has the name."""
+        self._without_room: dict[int, Image] = {}
+        """Closed images that are to be filled as soon as there is room, by inode."""
         self._refreshing = trio.Lock()
         self._reserved: set[str] = set()
         """Paths that images are about to get."""
@@ -227,6 +230,28 @@ class Filesystem:
             if (replaced := self._replacing.get(image.inode)) is not None:
                 await replaced.wait()
             raise
+
+    def _wait_for_room(self, image: Image) -> None:
+        self._without_room[image.inode] = image
+        if len(self._without_room) == 1:
+            self._nursery.start_soon(log_failure, "waiting for room", self._begin_with_room)
+
+    async def _begin_with_room(self) -> None:
+        """Begin the caches of images for which there was no room, and that nobody has open."""
+        while self._without_room:
+            await trio.sleep(ROOM_CHECK_S)
+            for inode, image in list(self._without_room.items()):
+                try:
+                    waits = image.record.state is State.PARTIAL and not image.retired
+                    if waits and not image.open_count and self._context.stores.nearly_full():
+                        continue
+                    del self._without_room[inode]
+                    if waits and not image.open_count:
+                        await image.resume()
+                except (errors.LazyfsError, OSError) as error:
+                    logger.warning(
+                        "cannot go on yet: image=%s reason=%s", image.record.export, error
+                    )
 
     def _drop_unused(self, image: Image) -> None:
         self.names.drop_inode(image)

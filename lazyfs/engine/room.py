@@ -140,9 +140,12 @@ class Room:
         """
         limits, message = self._limits, self.message
         try:
-            space = self._stores.space()
+            space, full = self._stores.space(), self._stores.nearly_full()
         except OSError as error:
             space, message = Space(0, 0), f"the cache's file system fails: {error.strerror}"
+        else:
+            if full and not message:
+                message = "the cache's disk is full: what is read is not kept"
         return RoomStatistics(
             space.total,
             space.free,

@@ -375,6 +375,9 @@ class FuseAdapter(pyfuse3.Operations):
             yield
         except pyfuse3.FUSEError:
             raise
+        except errors.NoSpace as error:
+            self._complaints.warn(what, inode, offset, error)
+            raise pyfuse3.FUSEError(errno.ENOSPC) from error
         except errors.LazyfsError as error:
             self._complaints.warn(what, inode, offset, error)
             raise pyfuse3.FUSEError(errno.EIO) from error

@@ -23,6 +23,17 @@ MiB = 1024 * KiB
 
 _libc = ctypes.CDLL(None)
 
+REAL = ("-m", "lazyfs")
+"""The program as users start it."""
+
+USES = (
+    "-c",
+    "import sys; from lazyfs.core import looking; looking.EDGE = 0; looking.LOOK_S = 0.0; "
+    "from lazyfs.__main__ import main; sys.exit(main())",
+)
+"""The program, for which each open of an image is a use. The images of most tests are smaller than
+what programs read that only look at them."""
+
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Serve as a preexec_fn: the child gets a signal when the test's process ends, however that
@@ -218,9 +229,7 @@ class Lab:
         )
         return done
 
-    def mount(
-        self, uri: str, *options: str | Path, program: tuple[str, ...] = ("-m", "lazyfs")
-    ) -> None:
+    def mount(self, uri: str, *options: str | Path, program: tuple[str, ...] = USES) -> None:
         """Mount in the foreground, as a child that cannot outlive the test; return when it
         answers."""
         assert self.daemon is None

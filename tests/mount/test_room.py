@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +335,57 @@ def test_wrong_limits(lab: Lab, options: list[str], complaint: str) -> None:
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert complaint in refused.stderr
+
+
+# -- a disk without a free byte
+
+
+def fill(disk: Path) -> Path:
+    """Leave no free byte on a disk."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(64 * KiB))
+    with filler.open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4 * KiB))
+    return filler
+
+
+def test_a_disk_without_a_free_byte(lab: Lab) -> None:
+    """Evict works, the message says full, an existing cache mounts, and filling goes on."""
+    for name in ("a", "b", "c"):
+        lab.image(name, 20 * MiB)
+    server = lab.serve()
+    with small_disk(lab.folder / "disk", "96M") as disk:
+        cache = disk / "cache"
+        lab.mount(server.uri, "--cache-dir", cache, "--metrics", "0", "--no-populate")
+        lab.lazyfs("prefetch", lab.mnt / "a", "--wait")
+        lab.lazyfs("prefetch", lab.mnt / "b", "--wait")
+        filler = fill(disk)
+        assert os.statvfs(disk).f_bavail == 0
+        assert "full" in lab.status()["message"]
+        assert "full" in lab.status()["room"]["message"]
+        lab.umount()
+        lab.mount(server.uri, "--cache-dir", cache, "--no-populate")
+        assert len((lab.mnt / "a").read_bytes()) == 20 * MiB
+        lab.lazyfs("prefetch", lab.mnt / "c")  # there is not even room for its map
+        lab.lazyfs("evict", lab.mnt / "a")
+        assert lab.image_status("a")["state"] == "remote"
+        lab.lazyfs("pin", lab.mnt / "b")
+        filler.unlink()
+        lab.wait_for_state("c", "whole")
+        lab.umount()
+
+
+def test_what_was_read_without_room_is_filled_when_there_is_room(lab: Lab) -> None:
+    lab.image("a", 20 * MiB)
+    server = lab.serve()
+    with small_disk(lab.folder / "disk", "64M") as disk:
+        lab.mount(server.uri, "--cache-dir", disk / "cache")
+        filler = fill(disk)
+        assert len((lab.mnt / "a").read_bytes()) == 20 * MiB
+        assert lab.image_status("a")["present_bytes"] == 0
+        filler.unlink()
+        lab.wait_for_state("a", "whole")  # although nobody has it open
+        lab.umount()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lab import KiB, Lab, MiB, Nbdkit, die_with_parent, pread, wait_until
+from lab import REAL, KiB, Lab, MiB, Nbdkit, die_with_parent, pread, wait_until
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -287,7 +287,7 @@ def test_who_may_not_unmount_is_told(lab: Lab) -> None:
 def test_file_and_head_of_each_image_fetch_next_to_nothing(lab: Lab) -> None:
     for i in range(4):
         lab.image(f"i{i}", 32 * MiB)
-    lab.mount(lab.serve().uri)
+    lab.mount(lab.serve().uri, program=REAL)
     paths = sorted(lab.mnt.iterdir())
     subprocess.run(["file", *paths], check=True, capture_output=True)
     for path in paths:

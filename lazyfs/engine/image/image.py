@@ -274,6 +274,8 @@ class Image:
         elif isinstance(content, Filling) and content not in used:
             if self.retired or not content.kept:
                 await self._close(content)
+                if not self.retired and self.populating.goes_on:
+                    self._context.on_unkept(self)
             else:
                 content.reader.drop_connection_when_idle()
         if self.retired and not self._handles:
