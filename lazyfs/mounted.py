@@ -43,6 +43,10 @@ under way, such as the `detach` that caused it."""
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """The signals that unmount."""
 
+SILENT_S = 3.0
+"""After so long without a byte, while reads wait, `status` says that the repository is not
+answering. Answers over a slow link take a second or two."""
+
 SAVE_USES_S = 30.0
 """How late the catalog is told that an image was used. A crash loses the uses of this time,
 which matter only for the order of eviction."""
@@ -281,13 +285,22 @@ class Mounted:
 
     def _message(self) -> str:
         parts = self._parts
-        trouble = parts.filesystem.list_trouble or self._repository.trouble
+        trouble = self._silence() or parts.filesystem.list_trouble or self._repository.trouble
         return (
             trouble
             or parts.supervisor.message
             or parts.population.paused
             or parts.room.statistics().message
         )
+
+    def _silence(self) -> str:
+        """Return since when the repository does not answer reads that wait, or ""."""
+        since = max(self._parts.filesystem.totals.waiting_since, self._repository.heard_at)
+        silent_s = trio.current_time() - since
+        if silent_s < SILENT_S:
+            return ""
+        why = f": {self._repository.trouble}" if self._repository.trouble else ""
+        return f"{self._config.repository} is not answering since {silent_s:.0f} s{why}"
 
     def _status_line(self) -> str:
         config = self._config
@@ -302,7 +315,9 @@ class Mounted:
             "mountpoint": self._config.mountpoint,
             "cache_dir": self._config.cache_dir,
             "repository": self._config.repository,
-            "connected": self._repository.connected and not self._parts.filesystem.list_trouble,
+            "connected": self._repository.connected
+            and not self._parts.filesystem.list_trouble
+            and not self._silence(),
             "control_socket": self._control.path,
             "pid": os.getpid(),
             "reconnects": self._repository.reconnects,

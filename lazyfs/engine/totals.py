@@ -6,6 +6,7 @@ image.
 """
 
 import errno
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,8 +58,8 @@ class Totals:
             clock: returns trio's time in seconds.
         """
         self.clock = clock
-        self.waiting = 0
-        """Reads that wait for the repository now."""
+        self._waits: dict[object, float] = {}
+        """Since when each read waits for the repository, the oldest first."""
         self.reads = {served: Histogram(READ_BOUNDS_S) for served in SERVED}
         self._opens = 0
         self._lock = threading.Lock()  # population's threads add, too
@@ -75,6 +76,26 @@ class Totals:
             0,
         )
         self._errors = dict.fromkeys((OPEN, WRITE, CHECKPOINT), 0)
+
+    @property
+    def waiting(self) -> int:
+        """How many reads wait for the repository now."""
+        return len(self._waits)
+
+    @property
+    def waiting_since(self) -> float:
+        """Since when the oldest of them waits, by trio's clock. It is infinite if there is none."""
+        return next(iter(self._waits.values()), math.inf)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Count a read that waits for the repository."""
+        token = object()
+        self._waits[token] = self.clock()
+        try:
+            yield
+        finally:
+            del self._waits[token]
 
     def add(self, what: str, amount: int) -> None:
         """Add to one of the sums. Thread-safe."""

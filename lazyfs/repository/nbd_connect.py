@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import c_int
 from functools import partial
+from urllib.parse import urlsplit
 
 import nbd
+import trio
 from nbd import NBD
 
 from lazyfs import errors
+from lazyfs.core.repository_identity import DEFAULT_PORT
 from lazyfs.engine.interfaces import Export, Sample
 from lazyfs.repository import nbd_buffers
 from lazyfs.units import MiB
@@ -25,6 +28,13 @@ from lazyfs.units import MiB
 CONNECT_TIMEOUT_S = 15.0
 """The time for one attempt, including TLS and the negotiation of options. It is longer than
 three lost SYNs take (1 + 2 + 4 s)."""
+
+ATTEMPT_S = 0.25
+"""How long one address of a name has before the next is tried as well, as RFC 8305 recommends."""
+
+DEAD_S = 7
+"""After so many seconds without an acknowledgement a TCP connection is given up. A link that loses
+packets for a few seconds is not."""
 
 _POLL_MS = 100
 """How late a connecting thread notices that nobody wants the connection any more."""
@@ -68,15 +78,83 @@ def connect(uri: str, abandoned: threading.Event, deadline: float | None = None)
     handle = new_handle()
     deadline = deadline or time.monotonic() + CONNECT_TIMEOUT_S
     try:
-        handle.aio_connect_uri(uri)
+        tcp = _tcp_socket(uri, deadline - time.monotonic())
+        if tcp is None:
+            handle.aio_connect_uri(uri)
+        else:
+            handle.aio_connect_socket(tcp)
         _poll_until_settled(handle, uri, deadline, abandoned)
     except nbd.Error as error:
         raise errors.ConnectionLost(uri, reason(error)) from error
+    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+        keep_alive(connection)
     if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
         raise errors.Unsupported(
             f"{uri} is a server without named exports (no fixed newstyle negotiation)"
         )
     return handle
+
+
+def _tcp_socket(uri: str, limit_s: float) -> int | None:
+    """Return a socket that is connected to the server, or None if libnbd must connect by itself.
+
+    trio tries the addresses of a name side by side (RFC 8305), while libnbd waits for one after the
+    other, and an address that does not answer takes all the time there is. With TLS, libnbd must
+    know the host's name to check the certificate, so it connects by itself.
+
+    Raises:
+        ConnectionLost: no address could be reached in that time.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "nbd" or not parts.hostname:
+        return None
+
+    async def open_socket() -> int:
+        with trio.fail_after(limit_s):
+            stream = await trio.open_tcp_stream(
+                str(parts.hostname), parts.port or DEFAULT_PORT, happy_eyeballs_delay=ATTEMPT_S
+            )
+        fd = os.dup(stream.socket.fileno())  # for libnbd; trio knows only its own
+        await stream.aclose()
+        return fd
+
+    try:
+        return trio.from_thread.run(open_socket)
+    except trio.TooSlowError:
+        raise errors.ConnectionLost(uri, f"no answer in {CONNECT_TIMEOUT_S:g} s") from None
+    except (OSError, ValueError) as error:
+        raise errors.ConnectionLost(uri, _why_not(error)) from error
+    except (trio.RunFinishedError, trio.Cancelled):
+        raise errors.ConnectionLost(uri, "not wanted any more") from None
+    except RuntimeError:  # not in a thread of trio, as in a test
+        return None
+
+
+def _why_not(error: Exception) -> str:
+    """Return the reason of the first attempt that failed, if there were several."""
+    cause: BaseException = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return f"connect: {reason}"
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let the kernel find out soon that the other side of a TCP connection is gone.
+
+    A firewall may forget a connection without a word. The kernel asks after 3 s of silence, and
+    gives up when nothing was acknowledged for DEAD_S.
+    """
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 3),
+        (socket.TCP_KEEPINTVL, 1),
+        (socket.TCP_KEEPCNT, DEAD_S - 3),
+        (socket.TCP_USER_TIMEOUT, DEAD_S * 1000),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD, Export]:

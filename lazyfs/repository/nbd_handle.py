@@ -99,6 +99,8 @@ class NbdHandle:
         self._last_progress = trio.current_time()
         self._want_write = trio.Event()
         self._scope = trio.CancelScope()
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called when bytes have come."""
         self.broken = ""
         """Why the connection cannot be used any more. It is "" while it can."""
 
@@ -356,6 +358,7 @@ class NbdHandle:
         while True:
             await trio.lowlevel.wait_readable(self._fd)
             self._last_progress = trio.current_time()  # a part of a long answer counts as well
+            self.on_progress()
             direction = self._handle.aio_get_direction()
             if direction & nbd.AIO_DIRECTION_READ:
                 self._handle.aio_notify_read()

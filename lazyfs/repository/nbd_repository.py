@@ -39,6 +39,10 @@ MAX_EXPORTS = 1_000_000
 """If one server lists more names than this, the rest is dropped, because the server is broken or
 hostile."""
 
+STALL_S = 20.0
+"""The longest time without any byte after which a connection is given up, however long readers
+may wait. It is unmeasured: a server that needs longer for the first byte is asked again."""
+
 DESCRIBE_S = 5.0
 """How long the description of one export may take. It is unmeasured: nbdkit and nbd-server answer
 in milliseconds, and one that opens a remote disk in a second or two."""
@@ -64,12 +68,16 @@ class NbdRepository:
             uri: an NBD URI without an export name.
             nursery: runs the connections.
             io_timeout_s: how long a reader waits. A connection that makes no progress for a third
-                of that is given up, so that a reader has two more attempts.
+                of that is given up, so that a reader has two more attempts, but for STALL_S at
+                most.
         """
         self.uri = uri
         self.connected = False
         self.trouble = ""
         """Why the last attempt to reach the repository failed. It is "" if it did not."""
+        self.heard_at = -math.inf
+        """When the latest byte has come that a reader or population has asked for, by trio's clock.
+        """
         self.listed_at = -math.inf
         """When the latest name of a list has come, by `time.monotonic`."""
         self.reconnects = 0
@@ -80,7 +88,7 @@ class NbdRepository:
         self._some_hang = False
         """True once an export has given no answer."""
         self._nursery = nursery
-        self._stall_s = io_timeout_s / 3
+        self._stall_s = min(io_timeout_s / 3, STALL_S)
         self._io_timeout_s = io_timeout_s
         # These are not trio's default limiter, because attempts that hang must not keep cache files
         # from being read.
@@ -244,8 +252,12 @@ class NbdRepository:
             self._stall_s,
             self._io_timeout_s,
         )
+        running.on_progress = self._heard
         self._nursery.start_soon(running.run)
         return running
+
+    def _heard(self) -> None:
+        self.heard_at = trio.current_time()
 
     async def connect(self, export: Export, samples: Samples = no_samples) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.

@@ -4,6 +4,7 @@ are forgotten."""
 import errno
 import gc
 import os
+import socket
 import threading
 import weakref
 from collections.abc import AsyncIterator
@@ -143,18 +144,21 @@ async def test_a_lost_repository_is_asked_as_often_whoever_waits(
 async def test_a_name_look_up_that_hangs_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """libnbd resolves names in a call that nothing interrupts."""
+    """The C library resolves names in a call that nothing interrupts."""
     hanging, hung = threading.Event(), threading.Event()
 
-    class Resolver:
-        def aio_connect_uri(self, _uri: str) -> None:
-            hung.set()
-            hanging.wait(2 * servers.DEADLINE_S)
-            raise nbd.Error("nbd_aio_connect_uri", "getaddrinfo: no answer", 0)
+    def hangs(
+        _host: object, _port: object, _family: int, _type: int, _proto: int, flags: int
+    ) -> list[object]:
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "it is a name")
+        hung.set()
+        hanging.wait(2 * servers.DEADLINE_S)
+        raise OSError("getaddrinfo: no answer")
 
-    monkeypatch.setattr(nbd_connect, "new_handle", Resolver)
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
     try:
-        async with repository() as found:
+        async with repository("nbd://name.invalid") as found:
             calls = {
                 "list": found.list_exports,
                 "describe": lambda: found.describe(["disk"]),

@@ -1007,3 +1007,54 @@ async def test_a_lost_connection_in_a_fill_ends_that_run(
     await filler.run(work, 60)
     work.check_all_kept()
     assert bytes(work.file) == content()
+
+
+# -- TCP
+
+
+async def test_the_addresses_of_a_name_are_tried_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is there, and its queue of connections is full: it never answers."""
+    silent = socket.socket()
+    silent.bind(("127.0.0.2", 0))
+    silent.listen(0)
+    port = silent.getsockname()[1]
+    queued = []
+    for _ in range(3):
+        one = socket.socket()
+        one.setblocking(False)
+        one.connect_ex(("127.0.0.2", port))
+        queued.append(one)
+    stream = socket.SOCK_STREAM
+    found = [
+        (socket.AF_INET, stream, 6, "", ("127.0.0.2", port)),
+        (socket.AF_INET, stream, 6, "", ("127.0.0.1", port)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_named: found)
+    command = ["nbdkit", "--foreground", "-i", "127.0.0.1", "-p", str(port), "memory", "1M"]
+    with subprocess.Popen(command) as server:  # noqa: ASYNC220 - it returns at once
+        try:
+            async with trio.open_nursery() as nursery:
+                repository = NbdRepository(f"nbd://two.example:{port}", nursery, 20)
+                with trio.fail_after(servers.DEADLINE_S):
+                    while True:
+                        try:
+                            assert await repository.list_exports() == [""]
+                            break
+                        except errors.ConnectionLost:
+                            await trio.sleep(0.1)  # nbdkit is starting
+                nursery.cancel_scope.cancel()
+        finally:
+            server.kill()
+            for one in [*queued, silent]:
+                one.close()
+
+
+async def test_a_tcp_connection_is_kept_alive() -> None:
+    with socket.socket() as one:
+        nbd_connect.keep_alive(one)
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
+    with socket.socket(socket.AF_UNIX) as other:
+        nbd_connect.keep_alive(other)  # does nothing

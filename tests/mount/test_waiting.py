@@ -390,3 +390,18 @@ def test_debians_nbd_server_says_the_size_only_when_an_export_is_opened(lab: Lab
         lab.wait_for_state("a", "whole")
     finally:
         os.kill(int(pid.read_text()), signal.SIGTERM)
+
+
+# -- connections
+
+
+def test_status_says_since_when_the_repository_does_not_answer(lab: Lab) -> None:
+    lab.image("a", 32 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    pread(lab.mnt / "a", 0, 4096)
+    assert lab.status()["message"] == ""
+    with stopped(server), readers(lab.mnt / "a", 1):
+        wait_until(lambda: "is not answering since " in lab.status()["message"], "it says so", 10)
+        assert not lab.status()["connected"]
+    wait_until(lambda: lab.status()["connected"], "it answers again")

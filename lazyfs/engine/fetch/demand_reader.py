@@ -119,9 +119,8 @@ class DemandReader:
         if self._timeouts.is_again(wanted.start, trio.current_time()):
             raise self._timed_out(wanted)
         self._drop_when_idle = False
-        self._totals.waiting += 1
         try:
-            with trio.fail_at(trio.current_time() + self._io_timeout_s):
+            with self._totals.waits(), trio.fail_at(trio.current_time() + self._io_timeout_s):
                 ahead: int | None = None
                 while not self._table.present(wanted):
                     if (failure := self._table.failure) is not None:
@@ -139,8 +138,6 @@ class DemandReader:
         except trio.TooSlowError:
             self._timeouts.note(wanted.start, trio.current_time())
             raise self._timed_out(wanted) from None
-        finally:
-            self._totals.waiting -= 1
         return None
 
     async def _learn_extents(self, wanted: ByteRange, read: Read) -> None:
