@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,10 +17,7 @@ import nbd
 import trio
 
 from lazyfs import errors
-from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.pacing import Backoff
 from lazyfs.engine.interfaces import (
-    Answered,
     Export,
     Filler,
     FillWork,
@@ -31,6 +29,8 @@ from lazyfs.engine.interfaces import (
 from lazyfs.engine.supervision import call_beside
 from lazyfs.repository import nbd_connect, nbd_handle
 from lazyfs.repository.fill_thread import FillConnection
+from lazyfs.repository.nbd_filler import NbdFiller
+from lazyfs.repository.nbd_source import NbdSource
 from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,12 @@ hostile."""
 STALL_S = 20.0
 """The longest time without any byte after which a connection is given up, however long readers
 may wait. It is unmeasured: a server that needs longer for the first byte is asked again."""
+
+GIVE_WAY_S = 1.0
+"""After so long, a reader who cannot connect is given the connections of population."""
+
+ALONE_S = 60.0
+"""How long a server that takes one connection is not asked for another. All are unmeasured."""
 
 DESCRIBE_S = 5.0
 """How long the description of one export may take. It is unmeasured: nbdkit and nbd-server answer
@@ -85,6 +91,12 @@ class NbdRepository:
         self._names_per_connection = MAX_EXPORTS
         """How many exports the server describes on one connection. It is lowered when the server
         hangs up earlier."""
+        self._running: weakref.WeakValueDictionary[str, nbd_handle.NbdHandle] = (
+            weakref.WeakValueDictionary()
+        )
+        self._fillers: weakref.WeakSet[NbdFiller] = weakref.WeakSet()
+        self._alone_until = -math.inf
+        self._listed: list[str] = []
         self._some_hang = False
         """True once an export has given no answer."""
         self._nursery = nursery
@@ -104,7 +116,10 @@ class NbdRepository:
 
         A name that is not UTF-8 is left out, and logged.
         """
+        if self.alone and any(not one.broken for one in self._running.values()):
+            return list(self._listed)  # that connection would have to be closed
         names, unreadable, dropped = await self._connecting(self._list)
+        self._listed = list(names)
         if unreadable:
             logger.warning(
                 "%s lists %d exports whose names are not UTF-8; they are not shown",
@@ -235,26 +250,54 @@ class NbdRepository:
 
     def source(self, export: Export, samples: Samples = no_samples) -> Source:
         """Return a source, as `interfaces.Repository.source` does."""
-        return _NbdSource(self, export, samples)
+        return NbdSource(self, export, samples)
 
     def filler(self, export: Export, samples: Samples = no_samples) -> Filler:
         """Return a filler, as `interfaces.Repository.filler` does."""
-        return _NbdFiller(self, FillConnection(self.uri, export, self._stall_s), samples)
+        filler = NbdFiller(self, FillConnection(self.uri, export, self._stall_s), samples)
+        self._fillers.add(filler)
+        return filler
+
+    async def _fillers_give_way(self) -> None:
+        """After a while, close the connections of population, as the server may allow no other."""
+        await trio.sleep(GIVE_WAY_S)
+        holding = [filler for filler in self._fillers if filler.holds_connection]
+        if holding:
+            self.note_alone()
+        for filler in holding:
+            filler.give_way()
 
     async def connect_export(
         self, export: Export, samples: Samples = no_samples
     ) -> nbd_handle.NbdHandle:
         """Return a running connection to `export`. Raises what `connect` raises."""
         running = nbd_handle.NbdHandle(
-            await self.connect(export, samples),
+            await call_beside(self._fillers_give_way, partial(self.connect, export, samples)),
             self.uri,
             export.name,
             self._stall_s,
             self._io_timeout_s,
         )
         running.on_progress = self._heard
+        self._running[export.name] = running
         self._nursery.start_soon(running.run)
         return running
+
+    def running(self, name: str) -> nbd_handle.NbdHandle | None:
+        """Return the demand connection to an export, if there is one that works."""
+        found = self._running.get(name)
+        return None if found is None or found.broken else found
+
+    def note_alone(self) -> None:
+        """Note that the server seems to allow one connection only, as qemu-nbd does by default."""
+        if not self.alone:
+            logger.info("%s takes one connection at a time: readers share it", self.uri)
+        self._alone_until = trio.current_time() + ALONE_S
+
+    @property
+    def alone(self) -> bool:
+        """True while the server seems to allow one connection only."""
+        return trio.current_time() < self._alone_until
 
     def _heard(self) -> None:
         self.heard_at = trio.current_time()
@@ -279,9 +322,15 @@ class NbdRepository:
             raise
         return handle
 
-    async def fill(self, connection: FillConnection, work: FillWork, duration_s: float) -> None:
-        """Run `connection` in a thread until all its claims have ended."""
-        stop, call = threading.Event(), partial(connection.run, work, duration_s)
+    async def fill(
+        self,
+        connection: FillConnection,
+        work: FillWork,
+        duration_s: float,
+        stop: threading.Event,
+    ) -> None:
+        """Run `connection` in a thread until all its claims have ended, or until `stop` is set."""
+        call = partial(connection.run, work, duration_s)
         with self._noting():
             await _stoppable(
                 stop, partial(trio.to_thread.run_sync, call, stop, limiter=self._fills)
@@ -350,136 +399,3 @@ async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) ->
             stop.set()
 
     return await call_beside(relay, call)
-
-
-class _NbdSource:
-    """Reads one export on a demand connection.
-
-    It is made when it is first used, and made again when it is lost.
-    """
-
-    def __init__(self, repository: NbdRepository, export: Export, samples: Samples) -> None:
-        self._repository = repository
-        self._export = export
-        self._samples = samples
-        self._handle: nbd_handle.NbdHandle | None = None
-        self._connecting = trio.Lock()
-        self._backoff = Backoff()
-        self._next_attempt = -math.inf
-        self.trouble = ""
-        """Why the latest attempt has failed, as `interfaces.Source.trouble` describes."""
-        self._calls: set[object] = set()
-        """A token for each `pread` and `block_status` under way."""
-        self._dropped: set[object] = set()
-        """The tokens of those calls during which `drop_connection` was called. When the last of
-        all calls ends, it closes what they have connected."""
-
-    def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
-        """Ask for bytes as `interfaces.Source.submit` describes."""
-        return self._handle is not None and self._handle.submit(offset, buffer, answered)
-
-    async def pread(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` as `interfaces.Source.pread` describes."""
-        await self._retry(lambda handle: handle.pread(offset, buffer))
-
-    async def compare(self) -> None:
-        """Compare the samples as `interfaces.Source.compare` describes."""
-        for sample in await trio.to_thread.run_sync(self._samples):
-            theirs = bytearray(len(sample.data))
-            try:
-                await self.pread(sample.offset, memoryview(theirs))
-            except errors.RequestFailed:
-                continue  # the server cannot read it, which says nothing about its content
-            if theirs != sample.data:
-                end = sample.offset + len(sample.data)
-                raise errors.ContentChanged(self._export.name, sample.offset, end)
-
-    async def block_status(self, window: ByteRange) -> list[ByteRange]:
-        """Return ranges of data as `interfaces.Source.block_status` describes."""
-        return await self._retry(lambda handle: handle.block_status(window))
-
-    def drop_connection(self) -> None:
-        """Close the connection as `interfaces.Source.drop_connection` describes.
-
-        An attempt to connect that is under way goes on for its caller, who still waits.
-        """
-        self._dropped |= self._calls
-        self._close_handle()
-
-    def _close_handle(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            handle.close()
-
-    async def _retry(self, attempt: Callable[[nbd_handle.NbdHandle], Awaitable[T]]) -> T:
-        self._calls.add(call := object())
-        try:
-            while True:
-                try:
-                    result = await attempt(await self._connected())
-                except errors.ConnectionLost as error:
-                    logger.debug(
-                        "demand connection lost: export=%s reason=%s",
-                        self._export.name,
-                        error.reason,
-                    )
-                    self.trouble = error.reason
-                    self._note_failure()
-                    await trio.sleep_until(self._next_attempt)
-                else:
-                    self.trouble = ""
-                    self._backoff.reset()
-                    return result
-        finally:
-            self._calls.remove(call)
-            if call in self._dropped:
-                self._dropped.remove(call)
-                if not self._calls:
-                    self._close_handle()
-
-    def _note_failure(self) -> None:
-        """Put off the next attempt.
-
-        This is done once for all callers that wait, so that twenty readers do not count as twenty
-        failures.
-        """
-        if trio.current_time() >= self._next_attempt:
-            self._next_attempt = trio.current_time() + self._backoff.next()
-
-    async def _connected(self) -> nbd_handle.NbdHandle:
-        async with self._connecting:
-            if self._handle is None or self._handle.broken:
-                self._handle = None
-                # The task that had the lock before may have failed meanwhile. There is one attempt
-                # at a time, for whichever task waits.
-                await trio.sleep_until(max(self._next_attempt, trio.current_time()))
-                try:
-                    self._handle = await self._repository.connect_export(
-                        self._export, self._samples
-                    )
-                except errors.ConnectionLost:
-                    self._note_failure()
-                    raise
-            return self._handle
-
-
-class _NbdFiller:
-    """Runs a fill connection in a thread for each turn."""
-
-    def __init__(
-        self, repository: NbdRepository, connection: FillConnection, samples: Samples
-    ) -> None:
-        self._repository = repository
-        self._connection = connection
-        self._samples = samples
-
-    async def run(self, work: FillWork, duration_s: float) -> None:
-        """Work as `interfaces.Filler.run` describes."""
-        if not self._connection.connected:
-            handle = await self._repository.connect(self._connection.export, self._samples)
-            self._connection.adopt(handle)
-        await self._repository.fill(self._connection, work, duration_s)
-
-    async def aclose(self) -> None:
-        """Drop the connection."""
-        self._connection.close()

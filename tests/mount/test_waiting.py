@@ -405,3 +405,28 @@ def test_status_says_since_when_the_repository_does_not_answer(lab: Lab) -> None
         wait_until(lambda: "is not answering since " in lab.status()["message"], "it says so", 10)
         assert not lab.status()["connected"]
     wait_until(lambda: lab.status()["connected"], "it answers again")
+
+
+def test_a_server_that_takes_one_connection_is_shared_by_readers_and_population(lab: Lab) -> None:
+    """qemu-nbd serves one client at a time by default, and lets others wait."""
+    source = lab.image("a", 48 * MiB)
+    path = lab.folder / "one.sock"
+    command = ["qemu-nbd", "-r", "-t", "-k", str(path), "-f", "raw", "-x", "a", str(source)]
+    with subprocess.Popen(command, preexec_fn=die_with_parent) as server:
+        try:
+            wait_until(path.exists, "qemu-nbd answers")
+            lab.mount(f"nbd+unix:///?socket={path}", "--refresh", "1")
+            fd = os.open(lab.mnt / "a", os.O_RDONLY | os.O_DIRECT)
+            try:
+                buffer = mmap.mmap(-1, 4096)
+                content = source.read_bytes()
+                for i in range(200):
+                    offset = i * 7919 % 12288 * 4096
+                    assert os.preadv(fd, [buffer], offset) == 4096
+                    assert buffer[:] == content[offset : offset + 4096]
+                lab.wait_for_state("a", "whole")  # while it is open
+            finally:
+                os.close(fd)
+            assert lab.status()["connected"]
+        finally:
+            server.terminate()

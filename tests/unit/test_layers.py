@@ -24,7 +24,7 @@ PACKAGES = {
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",
     "cache": "cache_check cache_dir catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept",
-    "repository": "nbd_repository fill_thread nbd_handle nbd_connect nbd_buffers",
+    "repository": "nbd_repository nbd_filler nbd_source fill_thread nbd_handle nbd_connect nbd_buffers",
     "engine": (
         "room operations verifying filesystem population sizes name_tree supervision"
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
