@@ -16,8 +16,9 @@ holds a lock.
 """
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Generic, TypeVar
 
 from lazyfs.core.block_map import BlockMap, BlockRun
@@ -150,19 +151,26 @@ class InFlight(Generic[WaiterT]):
         if waiter in waiters:
             waiters.remove(waiter)
 
-    def settle(self, flight: Flight, kept_bytes: int | None) -> list[WaiterT]:
+    def settle(self, flight: Flight, kept: int | Mapping[int, int] | None) -> list[WaiterT]:
         """End a flight, and return everybody who waited for it.
 
         Args:
             flight: the flight.
-            kept_bytes: how many bytes of data are in the cache file now. The rest of the run is
-                zeroes. None means that nothing was kept.
+            kept: how many bytes of data are in the cache file now, in the run or in each of its
+                blocks. The rest is zeroes. None means that nothing was kept.
         """
         waiters = self._waiters.pop(flight)
-        if kept_bytes is None:
+        if kept is None:
             self._blocks.release(flight.run)
+        elif isinstance(kept, int):
+            self._blocks.mark_present(flight.run, kept)
         else:
-            self._blocks.mark_present(flight.run, kept_bytes)
+            for has_data, blocks in groupby(
+                range(flight.run.first, flight.run.end), lambda block: block in kept
+            ):
+                numbers = list(blocks)
+                data_bytes = sum(kept[block] for block in numbers) if has_data else 0
+                self._blocks.mark_present(BlockRun(numbers[0], numbers[-1] + 1), data_bytes)
         for block in range(flight.run.first, flight.run.end):
             del self._at[block]
         return waiters

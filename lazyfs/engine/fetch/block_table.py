@@ -6,7 +6,7 @@ lock is held for microseconds, and never across an await, a system call or a cal
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 import trio
@@ -241,13 +241,13 @@ class BlockTable:
             self._meter.add(self._totals.clock(), amount)
         self._totals.add(totals.POPULATED_BYTES, amount)
 
-    def settle(self, flight: Flight, kept_bytes: int | None) -> None:
+    def settle(self, flight: Flight, kept: int | Mapping[int, int] | None) -> None:
         """End a flight as `InFlight.settle` does, and wake everybody who waits for it."""
         with self._lock:
-            waiters = self._flights.settle(flight, kept_bytes)
+            waiters = self._flights.settle(flight, kept)
         for event in waiters:
             self._in_trio(event.set)
-        if kept_bytes is not None:
+        if kept is not None:
             self._note_progress()
 
     async def until_settled(self, flight: Flight) -> None:

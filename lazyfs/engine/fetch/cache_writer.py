@@ -5,11 +5,12 @@ It also tells why fetched bytes cannot be kept.
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lazyfs import errors
 from lazyfs.engine import totals
 from lazyfs.engine.budget import LIMITED, UNKEPT, Budget
+from lazyfs.engine.fetch.zeroes import without_zeroes
 from lazyfs.engine.interfaces import Store
 from lazyfs.engine.totals import Totals
 
@@ -42,30 +43,35 @@ class CacheWriter:
             return ""
         return LIMITED if self._limited else UNKEPT
 
-    def write(self, pieces: Iterable[tuple[int, memoryview]], size: int) -> bool:
-        """Write what a reader has fetched. Blocks.
+    def write(
+        self, pieces: Iterable[tuple[int, memoryview]], size: int, block_size: int
+    ) -> Mapping[int, int] | None:
+        """Write what a reader has fetched, but for blocks of zeroes. Blocks.
 
         Args:
             pieces: the bytes, each piece with its offset in the export.
             size: the length of all pieces together.
+            block_size: the size of a block.
 
         Returns:
-            False if the bytes could not be written.
+            How many bytes were written to each block, or None if they could not be written.
         """
         reservation = self.budget.reserve(size)
         if reservation is None:
             self.failed(errors.OverLimit())
-            return False
+            return None
         with reservation:
             try:
-                for offset, piece in pieces:
+                kept, blocks = without_zeroes(pieces, block_size)
+                for offset, piece in kept:
                     self.store.write(offset, piece)
             except Exception as error:
                 self.failed(error)
-                return False
+                return None
+            reservation.shrink(blocks.total())
             reservation.keep()
         self.succeeded()
-        return True
+        return blocks
 
     def succeeded(self) -> None:
         """Note that something was written."""

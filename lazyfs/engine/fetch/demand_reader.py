@@ -9,7 +9,7 @@ answered when its bytes have arrived; they are written to the cache file afterwa
 import errno
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -323,11 +323,11 @@ class DemandReader:
 
     def _write(self, fetch: DemandFetch) -> None:
         """Write a fetch to the cache file, if that can be done. Runs in a thread."""
-        kept = False
+        kept: Mapping[int, int] | None = None
         try:
-            kept = self._writer.write(fetch.pieces(), fetch.data_bytes)
+            kept = self._writer.write(fetch.pieces(), fetch.data_bytes, self._table.block_size)
         finally:
-            self._table.settle(fetch.flight, fetch.data_bytes if kept else None)
+            self._table.settle(fetch.flight, kept)
             with suppress(trio.RunFinishedError):  # the daemon's loop may have ended
                 self._token.run_sync_soon(self._written, fetch)
 

@@ -3,6 +3,7 @@
 Implements `interfaces.FillWork`.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from lazyfs import errors
@@ -12,6 +13,7 @@ from lazyfs.engine import totals
 from lazyfs.engine.budget import Reservation
 from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
+from lazyfs.engine.fetch.zeroes import without_zeroes
 from lazyfs.engine.interfaces import Claim, Export
 from lazyfs.engine.pace import Pace, Permit
 from lazyfs.engine.totals import Totals
@@ -107,6 +109,8 @@ class FillClaim:
         self._port = port
         self._permit = permit
         self._reservation = reservation
+        self._kept: Counter[int] = Counter()
+        """How many bytes were written to each block."""
         self._ended = False
 
     @property
@@ -117,9 +121,13 @@ class FillClaim:
     def write(self, offset: int, data: memoryview) -> None:
         """Write data as described for `interfaces.Claim.write`.
 
-        The page cache keeps the data only if the image is open.
+        The page cache keeps the data only if the image is open. Blocks of zeroes stay holes.
         """
-        self._port._writer.store.write(offset, data, keep=self._port._is_open())
+        port = self._port
+        kept, blocks = without_zeroes([(offset, data)], port._table.block_size)
+        for start, piece in kept:
+            port._writer.store.write(start, piece, keep=port._is_open())
+        self._kept.update(blocks)
 
     def finish(self) -> None:
         """End the claim as described for `interfaces.Claim.finish`."""
@@ -127,8 +135,9 @@ class FillClaim:
         fetched, port = self.data_bytes, self._port
         # Counted first, because whoever hears that the image is complete saves the count.
         port._table.count_populated(fetched)
-        port._table.settle(self.flight, fetched)
+        port._table.settle(self.flight, self._kept)
         self._ended = True
+        self._reservation.shrink(self._kept.total())
         self._reservation.keep()
         self._permit.end(fetched)
         port._writer.succeeded()
