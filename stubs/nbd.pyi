@@ -22,6 +22,7 @@ AIO_DIRECTION_READ: int
 AIO_DIRECTION_WRITE: int
 CONTEXT_BASE_ALLOCATION: str
 SIZE_MAXIMUM: int
+SIZE_MINIMUM: int
 
 class Error(Exception):
     def __init__(self, func: str, str: str, err: int) -> None: ...

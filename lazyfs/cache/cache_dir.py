@@ -418,6 +418,17 @@ def list_folder(root_fd: int, name: str) -> list[str]:
         os.close(fd)
 
 
+def _is_of_the_disk(name: str) -> bool:
+    """Return whether a name at the root is one of a file system or a desktop, not of a person.
+
+    Quota files, what an NFS client renames when it is removed while open, snapshots, and waste
+    bins.
+    """
+    return name in ("aquota.user", "aquota.group", ".snapshots", ".snapshot") or name.startswith(
+        (".nfs", ".Trash")
+    )
+
+
 def _files_below(root_fd: int) -> Iterator[str]:
     """Yield every path below the cache directory that is not a folder.
 
@@ -427,7 +438,7 @@ def _files_below(root_fd: int) -> Iterator[str]:
     while pending:
         folder = pending.pop()
         for name in sorted(list_folder(root_fd, "/".join(folder) or ".")):
-            if not folder and name in RESERVED:
+            if not folder and (name in RESERVED or _is_of_the_disk(name)):
                 continue
             path = "/".join([*folder, name])
             if stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode):

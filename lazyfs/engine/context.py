@@ -14,6 +14,7 @@ from lazyfs.engine.interfaces import Catalog, Repository, Stores
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.threads import Threads
 from lazyfs.engine.totals import Totals
+from lazyfs.engine.use_clock import UseClock
 
 ImageT = TypeVar("ImageT")
 
@@ -28,6 +29,7 @@ class Context(Generic[ImageT]):
     nursery: trio.Nursery
     pace: SharedPace
     totals: Totals
+    use_clock: UseClock
     budget: Budget
     writes: WriteQueue
     under_way: UnderWay

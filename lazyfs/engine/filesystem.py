@@ -37,6 +37,7 @@ from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes
 from lazyfs.engine.supervision import log_failure
 from lazyfs.engine.threads import Threads
 from lazyfs.engine.totals import Totals
+from lazyfs.engine.use_clock import UseClock
 from lazyfs.units import KiB
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Filesystem:
             nursery=nursery,
             pace=SharedPace(options.fill_rate, trio.lowlevel.current_clock().current_time),
             totals=self.totals,
+            use_clock=UseClock(max((record.last_used_ns for record in records), default=0)),
             budget=self.budget,
             writes=WriteQueue(nursery, self.threads.writes),
             under_way=UnderWay(),
@@ -129,7 +131,8 @@ class Filesystem:
         self._stale_rows: set[int] = set()
         """Inodes of catalog rows that no longer belong to an image. These rows are still to be
         removed."""
-        self._uses_saved_ns = max((record.last_used_ns for record in records), default=0)
+        self._uses_saved = {record.inode: record.last_used_ns for record in records}
+        """When each image was last used, as the catalog has it, by inode."""
         # Images that have something cached come first. A row without may be what a failure left.
         for record in sorted(records, key=lambda one: (one.state is State.REMOTE, one.inode)):
             self._add_known(record)
@@ -523,7 +526,7 @@ class Filesystem:
         records = [
             image.record
             for image in self.names.images()
-            if image.record.last_used_ns > self._uses_saved_ns
+            if image.record.last_used_ns != self._uses_saved.get(image.inode, 0)
         ]
         uses = [(record.inode, record.last_used_ns) for record in records]
         if not uses:
@@ -535,7 +538,7 @@ class Filesystem:
         except (errors.LazyfsError, OSError) as error:
             logger.warning("the catalog could not be written: %s", error)
         else:
-            self._uses_saved_ns = max(used_ns for _, used_ns in uses)
+            self._uses_saved.update(uses)
 
     # -- beginning and end
 

@@ -8,6 +8,7 @@ from which a listing continues. So no entry is skipped or shown twice while othe
 removed.
 """
 
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,13 @@ class Folder:
     entries: dict[str, "Folder | Image"] = field(default_factory=dict)
     order: list[tuple[int, str]] | None = None
     """The inode and name of each entry, sorted. None when it is out of date."""
+    changed_ns: int = 0
+    """When a name came or went, in ns since the epoch. 0 means never."""
+
+    def changed(self) -> None:
+        """Note that a name has come or gone."""
+        self.order = None
+        self.changed_ns = time.time_ns()
 
     @property
     def shown_inode(self) -> int:
@@ -119,11 +127,11 @@ class NameTree:
                 below = Folder(path, inode_number.folder(path), folder)
                 self._nodes[below.inode] = below
                 folder.entries[part] = below
-                folder.order = None
+                folder.changed()
             assert isinstance(below, Folder), f"{image.record.path}: {part} is an image"
             folder = below
         folder.entries[name] = image
-        folder.order = None
+        folder.changed()
         self._nodes[image.inode] = image
         self._by_export[image.record.export] = image
         self.on_invalid_entry(folder, name)
@@ -139,7 +147,7 @@ class NameTree:
         self._by_export.pop(image.record.export, None)
         while True:
             folder.entries.pop(name, None)
-            folder.order = None
+            folder.changed()
             self.on_invalid_entry(folder, name)
             if folder.entries or folder.parent is None:
                 break

@@ -141,9 +141,10 @@ class FuseAdapter(pyfuse3.Operations):
         entry.st_uid = self._file_attributes.uid
         entry.st_gid = self._file_attributes.gid
         if isinstance(node, Folder):
-            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = self._mounted_ns
+            changed_ns = max(self._mounted_ns, node.changed_ns)
+            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = changed_ns
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
-            entry.st_nlink = 2
+            entry.st_nlink = 1  # as btrfs has it: nobody counts the folders in it
             entry.entry_timeout = entry.attr_timeout = SETTLED_TIMEOUT_S
             return entry
         entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | self._file_attributes.mode)
@@ -392,6 +393,7 @@ class FuseAdapter(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EIO) from error
 
     def _invalidate_entry(self, folder: Folder, name: str) -> None:
+        _invalidate_attributes(folder.inode)  # its time has changed
         if not self._forget_names():
             # pyfuse3 does this in a thread of its own, because the kernel takes the folder's lock,
             # and a lookup that we serve may hold that.

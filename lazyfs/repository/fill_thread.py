@@ -49,6 +49,7 @@ class FillConnection:
         self._stall_s = stall_s
         self._handle: nbd.NBD | Any = None  # Any for the None before `_connect`
         self._max_payload = 0
+        self._unit = 1
         self._slots: list[_Slot] = []
         self._last_progress = 0.0
 
@@ -90,6 +91,7 @@ class FillConnection:
     def adopt(self, handle: nbd.NBD) -> None:
         """Take over a handle that is ready to read the export."""
         self._max_payload = nbd_connect.max_payload(handle)
+        self._unit = nbd_connect.alignment(handle)
         self._handle = handle
 
     def _give_up(self, error: errors.ExportChanged | None) -> None:
@@ -146,7 +148,8 @@ class FillConnection:
             claim.drop()
             raise
         slot.claim, slot.waiting = claim, 1  # set first, so it is dropped even if memory runs out
-        length = claim.parts[-1].end - claim.parts[0].start
+        asked = [part.align_out(self._unit, self.export.size) for part in claim.parts]
+        length = asked[-1].end - asked[0].start
         if slot.buffer is None or len(slot.buffer.memory) < length:
             # Blocks may be larger than REQUEST. A buffer grows to the largest claim once, and then
             # stays that large.
@@ -155,7 +158,7 @@ class FillConnection:
                 slot.buffer = None
             slot.buffer = nbd_buffers.take(max(REQUEST, length))
         buffer = slot.buffer
-        pieces = [piece for part in claim.parts for piece in part.split(self._max_payload)]
+        pieces = [piece for part in asked for piece in part.split(self._max_payload)]
         slot.claim, slot.waiting, slot.code, slot.cookies = claim, len(pieces), 0, []
 
         def completed(err: c_int) -> int:
@@ -163,7 +166,7 @@ class FillConnection:
             slot.code = slot.code or err.value
             return 0
 
-        base = claim.parts[0].start
+        base = asked[0].start
         for piece in pieces:
             target = buffer.target(piece.start - base, piece.end - base)
             slot.cookies.append(self._handle.aio_pread(target, piece.start, completed))
@@ -193,7 +196,7 @@ class FillConnection:
 
     def _store(self, slot: _Slot, claim: Claim) -> None:
         """Write what has arrived for a claim, and end the claim."""
-        base = claim.parts[0].start
+        base = claim.parts[0].align_out(self._unit, self.export.size).start
         if slot.code:
             claim.drop(errors.RequestFailed(f"reading at {base}", slot.code))
             return

@@ -20,6 +20,7 @@ import trio
 from nbd import NBD
 
 from lazyfs import errors
+from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.repository_identity import DEFAULT_PORT
 from lazyfs.engine.interfaces import Export, Sample
 from lazyfs.repository import nbd_buffers
@@ -208,13 +209,15 @@ def compare(
         codes[number] = err.value
         return 0
 
-    buffers = [nbd_buffers.take(len(sample.data)) for sample in samples]
+    unit, size = alignment(handle), handle.get_size()
+    asked = [
+        ByteRange(one.offset, one.offset + len(one.data)).align_out(unit, size) for one in samples
+    ]
+    buffers = [nbd_buffers.take(span.length) for span in asked]
     try:
         cookies = [
-            handle.aio_pread(
-                buffer.target(0, len(sample.data)), sample.offset, partial(completed, number)
-            )
-            for number, (sample, buffer) in enumerate(zip(samples, buffers, strict=True))
+            handle.aio_pread(buffer.target(0, span.length), span.start, partial(completed, number))
+            for number, (span, buffer) in enumerate(zip(asked, buffers, strict=True))
         ]
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
         while len(codes) < len(samples):
@@ -226,8 +229,8 @@ def compare(
         raise errors.ConnectionLost(uri, reason(error)) from error
     # Only now, because libnbd may write to the buffers before.
     found = [
-        bytes(buffer.memory[: len(sample.data)])
-        for sample, buffer in zip(samples, buffers, strict=True)
+        bytes(buffer.memory[sample.offset - span.start :][: len(sample.data)])
+        for sample, span, buffer in zip(samples, asked, buffers, strict=True)
     ]
     for buffer in buffers:
         nbd_buffers.give(buffer)
@@ -313,6 +316,11 @@ def described(handle: NBD, name: str) -> Export | str:
 def max_payload(handle: NBD) -> int:
     """Return how many bytes the server of a connected handle may be asked for in one read."""
     return int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or _MAX_PAYLOAD
+
+
+def alignment(handle: NBD) -> int:
+    """Return the unit of requests: the server's minimum block size (1 to 64 KiB)."""
+    return int(handle.get_block_size(nbd.SIZE_MINIMUM)) or 1
 
 
 def reason(error: nbd.Error) -> str:

@@ -85,6 +85,7 @@ class NbdHandle:
         self._answer_s = answer_s
         self._fd = handle.aio_get_fd()
         self._max_payload = nbd_connect.max_payload(handle)
+        self._unit, self._size = nbd_connect.alignment(handle), handle.get_size()
         self._has_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self._in_flight: dict[_Command, None] = {}
         """The commands in flight, the oldest first."""
@@ -138,24 +139,26 @@ class NbdHandle:
 
     def submit(self, offset: int, buffer: memoryview, answered: Answered) -> bool:
         """Ask for bytes as `interfaces.Source.submit` describes."""
-        if self.broken or len(buffer) > self._max_payload:
+        span = self._aligned(offset, len(buffer))
+        if self.broken or span.length > self._max_payload:
             return False
+        skipped = offset - span.start
         try:
-            bounce = nbd_buffers.take(len(buffer))
+            bounce = nbd_buffers.take(span.length)
         except OSError:  # there is no memory, which `pread` will report
             return False
 
         def ended() -> None:
             if (error := self._outcome(command, f"reading {self._export} at {offset}")) is None:
-                buffer[:] = bounce.memory[: len(buffer)]
+                buffer[:] = bounce.memory[skipped : skipped + len(buffer)]
             self._forget(command, bounce)
             answered(error)
 
         try:
             command = self._start(
-                partial(self._handle.aio_pread, bounce.target(0, len(buffer)), offset),
+                partial(self._handle.aio_pread, bounce.target(0, span.length), span.start),
                 ended,
-                len(buffer),
+                span.length,
             )
         except errors.LazyfsError:
             nbd_buffers.give(bounce)
@@ -170,14 +173,23 @@ class NbdHandle:
             ConnectionLost, RequestFailed.
         """
         what = f"reading {self._export} at {offset}"
-        for piece in ByteRange(0, len(buffer)).split(self._max_payload):
+        for span in self._aligned(offset, len(buffer)).split(self._max_payload):
             try:
-                bounce = nbd_buffers.take(piece.length)
+                bounce = nbd_buffers.take(span.length)
             except OSError as full:
                 raise errors.RequestFailed(what, errno.ENOMEM) from full
-            target = bounce.target(0, piece.length)
-            submit = partial(self._handle.aio_pread, target, offset + piece.start)
-            await self._ask(submit, what, piece.length, buffer[piece.start : piece.end], bounce)
+            wanted = ByteRange(offset, offset + len(buffer)).clip(span)
+            piece = buffer[wanted.start - offset : wanted.end - offset]
+            submit = partial(self._handle.aio_pread, bounce.target(0, span.length), span.start)
+            skipped = wanted.start - span.start
+            await self._ask(submit, what, span.length, piece, bounce, skipped)
+
+    def _aligned(self, offset: int, length: int) -> ByteRange:
+        """Return the range to ask for, as the server takes only multiples of its unit."""
+        wanted = ByteRange(offset, offset + length)
+        if self._unit == 1 or wanted.end > self._size:  # the server refuses what is beyond the end
+            return wanted
+        return wanted.align_out(self._unit, self._size)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return the data ranges of `window` as `interfaces.Source.block_status` does.
@@ -220,8 +232,11 @@ class NbdHandle:
         length: int = 0,
         target: memoryview | None = None,
         bounce: nbd_buffers.NbdBuffer | None = None,
+        skipped: int = 0,
     ) -> None:
         """Send a command, and wait for its answer, which is copied from `bounce` to `target`.
+
+        The first `skipped` bytes are left out.
 
         Raises:
             ConnectionLost, RequestFailed.
@@ -239,7 +254,7 @@ class NbdHandle:
             if (error := self._outcome(command, what)) is not None:
                 raise error.again()  # a frame that has raised its own local is a cycle
             if target is not None and bounce is not None:
-                target[:] = bounce.memory[: len(target)]
+                target[:] = bounce.memory[skipped : skipped + len(target)]
         finally:
             self._forget(command, bounce)
 

@@ -5,6 +5,7 @@ They are prefetch, evict, pin, forget, map and verify.
 
 import errno
 import hashlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -874,3 +875,26 @@ async def test_verify_while_the_repository_is_away_fails_and_drops_nothing() -> 
         assert "failed" in await verified(world, "disk", against_repository=True)
         assert world.image("disk") is image
         assert image.record.state is State.WHOLE
+
+
+async def test_a_clock_that_steps_back_changes_no_order_and_loses_no_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = world_with("a", "b", populate=False)
+    async with world.daemon():
+        a, b = world.image("a"), world.image("b")
+        await world.open_image(a)
+        await world.close(a)
+        await world.filesystem.save_uses()
+        now_ns = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: now_ns - 10**15)
+        await world.open_image(b)
+        await world.close(b)
+        assert b.record.last_used_ns > a.record.last_used_ns
+        await world.filesystem.save_uses()
+        saved = {record.export: record.last_used_ns for record in world.catalog.load()}
+        assert saved == {"a": a.record.last_used_ns, "b": b.record.last_used_ns}
+    async with world.daemon():
+        await world.open_image(world.image("a"))
+        assert world.image("a").record.last_used_ns > saved["b"]
+        await world.close(world.image("a"))

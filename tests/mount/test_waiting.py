@@ -360,7 +360,7 @@ def test_the_reason_of_a_read_that_failed_names_the_export_that_is_gone(lab: Lab
         server.start()
         with pytest.raises(OSError, match="Input/output error"):
             os.pread(file.fileno(), 4096, 16 * MiB)
-    assert "the server refuses export" in lab.log.read_text()
+    wait_until(lambda: "the server refuses export" in lab.log.read_text(), "the log says so")
 
 
 # -- other servers
@@ -430,3 +430,41 @@ def test_a_server_that_takes_one_connection_is_shared_by_readers_and_population(
             assert lab.status()["connected"]
         finally:
             server.terminate()
+
+
+def test_a_server_that_takes_only_large_aligned_requests(lab: Lab) -> None:
+    source = lab.image("a", 4 * MiB + 64 * KiB)
+    server = lab.serve(
+        "blocksize-policy",
+        parameters=(
+            "blocksize-minimum=64K", "blocksize-preferred=64K", "blocksize-error-policy=error",
+        ),
+    )  # fmt: skip
+    lab.mount(server.uri, "--block-size", "4K")
+    assert pread(lab.mnt / "a", 12345, 100) == source.read_bytes()[12345:12445]
+    assert (lab.mnt / "a").read_bytes() == source.read_bytes()
+    lab.wait_for_state("a", "whole")
+    lab.umount()
+    assert (lab.mnt / "a").read_bytes() == source.read_bytes()
+    lab.mount(server.uri)
+    lab.lazyfs("evict", lab.mnt / "a")
+    lab.lazyfs("prefetch", lab.mnt / "a", "--wait")
+
+
+def test_files_of_the_disk_at_its_root_are_no_strangers(lab: Lab) -> None:
+    lab.image("a", MiB)
+    (lab.mnt / "aquota.user").touch()
+    (lab.mnt / ".nfs000000001").touch()
+    (lab.mnt / ".Trash-0").mkdir()
+    (lab.mnt / ".Trash-0" / "file").touch()
+    lab.mount(lab.serve().uri)
+    assert os.listdir(lab.mnt) == ["a"]
+
+
+def test_a_folder_says_when_names_came(lab: Lab) -> None:
+    lab.image("a", MiB)
+    lab.mount(lab.serve().uri, "--refresh", "0.3")
+    before = lab.mnt.stat()
+    lab.image("b", MiB)
+    wait_until(lambda: lab.mnt.stat().st_mtime_ns > before.st_mtime_ns, "its time changes")
+    assert sorted(os.listdir(lab.mnt)) == ["a", "b"]

@@ -26,7 +26,6 @@ Invariants (`doc/CONCURRENCY.md` has more):
 import errno
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -287,7 +286,7 @@ class Image:
         Nobody can tell that of a whole image: the kernel reads it by itself.
         """
         if self.record.meant or isinstance(handle, WholeHandle):
-            self.note_use(time.time_ns())
+            self.note_use(self._context.use_clock.now_ns())
 
     def mean(self) -> None:
         """Note that somebody uses the image. If the mount populates, population begins.
@@ -295,7 +294,7 @@ class Image:
         It is saved with the next change. If a crash comes before, the next read notes it again.
         """
         self.record = self.record.meant_to_be_used()
-        self.note_use(time.time_ns())
+        self.note_use(self._context.use_clock.now_ns())
         if self._context.populate:
             self.populating.want()
         self._context.on_fillable()
@@ -372,7 +371,7 @@ class Image:
                 self.record = self.record.meant_to_be_used()
                 if isinstance(self._content, Closed):
                     await self._begin()
-                self.note_use(time.time_ns())
+                self.note_use(self._context.use_clock.now_ns())
         self._context.on_fillable()
 
     async def annotate(
