@@ -4,7 +4,9 @@
 """
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,8 +31,29 @@ class OneLineParser(argparse.ArgumentParser):
         return action
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
-        raise errors.UsageError(f"{message} (see {self.prog} --help)")
+        """Raise UsageError. A word that looks like a verb or an option that there is, is named."""
+        meant = self._meant(message)
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise errors.UsageError(f"{message}{hint} (see {self.prog} --help)")
+
+    def _meant(self, message: str) -> str:
+        """Return the verb or option that is nearest to the wrong word of a message, or ""."""
+        if (wrong := re.search(r"unrecognized arguments: (--[^ =]+)", message)) is not None:
+            known = [name for action in self._known() for name in action.option_strings]
+        elif (wrong := re.search(r"invalid choice: '([^']+)'", message)) is not None:
+            known = re.findall(r"'([^']+)'", message.partition("choose from")[2])
+        else:
+            return ""
+        return next(iter(difflib.get_close_matches(wrong[1], known, n=1)), "")
+
+    def _known(self) -> list[argparse.Action]:
+        """Return the arguments that users know of this parser and of the verbs' parsers."""
+        found = [action for action in self.arguments if action.help is not argparse.SUPPRESS]
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                for parser in action.choices.values():
+                    found += parser._known()
+        return found
 
 
 @dataclass(frozen=True, slots=True)

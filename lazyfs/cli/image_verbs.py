@@ -17,6 +17,7 @@ from lazyfs import errors
 from lazyfs.cli import map_view, waiting
 from lazyfs.control import client as control_client
 from lazyfs.host import mounts
+from lazyfs.units import format_size
 
 POLL_S = 0.3
 """The time between two queries about a verify job."""
@@ -25,12 +26,27 @@ Target = tuple[mounts.Mount, str]
 """A mount, and a path relative to its mountpoint."""
 
 
-def _each(options: argparse.Namespace, work: Callable[[Target], dict[str, Any]]) -> int:
-    """Call `work` for each image that the user named, and print the results if --json is given."""
+def _each(
+    options: argparse.Namespace,
+    work: Callable[[Target], dict[str, Any]],
+    say: Callable[[dict[str, Any]], str] | None = None,
+) -> int:
+    """Call `work` for each image that the user named, and print the results.
+
+    Args:
+        options: has the images, and whether the results are printed as JSON.
+        work: does what is to be done, and returns the result.
+        say: returns a line for people about a result. None means that nothing is printed.
+    """
     results, failed = [], False
     for path in options.images:
         try:
-            results.append({"path": path, **work(control_client.locate(path))})
+            if not path:
+                raise errors.UserError("an image has an empty name")
+            result = work(control_client.locate(path))
+            results.append({"path": path, **result})
+            if say is not None and not options.json:
+                print(f"{path}: {say(result)}")
         except errors.UserError as error:
             failed = True
             print(f"lazyfs: {error}", file=sys.stderr)
@@ -49,23 +65,56 @@ def _command(name: str, target: Target, **arguments: Any) -> dict[str, Any]:
 
 
 def evict(options: argparse.Namespace) -> int:
-    """Evict images: remove what is cached of them."""
-    return _each(options, lambda target: _command("evict", target))
+    """Evict images: remove what is cached of them, and say what that has freed."""
+    arguments = {"dry-run": True} if options.dry_run else {}
+
+    def one(target: Target) -> dict[str, Any]:
+        mount, inside = target
+        if not inside and not options.all:
+            raise errors.UserError(
+                f"{mount.mountpoint} stands for every image on it; "
+                "evict --all drops what is cached of all of them"
+            )
+        return _command("evict", target, **arguments)
+
+    def say(done: dict[str, Any]) -> str:
+        what = "would be evicted" if options.dry_run else "evicted"
+        freed = f"{format_size(done['bytes'])} {'to be freed' if options.dry_run else 'freed'}"
+        stay = f", {done['left']} left (pinned, backing files, or gone)" if done["left"] else ""
+        return f"{_images(done['images'])} {what}, {freed}{stay}"
+
+    return _each(options, one, say)
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def forget(options: argparse.Namespace) -> int:
     """Remove images that no longer exist in the repository."""
-    return _each(options, lambda target: _command("forget", target))
+    return _each(
+        options,
+        lambda target: _command("forget", target),
+        lambda done: f"{_images(done['images'])} forgotten",
+    )
 
 
 def pin(options: argparse.Namespace) -> int:
     """Keep images from being evicted."""
-    return _each(options, lambda target: _command("pin", target))
+    return _each(
+        options,
+        lambda target: _command("pin", target),
+        lambda done: f"{_images(done['images'])} pinned",
+    )
 
 
 def unpin(options: argparse.Namespace) -> int:
     """Undo `pin`."""
-    return _each(options, lambda target: _command("unpin", target))
+    return _each(
+        options,
+        lambda target: _command("unpin", target),
+        lambda done: f"{_images(done['images'])} unpinned",
+    )
 
 
 def set_rate(options: argparse.Namespace) -> int:
@@ -88,14 +137,26 @@ def prefetch(options: argparse.Namespace) -> int:
         return result
 
     code = _each(options, begin)
+    if options.timeout is not None and not options.wait:
+        raise errors.UsageError("--timeout needs --wait")
     if options.wait:
-        waiting.until_whole(lambda: [image for target in begun for image in _not_whole(target)])
+        waiting.until_whole(
+            lambda: [image for target in begun for image in _not_whole(target)],
+            options.timeout,
+        )
     return code
 
 
 def _not_whole(target: Target) -> list[dict[str, Any]]:
-    images = control_client.query(*target)["images"]
-    return [image for image in images if image["state"] != "whole"]
+    found = control_client.query(*target)
+    jobs = {job["id"]: job for job in found["jobs"]}
+    left = []
+    for image in found["images"]:
+        if image["state"] != "whole":
+            job = jobs.get(image["path"].removeprefix(f"{found['mountpoint'].rstrip('/')}/"), {})
+            held = "paused" if job.get("status") == "paused" else job.get("error", "")
+            left.append({**image, "waits": held or image["error"] or found["message"]})
+    return left
 
 
 # -- jobs
@@ -108,6 +169,7 @@ def pause(options: argparse.Namespace) -> int:
         lambda target: _jobs(
             "job-pause", target, lambda job: _populates(job) and job["status"] != "paused"
         ),
+        lambda done: f"{_images(len(done['jobs']))} paused",
     )
 
 
@@ -118,6 +180,7 @@ def resume(options: argparse.Namespace) -> int:
         lambda target: _jobs(
             "job-resume", target, lambda job: _populates(job) and job["status"] == "paused"
         ),
+        lambda done: f"{_images(len(done['jobs']))} resumed",
     )
 
 
@@ -251,6 +314,12 @@ def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> st
     control_client.execute(mount, [("job-dismiss", {"id": job})])
     if error := now.get("error"):
         raise errors.UserError(f"{mount.mountpoint}/{name}: {error}")
+    (image,) = control_client.query(mount, name)["images"]
+    if image["state"] == "failed":
+        raise errors.UserError(
+            f"{mount.mountpoint}/{name}: what is cached can be read, but it has failed: "
+            f"{image['error']}"
+        )
     return "as it should be"
 
 

@@ -83,6 +83,10 @@ def free_limits(text: str) -> Limits:
 def rate(text: str) -> int:
     """Return a number of bytes per second, at least 1."""
     found = size(text.removesuffix("/s"))
+    if text.isdigit() and 0 < found < KiB:
+        raise argparse.ArgumentTypeError(
+            f"{text} is {found} bytes per second; write {text}M for MiB, or {text}B if it is meant"
+        )
     if found < 1:
         raise argparse.ArgumentTypeError(
             "a rate is at least 1 byte per second; --no-populate turns population off"

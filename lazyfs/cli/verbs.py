@@ -45,10 +45,26 @@ def _add_json(parser: OneLineParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
+def _add_evict(parser: OneLineParser) -> None:
+    _add_images(parser)
+    parser.add_argument(
+        "--all", action="store_true", help="let a mountpoint stand for every image on it"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be evicted, and change nothing"
+    )
+
+
 def _add_prefetch(parser: OneLineParser) -> None:
     _add_images(parser)
     parser.add_argument(
         "--wait", action="store_true", help="wait until the images are whole, and show progress"
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=values.seconds,
+        help="with --wait: fail if they are not whole after this time",
     )
     parser.add_argument(
         "--format",
@@ -218,7 +234,7 @@ VERBS = (
         "reading it. Pinned images, backing files of overlays and images that are gone from the "
         "repository stay.",
         "/var/lib/imagecache/debian-11",
-        _add_images,
+        _add_evict,
         image_verbs.evict,
     ),
     Verb(

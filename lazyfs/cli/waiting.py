@@ -1,5 +1,6 @@
 """Waits until images are whole, and shows the progress."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,16 +14,29 @@ POLL_S = 0.5
 millisecond."""
 
 
-def until_whole(filling: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+STILL_S = 5.0
+"""After so long without any progress, the user is told why. Population looks for room, and
+reconnects, more often than that."""
+
+
+def until_whole(
+    filling: Callable[[], Sequence[Mapping[str, Any]]], timeout_s: float | None = None
+) -> None:
     """Have images populated, and wait until all are whole.
 
-    `filling` returns the images that are still waited for, as `query-images` describes them. When
-    it returns none, the wait ends. Progress goes to stderr: bars on a terminal, otherwise a line
-    for each image.
+    Progress goes to stderr: bars on a terminal, otherwise a line for each image. When nothing moves
+    for a while, a line says why.
+
+    Args:
+        filling: returns the images that are still waited for, as `query-images` describes them. If
+            an image has `waits`, that is why it may not move. When none is left, the wait ends.
+        timeout_s: how long to wait at most. None means for ever.
 
     Raises:
-        UserError: one of the images has failed and will not become whole.
+        UserError: one of the images has failed and will not become whole, or the time is over.
     """
+    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    moved_at, seen, told = time.monotonic(), -1, ""
     images = filling()
     if not images:
         return
@@ -55,6 +69,19 @@ def until_whole(filling: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
                             f"waiting for {path} to become whole", markup=False, soft_wrap=True
                         )
                 progress.update(bars[path], completed=image["present_bytes"] + image["zero_bytes"])
+            here = sum(image["present_bytes"] + image["zero_bytes"] for image in images)
+            now = time.monotonic()
+            if here != seen:
+                moved_at, seen = now, here
+            why = next((image["waits"] for image in images if image.get("waits")), "")
+            if now >= until:
+                raise errors.UserError(
+                    f"{len(images)} of the images are not whole after {timeout_s:g} s"
+                    + (f": {why}" if why else "")
+                )
+            if now > moved_at + STILL_S and why and why != told:
+                console.print(f"nothing moves: {why}", markup=False, soft_wrap=True)
+                told = why
             time.sleep(POLL_S)
             images = filling()
 

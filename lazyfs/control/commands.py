@@ -15,7 +15,7 @@ from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.filesystem import Filesystem
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.operations import Operations
+from lazyfs.engine.operations import AGAINST_EVICT, Operations, refuse
 from lazyfs.engine.population import Population
 
 Arguments = dict[str, Any]
@@ -173,10 +173,25 @@ class Commands:
 
     async def _evict(self, arguments: Arguments) -> object:
         backing = await self._operations.backing_files()
+        concerned = self._images(arguments["path"])
         images = self._images(
             arguments["path"], lambda image: self._operations.may_go(image, backing)
         )
-        return await self._each(images, lambda image: self._operations.evict(image, backing))
+        left = sum(
+            image.record.state is not State.REMOTE and image not in images for image in concerned
+        )
+        freed = 0
+
+        async def evict(image: Image) -> None:
+            nonlocal freed
+            amount = image.cached_bytes()
+            if arguments.get("dry-run"):
+                refuse(image, backing, AGAINST_EVICT)
+            else:
+                await self._operations.evict(image, backing)
+            freed += amount
+
+        return {**await self._each(images, evict), "bytes": freed, "left": left}
 
     async def _pin(self, arguments: Arguments) -> object:
         return await self._each(

@@ -286,8 +286,15 @@ COMMANDS = (
         "evict",
         "Drops what is cached of images. Processes that have an image open keep reading it; the "
         "next open begins anew. In a folder, images that must not be evicted are left out.",
-        (_PATHS,),
-        returns=(_COUNT,),
+        (
+            _PATHS,
+            Argument("dry-run", "bool", "only say what would be evicted", optional=True),
+        ),
+        returns=(
+            _COUNT,
+            Field("bytes", "int", "what they have taken of the disk"),
+            Field("left", "int", "images in the folder that have something cached and stay"),
+        ),
         errors=(
             _NO_IMAGE,
             "the image is pinned, or is the backing file of an overlay",

@@ -182,7 +182,7 @@ async def test_evict(make: Callable[[World], Awaitable[Image]], format_: str, op
         if opened:
             await world.open_image(old, plain)
         path = old.record.path
-        assert await world.command("evict", path=path) == {"images": 1}
+        assert (await world.command("evict", path=path))["images"] == 1
         new = world.image("disk")
         assert new is not old
         assert new.inode != old.inode
@@ -235,8 +235,8 @@ async def test_evict_of_folders_leaves_pinned_ones() -> None:
         with pytest.raises(CommandError, match="a/two is pinned; lazyfs unpin it first"):
             await world.command("evict", path="a/two")
         # A folder with a single image is a folder, too.
-        assert await world.command("evict", path="b") == {"images": 0}
-        assert await world.command("evict", path="") == {"images": 1}
+        assert (await world.command("evict", path="b"))["images"] == 0
+        assert (await world.command("evict", path=""))["images"] == 1
         assert states(world) == {
             "a/one": "remote",
             "a/two": "whole",
@@ -244,7 +244,7 @@ async def test_evict_of_folders_leaves_pinned_ones() -> None:
             "four": "remote",
         }
         assert await world.command("unpin", path="") == {"images": 4}
-        assert await world.command("evict", path="") == {"images": 2}
+        assert (await world.command("evict", path=""))["images"] == 2
         assert set(states(world).values()) == {"remote"}
 
 
@@ -463,7 +463,7 @@ async def test_evict_heeds_overlays_and_leaves_last_copies() -> None:
             CommandError, match="c is gone from the repository; lazyfs forget drops it"
         ):
             await world.command("evict", path="c")
-        assert await world.command("evict", path="") == {"images": 1}
+        assert (await world.command("evict", path=""))["images"] == 1
         assert states(world) == {"a": "whole", "b": "remote", "c": "whole"}
         world.backing_files = frozenset
         await world.command("evict", path="a")

@@ -123,7 +123,7 @@ def test_one_that_fails_does_not_stop_the_others(lab: Lab, server: Nbdkit) -> No
 def test_a_daemon_that_was_killed_is_one_line(lab: Lab, server: Nbdkit) -> None:
     lab.mount(server.uri, "--no-populate")
     lab.kill_daemon()
-    refused(lab, "evict", lab.mnt, says="it was killed; mount again")
+    refused(lab, "evict", "--all", lab.mnt, says="it was killed; mount again")
     done = lab.lazyfs("status", lab.mnt, check=False)
     assert done.returncode == 1
     assert "it was killed; mount again" in done.stdout
@@ -249,7 +249,9 @@ def test_an_evicted_image_frees_its_room_and_comes_again(
     make_whole(lab, path.name)
     content = path.read_bytes()
     assert cached_blocks(lab) * 512 >= SIZE
-    assert json_of(lab, "evict", path) == [{"path": str(path), "images": 1}]
+    (done,) = json_of(lab, "evict", path)
+    assert (done["images"], done["left"]) == (1, 0)
+    assert done["bytes"] >= SIZE
     wait_until(lambda: cached_blocks(lab) * 512 < SIZE // 4, "the room is free")
     assert lab.image_status("one")["state"] == "remote"
     assert path.stat().st_blocks == 1
@@ -289,14 +291,15 @@ def test_evict_of_a_folder_leaves_pinned_images(lab: Lab, server: Nbdkit) -> Non
         "images": 1,
     }
     refused(lab, "evict", lab.mnt / "one", says="one is pinned; lazyfs unpin it first")
-    assert json_of(lab, "evict", lab.mnt) == [{"path": str(lab.mnt), "images": 1}]
+    (done,) = json_of(lab, "evict", "--all", lab.mnt)
+    assert (done["images"], done["left"]) == (1, 2)
     states = {image["name"]: image["state"] for image in lab.status()["images"]}
     assert states == {"one": "whole", "two": "whole", "sparse": "remote"}
     lab.umount()
     lab.mount(server.uri, "--no-populate")
     assert lab.image_status("one")["pinned"] is True
     lab.lazyfs("unpin", lab.mnt)
-    lab.lazyfs("evict", lab.mnt)
+    lab.lazyfs("evict", "--all", lab.mnt)
     assert {image["state"] for image in lab.status()["images"]} == {"remote"}
 
 
@@ -567,3 +570,50 @@ def check_fields(
         else:
             assert isinstance(row[name], JSON_TYPES[field.type]), (what, name, row[name])
             assert isinstance(row[name], bool) == (field.type == "bool"), (what, name, row[name])
+
+
+def test_verbs_say_what_they_did(lab: Lab, server: Nbdkit) -> None:
+    lab.mount(server.uri, "--no-populate")
+    make_whole(lab)
+    make_whole(lab, "two")
+    assert lab.lazyfs("pin", lab.mnt / "two").stdout == f"{lab.mnt}/two: 1 image pinned\n"
+    refused(lab, "evict", lab.mnt, says="evict --all drops what is cached of all of them")
+    said = lab.lazyfs("evict", "--all", "--dry-run", lab.mnt).stdout
+    assert "1 image would be evicted, " in said
+    assert lab.image_status("one")["state"] == "whole"
+    said = lab.lazyfs("evict", "--all", lab.mnt).stdout
+    assert re.fullmatch(
+        rf"{lab.mnt}: 1 image evicted, [0-9.]+ MiB freed, "
+        r"1 left \(pinned, backing files, or gone\)\n",
+        said,
+    )
+    refused(lab, "pin", "", says="an image has an empty name")
+
+
+def test_a_wait_says_why_nothing_moves_and_ends(lab: Lab) -> None:
+    lab.image("big", 32 * MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--fill-rate", "64K")
+    lab.lazyfs("prefetch", lab.mnt / "big")
+    lab.lazyfs("pause", lab.mnt / "big")
+    done = lab.lazyfs("prefetch", lab.mnt / "big", "--wait", "--timeout", "7", check=False)
+    assert done.returncode == 1
+    assert "nothing moves: paused\n" in done.stderr
+    assert "1 of the images are not whole after 7 s: paused" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("prefech", "x"), "did you mean prefetch?"),
+        (("evict", "--dry-runn", "x"), "did you mean --dry-run?"),
+        (("set-rate", "50", "x"), "50 is 50 bytes per second; write 50M for MiB"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_meant(
+    lab: Lab, words: tuple[str, ...], meant: str
+) -> None:
+    done = lab.lazyfs(*words, check=False)
+    assert done.returncode == 2
+    assert meant in done.stderr
+    assert done.stderr.count("\n") == 1
