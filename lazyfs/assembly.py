@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.control.commands import Commands
+from lazyfs.control.commands import PAUSED, Commands
 from lazyfs.control.jobs import Jobs
 from lazyfs.core.eviction import Limits
 from lazyfs.core.image_record import ImageRecord
@@ -76,6 +76,8 @@ def build(
     room = Room(filesystem, stores, limits, backing_files)
     population = Population(repository, stores, filesystem.active_images)
     jobs = Jobs(filesystem.active_images, lambda: population.paused)
+    if catalog.setting(PAUSED):
+        population.hold()
     commands = Commands(mountpoint, filesystem, operations, population, jobs)
     return Parts(filesystem, operations, room, population, jobs, commands, Supervisor())
 

@@ -763,8 +763,16 @@ class MemoryCatalog:
         """Raised by every call."""
         self.on_call: Callable[[], None] = lambda: None
         """Called by each call that the disk could refuse, before anything is done."""
+        self._settings: dict[str, str] = {}
         self._next = 2
         self._journal = [] if journal is None else journal
+
+    def setting(self, name: str) -> str:
+        return self._settings.get(name, "")
+
+    def set_setting(self, name: str, value: str) -> None:
+        self._check()
+        self._settings[name] = value
 
     def load(self) -> list[ImageRecord]:
         return [self.records[inode] for inode in sorted(self.records)]

@@ -205,8 +205,13 @@ def _image_of(job: dict[str, Any]) -> str:
 
 
 def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Apply a command to the jobs of an image, or to those of all images below a folder."""
+    """Apply a command to the jobs of an image, or to those of all images below a folder.
+
+    For a mountpoint, population as a whole is paused or resumed, too.
+    """
     mount, inside = target
+    if not inside and command in ("job-pause", "job-resume"):
+        control_client.execute(mount, [(command.replace("job", "population"), {})])
     (jobs,) = control_client.execute(mount, [("query-jobs", {})])
     concerned = [job for job in jobs if not inside or f"{_image_of(job)}/".startswith(f"{inside}/")]
     ids = [job["id"] for job in concerned if wanted(job)]

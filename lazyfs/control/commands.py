@@ -19,6 +19,9 @@ from lazyfs.engine.operations import AGAINST_EVICT, Operations, refuse
 from lazyfs.engine.population import Population
 
 Arguments = dict[str, Any]
+
+PAUSED = "paused"
+"""The setting of the catalog that says that population is held. It is "yes" then."""
 Handler = Callable[[Arguments], Awaitable[object]]
 
 
@@ -45,6 +48,8 @@ class Commands:
             "query-images": self._query_images,
             "query-jobs": self._query_jobs,
             "query-map": self._query_map,
+            "population-pause": self._population_pause,
+            "population-resume": self._population_resume,
             "job-pause": self._job_pause,
             "job-resume": self._job_resume,
             "job-cancel": self._job_cancel,
@@ -130,6 +135,18 @@ class Commands:
         ]
 
     # -- jobs
+
+    async def _population_pause(self, _arguments: Arguments) -> object:
+        await self._filesystem.set_setting(PAUSED, "yes")
+        self._population.hold()
+        self._jobs.announce()
+        return {}
+
+    async def _population_resume(self, _arguments: Arguments) -> object:
+        await self._filesystem.set_setting(PAUSED, "")
+        self._population.release()
+        self._jobs.announce()
+        return {}
 
     async def _job_pause(self, arguments: Arguments) -> object:
         self._jobs.pause(arguments["id"])

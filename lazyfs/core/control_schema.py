@@ -228,6 +228,13 @@ COMMANDS = (
         returns_list=True,
     ),
     Command(
+        "population-pause",
+        "Pauses all population, also of images that come later, until `population-resume`, and "
+        "over a restart.",
+        (),
+    ),
+    Command("population-resume", "Undoes `population-pause`. Paused jobs stay paused.", ()),
+    Command(
         "job-pause",
         "Pauses a populate job.",
         (_JOB,),

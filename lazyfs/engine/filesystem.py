@@ -518,6 +518,16 @@ class Filesystem:
         """
         self._context.pace.set_rate(rate)
 
+    async def set_setting(self, name: str, value: str) -> None:
+        """Store what concerns the whole cache.
+
+        Raises:
+            LazyfsError, OSError: the catalog cannot be written.
+        """
+        await trio.to_thread.run_sync(
+            self._catalog.set_setting, name, value, limiter=self.threads.catalog
+        )
+
     async def save_uses(self) -> None:
         """Write to the catalog when each image was last used.
 

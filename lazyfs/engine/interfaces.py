@@ -441,6 +441,14 @@ class Catalog(Protocol):
     Each call is one transaction, and blocks for an fsync.
     """
 
+    def setting(self, name: str) -> str:
+        """Return what is stored under `name` for the whole cache, or ""."""
+        ...
+
+    def set_setting(self, name: str, value: str) -> None:
+        """Store `value` under `name`."""
+        ...
+
     def add(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
         """Insert records, and return them with their new inodes. Their own `inode` is ignored."""
         ...

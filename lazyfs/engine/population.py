@@ -47,6 +47,9 @@ RECONNECT_S = 1.0
 """How long an image waits for another turn after it has lost its connection. Readers that wait
 reconnect sooner by themselves."""
 
+HELD = "population is paused; lazyfs resume MOUNTPOINT goes on"
+"""What `status` says while population is held."""
+
 MAX_RETRY_S = 60.0
 """How long an image whose ranges fail waits for another turn, at most. The repository may be
 repaired at any time."""
@@ -84,6 +87,8 @@ class Population:
         self.shortage: Callable[[], str] = lambda: ""
         """Returns why the cache may not grow, or "". Called before each turn. Whoever limits the
         cache sets it."""
+        self.held = False
+        """True while nothing is filled because somebody wants that."""
         self.on_turn: Callable[[], None] = lambda: None
         """Called after each turn, and when filling stops because there is no room."""
         self._repository = repository
@@ -95,6 +100,21 @@ class Population:
         self._busy: list[Image] = []
         """One image for each worker that has a turn under way."""
         self._backoffs: dict[int, Backoff] = {}
+
+    def hold(self) -> None:
+        """Fill nothing until `release`. Turns under way end."""
+        self.held = True
+        self.paused = HELD
+        for image in self._images():
+            image.populating.pace.stopped = True
+        self.wake()
+
+    def release(self) -> None:
+        """Undo `hold`. Images that are paused themselves stay so."""
+        self.held = False
+        for image in self._images():
+            image.populating.pace.stopped = not image.populating.goes_on
+        self.wake()
 
     def wake(self) -> None:
         """Look again, because something may have become fillable."""
@@ -149,6 +169,8 @@ class Population:
         return "the cache's disk is nearly full" if nearly_full else self.shortage()
 
     def _choose(self) -> Image | None:
+        if self.held:
+            return None
         now = trio.current_time()
         ready = {}
         for image in self._images():
@@ -172,9 +194,13 @@ class Population:
 
     async def _wait(self, wake: trio.Event) -> None:
         """Wait until somebody calls `wake`, or until an image that has to wait is due."""
-        self.paused = ""
+        self.paused = HELD if self.held else ""
         now = trio.current_time()
-        waiting = [image.populating.due(now) for image in self._images() if image.fillable]
+        waiting = (
+            []
+            if self.held
+            else [image.populating.due(now) for image in self._images() if image.fillable]
+        )
         with trio.move_on_at(min(waiting, default=math.inf)):
             await wake.wait()
 

@@ -311,3 +311,13 @@ def test_a_transaction_that_cannot_even_be_undone_lets_the_next_one_begin() -> N
         ):
             pass
         assert not lock.locked()
+
+
+def test_settings_of_the_whole_cache(keeper: Keeper) -> None:
+    assert keeper.now.setting("paused") == ""
+    keeper.now.set_setting("paused", "yes")
+    keeper.now.set_setting("other", "x")
+    assert keeper.reopen().setting("paused") == "yes"
+    keeper.now.set_setting("paused", "")
+    assert keeper.reopen().setting("paused") == ""
+    assert keeper.now.setting("other") == "x"

@@ -329,3 +329,26 @@ async def test_rates_that_are_none() -> None:
         await world.check(image, blocks(50))  # never of readers
         assert image.statistics().populated_bytes <= 4 * BLOCK
         await world.close(image)
+
+
+async def test_population_that_is_paused_stays_so_for_later_images_and_over_a_restart() -> None:
+    world = world_with("a", "b")
+    async with world.daemon(populate=True):
+        await world.command("population-pause")
+        a = await world.open("a")
+        await world.check(a, blocks(0))
+        await trio.sleep(100)
+        assert world.fills() == []
+        (job,) = await world.command("query-jobs")
+        assert job["status"] == "standby"
+        assert "lazyfs resume" in job["error"]
+        await world.close(a)
+    async with world.daemon(populate=True):
+        b = await world.open("b")
+        await world.check(b, blocks(0))
+        await trio.sleep(100)
+        assert world.fills() == []
+        await world.command("population-resume")
+        await until(lambda: b.record.state is State.WHOLE)
+        await until(lambda: world.image("a").record.state is State.WHOLE)
+        await world.close(b)
