@@ -6,6 +6,7 @@ The parser, the bash completion and the tests of the documents are made from VER
 from lazyfs.cli import (
     checking,
     configuration,
+    doctor,
     image_verbs,
     mount_options,
     mounting,
@@ -150,6 +151,12 @@ def _add_umount(parser: OneLineParser) -> None:
         "--lazy",
         action="store_true",
         help="unmount although it is in use; the daemon serves what is open until it is closed",
+    )
+
+
+def _add_doctor(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "mountpoint", metavar="MOUNTPOINT", nargs="?", help="a mount to look at as well"
     )
 
 
@@ -316,6 +323,16 @@ VERBS = (
         "/var/lib/imagecache --repair",
         _add_check,
         checking.run,
+    ),
+    Verb(
+        "doctor",
+        "look for what makes mounts fail",
+        "Look at what makes mounts fail or slow: the kernel, rights, libraries, limits, and of a "
+        "mount its repository, disk and images. Prints a line about each. "
+        "The exit code is 1 if something keeps lazyfs from working.",
+        "/var/lib/imagecache",
+        _add_doctor,
+        doctor.run,
     ),
     Verb(
         "config",

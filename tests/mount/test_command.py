@@ -258,3 +258,16 @@ def test_du_shows_what_is_cached(lab: Lab) -> None:
     (lab.mnt / "dense").read_bytes()
     lab.wait_for_state("dense", "whole")
     wait_until(lambda: (lab.mnt / "dense").stat().st_blocks * 512 == 2 * MiB, "du is up to date")
+
+
+def test_the_doctor_looks_at_host_and_mount(lab: Lab) -> None:
+    lab.image("dense", MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    done = lab.lazyfs("doctor", lab.mnt)
+    assert [line.split()[0] for line in done.stdout.splitlines()].count("bad") == 0
+    assert re.search(r"^ok +/dev/fuse +can be opened$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^ok +repository +{re.escape(server.uri)}$", done.stdout, re.MULTILINE)
+    nowhere = lab.lazyfs("doctor", lab.folder, check=False)
+    assert nowhere.returncode == 1
+    assert re.search(r"^bad +mount +no lazyfs is mounted on ", nowhere.stdout, re.MULTILINE)
