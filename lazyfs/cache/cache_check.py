@@ -16,13 +16,14 @@ import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from lazyfs import errors
-from lazyfs.cache import cache_dir, catalog
+from lazyfs.cache import adopting, cache_dir, catalog
 from lazyfs.cache.cache_dir import CATALOG, LOCK, PARTIAL, STATE
 from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.cache.check_report import Finding, Report
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.core import shown_file
@@ -35,51 +36,6 @@ from lazyfs.host import mounts
 
 LEFT_ALONE = "left alone: move it away, or keep the cache elsewhere with --cache-dir"
 _MODE = 0o700
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Describes one thing that is wrong, or (with `warning`) may be wrong."""
-
-    path: str
-    """The path relative to the cache directory."""
-    problem: str
-    remedy: str
-    """What a repair does with it, as a participle. If it does nothing, what the user can do."""
-    repairable: bool
-    repaired: bool
-    warning: bool
-    error: str
-    """The reason why the repair failed, or "" if it did not fail."""
-
-    def line(self) -> str:
-        """Return the finding as one line for people."""
-        start = f"{'warning: ' if self.warning else ''}{self.path}: {self.problem}; "
-        if self.error:
-            return f"{start}could not be {self.remedy}: {self.error}"
-        return start + (
-            self.remedy if self.repaired or not self.repairable else f"would be {self.remedy}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Holds what a check found."""
-
-    cache_dir: str
-    images: int
-    findings: list[Finding]
-
-    @property
-    def problems(self) -> int:
-        """Return how many things are wrong and have not been repaired."""
-        return sum(not finding.warning and not finding.repaired for finding in self.findings)
-
-    def summary(self) -> str:
-        """Return the last line of the report."""
-        repaired = sum(finding.repaired for finding in self.findings)
-        done = f"{repaired} repaired, " if repaired else ""
-        return f"{self.cache_dir}: {self.images} images, {done}{self.problems or 'no'} problems"
 
 
 def run(path: str, repair: bool) -> Report:
@@ -148,11 +104,27 @@ class _Check:
                 self._check_partial(record)
         self._check_strays()
         evicted = self._check_evicted()
+        if not self._sweeping:
+            self._adopt_whole_images()
         for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):
             if path in evicted:
                 continue
             self._found(path, "lazyfs did not put it there", LEFT_ALONE)
         return Report(self._path, len(self._records), self._findings)
+
+    def _adopt_whole_images(self) -> None:
+        for record in adopting.lost_images(self._root_fd, list(self._records.values())):
+            self._found(
+                record.path,
+                "the catalog does not know it",
+                "taken in as a whole image",
+                partial(self._adopt, record),
+            )
+
+    def _adopt(self, record: ImageRecord) -> None:
+        assert self._catalog is not None
+        (added,) = self._catalog.add([record])
+        self._records[added.inode] = added
 
     def _check_evicted(self) -> set[str]:
         """Report plain files that were evicted, and that a power cut has brought back."""

@@ -21,6 +21,7 @@ from fakes import pattern
 from lazyfs import errors
 from lazyfs.cache import cache_check
 from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.cache.check_report import Report
 from lazyfs.core import map_file, qcow2_layout
 from lazyfs.core.block_map import DATA, BlockRun
 from lazyfs.core.image_record import ImageRecord
@@ -91,7 +92,7 @@ class Cache:
         db.commit()
         db.close()
 
-    def check(self, repair: bool = False) -> cache_check.Report:
+    def check(self, repair: bool = False) -> Report:
         return cache_check.run(str(self.folder), repair)
 
     def tree(self) -> dict[str, object]:
@@ -129,7 +130,7 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
         file.write(content)
 
 
-def lines(report: cache_check.Report) -> str:
+def lines(report: Report) -> str:
     return "\n".join(finding.line() for finding in report.findings)
 
 
@@ -348,15 +349,31 @@ def test_a_whole_image_outlives_a_damaged_page_of_the_catalog(cache: Cache) -> N
         assert len({record.inode for record in opened.records}) == len(opened.records)
 
 
-def test_a_whole_image_whose_row_is_lost_stays_and_is_named(cache: Cache) -> None:
+def test_a_whole_image_whose_row_is_lost_is_taken_in(cache: Cache) -> None:
     cache.image("disk", "raw", BLOCKS, finish=True, told=True)
+    (cache.folder / "notes").write_text("mine")  # it can be written to, so it is a stranger's
     cache.catalog.write_bytes(b"garbage" * 1000)
     report = cache.check(repair=True)
     assert report.problems == 1
-    assert "team/disk: lazyfs did not put it there; left alone" in lines(report)
+    assert "team/disk: the catalog does not know it; taken in as a whole image" in lines(report)
+    assert "notes: lazyfs did not put it there; left alone" in lines(report)
     assert (cache.folder / "team/disk").read_bytes() == CONTENT
-    (cache.folder / "team/disk").rename(cache.folder.with_name("saved"))
+    (cache.folder / "notes").unlink()
     assert cache.check().findings == []
+    with cache.open() as opened:
+        (record,) = opened.records
+        assert (record.export, record.state, record.size) == ("team/disk", State.WHOLE, SIZE)
+        whole = opened.whole(record)
+        assert whole.read(0, SIZE) == CONTENT
+        whole.close()
+
+
+def test_a_stranger_is_not_taken_in_while_the_catalog_is_good(cache: Cache) -> None:
+    cache.image("disk", "raw", 9)
+    stranger = cache.folder / "stranger"
+    stranger.write_text("mine")
+    stranger.chmod(0o444)
+    assert "stranger: lazyfs did not put it there; left alone" in lines(cache.check(repair=True))
 
 
 def test_of_two_rows_for_one_image_the_whole_one_stays(cache: Cache) -> None:
