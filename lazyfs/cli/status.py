@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lazyfs import errors
@@ -26,13 +26,13 @@ def run(options: argparse.Namespace) -> int:
     from lazyfs.cli import status_view
 
     if options.json:
-        found = _query_all(options.paths)
+        found = _chosen(_query_all(options.paths), options)
         json.dump({"mounts": found}, sys.stdout, indent=2)
         print()
         return _exit_code(found)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     if not options.watch:
-        found = _query_all(options.paths)
+        found = _chosen(_query_all(options.paths), options)
         console.print(status_view.render(found, console.width))
         return _exit_code(found)
     from rich.live import Live
@@ -49,8 +49,35 @@ def run(options: argparse.Namespace) -> int:
                 console.print(picture)
                 sys.stdout.flush()
 
-        watching.watch(lambda: _query_all(options.paths), draw, keep=console.is_terminal)
+        watching.watch(
+            lambda: _chosen(_query_all(options.paths), options), draw, keep=console.is_terminal
+        )
     return 0
+
+
+_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "name": lambda image: image["path"],
+    "size": lambda image: -(image["size"] or 0),
+    "present": lambda image: -image["present_bytes"],
+    "used": lambda image: -image["last_used_ns"],
+    "active": lambda image: (image["fill_rate"] < 1, not image["open_count"], image["path"]),
+}
+"""How images are sorted, by the word after --sort."""
+
+SORTS = tuple(_ORDERS)
+
+
+def _chosen(found: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the mounts with the images that the user wants to see, in the order wanted."""
+    order = options.sort or ("active" if options.watch else "name")
+    for mount in found:
+        images = [
+            image
+            for image in mount["images"]
+            if options.state is None or image["state"] in options.state
+        ]
+        mount["images"] = sorted(images, key=_ORDERS[order])
+    return found
 
 
 def _exit_code(found: Sequence[dict[str, Any]]) -> int:

@@ -99,6 +99,7 @@ def _table(mount: MountStatus, width: int) -> Group:
     parts.append(table)
     for image in mount["images"]:
         replaced = " (replaced)" if image.get("replaced") else ""
+        replaced += " (pinned)" if image.get("pinned") else ""
         name = Text(
             f"  {_printable(image['path'].removeprefix(prefix))}{replaced}", overflow="fold"
         )
@@ -109,6 +110,15 @@ def _table(mount: MountStatus, width: int) -> Group:
             line = _grid(None, header=False)
             line.add_row(*row.values())
             parts += [name, line]
+    if len(mount["images"]) > 1:
+        name = Text(f"  {len(mount['images'])} images", style="bold")
+        total = _row(_total(mount["images"]), "")
+        if width >= _WIDE:
+            table.add_row(name, *total.values())
+        else:
+            line = _grid(None, header=False)
+            line.add_row(*total.values())
+            parts += [name, line]
     for image in mount["images"]:
         if image["error"]:
             name = Text(
@@ -117,6 +127,26 @@ def _table(mount: MountStatus, width: int) -> Group:
             )
             parts.append(name)
     return Group(*parts)
+
+
+def _total(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sums of images, in the form of one image.
+
+    What is left and the rate are those of the images that are being filled, so the time to go is
+    that of the work under way.
+    """
+    begun = [image for image in images if image["state"] != "remote"]
+    filling = [image for image in begun if image["fill_rate"] >= 1]
+    shown = filling or begun
+    return {
+        "size": sum(image["size"] or 0 for image in shown),
+        "present_bytes": sum(image["present_bytes"] for image in shown),
+        "zero_bytes": sum(image["zero_bytes"] for image in shown),
+        "fetched_bytes": sum(image["fetched_bytes"] for image in images),
+        "fill_rate": sum(image["fill_rate"] for image in filling),
+        "open_count": sum(image["open_count"] for image in images),
+        "state": "partial" if filling else "",
+    }
 
 
 def _grid(first: str | None, header: bool = True) -> Table:

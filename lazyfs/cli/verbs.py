@@ -17,6 +17,7 @@ from lazyfs.cli import (
 )
 from lazyfs.cli.arguments import OneLineParser, Verb
 from lazyfs.core import shown_file
+from lazyfs.core.lifecycle import State
 
 
 def _add_status(parser: OneLineParser) -> None:
@@ -29,6 +30,18 @@ def _add_status(parser: OneLineParser) -> None:
     _add_json(parser)
     parser.add_argument(
         "--watch", action="store_true", help="redraw every second until interrupted"
+    )
+    parser.add_argument(
+        "--state",
+        choices=[state.value for state in State],
+        action="append",
+        help="show only images in this state; can be given several times",
+    )
+    parser.add_argument(
+        "--sort",
+        choices=status.SORTS,
+        help="order of images: by name (default), size, what is present, last use, or those first "
+        "that are being filled or are open (default of --watch)",
     )
 
 

@@ -271,3 +271,19 @@ def test_the_doctor_looks_at_host_and_mount(lab: Lab) -> None:
     nowhere = lab.lazyfs("doctor", lab.folder, check=False)
     assert nowhere.returncode == 1
     assert re.search(r"^bad +mount +no lazyfs is mounted on ", nowhere.stdout, re.MULTILINE)
+
+
+def test_status_shows_what_is_asked_for(lab: Lab) -> None:
+    for name, size in (("a", MiB), ("b", 3 * MiB), ("c", 2 * MiB)):
+        lab.image(name, size)
+    lab.mount(lab.serve().uri, "--no-populate")
+    lab.lazyfs("prefetch", lab.mnt / "b", "--wait")
+
+    def names(*options: str) -> list[str]:
+        text = lab.lazyfs("status", lab.mnt, "--json", *options).stdout
+        return [image["name"] for image in json.loads(text)["mounts"][0]["images"]]
+
+    assert names("--state", "whole") == ["b"]
+    assert names("--state", "remote", "--sort", "name") == ["a", "c"]
+    wait_until(lambda: [(lab.mnt / name).stat() for name in "abc"], "sizes are known")
+    assert names("--sort", "size") == ["b", "c", "a"]

@@ -198,3 +198,19 @@ def test_a_byte_is_as_wide_as_it_must_be() -> None:
         map_view.strip([entry(0, 1, "data"), entry(1, 1, "missing")], 6)
         == ["data"] * 3 + ["missing"] * 3
     )
+
+
+def test_the_last_row_has_the_sums_of_the_work_under_way() -> None:
+    text = drawn(
+        mount(
+            image("one", fill_rate=5.0 * MiB),
+            image("two", fill_rate=5.0 * MiB, pinned=True),
+            image("three", state="whole", present_bytes=100 * MiB, zero_bytes=0),
+        )
+    )
+    assert "two (pinned)" in text
+    total = line_of(text, "3 images")
+    assert "200 MiB" in total  # of what is being filled
+    assert "10 MiB/s" in total
+    assert "10 s" in total
+    assert "images" not in drawn(mount(image("one")))
