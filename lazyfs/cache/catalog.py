@@ -188,9 +188,8 @@ class SqliteCatalog:
             raise TooNew(
                 f"the catalog is of format {version}; this lazyfs knows {_VERSION}: update lazyfs"
             )
-        if version == _VERSION:  # a full disk could not take any change
-            self._quick_check()
-            return
+        # This always writes something. SQLite syncs the folder of a new journal, by its path, when
+        # it first syncs the journal, and that must happen before anything is mounted over it.
         with self._transaction():
             if version == 0:
                 for statement in (_SCHEMA, *_MORE_TABLES):
