@@ -200,12 +200,17 @@ class Filesystem:
         self._check_inode(image)
         handle = await self._in_time(image, image.open)
         if isinstance(handle, PartialHandle) and not image.record.meant:
-            handle.on_meant = image.mean
+            handle.on_meant = partial(self._meant, image)
             self._nursery.start_soon(self._mean_in_a_while, handle)
         elif first and self._context.populate:
             image.populating.want()
             self.on_fillable()
         return handle
+
+    def _meant(self, image: Image) -> None:
+        image.mean()
+        # At once: after a crash, only images that are known to be used are populated.
+        self._nursery.start_soon(log_failure, "saving that an image is used", image.save)
 
     async def _mean_in_a_while(self, handle: PartialHandle) -> None:
         with trio.move_on_after(looking.LOOK_S):

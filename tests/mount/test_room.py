@@ -301,7 +301,11 @@ def test_after_detach_nothing_is_evicted(lab: Lab, disk: Path) -> None:
     """Any process may have opened the plain files before."""
     images(lab, "ab")
     server = lab.serve()
-    often = "import sys; from lazyfs.cli import main as cli; from lazyfs.engine import room; room.WATCH_S = 0.2; sys.exit(cli.main())"
+    often = (
+        "import sys; from lazyfs.cli import main as cli; from lazyfs.core import looking; "
+        "from lazyfs.engine import room; looking.EDGE = 0; looking.LOOK_S = 0.0; "
+        "room.WATCH_S = 0.2; sys.exit(cli.main())"
+    )
     lab.mount(server.uri, "--cache-dir", disk / "cache", "--min-free", "28M", program=("-c", often))
     use(lab, "a")
     held = os.open(lab.mnt / "a", os.O_RDONLY)

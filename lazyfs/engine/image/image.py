@@ -291,13 +291,18 @@ class Image:
     def mean(self) -> None:
         """Note that somebody uses the image. If the mount populates, population begins.
 
-        It is saved with the next change. If a crash comes before, the next read notes it again.
+        It is saved with the next change, or by `save`.
         """
         self.record = self.record.meant_to_be_used()
         self.note_use(self._context.use_clock.now_ns())
         if self._context.populate:
             self.populating.want()
         self._context.on_fillable()
+
+    async def save(self) -> None:
+        """Save what is known of the image. If that fails, the next change saves it."""
+        async with self._changing:
+            await self._save(lambda record: record)
 
     def note_use(self, at_ns: int) -> None:
         """Note that the image was used at `at_ns`, in ns since the epoch.
