@@ -5,8 +5,10 @@
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
+
+import trio
 
 from lazyfs import errors
 from lazyfs.control.jobs import Jobs, Task
@@ -15,10 +17,16 @@ from lazyfs.core.lifecycle import State
 from lazyfs.core.qmp_wire import CommandError
 from lazyfs.engine.filesystem import Filesystem
 from lazyfs.engine.image.image import Image
+from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.operations import AGAINST_EVICT, Operations, refuse
 from lazyfs.engine.population import Population
 
 Arguments = dict[str, Any]
+
+ROWS_AT_ONCE = 500
+"""How many images are described without letting other tasks run: 3 ms."""
+
+_FIELDS = tuple(field.name for field in fields(ImageStatistics))
 
 PAUSED = "paused"
 """The setting of the catalog that says that population is held. It is "yes" then."""
@@ -113,8 +121,15 @@ class Commands:
 
     async def _query_images(self, arguments: Arguments) -> object:
         path = arguments.get("path", "")
-        images = self._filesystem.statistics(self._images(path) if path else None)
-        return [{**asdict(one), "path": os.path.join(self._mountpoint, one.path)} for one in images]
+        images = self._images(path) if path else self._filesystem.shown_images()
+        rows = []
+        for number, image in enumerate(images):
+            one = image.statistics()
+            values = {name: getattr(one, name) for name in _FIELDS}  # asdict takes ten times longer
+            rows.append({**values, "path": os.path.join(self._mountpoint, one.path)})
+            if number % ROWS_AT_ONCE == ROWS_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()  # readers come between
+        return rows
 
     async def _query_jobs(self, _arguments: Arguments) -> object:
         return [

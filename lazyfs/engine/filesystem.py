@@ -171,6 +171,11 @@ class Filesystem:
         chosen = [*self.names.images(), *self._replaced()] if images is None else images
         return sorted((image.statistics() for image in chosen), key=lambda s: s.path)
 
+    def shown_images(self) -> list[Image]:
+        """Return the images that `status` shows, sorted by path."""
+        images = [*self.names.images(), *self._replaced()]
+        return sorted(images, key=lambda image: image.record.path)
+
     # -- opening
 
     def _replaced(self) -> list[Image]:
