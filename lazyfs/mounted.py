@@ -261,11 +261,8 @@ class Mounted:
             overlays=new.overlays,
             options=replace(old.options, fill_rate=new.options.fill_rate),
         )
-        later = sorted(
-            name
-            for name, value in _chosen(new).items()
-            if name in (chosen := _chosen(now)) and value != chosen[name]
-        )
+        wanted, applied = _chosen(new), _chosen(now)
+        later = sorted(name for name in wanted if wanted[name] != applied[name])
         if later:
             logger.warning("this needs a new mount to take effect: %s", ", ".join(later))
         self._config = now
@@ -287,10 +284,7 @@ class Mounted:
         parts = self._parts
         trouble = self._silence() or parts.filesystem.list_trouble or self._repository.trouble
         return (
-            trouble
-            or parts.supervisor.message
-            or parts.population.paused
-            or parts.room.statistics().message
+            trouble or parts.supervisor.message or parts.population.paused or parts.room.trouble()
         )
 
     def _silence(self) -> str:

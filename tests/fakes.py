@@ -190,9 +190,7 @@ class FakeRepository:
             await self._answer()
         for sample in taken:
             content = self._check_version(export).content
-            end = sample.offset + len(sample.data)
-            if content[sample.offset : end] != sample.data:
-                raise errors.ContentChanged(export.name, sample.offset, end)
+            sample.check_same(export.name, content[sample.offset :][: len(sample.data)])
 
     def _describe(self, name: str) -> Export | str:
         found = self.exports.get(name)

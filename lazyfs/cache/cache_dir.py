@@ -150,7 +150,6 @@ class CacheDir:
             self._reserve = Reserve(self.root_fd)
             self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG), self._reserve)
             undo.callback(self.catalog.close)
-            self._reserve.take()
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
             self._check_repository()
             self._remove_evicted()

@@ -156,13 +156,9 @@ class SqliteCatalog:
             NoSpace, OSError.
         """
         self._reserve = reserve or Reserve(-1)
-        try:
-            self._open(path)
-        except errors.NoSpace:
-            if not self._reserve.free():
-                raise
-            self._open(path)
+        self._open(path)
 
+    @_with_reserve
     def _open(self, path: str) -> None:
         self._lock = threading.Lock()
         try:

@@ -205,14 +205,15 @@ class Commands:
 
     async def _evict(self, arguments: Arguments) -> object:
         backing = await self._operations.backing_files()
-        concerned = self._images(arguments["path"])
-        images = self._images(
-            arguments["path"], lambda image: self._operations.may_go(image, backing)
-        )
-        left = sum(
-            image.record.state is not State.REMOTE and image not in images for image in concerned
-        )
-        freed = 0
+        left = freed = 0
+
+        def may_go(image: Image) -> bool:
+            nonlocal left
+            goes = self._operations.may_go(image, backing)
+            left += not goes and image.record.state is not State.REMOTE
+            return goes
+
+        images = self._images(arguments["path"], may_go)
 
         async def evict(image: Image) -> None:
             nonlocal freed

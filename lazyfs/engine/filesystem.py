@@ -29,7 +29,6 @@ from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import ROOM_CHECK_S, Image
-from lazyfs.engine.image.image_statistics import ImageStatistics
 from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
@@ -161,15 +160,6 @@ class Filesystem:
         ]:
             del self._active[image.inode]  # whole and closed
         return list(self._active.values())
-
-    def statistics(self, images: Iterable[Image] | None = None) -> list[ImageStatistics]:
-        """Return what `status` shows, sorted by path.
-
-        Args:
-            images: the images to describe. None means all that have a name or are open.
-        """
-        chosen = [*self.names.images(), *self._replaced()] if images is None else images
-        return sorted((image.statistics() for image in chosen), key=lambda s: s.path)
 
     def shown_images(self) -> list[Image]:
         """Return the images that `status` shows, sorted by path."""

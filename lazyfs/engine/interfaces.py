@@ -90,6 +90,15 @@ class Sample:
     offset: int
     data: bytes
 
+    def check_same(self, export: str, found: bytes | bytearray) -> None:
+        """Compare these bytes with those that the server has now.
+
+        Raises:
+            ContentChanged: they differ.
+        """
+        if found != self.data:
+            raise errors.ContentChanged(export, self.offset, self.offset + len(self.data))
+
 
 Samples = Callable[[], Sequence[Sample]]
 """Returns what a new connection must find at the server, so that an export with other content is

@@ -138,14 +138,7 @@ class Room:
 
         If the file system cannot tell, its numbers are 0, and the message says why.
         """
-        limits, message = self._limits, self.message
-        try:
-            space, full = self._stores.space(), self._stores.nearly_full()
-        except OSError as error:
-            space, message = Space(0, 0), f"the cache's file system fails: {error.strerror}"
-        else:
-            if full and not message:
-                message = "the cache's disk is full: what is read is not kept"
+        limits, (space, message) = self._limits, self._state()
         return RoomStatistics(
             space.total,
             space.free,
@@ -154,6 +147,19 @@ class Room:
             limits.free_bytes(space.total),
             message,
         )
+
+    def trouble(self) -> str:
+        """Return why the cache may not grow now, or "". Does not add up what the images take."""
+        return self._state()[1]
+
+    def _state(self) -> tuple[Space, str]:
+        try:
+            space, full = self._stores.space(), self._stores.nearly_full()
+        except OSError as error:
+            return Space(0, 0), f"the cache's file system fails: {error.strerror}"
+        if full and not self.message:
+            return space, "the cache's disk is full: what is read is not kept"
+        return space, self.message
 
     # -- the task
 

@@ -111,7 +111,6 @@ def answer_init(request: bytes, wanted: int = WANTED) -> tuple[bytes, int]:
 
     Raises:
         UserError: the kernel is too old.
-    32, MAX_STACK_DEPTH if flags & PASSTHROUGH else 0, >>
     """
     _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
     if opcode != FUSE_INIT:

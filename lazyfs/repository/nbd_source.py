@@ -67,9 +67,7 @@ class NbdSource:
                 await self.pread(sample.offset, memoryview(theirs))
             except errors.RequestFailed:
                 continue  # the server cannot read it, which says nothing about its content
-            if theirs != sample.data:
-                end = sample.offset + len(sample.data)
-                raise errors.ContentChanged(self._export.name, sample.offset, end)
+            sample.check_same(self._export.name, theirs)
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return ranges of data as `interfaces.Source.block_status` describes."""

@@ -462,8 +462,8 @@ async def test_an_open_file_goes_on_when_its_export_disappears_and_returns() -> 
 async def test_statistics_are_ordered_by_path() -> None:
     world = world_with("b", "a", "c/d")
     async with world.daemon():
-        assert [s.path for s in world.filesystem.statistics()] == ["a", "b", "c/d"]
-        assert [s.path for s in world.filesystem.statistics([world.image("b")])] == ["b"]
+        assert [i.statistics().path for i in world.filesystem.shown_images()] == ["a", "b", "c/d"]
+        assert world.image("b").statistics().path == "b"
 
 
 async def test_the_end_comes_although_one_image_cannot_be_saved() -> None:
