@@ -26,6 +26,7 @@ import trio
 from lazyfs import assembly, errors
 from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.core import repository_uri
 from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
 from lazyfs.kernel.fuse_adapter import FuseAdapter
@@ -33,6 +34,7 @@ from lazyfs.kernel.session import KernelSession
 from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.report import tracebacks
+from lazyfs.repository import tls
 from lazyfs.repository.nbd_repository import NbdRepository
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     Raises:
         UserError: it could not be mounted. Nothing was left behind.
     """
+    tls.check_files(repository_uri.parse(config.repository))
     os.umask(0o022)  # for the folders of whole images
     config = _within_kernel_limits(config)
     _raise_file_limit()

@@ -3,6 +3,7 @@ do.
 
     LazyfsError
     ├── ConnectionLost      retry, on another connection or later
+    │   ├── HungUp          the same: the server closed the connection without a word
     │   └── ExportRefused   the same, but the server answers: it does not give this export now
     ├── RequestFailed       concerns this request only; the connection and other requests go on
     │   └── TimedOut        nothing answered in time
@@ -50,6 +51,10 @@ class ConnectionLost(LazyfsError):
 
     def __str__(self) -> str:
         return f"no connection to {self.uri}: {self.reason}"
+
+
+class HungUp(ConnectionLost):
+    """The server closed the connection without a word."""
 
 
 class ExportRefused(ConnectionLost):

@@ -28,11 +28,10 @@ from lazyfs.cache.store.cache_file import WholeFile, sync_folder
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.cache.store.unkept import UnkeptStore
-from lazyfs.core import shown_file
+from lazyfs.core import repository_uri, shown_file
 from lazyfs.core.export_name import RESERVED, qemu_uri
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
-from lazyfs.core.repository_identity import identity
 from lazyfs.engine.interfaces import FileAttributes, PlainFile, Space, Store
 from lazyfs.host import mounts
 from lazyfs.units import GiB, MiB
@@ -229,7 +228,10 @@ class CacheDir:
         Raises:
             UserError: the cache belongs to another repository.
         """
-        known, ours = self.catalog.setting(REPOSITORY), identity(self._repository)
+        known, ours = (
+            self.catalog.setting(REPOSITORY),
+            repository_uri.parse(self._repository).identity,
+        )
         cached = sum(record.state is not State.REMOTE for record in self.records)
         if known not in ("", ours):
             if cached and not self._moved:

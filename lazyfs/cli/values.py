@@ -6,38 +6,19 @@ values in a configuration file.
 """
 
 import argparse
-import os
-from urllib.parse import parse_qs, urlsplit
 
-from lazyfs.core import digest, shown_file
+from lazyfs.core import digest, repository_uri, shown_file
 from lazyfs.core.eviction import Limits
 from lazyfs.core.qcow2_layout import MIN_CLUSTER_SIZE
 from lazyfs.units import KiB, MiB, parse_size
 
-SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
-
 
 def uri(text: str) -> str:
     """Return the NBD URI of a server. It must not name an export."""
-    parts = urlsplit(text)
-    if parts.scheme not in SCHEMES:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not an NBD URI such as nbd://HOST or nbd+unix:///?socket=PATH"
-        )
-    if parts.path.strip("/"):
-        server = text.replace(parts.path, "/" if parts.query else "", 1)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} names one export; give the server alone: {server}"
-        )
-    if parts.scheme.endswith("+unix"):
-        path = parse_qs(parts.query).get("socket", [""])[0]
-        if not os.path.isabs(path):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} needs an absolute path: {parts.scheme}:///?socket=/PATH"
-            )
-    elif not parts.hostname:
-        raise argparse.ArgumentTypeError(f"{text!r} names no host")
-    return text
+    try:
+        return repository_uri.parse(text).text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def size(text: str) -> int:

@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import c_int
 from functools import partial
-from urllib.parse import urlsplit
 
 import nbd
 import trio
 from nbd import NBD
 
 from lazyfs import errors
+from lazyfs.core import repository_uri
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.core.repository_identity import DEFAULT_PORT
+from lazyfs.core.repository_uri import UNIX, VSOCK, RepositoryUri
 from lazyfs.engine.interfaces import Export, Sample
-from lazyfs.repository import nbd_buffers
+from lazyfs.repository import nbd_buffers, tls
 from lazyfs.units import MiB
 
 CONNECT_TIMEOUT_S = 15.0
@@ -53,15 +53,10 @@ _POLICY."""
 
 
 def new_handle() -> NBD:
-    """Return an unconnected handle with the settings that all uses here share.
-
-    The URI decides about TLS: `nbds` requires it. The URI may name local files (certificates, PSK),
-    because it comes from the administrator.
-    """
+    """Return an unconnected handle with the settings that all uses here share."""
     handle = nbd.NBD()
     handle.set_opt_mode(True)
     handle.set_full_info(True)
-    handle.set_uri_allow_local_file(True)
     handle.set_pread_initialize(False)
     return handle
 
@@ -73,20 +68,26 @@ def connect(uri: str, abandoned: threading.Event, deadline: float | None = None)
         deadline: when to give up, by `time.monotonic`; in CONNECT_TIMEOUT_S if it is None.
 
     Raises:
-        ConnectionLost: it took longer than that, or `abandoned` was set.
+        ConnectionLost: it took longer than that, or `abandoned` was set, or the server does not
+            prove itself as the URI demands.
         Unsupported: the server is too old to choose an export by name.
     """
-    handle = new_handle()
+    handle, server = new_handle(), repository_uri.parse(uri)
     deadline = deadline or time.monotonic() + CONNECT_TIMEOUT_S
     try:
-        tcp = _tcp_socket(uri, deadline - time.monotonic())
-        if tcp is None:
-            handle.aio_connect_uri(uri)
-        else:
-            handle.aio_connect_socket(tcp)
+        if server.tls:
+            tls.require(handle, server)
+        _begin(handle, server, deadline)
         _poll_until_settled(handle, uri, deadline, abandoned)
+    except errors.LastingError as error:
+        raise errors.ConnectionLost(uri, str(error)) from error
     except nbd.Error as error:
-        raise errors.ConnectionLost(uri, reason(error)) from error
+        why = tls.why_not(server, reason(error)) if server.tls else reason(error)
+        raise errors.ConnectionLost(uri, why) from error
+    except errors.HungUp as error:
+        if not server.tls:
+            raise
+        raise errors.ConnectionLost(uri, tls.why_not(server, "")) from error
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
         keep_alive(connection)
     if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
@@ -96,25 +97,37 @@ def connect(uri: str, abandoned: threading.Event, deadline: float | None = None)
     return handle
 
 
-def _tcp_socket(uri: str, limit_s: float) -> int | None:
-    """Return a socket that is connected to the server, or None if libnbd must connect by itself.
+def _begin(handle: NBD, uri: RepositoryUri, deadline: float) -> None:
+    """Begin to connect.
 
     trio tries the addresses of a name side by side (RFC 8305), while libnbd waits for one after the
-    other, and an address that does not answer takes all the time there is. With TLS, libnbd must
-    know the host's name to check the certificate, so it connects by itself.
+    other, and an address that does not answer takes all the time there is. With certificates,
+    libnbd connects by itself, because it compares the host's name only then.
+
+    Raises:
+        ConnectionLost: no address could be reached in that time.
+        nbd.Error: libnbd cannot begin.
+    """
+    if uri.transport == UNIX:
+        handle.aio_connect_unix(uri.socket)
+    elif uri.transport == VSOCK:
+        handle.aio_connect_vsock(int(uri.host), uri.port)
+    elif uri.certificates:
+        handle.aio_connect_tcp(uri.host, str(uri.port))
+    else:
+        handle.aio_connect_socket(_tcp_socket(uri, deadline - time.monotonic()))
+
+
+def _tcp_socket(uri: RepositoryUri, limit_s: float) -> int:
+    """Return a socket that is connected to the server.
 
     Raises:
         ConnectionLost: no address could be reached in that time.
     """
-    parts = urlsplit(uri)
-    if parts.scheme != "nbd" or not parts.hostname:
-        return None
 
     async def open_socket() -> int:
         with trio.fail_after(limit_s):
-            stream = await trio.open_tcp_stream(
-                str(parts.hostname), parts.port or DEFAULT_PORT, happy_eyeballs_delay=ATTEMPT_S
-            )
+            stream = await trio.open_tcp_stream(uri.host, uri.port, happy_eyeballs_delay=ATTEMPT_S)
         fd = os.dup(stream.socket.fileno())  # for libnbd; trio knows only its own
         await stream.aclose()
         return fd
@@ -122,13 +135,11 @@ def _tcp_socket(uri: str, limit_s: float) -> int | None:
     try:
         return trio.from_thread.run(open_socket)
     except trio.TooSlowError:
-        raise errors.ConnectionLost(uri, f"no answer in {CONNECT_TIMEOUT_S:g} s") from None
+        raise errors.ConnectionLost(uri.text, f"no answer in {CONNECT_TIMEOUT_S:g} s") from None
     except (OSError, ValueError) as error:
-        raise errors.ConnectionLost(uri, _why_not(error)) from error
+        raise errors.ConnectionLost(uri.text, _why_not(error)) from error
     except (trio.RunFinishedError, trio.Cancelled):
-        raise errors.ConnectionLost(uri, "not wanted any more") from None
-    except RuntimeError:  # not in a thread of trio, as in a test
-        return None
+        raise errors.ConnectionLost(uri.text, "not wanted any more") from None
 
 
 def _why_not(error: Exception) -> str:
@@ -338,9 +349,7 @@ def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threa
 
 def _check_alive(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
     if handle.aio_is_dead() or handle.aio_is_closed():
-        # libnbd does not report that a server has refused TLS.
-        hint = ", or does not do TLS" if uri.startswith("nbds") else ""
-        raise errors.ConnectionLost(uri, f"the server hung up{hint}")
+        raise errors.HungUp(uri, "the server hung up")
     if abandoned.is_set():
         raise errors.ConnectionLost(uri, "not wanted any more")
     if time.monotonic() > deadline:

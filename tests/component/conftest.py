@@ -6,9 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import servers
+import trio
 from peers import Peers
+from scripted_server import ScriptedServer
+
+from lazyfs.repository.nbd_repository import NbdRepository
 
 
 @pytest.fixture
@@ -26,3 +32,15 @@ def count_open_files() -> Callable[[], int]:
     """
     gc.collect()
     return lambda: len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def repository_of(nursery: trio.Nursery) -> Any:
+    def make(
+        server: servers.Server | ScriptedServer | str, io_timeout_s: float = 30.0
+    ) -> NbdRepository:
+        return NbdRepository(
+            server if isinstance(server, str) else server.uri, nursery, io_timeout_s
+        )
+
+    return make

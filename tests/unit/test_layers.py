@@ -24,7 +24,7 @@ PACKAGES = {
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",
     "cache": "cache_check check_report adopting cache_dir catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept",
-    "repository": "nbd_repository nbd_filler nbd_source fill_thread nbd_handle nbd_connect nbd_buffers",
+    "repository": "nbd_repository nbd_filler nbd_source fill_thread nbd_handle nbd_connect tls nbd_buffers",
     "engine": (
         "room operations verifying filesystem population sizes name_tree supervision"
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
@@ -37,7 +37,7 @@ PACKAGES = {
     "host": "open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
-        " config_file config_key eviction overlay digest looking shown_file qcow2_layout map_file export_name repository_identity in_flight fetch_plan pacing"
+        " config_file config_key eviction overlay digest looking shown_file qcow2_layout map_file export_name repository_uri in_flight fetch_plan pacing"
         " extent_map block_map byte_range escaping"
     ),
     "errors": "",
