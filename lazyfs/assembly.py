@@ -75,7 +75,7 @@ def build(
     operations = Operations(filesystem, repository, options, backing_files)
     room = Room(filesystem, stores, limits, backing_files)
     population = Population(repository, stores, filesystem.active_images)
-    jobs = Jobs(filesystem.active_images, lambda: population.paused)
+    jobs = Jobs(filesystem.active_images, population)
     if catalog.setting(PAUSED):
         population.hold()
     commands = Commands(mountpoint, filesystem, operations, population, jobs)

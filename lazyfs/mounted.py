@@ -5,8 +5,8 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
@@ -75,6 +75,8 @@ class MountConfig:
     allow_evict: bool
     moved: bool = False
     """True if the cache was filled from this repository at another address."""
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    """What differs from the defaults, by the keys of a configuration file, as JSON has it."""
     reread: "Callable[[], MountConfig] | None" = None
     """Reads the configuration again. Blocks. Raises UserError if it is wrong."""
     reopen_log: Callable[[], None] = lambda: None
@@ -259,6 +261,7 @@ class Mounted:
             refresh_s=new.refresh_s,
             limits=new.limits,
             overlays=new.overlays,
+            chosen=_reloaded(old.chosen, new.chosen),
             options=replace(old.options, fill_rate=new.options.fill_rate),
         )
         wanted, applied = _chosen(new), _chosen(now)
@@ -322,6 +325,8 @@ class Mounted:
             "passthrough_trouble": self._backings.trouble,
             "room": asdict(self._parts.room.statistics()),
             "message": self._message(),
+            "options": dict(self._config.chosen),
+            "rate_limit": self._parts.filesystem.rate_limit,
         }
 
     async def _detach(self, arguments: dict[str, Any]) -> object:
@@ -361,6 +366,16 @@ class Mounted:
         return {"open_count": sum(image.open_count for image in images)}
 
 
+_RELOADED = frozenset({"refresh", "max-cache", "min-free", "overlays", "fill-rate", "log-level"})
+"""The keys that take effect when the configuration is read again."""
+
+
+def _reloaded(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, object]:
+    """Return what is chosen after the configuration was read again."""
+    kept = {name: value for name, value in old.items() if name not in _RELOADED}
+    return kept | {name: value for name, value in new.items() if name in _RELOADED}
+
+
 def _chosen(config: MountConfig) -> dict[str, object]:
     """Return what a user has chosen, by name."""
     found: dict[str, object] = {}
@@ -369,7 +384,7 @@ def _chosen(config: MountConfig) -> dict[str, object]:
     return {
         name: value
         for name, value in found.items()
-        if name not in ("options", "reread", "reopen_log", "dropped_log_lines", "moved")
+        if name not in ("options", "chosen", "reread", "reopen_log", "dropped_log_lines", "moved")
     }
 
 

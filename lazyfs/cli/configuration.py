@@ -103,6 +103,9 @@ def settings(options: argparse.Namespace) -> tuple[config_file.Setting, ...]:
 def apply(options: argparse.Namespace) -> None:
     """Set every key's value that is in effect in `options`.
 
+    `options.chosen` then has those that differ from the default, by the names of their keys, as
+    JSON has them.
+
     Raises:
         UserError: the file cannot be read, or its content is wrong.
         UsageError: neither the file nor the command line says what to mount, or where.
@@ -122,6 +125,11 @@ def apply(options: argparse.Namespace) -> None:
         raise errors.UsageError(f"required: {', '.join(missing)} ({where})")
     for setting in effective:
         setattr(options, setting.key.dest, setting.value)
+    options.chosen = {
+        setting.key.name: config_file.plain(setting)
+        for setting in effective
+        if setting.value != setting.key.default and not setting.key.required
+    }
 
 
 def show(options: argparse.Namespace) -> str:

@@ -140,23 +140,14 @@ def prefetch(options: argparse.Namespace) -> int:
     if options.timeout is not None and not options.wait:
         raise errors.UsageError("--timeout needs --wait")
     if options.wait:
-        waiting.until_whole(
-            lambda: [image for target in begun for image in _not_whole(target)],
-            options.timeout,
-        )
+        waiting.until_whole(lambda: [_not_whole(target) for target in begun], options.timeout)
     return code
 
 
-def _not_whole(target: Target) -> list[dict[str, Any]]:
-    found = control_client.query(*target)
-    jobs = {job["id"]: job for job in found["jobs"]}
-    left = []
-    for image in found["images"]:
-        if image["state"] != "whole":
-            job = jobs.get(image["path"].removeprefix(f"{found['mountpoint'].rstrip('/')}/"), {})
-            held = "paused" if job.get("status") == "paused" else job.get("error", "")
-            left.append({**image, "waits": held or image["error"] or found["message"]})
-    return left
+def _not_whole(target: Target) -> dict[str, Any]:
+    answer = control_client.query(*target)
+    images = [image for image in answer["images"] if image["state"] != "whole"]
+    return {**answer, "images": images}
 
 
 # -- jobs

@@ -181,6 +181,9 @@ def _config(options: argparse.Namespace, mountpoint: str) -> "MountConfig":
         passthrough=not options.no_passthrough,
         allow_evict=options.allow_evict,
         moved=options.moved,
+        chosen={  # every daemon runs in the foreground, also if its command does not
+            name: value for name, value in options.chosen.items() if name != "foreground"
+        },
     )
 
 

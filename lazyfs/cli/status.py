@@ -11,9 +11,6 @@ from lazyfs import errors
 from lazyfs.control import client as control_client
 from lazyfs.host import mounts
 
-_PIPE_WIDTH = 160
-"""The width of a table that does not go to a terminal. A pipe has no width of its own."""
-
 
 def run(options: argparse.Namespace) -> int:
     """Show the mounts and images that the user named."""
@@ -30,10 +27,12 @@ def run(options: argparse.Namespace) -> int:
         json.dump({"mounts": found}, sys.stdout, indent=2)
         print()
         return _exit_code(found)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console = Console(highlight=False)
+    terminal = console.is_terminal
     if not options.watch:
         found = _chosen(_query_all(options.paths), options)
-        console.print(status_view.render(found, console.width))
+        picture = status_view.render(found, console.width if terminal else None)
+        console.print(picture, soft_wrap=not terminal)  # a pipe has no width
         return _exit_code(found)
     from rich.live import Live
 
@@ -42,16 +41,14 @@ def run(options: argparse.Namespace) -> int:
     with Live(console=console, auto_refresh=False) as live:
 
         def draw(found: list[dict[str, Any]]) -> None:
-            picture = status_view.render(found, console.width)
-            if console.is_terminal:
+            if terminal:
+                picture = status_view.render(found, console.width, console.height)
                 live.update(picture, refresh=True)
             else:  # In a log or a pipe, one picture follows another.
-                console.print(picture)
+                console.print(status_view.render(found, None), soft_wrap=True)
                 sys.stdout.flush()
 
-        watching.watch(
-            lambda: _chosen(_query_all(options.paths), options), draw, keep=console.is_terminal
-        )
+        watching.watch(lambda: _chosen(_query_all(options.paths), options), draw, keep=terminal)
     return 0
 
 

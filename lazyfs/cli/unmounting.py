@@ -174,13 +174,13 @@ def _detach(path: str, wait: bool) -> str:
     mount = _mounted_at(path)
     while True:
         if wait:
-            waiting.until_whole(lambda: _filling(mount))
+            waiting.until_whole(lambda: [_filling(mount)])
         else:
             _refuse_if_filling(mount)
         try:
             return _detached(mount, force=False)
         except control_client.Refused:
-            if not _filling(mount):
+            if not _filling(mount)["images"]:
                 raise  # The daemon refused for another reason than an image that was just opened.
 
 
@@ -220,13 +220,11 @@ def _detached(mount: mounts.Mount, force: bool) -> str:
     )
 
 
-def _filling(mount: mounts.Mount) -> list[dict[str, Any]]:
-    """Return the images that are open and not whole."""
-    return [
-        i
-        for i in control_client.query(mount)["images"]
-        if i["open_count"] and i["state"] != "whole"
-    ]
+def _filling(mount: mounts.Mount) -> dict[str, Any]:
+    """Return the daemon's answer, with the images only that are open and not whole."""
+    answer = control_client.query(mount)
+    images = [i for i in answer["images"] if i["open_count"] and i["state"] != "whole"]
+    return {**answer, "images": images}
 
 
 def _refuse_if_filling(mount: mounts.Mount) -> None:
@@ -236,7 +234,7 @@ def _refuse_if_filling(mount: mounts.Mount) -> None:
     has open gets CLOSING_S before it counts.
     """
     deadline = time.monotonic() + CLOSING_S
-    while images := _filling(mount):
+    while images := _filling(mount)["images"]:
         readers = open_files.readers(mount.device, {image["inode"] for image in images})
         if readers or time.monotonic() > deadline:
             holders = open_files.holders_without_process(mount.mountpoint)

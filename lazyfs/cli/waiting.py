@@ -4,10 +4,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazyfs import errors
+from lazyfs.cli import progress
 from lazyfs.control import client as control_client
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 POLL_S = 0.5
 """The time between two queries. A person does not notice it, and an answer takes the daemon a
@@ -28,8 +32,8 @@ def until_whole(
     for a while, a line says why.
 
     Args:
-        filling: returns the images that are still waited for, as `query-images` describes them. If
-            an image has `waits`, that is why it may not move. When none is left, the wait ends.
+        filling: returns the answers of daemons, in the form of `client.query`, with the images only
+            that are still waited for. When none is left, the wait ends.
         timeout_s: how long to wait at most. None means for ever.
 
     Raises:
@@ -37,43 +41,45 @@ def until_whole(
     """
     until = math.inf if timeout_s is None else time.monotonic() + timeout_s
     moved_at, seen, told = time.monotonic(), -1, ""
-    images = filling()
-    if not images:
+    found = filling()
+    if not any(mount["images"] for mount in found):
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(True),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}", markup=False),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = {}
-        while images:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+        while images := [image for mount in found for image in mount["images"]]:
+            jobs = {
+                path: job for mount in found for path, job in progress.populate_jobs(mount).items()
+            }
             for image in images:
                 path = image["path"]
-                if image.get("replaced"):
-                    raise errors.UserError(
-                        f"{path} was replaced and will not become whole: close what has it open"
-                    )
-                if image["state"] == "failed":
-                    raise errors.UserError(f"{path} will not become whole: {image['error']}")
-                if path not in bars:
+                _check_possible(image)
+                if path not in tasks:
                     _populate(path)
-                    bars[path] = progress.add_task(path, total=image["size"])
+                    tasks[path] = bars.add_task(path, total=image["size"], pace="")
                     if not console.is_terminal:
                         console.print(
                             f"waiting for {path} to become whole", markup=False, soft_wrap=True
                         )
-                progress.update(bars[path], completed=image["present_bytes"] + image["zero_bytes"])
+                bars.update(
+                    tasks[path],
+                    completed=image["present_bytes"] + image["zero_bytes"],
+                    pace=progress.of_image(image, jobs.get(path)).text,
+                )
             here = sum(image["present_bytes"] + image["zero_bytes"] for image in images)
             now = time.monotonic()
             if here != seen:
                 moved_at, seen = now, here
-            why = next((image["waits"] for image in images if image.get("waits")), "")
+            why = _why_not(found, jobs)
             if now >= until:
                 raise errors.UserError(
                     f"{len(images)} of the images are not whole after {timeout_s:g} s"
@@ -83,7 +89,29 @@ def until_whole(
                 console.print(f"nothing moves: {why}", markup=False, soft_wrap=True)
                 told = why
             time.sleep(POLL_S)
-            images = filling()
+            found = filling()
+
+
+def _check_possible(image: Mapping[str, Any]) -> None:
+    """Raise UserError if an image will never become whole."""
+    path = image["path"]
+    if image.get("replaced"):
+        raise errors.UserError(
+            f"{path} was replaced and will not become whole: close what has it open"
+        )
+    if image["state"] == "failed":
+        raise errors.UserError(f"{path} will not become whole: {image['error']}")
+
+
+def _why_not(found: Sequence[Mapping[str, Any]], jobs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return why the first image that waits for something does, or ""."""
+    for mount in found:
+        for image in mount["images"]:
+            job = jobs.get(image["path"], {})
+            why = job.get("error") or image["error"] or mount["message"]
+            if why := why or progress.of_image(image, job or None).waits:
+                return str(why)
+    return ""
 
 
 def _populate(path: str) -> None:
@@ -113,6 +141,6 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         DownloadColumn(True),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -140,6 +140,7 @@ class Commands:
                 "current-progress": job.current_progress,
                 "total-progress": job.total_progress,
                 **({"error": job.error} if job.error else {}),
+                **({"waits_for": job.waits_for} if job.waits_for else {}),
             }
             for job in self._jobs.statistics()
         ]

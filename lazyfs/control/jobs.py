@@ -14,6 +14,7 @@ import trio
 from lazyfs import errors
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.image.image import Image
+from lazyfs.engine.population import Population
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +50,24 @@ class JobStatistics:
     current_progress: int
     total_progress: int
     error: str = ""
+    waits_for: str = ""
 
 
 class Jobs:
     """Knows all jobs of one mount. Trio thread only."""
 
-    def __init__(self, active: Callable[[], Iterable[Image]], room: Callable[[], str]) -> None:
+    def __init__(self, active: Callable[[], Iterable[Image]], population: Population) -> None:
         """Begin without any task.
 
         Args:
             active: returns the images that population may look at.
-            room: returns why population does nothing at all, or "".
+            population: fills them.
         """
         self.on_status: Callable[[str, str], None] = lambda job, status: None
         """Called when a job has another status, or is `GONE`. Whoever tells clients sets it."""
         self._nursery: trio.Nursery | None = None
         self._active = active
-        self._room = room
+        self._population = population
         self._tasks: dict[str, Task] = {}
         self._told: dict[str, str] = {}
 
@@ -108,14 +110,21 @@ class Jobs:
             return RUNNING  # it is being handed off
         return (
             RUNNING
-            if image.fillable and not image.populating.trouble and not self._room()
+            if image.fillable and not image.populating.trouble and not self._population.paused
             else STANDBY
         )
 
     def _populating(self, image: Image, status: str) -> JobStatistics:
         now = image.statistics()
-        done, error = now.present_bytes + now.zero_bytes, image.populating.trouble or self._room()
-        return JobStatistics(now.path, "populate", status, done, now.size or 0, error)
+        return JobStatistics(
+            now.path,
+            "populate",
+            status,
+            now.present_bytes + now.zero_bytes,
+            now.size or 0,
+            image.populating.trouble or self._population.paused,
+            self._population.waits_for(image),
+        )
 
     def announce(self) -> None:
         """Tell clients which jobs have another status than at the last call.

@@ -141,6 +141,18 @@ COMMANDS = (
                 'cache may not grow now, or ""',
             ),
             Field("message", "str", 'what an operator should know, or ""'),
+            Field(
+                "options",
+                "object",
+                "what was chosen with `lazyfs mount` and differs from the default, by the keys of "
+                "a configuration file",
+            ),
+            Field(
+                "rate_limit",
+                "int",
+                "limit of population, in bytes per second; null for none",
+                nullable=True,
+            ),
         ),
     ),
     Command(
@@ -190,7 +202,18 @@ COMMANDS = (
                 "bool",
                 "true if another image has its name now; it is listed while somebody has it open",
             ),
-            Field("fill_rate", "number", "bytes fetched per second, lately"),
+            Field(
+                "fill_rate",
+                "number",
+                "bytes fetched per second while it is populated, on average since the turn before "
+                "its latest turn; 0 otherwise",
+            ),
+            Field(
+                "rate_limit",
+                "int",
+                "limit of its own, in bytes per second; null for none",
+                nullable=True,
+            ),
             Field("pinned", "bool", "true if it is never evicted"),
             Field(
                 "last_used_ns",
@@ -224,6 +247,13 @@ COMMANDS = (
             Field("current-progress", "int", "number of bytes done"),
             Field("total-progress", "int", "number of bytes in all"),
             Field("error", "str", "why it failed or waits", optional=True),
+            Field(
+                "waits_for",
+                "str",
+                "what a populate job waits for: resume (it is paused), repository, retry (after a "
+                "failure), room, turn (others are being populated); left out if nothing",
+                optional=True,
+            ),
         ),
         returns_list=True,
     ),

@@ -18,6 +18,11 @@ class FetchCounters:
     populated_bytes: int
     requests: int
 
+    @property
+    def fetched_bytes(self) -> int:
+        """All bytes that were fetched, for readers and in the background."""
+        return self.demand_bytes + self.populated_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:

@@ -518,6 +518,11 @@ class Filesystem:
         """
         self._context.pace.set_rate(rate)
 
+    @property
+    def rate_limit(self) -> int | None:
+        """The limit of `set_rate`."""
+        return self._context.pace.rate_limit
+
     async def set_setting(self, name: str, value: str) -> None:
         """Store what concerns the whole cache.
 

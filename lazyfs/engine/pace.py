@@ -92,6 +92,12 @@ class SharedPace:
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
 
+    @property
+    def rate_limit(self) -> int | None:
+        """The limit in bytes per second. None means no limit."""
+        rate = self._bucket.rate
+        return None if rate is None else int(rate)
+
     def reader_waits(self) -> ReaderWait:
         """Note that a demand fetch begins. Return the object that ends it."""
         with self._lock:
@@ -173,6 +179,12 @@ class Pace:
         """
         with self._lock:
             self._bucket = TokenBucket(fill_rate)
+
+    @property
+    def rate_limit(self) -> int | None:
+        """The image's own limit in bytes per second. None means no limit."""
+        rate = self._bucket.rate
+        return None if rate is None else int(rate)
 
     def reader_waits(self) -> ReaderWait:
         """Note that a demand fetch begins. Return the object that ends it."""

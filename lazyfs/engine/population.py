@@ -107,6 +107,7 @@ class Population:
         self.paused = HELD
         for image in self._images():
             image.populating.pace.stopped = True
+            image.populating.rate.forget()
         self.wake()
 
     def release(self) -> None:
@@ -126,6 +127,17 @@ class Population:
         return PopulationStatistics(
             waiting, len(set(self._busy)), self._failures, bool(self.paused)
         )
+
+    def waits_for(self, image: Image) -> str:
+        """Return what an image that is to be filled waits for, as `query-jobs` says it, or ""."""
+        populating = image.populating
+        if populating.paused or self.held:
+            return "resume"
+        if populating.trouble:
+            return "repository" if populating.unreachable else "retry"
+        if self.paused:
+            return "room"
+        return "" if populating.rate.begun else "turn"
 
     async def run(self) -> None:
         """Fill images until cancelled.
@@ -148,7 +160,7 @@ class Population:
             if image is None:
                 await self._wait(wake)
             elif shortage := self._shortage():
-                self.paused = shortage
+                self._stand_still(shortage)
                 self.on_turn()
                 await trio.sleep(ROOM_CHECK_S)
             else:
@@ -159,6 +171,13 @@ class Population:
                 finally:
                     self._busy.remove(image)
                 self.on_turn()
+
+    def _stand_still(self, why: str) -> None:
+        """Note that nothing is filled, so that this time does not count in the rates."""
+        if not self.paused:
+            for image in self._images():
+                image.populating.rate.forget()
+        self.paused = why
 
     def _shortage(self) -> str:
         """Return why nothing may be filled now, or ""."""
@@ -221,6 +240,7 @@ class Population:
             return
         port, table = filling.port, filling.table
         before, began = table.counters().populated_bytes, trio.current_time()
+        image.populating.rate.begin_turn(began, table.counters().fetched_bytes)
         port.forget_trouble()
         try:
             await self._learn(filling)
@@ -276,6 +296,7 @@ class Population:
             return
         self._failures += 1
         image.populating.trouble = str(trouble)
+        image.populating.unreachable = isinstance(trouble, errors.ConnectionLost)
         if progress:
             self._backoffs.pop(image.inode, None)
         backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))

@@ -227,10 +227,10 @@ def _merge(first: Report, second: Report) -> Report:
 
 
 def _filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """Return the images that nodes of living QEMUs wait for and that may become whole.
+    """Return the answers of daemons with the images that nodes of living QEMUs wait for.
 
-    They are described as `query-images` does. A whole image counts, too, while its path does not
-    lead to the whole image yet.
+    They are in the form of `client.query`, without images that will not become whole. A whole image
+    counts, too, while its path does not lead to the whole image yet.
     """
     wanted = {
         node.path: None
@@ -245,12 +245,13 @@ def _filling(reports: Sequence[Report]) -> list[dict[str, Any]]:
         if mount is not None:
             with suppress(errors.UserError):  # The daemon has ended. The next pivot reports it.
                 inside = os.path.relpath(os.path.realpath(path), mount.mountpoint)
-                images = control_client.query(mount, inside)["images"]
-                found += [
+                answer = control_client.query(mount, inside)
+                images = [
                     image
-                    for image in images
+                    for image in answer["images"]
                     if image["state"] != "failed" and not _is_there(image, mount)
                 ]
+                found.append({**answer, "images": images})
     return found
 
 
@@ -339,15 +340,16 @@ class _Qemu:
         If QEMU is lost meanwhile, the node's report is added before the error is raised.
         """
         report = NodeReport(choice.node.name, choice.node.path, choice.action, choice.message)
-        if choice.action is not Action.MOVE:
+        if choice.action not in (Action.MOVE, Action.PARTIAL):
             return report
+        # Nobody should wait for an image only to hear then that its node cannot be moved.
         try:
             plan = await self._plan(choice.node)
         except qemu_monitor.Lost:
             raise
         except errors.UserError as error:
             return replace(report, action=Action.SKIPPED, message=str(error))
-        if self.options.dry_run:
+        if self.options.dry_run or choice.action is Action.PARTIAL:
             return report
         assert choice.node.now is not None
         try:

@@ -540,6 +540,22 @@ def test_automatic_names_are_refused_with_a_command_line_that_works(world: World
     assert world.is_moved(again)
 
 
+def test_nobody_waits_for_an_image_whose_node_cannot_be_moved(world: World) -> None:
+    disk = world.image("disk")
+    overlay = make_overlay(world.folder / "vm.qcow2", disk)
+    qemu = world.qemu("-drive", f"file={overlay},if=virtio,cache=none")
+    world.rows["disk"]["state"] = "partial"
+
+    def wait(filling: pivot.Filling) -> None:
+        raise AssertionError("it waits")
+
+    (report,) = pivot.run([str(qemu.socket)], pivot.Options(), wait=wait)
+    assert actions([report]) == ["skipped"]
+    assert "automatic names" in report.nodes[0].message
+    (report,) = pivot.run([str(qemu.socket)], pivot.Options(allow_hmp=True))
+    assert actions([report]) == ["partial"], "then it is worth waiting"
+
+
 def test_the_temporary_overlay_of_a_snapshot_is_not_in_the_command_line_to_use(
     world: World,
 ) -> None:
@@ -1198,12 +1214,13 @@ def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
     assert "the path does not lead to the whole image yet" in only(world.pivot(qemu)).message
 
     def wait(filling: pivot.Filling) -> None:
-        assert [image["state"] for image in filling()] == ["whole"]
+        (answer,) = filling()
+        assert [image["state"] for image in answer["images"]] == ["whole"]
         whole = world.shm / "whole"
         shutil.copy2(plain, whole)
         disk.unlink()
         disk.symlink_to(whole)
-        assert filling() == []
+        assert [answer["images"] for answer in filling()] == [[]]
 
     told: list[pivot.Report] = []
     (report,) = pivot.run([str(qemu.socket)], pivot.Options(), wait=wait, tell=told.append)

@@ -14,7 +14,7 @@ PACKAGES = {
     "__main__": "",
     "cli": (
         "mount_helper main verbs mounting configuration mount_options status watching status_view image_verbs map_view"
-        " pivoting unmounting checking doctor waiting values arguments"
+        " pivoting unmounting checking doctor waiting progress values arguments"
     ),
     "daemon": "",
     "mounted": "",

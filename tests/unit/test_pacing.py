@@ -13,6 +13,7 @@ from lazyfs.core.pacing import (
     Backoff,
     DemandGate,
     RateMeter,
+    RoundRate,
     TokenBucket,
 )
 from lazyfs.units import KiB, MiB
@@ -225,3 +226,29 @@ def test_a_meter_that_saw_nothing_reads_zero() -> None:
     assert meter.rate(123.0) == 0
     meter.add(123.0, 1 << 40)
     assert meter.rate(123.0) == 0  # no time has passed: no rate yet
+
+
+# -- rates of work in turns
+
+
+def test_a_rate_is_averaged_over_a_whole_round_of_turns() -> None:
+    rate = RoundRate()
+    assert not rate.begun
+    assert rate.rate(5.0, 0) == 0
+    seen = []
+    for turn in range(4):  # 2 s of work with 1,000 bytes, then 18 s of others
+        rate.begin_turn(20.0 * turn, 1000 * turn)
+        seen += [rate.rate(20.0 * turn + 2.0, 1000 * turn + 1000)]
+    assert seen[0] == 500
+    assert seen[1:] == pytest.approx([2000 / 22] * 3)
+    assert rate.rate(80.0, 4000) == 2000 / 40
+
+
+def test_a_pause_does_not_count_in_a_rate_of_turns() -> None:
+    rate = RoundRate()
+    rate.begin_turn(0.0, 0)
+    rate.forget()
+    assert not rate.begun
+    rate.begin_turn(1000.0, 5000)
+    assert rate.rate(1000.05, 5100) == 0  # too early
+    assert rate.rate(1001.0, 6000) == 1000

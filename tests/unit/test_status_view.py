@@ -35,9 +35,9 @@ def job(name: str, status: str, kind: str = "populate", **changes: Any) -> dict[
     } | changes
 
 
-def drawn(*mounts: dict[str, Any], width: int = 120) -> str:
+def drawn(*mounts: dict[str, Any], width: int = 120, height: int | None = None) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    console.print(status_view.render(mounts, width))
+    console.print(status_view.render(mounts, width, height))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert max((len(line.rstrip()) for line in text.splitlines()), default=0) <= width
@@ -54,25 +54,42 @@ def test_nothing_is_mounted() -> None:
     assert "no images" in drawn(mount())
 
 
-@pytest.mark.parametrize("status", ["paused", "standby"])
-def test_a_job_that_does_not_run_is_seen_in_its_images_line(status: str) -> None:
+@pytest.mark.parametrize(
+    ("waits_for", "words"),
+    [
+        ("resume", "paused"),
+        ("repository", "not connected"),
+        ("retry", "tries again"),
+        ("room", "no room"),
+        ("turn", "waits"),
+    ],
+)
+def test_what_an_image_waits_for_is_said_instead_of_a_rate_and_a_time(
+    waits_for: str, words: str
+) -> None:
     text = drawn(
-        mount(image("one"), image("team/two", fill_rate=2.0 * MiB), jobs=[job("team/two", status)])
+        mount(
+            image("one"),
+            image("team/two", fill_rate=2.0 * MiB),
+            jobs=[job("team/two", "standby", waits_for=waits_for)],
+        )
     )
-    assert status not in line_of(text, "one ")
-    if status == "paused":
-        assert "paused" in line_of(text, "team/two")
-        assert "MiB/s" not in line_of(text, "team/two")
-    else:
-        assert "2 MiB/s" in line_of(text, "team/two"), "the repository came back"
+    assert line_of(text, "one ").split()[-1] == "1", "no job: neither a rate nor a reason"
+    assert words in line_of(text, "team/two")
+    assert "MiB/s" not in text
     assert "job" not in text
 
 
-def test_a_job_that_runs_is_a_rate() -> None:
+def test_a_job_that_runs_is_a_rate_and_a_time() -> None:
     text = drawn(mount(image("one", fill_rate=2.0 * MiB), jobs=[job("one", "running")]))
-    assert "2 MiB/s" in text
+    assert " 2 MiB/s   25 s" in text
     assert "running" not in text
-    assert "standby" in drawn(mount(image("one"), jobs=[job("one", "standby")]))
+    assert "0 B/s" in drawn(mount(image("one"), jobs=[job("one", "running")]))
+
+
+def test_a_job_whose_image_is_all_here_is_about_to_end() -> None:
+    here = image("one", present_bytes=90 * MiB)
+    assert "finishing" in drawn(mount(here, jobs=[job("one", "running")]))
 
 
 def test_other_jobs_have_a_line() -> None:
@@ -200,17 +217,98 @@ def test_a_byte_is_as_wide_as_it_must_be() -> None:
     )
 
 
-def test_the_last_row_has_the_sums_of_the_work_under_way() -> None:
+def test_the_last_row_has_the_sums_and_the_time_of_the_work() -> None:
     text = drawn(
         mount(
             image("one", fill_rate=5.0 * MiB),
             image("two", fill_rate=5.0 * MiB, pinned=True),
             image("three", state="whole", present_bytes=100 * MiB, zero_bytes=0),
+            image("four"),
+            image("five", rate_limit=3 * MiB),
+            jobs=[
+                job("one", "running"),
+                job("two", "running"),
+                job("four", "running", waits_for="turn"),
+                job("five", "paused", waits_for="resume"),
+            ],
         )
     )
     assert "two (pinned)" in text
-    total = line_of(text, "3 images")
-    assert "200 MiB" in total  # of what is being filled
-    assert "10 MiB/s" in total
-    assert "10 s" in total
+    assert "five (at most 3 MiB/s)" in text
+    total = line_of(text, "5 images")
+    assert total.split()[2:] == [
+        "500",
+        "MiB",
+        "60",
+        "%",
+        "10",
+        "MiB/s",
+        "15",
+        "s",
+        "200",
+        "MiB",
+        "5",
+    ]
     assert "images" not in drawn(mount(image("one")))
+
+
+def test_all_that_wait_for_the_same_say_so_together() -> None:
+    jobs = [job(name, "standby", waits_for="room") for name in ("one", "two")]
+    assert "no room" in line_of(drawn(mount(image("one"), image("two"), jobs=jobs)), "2 images")
+
+
+def test_eighty_columns_have_one_line_for_each_image_and_whole_names() -> None:
+    names = ["debian-12-generic-amd64-20260101-daily", "team/ubuntu-24.04-server-cloudimg"]
+    images = [image(name, fill_rate=5.0 * MiB) for name in names]
+    jobs = [job(name, "running") for name in names]
+    text = drawn(mount(*images, jobs=jobs), width=80)
+    assert len(text.splitlines()) == 5  # the mount, the names of columns, two images, the sums
+    for name in names:
+        line = line_of(text, name)
+        assert "50 %" in line
+        assert "5 MiB/s" in line
+        assert "10 s" in line
+
+
+def test_a_name_is_cut_only_when_all_columns_are_gone_that_can_be_spared() -> None:
+    name = "a-rather-long-name-of-an-image/of-some-team/debian-12-generic-amd64"
+    text = drawn(mount(image(name)), width=60)
+    assert "partial" in text
+    assert "a-rather" in text
+    assert "…" in text
+    assert "amd64 " in text
+    assert name in drawn(mount(image(name)), width=90)
+
+
+def test_a_terminal_of_little_height_shows_what_fits_and_the_events() -> None:
+    images = [image(f"disk-{number:03}", error="broken") for number in range(300)]
+    text = drawn(mount(*images, events=["12:00:01 disk-000: whole"]), width=80, height=24)
+    lines = text.splitlines()
+    assert len(lines) <= 24
+    assert lines[-1] == "  12:00:01 disk-000: whole"
+    assert "disk-000" in text
+    assert "  and 288 more  " in text
+    assert "  300 images" in text
+    assert "and 295 more with an error" in text
+
+
+def test_options_are_shown_as_they_are_given() -> None:
+    options = {
+        "no-populate": True,
+        "overlays": ["/a", "/b"],
+        "fill-rate": 5,
+        "on-change": "replace",
+    }
+    text = drawn(mount(image("one"), options=options, rate_limit=50 * MiB))
+    assert (
+        "\n  population at most 50 MiB/s  --no-populate  --overlays /a  --overlays /b"
+        "  --on-change replace\n" in text
+    )
+
+
+def test_a_pipe_gets_whole_names() -> None:
+    name = "x" * 300
+    console = Console(file=io.StringIO(), width=80)
+    console.print(status_view.render([mount(image(name))], None), soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    assert line_of(console.file.getvalue(), name).split()[:2] == [name, "100"]

@@ -17,7 +17,6 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
 from lazyfs.core.image_record import FetchCounters
 from lazyfs.core.in_flight import Flight, InFlight, Plan
-from lazyfs.core.pacing import RateMeter
 from lazyfs.engine import totals
 from lazyfs.engine.totals import Totals
 
@@ -48,7 +47,6 @@ class BlockTable:
         self._demand_bytes = counters.demand_bytes
         self._populated_bytes = counters.populated_bytes
         self._requests = counters.requests
-        self._meter = RateMeter()
         self._totals = totals
         self._zero_counted = blocks.zero_bytes
         self._token = trio.lowlevel.current_trio_token()
@@ -117,11 +115,6 @@ class BlockTable:
         """Return what has been fetched since the image was created, by earlier daemons as well."""
         with self._lock:
             return FetchCounters(self._demand_bytes, self._populated_bytes, self._requests)
-
-    def rate(self) -> float:
-        """Return how many bytes per second have been fetched lately."""
-        with self._lock:
-            return self._meter.rate(self._totals.clock())
 
     def runs(self) -> list[tuple[ByteRange, int]]:
         """Return the ranges of the export and the states of their blocks (`core/block_map.py`)."""
@@ -231,14 +224,12 @@ class BlockTable:
         """Count bytes that were fetched because a reader needed them."""
         with self._lock:
             self._demand_bytes += amount
-            self._meter.add(self._totals.clock(), amount)
         self._totals.add(totals.DEMAND_BYTES, amount)
 
     def count_populated(self, amount: int) -> None:
         """Count bytes that population fetched."""
         with self._lock:
             self._populated_bytes += amount
-            self._meter.add(self._totals.clock(), amount)
         self._totals.add(totals.POPULATED_BYTES, amount)
 
     def settle(self, flight: Flight, kept: int | Mapping[int, int] | None) -> None:

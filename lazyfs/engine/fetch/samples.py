@@ -77,7 +77,7 @@ class Samples:
 
     def _fetched(self) -> int:
         counters = self._table.counters()
-        return counters.demand_bytes + counters.populated_bytes
+        return counters.fetched_bytes
 
 
 def _without_zeroes(data: bytes) -> tuple[int, bytes]:

@@ -26,6 +26,8 @@ class ImageStatistics:
     open_count: int
     replaced: bool
     fill_rate: float
+    rate_limit: int | None
+    """What `set-rate` allows this image, in bytes per second."""
     pinned: bool
     last_used_ns: int
     error: str

@@ -1,7 +1,8 @@
 """Holds what population and its job know about one image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from lazyfs.core.pacing import RoundRate
 from lazyfs.engine.pace import Pace
 
 
@@ -22,6 +23,10 @@ class Populating:
     """The number of population's turn in which it last worked on the image, or first saw it."""
     after: float = 0.0
     """Population leaves the image alone until this time, by trio's clock, after a failure."""
+    rate: RoundRate = field(default_factory=RoundRate)
+    """How fast bytes of the image are fetched, by readers as well."""
+    unreachable: bool = False
+    """True if the latest turn failed because the repository could not be reached."""
     trouble: str = ""
     """Why the latest turn of population failed. It is "" if it did not."""
 
@@ -45,6 +50,7 @@ class Populating:
     def pause(self) -> None:
         """Pause population, including the turn under way."""
         self.paused = self.pace.stopped = True
+        self.rate.forget()
 
     def resume(self) -> None:
         """Undo `pause`."""
@@ -54,4 +60,5 @@ class Populating:
     def stop(self) -> None:
         """Stop population until `want` is called, including the turn under way."""
         self.wanted = self.paused = False
+        self.rate.forget()
         self.pace.stopped = True
