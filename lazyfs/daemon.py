@@ -8,14 +8,16 @@ unmount      kernel's connection ends -> jobs and population end -> checkpoint o
 A crash at any point loses only what was cached after the last checkpoint.
 """
 
+import gc
 import logging
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ from lazyfs import assembly, errors
 from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.core import repository_uri
+from lazyfs.core.export_name import SHA1, is_named
 from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
 from lazyfs.kernel.fuse_adapter import FuseAdapter
@@ -77,8 +80,10 @@ def _report_uncaught(
     logger.error("uncaught", exc_info=(kind, error, trace))
 
 
-def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
+def serve(config: MountConfig, on_ready: Callable[[Sequence[str]], None]) -> None:
     """Mount, call `on_ready` when the mount answers, and return when it has been unmounted.
+
+    `on_ready` is given what the user should know although it is mounted, a line each.
 
     Raises:
         UserError: it could not be mounted. Nothing was left behind.
@@ -88,6 +93,7 @@ def serve(config: MountConfig, on_ready: Callable[[], None]) -> None:
     config = _within_kernel_limits(config)
     _raise_file_limit()
     sys.excepthook = _report_uncaught
+    gc.disable()  # with 100,000 exports, collections that found nothing took 2.2 s of 2.6
     cache = CacheDir(
         config.cache_dir,
         config.mountpoint,
@@ -145,7 +151,9 @@ def _raise_file_limit() -> None:
 class _Daemon:
     """Builds the parts of a mount, mounts, serves, and takes everything down again."""
 
-    def __init__(self, config: MountConfig, cache: CacheDir, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: MountConfig, cache: CacheDir, on_ready: Callable[[Sequence[str]], None]
+    ) -> None:
         self._config = config
         self._cache = cache
         self._on_ready = on_ready
@@ -179,6 +187,8 @@ class _Daemon:
             )
             try:
                 await self._first_list(parts, repository)
+                gc.freeze()  # later collections need not look at what is here to stay
+                gc.enable()
                 await self._mount(repository, parts, metrics)
             finally:  # neither the kernel nor a job reads images any more
                 with trio.CancelScope(shield=True):
@@ -237,13 +247,42 @@ class _Daemon:
         )
         try:
             pyfuse3.init(adapter, session.libfuse_path, set())
-            await mounted.serve(self._on_ready)
+            await mounted.serve(partial(self._on_ready, self._notes(parts)))
         except BaseException:
             unmount_quietly(session)
             raise
         finally:
             pyfuse3.close(unmount=False)
         logger.info("unmounted: %s", config.mountpoint)
+
+    def _notes(self, parts: Parts) -> list[str]:
+        """Return what the user should know although it is mounted."""
+        notes = []
+        if trouble := parts.filesystem.list_trouble:
+            notes.append(f"{trouble}; the images that are known from before are shown")
+        chosen, records = self._config.chosen, self._cache.records
+        wanted = self._config.options.format
+        others = sum(record.format != wanted for record in records)
+        if "format" in chosen and others:
+            notes.append(
+                f"--format {wanted} is for images new to this cache: {others} known ones stay as "
+                f"they are (lazyfs prefetch --format {wanted} changes those of which nothing is "
+                "cached)"
+            )
+        others = sum(not is_named(record.export, record.path, SHA1) for record in records)
+        if "names" in chosen and others:
+            notes.append(
+                f"--names sha1 is for images new to this cache: {others} known ones keep their "
+                "names; another --cache-dir gives all of them new ones"
+            )
+        if [image.record.export for image in parts.filesystem.names.images()] == [""]:
+            notes.append(
+                "the repository has a single export without a name, shown as %00; a server of "
+                "images gives each a name, such as nbdkit file dir=FOLDER, or qemu-nbd -x NAME"
+            )
+        for note in notes:
+            logger.info("%s", note)
+        return notes
 
     async def _backing_files(self) -> frozenset[str]:
         """Return the paths of images that overlays need.

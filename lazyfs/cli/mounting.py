@@ -22,6 +22,7 @@ from lazyfs import errors
 from lazyfs.cli import configuration, values
 from lazyfs.control import client as control_client
 from lazyfs.core import shown_file
+from lazyfs.core.escaping import one_line
 from lazyfs.core.eviction import Limits
 from lazyfs.host import mounts
 from lazyfs.report.background_log import BackgroundLog, DescriptorHandler
@@ -73,6 +74,11 @@ def _mountpoint(path: str) -> str:
     _refuse_if_hung([mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == there])
     mountpoint = os.path.realpath(path)
     mounted = [mount for mount in mounts.lazyfs_mounts() if mount.mountpoint == mountpoint]
+    if mounted and mounted[-1].foreign:
+        raise errors.UserError(
+            f"user {mounted[-1].user_id} has mounted a lazyfs on {mountpoint}; "
+            "it must be unmounted first"
+        )
     if mountpoint != there:
         _refuse_if_hung(mounted)
     try:
@@ -132,7 +138,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         dropped_log_lines=lambda: log.dropped,
     )
     try:
-        daemon.serve(config, lambda: _report(options.ready_fd, "ready"))
+        daemon.serve(config, lambda notes: _report(options.ready_fd, "ready", notes))
     except errors.UserError:
         raise
     except Exception:
@@ -236,14 +242,19 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     return f"the Python module {error.name} is missing: pip install lazyfs, or run tools/setup"
 
 
-def _report(ready_fd: int | None, message: str) -> None:
-    """Tell the process that waits for this daemon.
+_NOTE = "note: "
+"""How a line begins that the process which waits passes on to the user."""
 
-    The pipe is closed after the first message, because that process reads only one line.
+
+def _report(ready_fd: int | None, message: str, notes: Sequence[str] = ()) -> None:
+    """Tell the process that waits for this daemon, and close the pipe.
+
+    In the foreground the log on stderr has the notes already.
     """
     if ready_fd is not None:
+        lines = [*(f"{_NOTE}{one_line(note)}" for note in notes), one_line(message)]
         with suppress(OSError):
-            os.write(ready_fd, message.encode() + b"\n")
+            os.write(ready_fd, "".join(f"{line}\n" for line in lines).encode())
             os.close(ready_fd)
 
 
@@ -278,6 +289,9 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
     try:
         with os.fdopen(read_fd) as answer:
             said = answer.readline().strip()
+            while said.startswith(_NOTE):
+                print(f"lazyfs: {said.removeprefix(_NOTE)}", file=sys.stderr)
+                said = answer.readline().strip()
     except KeyboardInterrupt:  # the daemon has a session of its own, so it was not interrupted
         child.terminate()
         raise

@@ -26,14 +26,14 @@ def run(options: argparse.Namespace) -> int:
         found = _chosen(_query_all(options.paths), options)
         json.dump({"mounts": found}, sys.stdout, indent=2)
         print()
-        return _exit_code(found)
+        return _exit_code(found, options.paths)
     console = Console(highlight=False)
     terminal = console.is_terminal
     if not options.watch:
         found = _chosen(_query_all(options.paths), options)
         picture = status_view.render(found, console.width if terminal else None)
         console.print(picture, soft_wrap=not terminal)  # a pipe has no width
-        return _exit_code(found)
+        return _exit_code(found, options.paths)
     from rich.live import Live
 
     from lazyfs.cli import watching
@@ -77,9 +77,12 @@ def _chosen(found: list[dict[str, Any]], options: argparse.Namespace) -> list[di
     return found
 
 
-def _exit_code(found: Sequence[dict[str, Any]]) -> int:
-    """Return 1 if a daemon did not answer, even if the others did."""
-    return 1 if any("error" in one for one in found) else 0
+def _exit_code(found: Sequence[dict[str, Any]], named: Sequence[str]) -> int:
+    """Return 1 if a daemon did not answer, even if the others did.
+
+    The mounts of other users count only if they were named.
+    """
+    return 1 if any("error" in one and (named or not one.get("foreign")) for one in found) else 0
 
 
 def _query_all(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -120,4 +123,5 @@ def _query_or_say_why(mount: mounts.Mount) -> dict[str, Any]:
             "images": [],
             "jobs": [],
             "error": str(error),
+            **({"foreign": True} if mount.foreign else {}),
         }

@@ -58,6 +58,9 @@ def umount(options: argparse.Namespace) -> int:
     if mounts.served(mount).mountpoint != mount.mountpoint:
         _unmount(mount, lazy=options.lazy)  # a bind mount, which is not the daemon's
         return 0
+    if mount.foreign:  # its daemon takes no questions, and root may unmount it all the same
+        _unmount(mount, lazy=options.lazy)
+        return 0
     _refuse_if_hung(mount)
     if not control_client.alive(mount):  # Then there is nothing to save.
         _unmount(mount, lazy=False, dead=True)

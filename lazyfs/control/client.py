@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import os
+import pwd
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -112,8 +113,13 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
     Raises:
         Refused: the daemon answered a command with an error. Later commands were not run.
         Hangs: the daemon exists, but does not answer.
-        UserError: the daemon cannot be reached.
+        UserError: the daemon cannot be reached, or belongs to another user.
     """
+    if mount.foreign:
+        raise errors.UserError(
+            f"{mount.mountpoint} was mounted by {_name(mount.user_id)}, and only that user may ask "
+            "its daemon"
+        )
     try:
         return asyncio.run(ask(mounts.socket_path(mount.mountpoint), commands))
     except Refused as error:
@@ -136,6 +142,13 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
         raise errors.UserError(
             f"the daemon of {mount.mountpoint} does not answer: {reason}"
         ) from error
+
+
+def _name(user_id: int) -> str:
+    try:
+        return f"{pwd.getpwuid(user_id).pw_name} (uid {user_id})"
+    except KeyError:
+        return f"uid {user_id}"
 
 
 def alive(mount: mounts.Mount) -> bool:

@@ -33,6 +33,8 @@ MAX_UNREAD = 1000
 about as many events. Each has about 200 bytes."""
 
 Handler = Callable[[dict[str, Any]], Awaitable[object]]
+Message = Sequence[bytes]
+"""A message of the wire in pieces, which are written one after the other."""
 
 
 class ControlServer:
@@ -135,7 +137,7 @@ class ControlServer:
         This does not wait. A client for which MAX_UNREAD messages wait already is dropped.
         """
         assert name in control_schema.EVENT_NAMES, name
-        message = qmp_wire.encode(qmp_wire.event(name, data, time.time_ns() // 1000))
+        message = [qmp_wire.encode(qmp_wire.event(name, data, time.time_ns() // 1000))]
         for client in list(self._clients):
             client.send_nowait(message)
 
@@ -161,7 +163,7 @@ class ControlServer:
     async def _talk(self, client: "_Client") -> None:
         session = qmp_wire.ServerSession("lazyfs", _version())
         decoder = qmp_wire.Decoder()
-        await client.send(qmp_wire.encode(session.greeting()))
+        await client.send([qmp_wire.encode(session.greeting())])
         async for data in client.stream:
             try:
                 for message in decoder.feed(bytes(data)):
@@ -171,7 +173,7 @@ class ControlServer:
                         await client.send(answer)
             except qmp_wire.WireError as error:
                 failure = qmp_wire.CommandError(f"JSON parse error, {error.desc}")
-                await client.send(qmp_wire.encode(qmp_wire.failed({}, failure)))
+                await client.send([qmp_wire.encode(qmp_wire.failed({}, failure))])
                 return
 
     @contextmanager
@@ -184,9 +186,9 @@ class ControlServer:
             self._answered.set()
             self._answered = trio.Event()
 
-    async def _answer(self, session: qmp_wire.ServerSession, message: dict[str, Any]) -> bytes:
+    async def _answer(self, session: qmp_wire.ServerSession, message: dict[str, Any]) -> Message:
         try:
-            return qmp_wire.encode(
+            return qmp_wire.encode_in_pieces(
                 qmp_wire.returned(message, await self._execute(session.command(message)))
             )
         except qmp_wire.CommandError as error:
@@ -198,7 +200,7 @@ class ControlServer:
             failure = qmp_wire.CommandError(
                 "the command failed, a bug in lazyfs; the log has the details"
             )
-        return qmp_wire.encode(qmp_wire.failed(message, failure))
+        return [qmp_wire.encode(qmp_wire.failed(message, failure))]
 
     async def _execute(self, command: qmp_wire.Command) -> object:
         schema = self._schema.get(command.name)
@@ -232,11 +234,11 @@ class _Client:
         """Whether the client gets events. It does after it has negotiated."""
         self._gone = False
         """Whether the connection has ended, so that nothing can be written to it."""
-        self._unread: deque[bytes] = deque()
+        self._unread: deque[Message] = deque()
         self._filled = trio.Event()
         self._emptied = trio.Event()
 
-    async def send(self, message: bytes) -> None:
+    async def send(self, message: Message) -> None:
         """Queue an answer, and wait until it and everything before it is written.
 
         Raises:
@@ -256,7 +258,7 @@ class _Client:
         if self._gone:
             raise trio.BrokenResourceError
 
-    def send_nowait(self, message: bytes) -> None:
+    def send_nowait(self, message: Message) -> None:
         """Queue an event if the client gets events. Drop the client if it does not read."""
         if not self.listens:
             return
@@ -267,7 +269,7 @@ class _Client:
             return
         self._put(message)
 
-    def _put(self, message: bytes) -> None:
+    def _put(self, message: Message) -> None:
         self._unread.append(message)
         self._filled.set()
 
@@ -280,7 +282,8 @@ class _Client:
             while True:
                 await self._filled.wait()
                 while self._unread:
-                    await self.stream.send_all(self._unread[0])
+                    for piece in self._unread[0]:
+                        await self.stream.send_all(piece)
                     if self._unread:  # Otherwise the client was dropped meanwhile.
                         self._unread.popleft()
                 self._filled = trio.Event()

@@ -98,6 +98,11 @@ def shown_path(export: str, names: str, is_free: Callable[[str], bool], suffix: 
     return file_name(export, is_free, suffix)
 
 
+def is_named(export: str, path: str, names: str) -> bool:
+    """Return whether an image at `path` has its name in that way, which is one of NAMES."""
+    return (path == shown_path(export, SHA1, lambda _path: True, "")) == (names == SHA1)
+
+
 def file_name(
     export: str, is_free: Callable[[str], bool] = lambda path: True, suffix: str = ""
 ) -> str:

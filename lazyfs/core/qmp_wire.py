@@ -15,7 +15,7 @@ Source: QEMU's "QEMU Machine Protocol Specification" (docs/interop/qmp-spec).
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,9 +128,40 @@ def _finite(number: str) -> float:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Holds a value that is JSON already.
+
+    Python encodes a value in one step, in which no other task runs: 0.3 s for 100,000 images. So
+    a long list is encoded in pieces, with pauses, by whoever makes it.
+    """
+
+    pieces: Sequence[bytes]
+
+
+def array(rows: Iterable[object]) -> bytes:
+    """Return rows as a part of an array: JSON without the brackets around it."""
+    return json.dumps(list(rows)).encode()[1:-1]
+
+
+def whole_array(parts: Iterable[bytes]) -> Encoded:
+    """Return the array that is made of parts of `array`, none of which is empty."""
+    pieces = [piece for part in parts for piece in (b", ", part)]
+    return Encoded([b"[", *pieces[1:], b"]"])
+
+
 def encode(message: JsonObject) -> bytes:
     """Return one message as a line that ends in CR LF."""
-    return json.dumps(message, separators=(", ", ": ")).encode() + b"\r\n"
+    return b"".join(encode_in_pieces(message))
+
+
+def encode_in_pieces(message: JsonObject) -> list[bytes]:
+    """Return the pieces of one message. Its members may be `Encoded`."""
+    pieces = [b"{"]
+    for number, (name, value) in enumerate(message.items()):
+        pieces.append((b", " if number else b"") + json.dumps(name).encode() + b": ")
+        pieces += value.pieces if isinstance(value, Encoded) else [json.dumps(value).encode()]
+    return [*pieces, b"}\r\n"]
 
 
 @dataclass(slots=True)

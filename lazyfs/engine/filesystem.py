@@ -33,6 +33,7 @@ from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes
+from lazyfs.engine.slices import slices
 from lazyfs.engine.supervision import log_failure
 from lazyfs.engine.threads import Threads
 from lazyfs.engine.totals import Totals
@@ -284,16 +285,21 @@ class Filesystem:
             self.list_trouble = ""
 
     async def _take_in(self, listed: set[str]) -> None:
-        known = {image.record.export for image in self.names.images()}
-        for image in self.names.images():
-            image.gone = image.record.export not in listed
+        known = set()
+        for images in slices(list(self.names.images())):
+            for image in images:
+                known.add(image.record.export)
+                image.gone = image.record.export not in listed
+            gone = [image for image in images if image.gone and has_nothing(image)]
+            await self._drop([image for image in gone if image.inode not in self._replacing])
+            await trio.lowlevel.checkpoint()
         self.on_fillable()  # some images may be in the repository again
-        gone = [image for image in self.names.images() if image.gone and has_nothing(image)]
-        await self._drop([image for image in gone if image.inode not in self._replacing])
         await self._remove_stale_rows()
-        records = self._new_records(sorted(listed - known))
-        if not records:
-            return
+        for exports in slices(sorted(listed - known)):
+            await self._add(self._new_records(exports))
+
+    async def _add(self, records: Sequence[ImageRecord]) -> None:
+        """Store and show images that are new."""
         paths = {record.path for record in records}
         self._reserved |= paths
         try:

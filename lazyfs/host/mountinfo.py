@@ -31,6 +31,8 @@ class Entry:
     """What is mounted, such as a device. A FUSE file system can give any text."""
     root: str = "/"
     """Which folder of the file system is mounted. It is not "/" for a bind mount of a folder."""
+    user_id: int = 0
+    """Who has mounted a FUSE file system."""
     layers: tuple[str, ...] = ()
     """The lower folders of an overlay file system."""
 
@@ -70,8 +72,15 @@ def _entry(line: bytes) -> Entry | None:
         _unescape(kind),
         _unescape(source),
         _unescape(root),
+        _user_id(options[-1]) if options else 0,
         _layers(options[-1]) if kind == b"overlay" and options else (),
     )
+
+
+def _user_id(options: bytes) -> int:
+    """Return the user of a FUSE file system among the options of its superblock, or 0."""
+    found = re.search(rb"(?:^|,)user_id=([0-9]+)(?:,|$)", options)
+    return int(found[1]) if found else 0
 
 
 def _layers(options: bytes) -> tuple[str, ...]:

@@ -30,12 +30,23 @@ class Mount:
     """"major:minor", as sysfs names the connection and the backing device."""
     root: str = "/"
     """Which folder of the file system is mounted here. It is "/" unless a folder was bound."""
+    user_id: int = 0
+    """Who has mounted it."""
+
+    @property
+    def foreign(self) -> bool:
+        """True if another user has mounted it, so that nothing is asked of it.
+
+        Its daemon takes no commands from here, and can leave whoever asks the mount without an
+        answer for ever.
+        """
+        return self.user_id != os.geteuid()
 
 
 def lazyfs_mounts() -> list[Mount]:
     """Return all lazyfs mounts of this mount namespace, in the order they were made."""
     return [
-        Mount(entry.mountpoint, entry.source, entry.device, entry.root)
+        Mount(entry.mountpoint, entry.source, entry.device, entry.root, entry.user_id)
         for entry in mountinfo.read()
         if entry.kind == FS_TYPE
     ]
@@ -123,7 +134,7 @@ def control_sockets(detached_only: bool = False) -> list[str]:
     """
     try:
         names = sorted(os.listdir(runtime_dir()))
-    except FileNotFoundError:
+    except OSError:  # there is none, or $HOME is another user's
         return []
     names = [
         name

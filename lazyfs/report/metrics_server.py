@@ -2,9 +2,9 @@
 
 The trio thread accepts connections. For each of them a thread reads the request and writes the
 text, so that a client which is slow or sends nothing does not delay readers. When the request has
-arrived, the numbers are taken in the trio thread in one step. So no lock is needed, and the numbers
-belong to one moment. At the daemon's end trio abandons the threads, so the end does not wait for a
-scrape. (They are daemon threads, and their calls into the loop that has ended fail.)
+arrived, the numbers are taken in the trio thread, so no lock is needed. At the daemon's end trio
+abandons the threads, so the end does not wait for a scrape. (They are daemon threads, and their
+calls into the loop that has ended fail.)
 
 prometheus_client's own server is not used. It asks the DNS for the host's name before it listens,
 starts any number of threads, lets each wait for its client for ever, and cannot be stopped without
@@ -15,7 +15,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
@@ -74,10 +74,10 @@ class MetricsServer:
         self._scope = trio.CancelScope()
         self._limiter = trio.CapacityLimiter(MAX_SCRAPES)
 
-    async def run(self, picture: Callable[[], Picture]) -> None:
+    async def run(self, picture: Callable[[], Awaitable[Picture]]) -> None:
         """Serve until cancelled or closed. `picture` is called in the trio thread."""
         registry = prometheus_client.CollectorRegistry()
-        registry.register(Collector(lambda: trio.from_thread.run_sync(picture)))
+        registry.register(Collector(lambda: trio.from_thread.run(picture)))
         app = prometheus_client.make_wsgi_app(registry)
 
         async def serve(stream: trio.SocketStream) -> None:

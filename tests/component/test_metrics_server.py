@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -51,11 +51,18 @@ def picture(number: float = 7.0, mountpoint: str = "/mnt") -> Picture:
     return Picture(values, done)
 
 
+def later(take: Callable[[], Picture]) -> Callable[[], Awaitable[Picture]]:
+    async def taken() -> Picture:
+        return take()
+
+    return taken
+
+
 @pytest.fixture
 def serving(nursery: trio.Nursery) -> Callable[..., MetricsServer]:
     def start(address: str = "127.0.0.1:0", take: Callable[[], Picture] = picture) -> MetricsServer:
         server = MetricsServer(address)
-        nursery.start_soon(server.run, take)
+        nursery.start_soon(server.run, later(take))
         return server
 
     return start
@@ -190,7 +197,7 @@ async def test_clients_that_say_nothing_stop_neither_others_nor_the_end(serving:
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:
             server = MetricsServer("127.0.0.1:0")
-            nursery.start_soon(server.run, picture)
+            nursery.start_soon(server.run, later(picture))
             with silent(server), silent(server) as one:
                 assert (await get(server))[0] == 200
                 nursery.cancel_scope.cancel()

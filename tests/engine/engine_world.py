@@ -7,6 +7,7 @@ call; a call waits for a token of its limiter, and can be cancelled while it wai
 begun is not cancelled, but may be abandoned.
 """
 
+import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,7 +20,7 @@ from trio.testing import MockClock
 
 from lazyfs import assembly, errors
 from lazyfs.control.jobs import Jobs
-from lazyfs.core import control_schema
+from lazyfs.core import control_schema, qmp_wire
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.eviction import Limits
 from lazyfs.engine.fetch.demand_reader import DemandReader
@@ -215,7 +216,8 @@ class World:
         schema = next(one for one in control_schema.COMMANDS if one.name == name)
         arguments = {key.replace("_", "-"): value for key, value in arguments.items()}
         control_schema.check_arguments(schema, arguments)
-        answer = await self._commands[name](arguments)
+        returned = {"return": await self._commands[name](arguments)}
+        answer = json.loads(qmp_wire.encode(returned))["return"]
         check_answer(schema, answer)
         return answer
 

@@ -1,6 +1,6 @@
 """Tests names and inodes while the repository's list changes, sizes, versions, start and end."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lazyfs.core.lifecycle import State
 from lazyfs.engine.image.image import Image
 from lazyfs.engine.name_tree import Folder
 from lazyfs.engine.sizes import DESCRIBE_BATCH, NO_SIZES_S
+from lazyfs.engine.slices import SLICE
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)
@@ -454,6 +455,38 @@ async def test_an_open_file_goes_on_when_its_export_disappears_and_returns() -> 
             world.repository.exports["disk"] = keep
         await world.filesystem.refresh()
         assert image.statistics().error == ""
+
+
+async def test_others_run_while_many_names_are_taken_in_shown_and_dropped() -> None:
+    """A reader must not wait for a list of a hundred thousand names."""
+    world = world_with("disk")
+    many = 3 * SLICE + 1
+    async with world.daemon():
+        turns = 0
+
+        async def look() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async def turns_of(work: Awaitable[object]) -> int:
+            before = turns
+            await work
+            return turns - before
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            for number in range(many):
+                world.repository.add(f"{number:06}", bytes(BLOCK))
+            assert await turns_of(world.filesystem.refresh()) >= 4
+            assert len(list(world.filesystem.names.images())) == many + 1
+            assert await turns_of(world.command("query-images")) >= many / 500
+            for number in range(many):
+                del world.repository.exports[f"{number:06}"]
+            assert await turns_of(world.filesystem.refresh()) >= 4
+            assert len(list(world.filesystem.names.images())) == 1
+            nursery.cancel_scope.cancel()
 
 
 # -- statistics, the end

@@ -171,6 +171,8 @@ class Lab:
         self.repository.mkdir()
         self.mnt.mkdir()
         self.daemon: subprocess.Popen[str] | None = None
+        self.notes: list[str] = []
+        """What the latest mount told its user."""
         self._servers: list[Nbdkit] = []
         self._watchdog = threading.Timer(self.watchdog_s, self.kill_daemon)
         self._watchdog.daemon = True
@@ -250,7 +252,7 @@ class Lab:
         )
         os.close(write_fd)
         with os.fdopen(read_fd) as answer:
-            said = answer.readline().strip()
+            *self.notes, said = answer.read().splitlines() or [""]
         assert said == "ready", f"{said}\n{self.log_text()}"
 
     def umount(self) -> None:

@@ -88,6 +88,18 @@ def test_what_is_encoded_is_decoded(messages: list[JsonObject]) -> None:
     assert decode([qmp_wire.encode(message) for message in messages]) == (messages, False)
 
 
+@given(st.lists(st.lists(objects, min_size=1, max_size=3), max_size=3))
+def test_an_array_that_is_encoded_in_parts_is_the_whole_array(
+    parts: list[list[JsonObject]],
+) -> None:
+    whole = qmp_wire.whole_array(qmp_wire.array(part) for part in parts)
+    message = {"return": whole, "id": 7}
+    rows = [row for part in parts for row in part]
+    assert b"".join(qmp_wire.encode_in_pieces(message)) == qmp_wire.encode(
+        {"return": rows, "id": 7}
+    )
+
+
 @given(objects)
 def test_a_message_is_one_line(message: JsonObject) -> None:
     line = qmp_wire.encode(message)

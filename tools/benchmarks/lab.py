@@ -225,7 +225,7 @@ class Lab:
         os.close(write_fd)
         try:
             with os.fdopen(read_fd) as answer:
-                said = answer.readline().strip()
+                *_notes, said = answer.read().splitlines() or [""]
             if said != "ready":
                 raise RuntimeError(f"lazyfs mount: {said}")
             yield Mount(mnt, cache, process, self._socket(mnt))
