@@ -28,6 +28,14 @@ import os
 from typing import Self
 
 
+def said(error: Exception) -> str:
+    """Return the message of an error for people. An OSError alone would begin with its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{where}{error.strerror}"
+
+
 class LazyfsError(Exception):
     """The base class of all errors of lazyfs."""
 

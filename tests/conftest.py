@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-NEEDS = {"mount": ("fuse",), "soak": ("slow",), "vm": ("fuse", "vm", "slow")}
+NEEDS = {
+    "mount": ("fuse",),
+    "soak": ("slow",),
+    "faults": ("fuse", "slow"),
+    "vm": ("fuse", "vm", "slow"),
+}
 """The marks of all tests in a folder. A single test elsewhere has them as decorators."""
 
 

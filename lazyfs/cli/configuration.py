@@ -126,10 +126,19 @@ def apply(options: argparse.Namespace) -> None:
     for setting in effective:
         setattr(options, setting.key.dest, setting.value)
     options.chosen = {
-        setting.key.name: config_file.plain(setting)
+        setting.key.name: _absolute(config_file.plain(setting))
+        if setting.key.is_path
+        else config_file.plain(setting)
         for setting in effective
         if setting.value != setting.key.default and not setting.key.required
     }
+
+
+def _absolute(value: object) -> object:
+    """Return the absolute path, or paths, which mean the same in every folder."""
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    return os.path.abspath(value) if isinstance(value, str) else value
 
 
 def show(options: argparse.Namespace) -> str:

@@ -160,7 +160,7 @@ def pause(options: argparse.Namespace) -> int:
         lambda target: _jobs(
             "job-pause", target, lambda job: _populates(job) and job["status"] != "paused"
         ),
-        lambda done: f"{_images(len(done['jobs']))} paused",
+        lambda done: _told_of(done, "paused"),
     )
 
 
@@ -171,8 +171,13 @@ def resume(options: argparse.Namespace) -> int:
         lambda target: _jobs(
             "job-resume", target, lambda job: _populates(job) and job["status"] == "paused"
         ),
-        lambda done: f"{_images(len(done['jobs']))} resumed",
+        lambda done: _told_of(done, "resumed"),
     )
+
+
+def _told_of(done: dict[str, Any], what: str) -> str:
+    images = f"{_images(len(done['jobs']))} {what}"
+    return f"population is {what}; {images}" if done.get("population") else images
 
 
 def cancel(options: argparse.Namespace) -> int:
@@ -201,7 +206,8 @@ def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]
     For a mountpoint, population as a whole is paused or resumed, too.
     """
     mount, inside = target
-    if not inside and command in ("job-pause", "job-resume"):
+    all_of_it = not inside and command in ("job-pause", "job-resume")
+    if all_of_it:
         control_client.execute(mount, [(command.replace("job", "population"), {})])
     (jobs,) = control_client.execute(mount, [("query-jobs", {})])
     concerned = [job for job in jobs if not inside or f"{_image_of(job)}/".startswith(f"{inside}/")]
@@ -211,7 +217,8 @@ def _jobs(command: str, target: Target, wanted: Callable[[dict[str, Any]], bool]
         raise errors.UserError(
             f"{mount.mountpoint}/{inside} is not being populated; lazyfs prefetch begins that"
         )
-    return {"jobs": [job for job in ids if _applied(command, mount, job, must=job == inside)]}
+    applied = [job for job in ids if _applied(command, mount, job, must=job == inside)]
+    return {"jobs": applied, **({"population": True} if all_of_it else {})}
 
 
 def _applied(command: str, mount: mounts.Mount, job: str, must: bool) -> bool:

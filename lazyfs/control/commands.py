@@ -122,7 +122,7 @@ class Commands:
                 await work(image)
                 done += 1
             except (errors.LazyfsError, OSError) as error:
-                failures.append(str(error))
+                failures.append(errors.said(error))
         if failures:
             more = f" (and {len(failures) - 1} more; {done} done)" if len(failures) > 1 else ""
             raise CommandError(failures[0] + more)

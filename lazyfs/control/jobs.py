@@ -232,7 +232,7 @@ class Jobs:
             try:
                 await work(task)
             except (errors.LazyfsError, OSError) as error:
-                task.error = str(error)
+                task.error = errors.said(error)
             except Exception:
                 logger.exception("a job failed, a bug in lazyfs: job=%s", task.id)
                 task.error = "it failed, a bug in lazyfs; the log has the details"

@@ -194,7 +194,7 @@ class ControlServer:
         except qmp_wire.CommandError as error:
             failure = error
         except (errors.LazyfsError, OSError) as error:
-            failure = qmp_wire.CommandError(str(error))
+            failure = qmp_wire.CommandError(errors.said(error))
         except Exception:
             logger.exception("a control command failed, a bug in lazyfs")
             failure = qmp_wire.CommandError(

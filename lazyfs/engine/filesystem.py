@@ -280,7 +280,7 @@ class Filesystem:
                     [i for i in self.names.images() if i.record.export in listed]
                 )
             except (errors.LazyfsError, OSError) as error:
-                self.list_trouble = str(error)
+                self.list_trouble = errors.said(error)
                 raise
             self.list_trouble = ""
 

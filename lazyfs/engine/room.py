@@ -296,8 +296,8 @@ class Room:
 
     def _complain(self, image: Image, error: Exception) -> None:
         """Log why an image cannot be evicted. It is tried again each second, but logged once."""
-        if self._not_evicted.get(image.inode) != str(error):
-            self._not_evicted[image.inode] = str(error)
+        if self._not_evicted.get(image.inode) != errors.said(error):
+            self._not_evicted[image.inode] = errors.said(error)
             logger.warning("cannot be evicted: image=%s reason=%s", image.record.export, error)
 
     async def _scan(self, need: Need) -> tuple[frozenset[str] | None, tuple[Shortage, str] | None]:

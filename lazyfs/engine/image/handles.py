@@ -61,6 +61,7 @@ class PartialHandle:
         shown: ShownFile,
         filling: Filling,
         closed: Callable[["PartialHandle"], Awaitable[None]],
+        failed: Callable[[OSError], None],
     ) -> None:
         """Read through `filling`.
 
@@ -68,6 +69,7 @@ class PartialHandle:
             shown: the file that is shown on the mount.
             filling: the cache file.
             closed: called by the first `aclose`.
+            failed: called when the cache's disk has failed a read.
         """
         self.filling = filling
         """The cache file. If this could not keep anything, and there is room again, the image
@@ -79,6 +81,7 @@ class PartialHandle:
         """Set by `aclose`."""
         self._shown = shown
         self._closed = closed
+        self._failed = failed
         self._open = True
 
     def read_now(self, offset: int, length: int) -> bytes | None:
@@ -102,10 +105,14 @@ class PartialHandle:
         if self.on_meant is not None:
             self._look(offset)
         wanted = self._shown.split(clip(self._shown, offset, length))
-        parts = [
-            part if isinstance(part, bytes) else await self._read_export(part, read)
-            for part in wanted
-        ]
+        try:
+            parts = [
+                part if isinstance(part, bytes) else await self._read_export(part, read)
+                for part in wanted
+            ]
+        except OSError as error:
+            self._failed(error)
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _read_export(self, wanted: ByteRange, read: Read | None) -> bytes:
@@ -142,7 +149,11 @@ class WholeHandle:
     """Represents a whole image that was opened. It is read from its plain file."""
 
     def __init__(
-        self, shown: ShownFile, file: PlainFile, closed: Callable[["WholeHandle"], Awaitable[None]]
+        self,
+        shown: ShownFile,
+        file: PlainFile,
+        closed: Callable[["WholeHandle"], Awaitable[None]],
+        failed: Callable[[OSError], None],
     ) -> None:
         """Read from `file`.
 
@@ -150,11 +161,13 @@ class WholeHandle:
             shown: the file that is shown on the mount.
             file: the plain file.
             closed: called by the first `aclose`.
+            failed: called when the disk has failed a read.
         """
         self.file = file
         """The plain file. All handles that were opened on the whole image share it."""
         self._shown = shown
         self._closed = closed
+        self._failed = failed
         self._open = True
 
     def read_now(self, offset: int, length: int) -> bytes | None:
@@ -164,7 +177,11 @@ class WholeHandle:
 
     async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
         """Read as `Handle.read` describes."""
-        return await read_file(self.file, clip(self._shown, offset, length))
+        try:
+            return await read_file(self.file, clip(self._shown, offset, length))
+        except OSError as error:
+            self._failed(error)
+            raise
 
     async def aclose(self) -> None:
         """Close as `Handle.aclose` describes."""

@@ -101,8 +101,9 @@ class Image:
         self._bug = ""
         """What is reported of a task of this image that has failed because of a bug, until it works
         again."""
-        self._open_trouble = ""
-        """Why the cache file cannot be opened, if the user can do something about that."""
+        self._trouble = ""
+        """Why the latest open has failed, or a read since then, or "". It may be the disk, or what
+        the user can mend."""
         self._digest_check = DigestCheck(
             lambda: self.record, self.fail, self.recover, context.threads.syncs
         )
@@ -219,11 +220,14 @@ class Image:
                     raise _stale()
                 handle = await make()
                 self._handles.add(handle)
-        except BaseException:
+        except BaseException as error:
             self._opening.remove(opening)
+            if isinstance(error, OSError) and error.errno != errno.ESTALE:
+                self._note_disk(error)
             await self._close_unused()
             raise
         self._opening.remove(opening)
+        self._trouble = ""
         self._note_use_of(handle)
         self._context.on_fillable()
         return handle
@@ -232,7 +236,7 @@ class Image:
         if self.record.state is State.WHOLE:
             return await self._whole_handle()
         filling = self.filling or await self._begin()
-        return PartialHandle(self.record.shown, filling, self._closed)
+        return PartialHandle(self.record.shown, filling, self._closed, self._note_disk)
 
     async def _whole_handle(self) -> WholeHandle:
         if self.record.state is not State.WHOLE:
@@ -241,7 +245,10 @@ class Image:
             assert isinstance(self._content, Closed)
             self._content = Whole(await self._open_plain_file())
             self._context.on_opened(self)
-        return WholeHandle(self.record.shown, self._content.file, self._closed)
+        return WholeHandle(self.record.shown, self._content.file, self._closed, self._note_disk)
+
+    def _note_disk(self, error: OSError) -> None:
+        self._trouble = f"the cache's disk fails: {error.strerror}"
 
     async def _closed(self, handle: PartialHandle | WholeHandle) -> None:
         self._handles.remove(handle)
@@ -485,11 +492,11 @@ class Image:
         load = partial(
             partial_cache.load, self._context.stores, self.record, self._context.budget, fresh
         )
-        self._open_trouble = ""
+        self._trouble = ""
         try:
             return await trio.to_thread.run_sync(load, limiter=self._context.threads.opens)
         except errors.UserError as error:
-            self._open_trouble = str(error)
+            self._trouble = str(error)
             raise
 
     def _fill(self, loaded: partial_cache.Loaded) -> Filling:
@@ -770,7 +777,7 @@ class Image:
 
     def _messages(self) -> list[str]:
         return [
-            self.record.error or partial_cache.too_large(self.record) or self._open_trouble,
+            self.record.error or partial_cache.too_large(self.record) or self._trouble,
             self._bug,
             "not in the repository any more" if self.gone else "",
             self._filling_message(),
