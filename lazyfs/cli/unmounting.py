@@ -71,8 +71,7 @@ def umount(options: argparse.Namespace) -> int:
         print(_detached(mount, force=True))
         return 0
     # The kernel tells nobody that a file system is unmounted while it is still mounted elsewhere.
-    others = [place for place in open_files.other_mounts(mount.device) if place != mount.mountpoint]
-    if others:
+    if others := open_files.other_mounts(mount.device, mount.mountpoint):
         raise errors.UserError(
             f"{mount.mountpoint} is also mounted on {', '.join(map(printable, others))}; "
             "unmount that first, or use --lazy"
@@ -206,7 +205,7 @@ def _detached(mount: mounts.Mount, force: bool) -> str:
             f"{mount.mountpoint} is detached. Its plain files lie in {status['cache_dir']}: "
             f"mount --bind {status['cache_dir']} {mount.mountpoint} gives them their paths back."
         )
-    if others := open_files.other_mounts(mount.device):
+    if others := open_files.other_mounts(mount.device, mount.mountpoint):
         told += f" It is still mounted on {', '.join(map(printable, others))}: unmount that, too."
     if detached["open_count"]:
         return (

@@ -3,7 +3,7 @@
 Source: proc(5), /proc/PID/mountinfo. A line has these fields:
 
     36 35 0:45 / /mnt rw,nosuid shared:9 master:1 - fuse.lazyfs nbd://host rw,user_id=0
-    id    device mountpoint     ...any number...    kind        source
+    id parent device mountpoint  ...any number...   kind        source
 
 The kernel writes a space, tab, newline, backslash or "#" in a name as a backslash and three octal
 digits. It writes all other bytes as they are, also a carriage return and bytes that are not UTF-8.
@@ -31,6 +31,10 @@ class Entry:
     """What is mounted, such as a device. A FUSE file system can give any text."""
     root: str = "/"
     """Which folder of the file system is mounted. It is not "/" for a bind mount of a folder."""
+    parent_id: int = 0
+    """The number of the mount in which it is mounted."""
+    propagation: frozenset[str] = frozenset()
+    """How it shares what is mounted in it, such as "shared:9" or "master:1": mount_namespaces(7)."""
     user_id: int = 0
     """Who has mounted a FUSE file system."""
     layers: tuple[str, ...] = ()
@@ -47,6 +51,29 @@ def read(pid: int | None = None) -> list[Entry]:
         return parse(file.read())
 
 
+def goes_along(table: list[Entry], mountpoint: str, other: list[Entry], copy: Entry) -> bool:
+    """Return whether the kernel unmounts a copy of a mount together with it.
+
+    It does if the folder in which the copy is mounted gets what happens in ours. That is so for
+    most services of systemd that have a mount namespace of their own.
+
+    Args:
+        table: our mounts.
+        mountpoint: what is unmounted.
+        other: the mounts of another process.
+        copy: one of them.
+    """
+    if copy.mountpoint != mountpoint:
+        return False
+    ours = [one for one in table if one.mountpoint == mountpoint]
+    parents = [one for one in table if ours and one.mount_id == ours[-1].parent_id]
+    receivers = [one for one in other if one.mount_id == copy.parent_id]
+    groups = {
+        tag.partition(":")[2] for one in parents for tag in one.propagation if "shared:" in tag
+    }
+    return any(tag.partition(":")[2] in groups for one in receivers for tag in one.propagation)
+
+
 def parse(table: bytes) -> list[Entry]:
     """Return the mounts in the content of a mountinfo file.
 
@@ -61,9 +88,11 @@ def _entry(line: bytes) -> Entry | None:
     mount, filesystem = before.split(b" "), after.split(b" ")
     if len(mount) < 6 or len(filesystem) < 2:
         return None
-    mount_id, _, device, root, mountpoint, *_ = mount
+    mount_id, parent_id, device, root, mountpoint, _, *optional = mount
     kind, source, *options = filesystem
-    if not re.fullmatch(rb"[0-9]+", mount_id) or not re.fullmatch(rb"[0-9]+:[0-9]+", device):
+    if not re.fullmatch(rb"[0-9]+ [0-9]+", mount_id + b" " + parent_id) or not re.fullmatch(
+        rb"[0-9]+:[0-9]+", device
+    ):
         return None
     return Entry(
         int(mount_id),
@@ -72,6 +101,8 @@ def _entry(line: bytes) -> Entry | None:
         _unescape(kind),
         _unescape(source),
         _unescape(root),
+        int(parent_id),
+        frozenset(map(_unescape, optional)),
         _user_id(options[-1]) if options else 0,
         _layers(options[-1]) if kind == b"overlay" and options else (),
     )

@@ -71,19 +71,36 @@ def _folders(pid: int) -> set[str]:
     return found
 
 
-def other_mounts(device: str) -> list[str]:
-    """Return where the file system "major:minor" is still mounted, for a message.
+def other_mounts(device: str, mountpoint: str) -> list[str]:
+    """Return where a file system is mounted besides its mountpoint, for a message.
 
-    These are bind mounts, and mounts in the mount namespaces of other processes.
+    These are bind mounts, and mounts in the mount namespaces of other processes, without those that
+    go along when `mountpoint` is unmounted.
+
+    Args:
+        device: "major:minor" of the file system.
+        mountpoint: where its daemon has mounted it.
     """
-    found = dict.fromkeys(_places(os.getpid(), device), "")
+    table = mountinfo.read()
+    found = {
+        entry.mountpoint
+        for entry in table
+        if entry.device == device and entry.mountpoint != mountpoint
+    }
+    seen = {os.readlink("/proc/self/ns/mnt")}
     for pid in _processes():
         with suppress(OSError):
-            if os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"):
-                for place in _places(pid, device):
-                    found.setdefault(
-                        f"{place} in the mount namespace of {Reader(pid, _command(pid))}", ""
-                    )
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace in seen:
+                continue
+            other = mountinfo.read(pid)
+            seen.add(namespace)
+            for entry in other:
+                if entry.device == device and not mountinfo.goes_along(
+                    table, mountpoint, other, entry
+                ):
+                    reader = Reader(pid, _command(pid))
+                    found.add(f"{entry.mountpoint} in the mount namespace of {reader}")
     return sorted(found)
 
 
@@ -111,10 +128,6 @@ def holders_without_process(mountpoint: str) -> list[str]:
         if layers:
             found.append(f"the overlay file system on {entry.mountpoint}")
     return found
-
-
-def _places(pid: int, device: str) -> list[str]:
-    return [entry.mountpoint for entry in mountinfo.read(pid) if entry.device == device]
 
 
 def _processes() -> list[int]:

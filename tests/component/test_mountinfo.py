@@ -14,7 +14,15 @@ from lazyfs.host import mountinfo, open_files, process_files
 from lazyfs.host.mountinfo import Entry
 
 GOOD = b"41 22 0:45 / /images ro,nosuid shared:9 - fuse.lazyfs nbd://far rw,user_id=0"
-ENTRY = Entry(41, "0:45", "/images", "fuse.lazyfs", "nbd://far")
+ENTRY = Entry(
+    41,
+    "0:45",
+    "/images",
+    "fuse.lazyfs",
+    "nbd://far",
+    parent_id=22,
+    propagation=frozenset({"shared:9"}),
+)
 
 
 def test_a_line() -> None:
@@ -113,7 +121,7 @@ def test_a_mount_with_a_hostile_name_breaks_nothing(sees_hostile: int, tmp_path:
     mountpoint = str(tmp_path / HOSTILE)
     (entry,) = [one for one in mountinfo.read(sees_hostile) if one.mountpoint == mountpoint]
     assert (entry.kind, entry.source) == ("tmpfs", HOSTILE)
-    (place,) = open_files.other_mounts(entry.device)
+    (place,) = open_files.other_mounts(entry.device, "/")
     assert place.startswith(f"{mountpoint} in the mount namespace of ")
     inode = os.stat(f"/proc/{sees_hostile}/fd/0").st_ino
     readers = open_files.readers(entry.device, {inode})

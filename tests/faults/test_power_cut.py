@@ -22,7 +22,7 @@ SEED = int(os.environ.get("LAZYFS_SEED", "12"))
 def test_a_cut_at_a_random_moment_loses_no_cache(lab: Lab, rig: DiskRig, image_format: str) -> None:
     """Images are read, become whole and are evicted meanwhile."""
     dice = random.Random(f"{SEED} {image_format}")
-    lab.watchdog_s = 60.0 * ROUNDS
+    lab.allow(40.0 * ROUNDS)
     names = [f"disk-{number}" for number in range(6)]
     for name in names:
         lab.image(name, SIZE)

@@ -174,7 +174,13 @@ class Lab:
         self.notes: list[str] = []
         """What the latest mount told its user."""
         self._servers: list[Nbdkit] = []
-        self._watchdog = threading.Timer(self.watchdog_s, self.kill_daemon)
+        self._watchdog = threading.Timer(0, self.kill_daemon)
+        self.allow(self.watchdog_s)
+
+    def allow(self, seconds: float) -> None:
+        """Give the test so much time from now on."""
+        self._watchdog.cancel()
+        self._watchdog = threading.Timer(seconds, self.kill_daemon)
         self._watchdog.daemon = True
         self._watchdog.start()
 

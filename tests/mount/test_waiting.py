@@ -157,10 +157,30 @@ def bound(lab: Lab) -> Iterator[Path]:
 
 
 @contextmanager
-def in_another_namespace() -> Iterator[int]:
-    """Let a process see the mounts of now in a mount namespace of its own."""
-    script = "import sys; print(flush=True); sys.stdin.readline()"
-    command = ["unshare", "-m", "--propagation", "private", sys.executable, "-c", script]
+def in_another_namespace(seen: Path, propagation: str = "private") -> Iterator[int]:
+    """Let a process see a mount of now in a mount namespace of its own.
+
+    It sees no mount of other tests, which would then be refused to be unmounted.
+    """
+    script = (
+        "import re, subprocess, sys\n"
+        "for line in open('/proc/self/mountinfo'):\n"
+        "    place = line.split()[4]\n"
+        "    if ' - fuse' in line and place != sys.argv[1]:\n"
+        "        subprocess.run(['umount', '-l', place], check=False)\n"
+        "print(flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    command = [
+        "unshare",
+        "-m",
+        "--propagation",
+        propagation,
+        sys.executable,
+        "-c",
+        script,
+        str(seen),
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -181,11 +201,30 @@ def test_umount_says_where_else_it_is_mounted_and_does_not_hang(lab: Lab) -> Non
         )
         lab.lazyfs("umount", place)  # as umount(8) does: the bind mount alone
         assert not place.is_mount()
-    with in_another_namespace() as pid:
+    with in_another_namespace(lab.mnt) as pid:
         refused = lab.lazyfs("umount", lab.mnt, check=False)
         assert refused.returncode == 1
         assert f"in the mount namespace of python (pid {pid})" in refused.stderr
     lab.umount()
+
+
+def test_umount_is_not_refused_for_a_namespace_from_which_it_goes_as_well(lab: Lab) -> None:
+    """So it is with services of systemd that have a mount namespace, such as by PrivateTmp=."""
+    lab.image("a", MiB)
+    subprocess.run(["mount", "-t", "tmpfs", "none", lab.mnt], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", lab.mnt], check=True)
+        inner = lab.mnt / "inner"
+        inner.mkdir()
+        uri = lab.serve().uri
+        lab.lazyfs("mount", uri, inner, "--cache-dir", lab.folder / "cache", "--log-file", lab.log)
+        with in_another_namespace(inner, "slave") as pid:
+            assert f" {inner} " in Path(f"/proc/{pid}/mountinfo").read_text()
+            lab.lazyfs("umount", inner)
+            assert f" {inner} " not in Path(f"/proc/{pid}/mountinfo").read_text()
+    finally:
+        subprocess.run(["umount", "-l", lab.mnt / "inner"], check=False, capture_output=True)
+        subprocess.run(["umount", "-l", lab.mnt], check=True)
 
 
 def test_a_lazy_umount_leaves_the_daemon_to_those_who_have_it_mounted(lab: Lab) -> None:
@@ -206,7 +245,7 @@ def test_sigterm_ends_the_daemon_however_often_it_is_mounted(lab: Lab) -> None:
     lab.image("a", MiB)
     lab.mount(lab.serve().uri)
     (lab.mnt / "a").read_bytes()
-    with bound(lab), in_another_namespace():
+    with bound(lab), in_another_namespace(lab.mnt):
         assert lab.daemon is not None
         lab.daemon.terminate()
         assert lab.daemon.wait(20) == 0

@@ -31,7 +31,7 @@ def test_boot_at_once_from_a_slow_repository(lab: GuestLab) -> None:
 
 
 def test_three_guests_fetch_each_allocated_byte_once(lab: GuestLab) -> None:
-    server = lab.serve("rate", parameters=("rate=100M", "burstiness=0.1"))
+    server = lab.serve("rate", parameters=("rate=40M", "burstiness=0.1"))
     lab.mount(server.uri)
     machines = [lab.boot("guest.loop=1") for _ in range(3)]
     for machine in machines:
