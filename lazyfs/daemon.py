@@ -100,6 +100,7 @@ def serve(config: MountConfig, on_ready: Callable[[Sequence[str]], None]) -> Non
         config.repository,
         config.file_attributes,
         config.moved,
+        config.trust_cache_owner,
     )
     try:
         os.chdir("/")
@@ -238,7 +239,7 @@ class _Daemon:
         adapter = FuseAdapter(
             parts.filesystem,
             config.file_attributes,
-            self._cache.root_fd,
+            self._cache.root.fd,
             parts.operations,
             backings,
             session.connect_libfuse,

@@ -75,6 +75,8 @@ class MountConfig:
     allow_evict: bool
     moved: bool = False
     """True if the cache was filled from this repository at another address."""
+    trust_cache_owner: bool = False
+    """True if others may own the cache folder, or write to it."""
     chosen: Mapping[str, object] = field(default_factory=dict)
     """What differs from the defaults, by the keys of a configuration file, as JSON has it."""
     reread: "Callable[[], MountConfig] | None" = None

@@ -5,12 +5,12 @@ name that is a hash does not, and the format of a file that is called .qcow2 is 
 files are left alone. Whether the bytes are right, only `verify` can tell.
 """
 
-import os
 import stat
 from collections.abc import Iterator, Sequence
 from urllib.parse import unquote
 
 from lazyfs.cache import cache_dir
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.store.cache_file import WRITE_BITS
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import EXPORT, shown_path
@@ -20,15 +20,15 @@ from lazyfs.engine.filesystem import DEFAULT_BLOCK_SIZE
 from lazyfs.units import SECTOR
 
 
-def lost_images(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[ImageRecord]:
+def lost_images(root: Beneath, records: Sequence[ImageRecord]) -> Iterator[ImageRecord]:
     """Yield a record for each plain file that seems to be a whole image without one.
 
     Args:
-        root_fd: the cache directory.
+        root: the cache directory.
         records: the images that are known.
     """
-    for path in list(cache_dir.foreign_files(root_fd, records)):
-        found = os.stat(path, dir_fd=root_fd, follow_symlinks=False)
+    for path in list(cache_dir.foreign_files(root, records)):
+        found = root.stat(path)
         export = unquote(path, errors="surrogateescape")
         plain = stat.S_ISREG(found.st_mode) and not found.st_mode & WRITE_BITS
         same_name = shown_path(export, EXPORT, lambda _path: True, "") == path

@@ -21,6 +21,7 @@ from functools import partial
 
 from lazyfs import errors
 from lazyfs.cache import adopting, cache_dir, catalog
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.cache_dir import CATALOG, LOCK, PARTIAL, STATE
 from lazyfs.cache.catalog import SqliteCatalog
 from lazyfs.cache.check_report import Finding, Report
@@ -86,8 +87,9 @@ class _Check:
         """What `SqliteCatalog.evicted` has returned."""
         self._catalog: SqliteCatalog | None = None
         """The real catalog, when repairing."""
-        self._root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, self._root_fd)
+        self._root = Beneath(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        stack.callback(os.close, self._root.fd)
+        stack.callback(self._root.close)
 
     def run(self) -> Report:
         self._lock()
@@ -106,14 +108,14 @@ class _Check:
         evicted = self._check_evicted()
         if not self._sweeping:
             self._adopt_whole_images()
-        for path in cache_dir.foreign_files(self._root_fd, list(self._records.values())):
+        for path in cache_dir.foreign_files(self._root, list(self._records.values())):
             if path in evicted:
                 continue
             self._found(path, "lazyfs did not put it there", LEFT_ALONE)
         return Report(self._path, len(self._records), self._findings)
 
     def _adopt_whole_images(self) -> None:
-        for record in adopting.lost_images(self._root_fd, list(self._records.values())):
+        for record in adopting.lost_images(self._root, list(self._records.values())):
             self._found(
                 record.path,
                 "the catalog does not know it",
@@ -129,11 +131,11 @@ class _Check:
     def _check_evicted(self) -> set[str]:
         """Report plain files that were evicted, and that a power cut has brought back."""
         records = list(self._records.values())
-        back = set(cache_dir.evicted_files(self._root_fd, records, self._evicted))
+        back = set(cache_dir.evicted_files(self._root, records, self._evicted))
         for path in sorted(back):
             self._found(
                 path, "evicted, but a power cut has brought it back", "removed",
-                partial(cache_dir.remove_durably, self._root_fd, path),
+                partial(cache_dir.remove_durably, self._root, path),
             )  # fmt: skip
         return back
 
@@ -158,7 +160,7 @@ class _Check:
 
     def _stat(self, name: str) -> os.stat_result | None:
         try:
-            return os.stat(name, dir_fd=self._root_fd, follow_symlinks=False)
+            return self._root.stat(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -172,9 +174,9 @@ class _Check:
             raise errors.UserError(
                 f"the cache {self._path} is user {found.st_uid}'s; check it as that user"
             )
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if self._repair else 0)
+        flags = os.O_RDWR | (os.O_CREAT if self._repair else 0)
         try:
-            lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self._root_fd)
+            lock_fd = self._root.open(LOCK, flags)
         except FileNotFoundError:
             return  # Without the file, no daemon has the lock. The next daemon makes the file.
         self._stack.callback(os.close, lock_fd)
@@ -188,9 +190,7 @@ class _Check:
         for name in (STATE, PARTIAL):
             found = self._stat(name)
             if found is None:
-                self._found(
-                    name, "missing", "made", partial(os.mkdir, name, _MODE, dir_fd=self._root_fd)
-                )
+                self._found(name, "missing", "made", partial(self._root.mkdir, name, _MODE))
             elif not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 raise errors.UserError(
                     f"{self._path}/{name} is not a folder of this user; remove it"
@@ -205,9 +205,7 @@ class _Check:
                 )
 
     def _chmod(self, name: str) -> None:
-        fd = os.open(
-            name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd
-        )
+        fd = self._root.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fchmod(fd, _MODE)
         finally:
@@ -216,7 +214,7 @@ class _Check:
     # -- the catalog
 
     def _check_catalog(self) -> None:
-        cache_dir.check_catalog_file(self._root_fd, self._path)
+        cache_dir.check_catalog_file(self._root, self._path)
         if self._stat(CATALOG) is None:
             self._found(CATALOG, "missing", "made anew, empty", lambda: self._begin_anew([]))
             self._go_on_only_with_a_catalog()
@@ -242,7 +240,7 @@ class _Check:
         opened.close()
         self._take(records)
         if self._repair:
-            self._catalog = SqliteCatalog(os.path.join(self._path, CATALOG))
+            self._catalog = cache_dir.open_catalog(self._root, self._path)
             self._stack.callback(self._catalog.close)
         for inode, reason in damaged.items():
             self._forget(inode, f"row {inode} is damaged: {reason}")
@@ -254,10 +252,14 @@ class _Check:
     def _copy_catalog(self) -> str:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-check-"))
         for suffix in ("", "-wal"):
-            with suppress(FileNotFoundError):
-                shutil.copyfile(
-                    os.path.join(self._path, CATALOG + suffix), f"{folder}/catalog.sqlite{suffix}"
-                )
+            with (
+                suppress(FileNotFoundError),
+                open(
+                    self._root.open(CATALOG + suffix, os.O_RDONLY | os.O_NONBLOCK), "rb"
+                ) as source,
+                open(f"{folder}/catalog.sqlite{suffix}", "wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
         return f"{folder}/catalog.sqlite"
 
     def _take(self, records: list[ImageRecord]) -> None:
@@ -272,13 +274,8 @@ class _Check:
             aside = f"{CATALOG}.damaged-{number}"
         for suffix in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
-                os.rename(
-                    CATALOG + suffix,
-                    aside + suffix,
-                    src_dir_fd=self._root_fd,
-                    dst_dir_fd=self._root_fd,
-                )
-        self._catalog = SqliteCatalog(os.path.join(self._path, CATALOG))
+                self._root.rename(CATALOG + suffix, aside + suffix)
+        self._catalog = cache_dir.open_catalog(self._root, self._path)
         self._stack.callback(self._catalog.close)
         self._catalog.restore(records)
 
@@ -319,7 +316,7 @@ class _Check:
     # -- images
 
     def _check_whole(self, record: ImageRecord) -> None:
-        now = cache_dir.whole_now(self._root_fd, record)
+        now = cache_dir.whole_now(self._root, record)
         if now.state is State.FAILED and now.cause is Cause.CHANGED_BY_HAND:
             found = self._stat(record.path)
             assert found is not None
@@ -351,7 +348,7 @@ class _Check:
                 lambda: self._save(record.remote_again()),
             )
             return
-        linked = cache_dir.is_finished(self._root_fd, record)
+        linked = cache_dir.is_finished(self._root, record)
         store = self._store(record)
         try:
             blocks = store.inspect()
@@ -394,7 +391,7 @@ class _Check:
     ) -> RawStore | Qcow2Store:
         attributes = attributes or FileAttributes(0o444, os.geteuid(), os.getegid())
         # No file is created, so the address of the repository is not needed.
-        return cache_dir.partial_file(self._root_fd, record, attributes, "")
+        return cache_dir.partial_file(self._root, record, attributes, "")
 
     def _names(self, record: ImageRecord) -> list[str]:
         suffixes = ("raw", "map") if record.format == shown_file.RAW else ("qcow2",)
@@ -446,7 +443,7 @@ class _Check:
             for r in records
             if r.state is State.WHOLE and (s := self._stat(r.path))
         }
-        for name in sorted(cache_dir.list_folder(self._root_fd, PARTIAL)):
+        for name in sorted(self._root.listdir(PARTIAL)):
             path = f"{PARTIAL}/{name}"
             found = self._stat(path)
             if path in wanted or found is None:
@@ -464,4 +461,4 @@ class _Check:
                 if handed_off
                 else "no image needs it"
             )
-            self._found(path, problem, "removed", partial(os.unlink, path, dir_fd=self._root_fd))
+            self._found(path, problem, "removed", partial(self._root.unlink, path))

@@ -22,9 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 from lazyfs import errors
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.catalog import SqliteCatalog
 from lazyfs.cache.reserve import Reserve
-from lazyfs.cache.store.cache_file import WholeFile, sync_folder
+from lazyfs.cache.store.cache_file import WholeFile
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
 from lazyfs.cache.store.unkept import UnkeptStore
@@ -63,6 +64,7 @@ class CacheDir:
         repository: str,
         attributes: FileAttributes,
         moved: bool = False,
+        trust_owner: bool = False,
     ) -> None:
         """Open and lock the cache at `path`, create what is missing, and load its catalog.
 
@@ -73,6 +75,7 @@ class CacheDir:
             attributes: those of plain files.
             moved: the cache belongs to this repository, although it was filled from another
                 address.
+            trust_owner: root uses the folder although others own it, or may write to it.
 
         Raises:
             UserError: the cache cannot be used. The error says why.
@@ -85,8 +88,8 @@ class CacheDir:
             # The parent must exist. Otherwise a mistyped name, or a disk that is not mounted yet,
             # could fill another disk.
             with suppress(FileExistsError):
-                os.mkdir(path)
-            self.root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                os.mkdir(path, 0o755)
+            self.root = Beneath(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except OSError as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
         self.lock_fd = -1
@@ -94,6 +97,8 @@ class CacheDir:
         that always exists."""
         self._mountpoint = mountpoint
         try:
+            if not trust_owner:
+                self._refuse_strangers()
             self._open(mountpoint)
         except errors.NoSpace as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error}") from error
@@ -114,7 +119,7 @@ class CacheDir:
 
     def partial(self, record: ImageRecord) -> Store:
         """Return the store of an image that is being filled."""
-        return partial_file(self.root_fd, record, self._file_attributes, self._repository)
+        return partial_file(self.root, record, self._file_attributes, self._repository)
 
     def unkept(self) -> Store:
         """Return a store that keeps nothing."""
@@ -122,7 +127,7 @@ class CacheDir:
 
     def whole(self, record: ImageRecord) -> PlainFile:
         """Return the plain file of a whole image."""
-        return WholeFile(self.root_fd, record)
+        return WholeFile(self.root, record)
 
     def nearly_full(self) -> bool:
         """Return whether less than 1 % of the file system is free for this user.
@@ -135,7 +140,7 @@ class CacheDir:
 
     def space(self) -> Space:
         """Return the size of the file system, and what an ordinary user may still write to it."""
-        found = os.fstatvfs(self.root_fd)
+        found = os.fstatvfs(self.root.fd)
         return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
     # -- opening
@@ -145,9 +150,8 @@ class CacheDir:
             undo.callback(self._close_fds)
             self._make_state_folder()
             self._take_lock(mountpoint)
-            check_catalog_file(self.root_fd, self.path)
-            self._reserve = Reserve(self.root_fd)
-            self.catalog = SqliteCatalog(os.path.join(self.path, CATALOG), self._reserve)
+            self._reserve = Reserve(self.root)
+            self.catalog = open_catalog(self.root, self.path, self._reserve)
             undo.callback(self.catalog.close)
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
             self._check_repository()
@@ -156,26 +160,46 @@ class CacheDir:
             self._sweep()
             undo.pop_all()
 
+    def _refuse_strangers(self) -> None:
+        """Refuse a folder in which others can put files in the place of images.
+
+        For another user than root it is enough that the state folder is theirs.
+
+        Raises:
+            LastingError: it is such a folder.
+        """
+        found = os.fstat(self.root.fd)
+        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if os.geteuid() == 0 and (found.st_uid or others):
+            self._close_fds()
+            whose = "is writable by others" if not found.st_uid else f"is user {found.st_uid}'s"
+            raise errors.LastingError(
+                f"the cache {self.path} {whose}, who could change what VMs read: give it to root "
+                "(chown root, chmod go-w), or use --trust-cache-owner"
+            )
+
     def _make_state_folder(self) -> None:
         for name in (STATE, PARTIAL):
             try:
-                os.mkdir(name, 0o700, dir_fd=self.root_fd)
+                self.root.mkdir(name, 0o700)
             except FileExistsError:
                 pass
             except OSError as error:
                 raise errors.UserError(
                     f"cannot write to the cache {self.path}: {error.strerror}"
                 ) from error
-            found = os.stat(name, dir_fd=self.root_fd, follow_symlinks=False)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            try:
+                ours = os.fstat(self.root.keep(name)).st_uid == os.geteuid()
+            except (NotADirectoryError, PermissionError):  # another file, a link, or a stranger's
+                ours = False
+            if not ours:
                 raise errors.LastingError(
                     f"{self.path}/{name} is not a folder of this user; "
                     "remove it, or use --cache-dir"
                 )
 
     def _take_lock(self, mountpoint: str) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.lock_fd = os.open(LOCK, flags, 0o600, dir_fd=self.root_fd)
+        self.lock_fd = self.root.open(LOCK, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + ENDING_S
         while not try_lock(self.lock_fd):
             owner = owner_of(self.lock_fd)
@@ -210,7 +234,7 @@ class CacheDir:
         )
 
     def _checked_whole(self, record: ImageRecord) -> ImageRecord:
-        now = whole_now(self.root_fd, record)
+        now = whole_now(self.root, record)
         if now != record:
             if now.state is State.REMOTE:
                 logger.info(
@@ -250,14 +274,14 @@ class CacheDir:
     def _remove_evicted(self) -> None:
         """Remove plain files that were evicted, and that a power cut has brought back."""
         evicted = self.catalog.evicted()
-        for path in evicted_files(self.root_fd, self.records, evicted):
+        for path in evicted_files(self.root, self.records, evicted):
             logger.warning("evicted before a power cut, and removed now: path=%s", path)
-            remove_durably(self.root_fd, path)
+            remove_durably(self.root, path)
         if evicted:
             self.catalog.forget_evicted()
 
     def _refuse_foreign(self) -> None:
-        for path in foreign_files(self.root_fd, self.records):
+        for path in foreign_files(self.root, self.records):
             raise errors.LastingError(
                 f"{self.path} holds {path!r}, which lazyfs did not put there; "
                 f"move it away, or keep the cache elsewhere with --cache-dir"
@@ -273,9 +297,9 @@ class CacheDir:
             for record in self.records
             if record.state in (State.PARTIAL, State.FAILED)
         }
-        for name in list_folder(self.root_fd, PARTIAL):
+        for name in self.root.listdir(PARTIAL):
             if name.partition(".")[0] not in wanted:
-                os.unlink(f"{PARTIAL}/{name}", dir_fd=self.root_fd)
+                self.root.unlink(f"{PARTIAL}/{name}")
 
     # -- closing
 
@@ -286,7 +310,8 @@ class CacheDir:
         self._close_fds()
 
     def _close_fds(self) -> None:
-        for fd in (self.lock_fd, self.root_fd):
+        self.root.close()
+        for fd in (self.lock_fd, self.root.fd):
             if fd >= 0:
                 os.close(fd)
 
@@ -295,12 +320,12 @@ class CacheDir:
 
 
 def partial_file(
-    root_fd: int, record: ImageRecord, attributes: FileAttributes, repository: str
+    root: Beneath, record: ImageRecord, attributes: FileAttributes, repository: str
 ) -> RawStore | Qcow2Store:
     """Return the store of an image that is being filled."""
     if record.format == shown_file.QCOW2:
-        return Qcow2Store(root_fd, record, attributes, qemu_uri(repository, record.export))
-    return RawStore(root_fd, record, attributes)
+        return Qcow2Store(root, record, attributes, qemu_uri(repository, record.export))
+    return RawStore(root, record, attributes)
 
 
 def try_lock(lock_fd: int) -> bool:
@@ -324,14 +349,46 @@ def tell_owner(lock_fd: int, owner: str) -> None:
         os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
 
 
-def check_catalog_file(root_fd: int, path: str) -> None:
+def open_catalog(root: Beneath, path: str, reserve: Reserve | None = None) -> SqliteCatalog:
+    """Open the catalog of the cache at `path`, which is open as `root`.
+
+    SQLite takes a path, and follows symbolic links. So it is given the state folder by its
+    descriptor, and what it has opened is compared with what is there.
+
+    Raises:
+        UserError: the catalog is no plain file, or the state folder was replaced meanwhile.
+        CacheCorrupt, NoSpace, OSError: as for `SqliteCatalog`.
+    """
+    check_catalog_file(root, path)
+    catalog = SqliteCatalog(
+        f"/proc/self/fd/{root.keep(STATE)}/{os.path.basename(CATALOG)}", reserve
+    )
+    if not _is_open(root.stat(CATALOG)):
+        catalog.close()
+        raise errors.LastingError(
+            f"{path}/{STATE} was replaced by somebody; look who may write there"
+        )
+    return catalog
+
+
+def _is_open(file: os.stat_result) -> bool:
+    """Return whether this process has a file open."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found = os.stat(f"/proc/self/fd/{name}")
+            if (found.st_dev, found.st_ino) == (file.st_dev, file.st_ino):
+                return True
+    return False
+
+
+def check_catalog_file(root: Beneath, path: str) -> None:
     """Check that the catalog is a plain file, because SQLite would follow a symbolic link.
 
     Raises:
         UserError: the catalog of the cache at `path` is a symbolic link or a folder.
     """
     try:
-        found = os.stat(CATALOG, dir_fd=root_fd, follow_symlinks=False)
+        found = root.stat(CATALOG)
     except FileNotFoundError:
         return
     if not stat.S_ISREG(found.st_mode):
@@ -340,7 +397,7 @@ def check_catalog_file(root_fd: int, path: str) -> None:
         )
 
 
-def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
+def whole_now(root: Beneath, record: ImageRecord) -> ImageRecord:
     """Return the record of an image as it is now.
 
     It changes if somebody has removed or changed the plain file meanwhile. If the file is gone, the
@@ -350,7 +407,7 @@ def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
     if record.state is not State.WHOLE and record.cause is not Cause.CHANGED_BY_HAND:
         return record
     try:
-        found = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
+        found = root.stat(record.path)
     except (FileNotFoundError, NotADirectoryError):
         return record.remote_again()
     if not stat.S_ISREG(found.st_mode) or found.st_size != record.file_size:
@@ -358,17 +415,17 @@ def whole_now(root_fd: int, record: ImageRecord) -> ImageRecord:
     return record.became_whole() if record.cause is Cause.CHANGED_BY_HAND else record
 
 
-def foreign_files(root_fd: int, records: Sequence[ImageRecord]) -> Iterator[str]:
+def foreign_files(root: Beneath, records: Sequence[ImageRecord]) -> Iterator[str]:
     """Yield the path of every file that does not belong to an image."""
     ours = {r.path for r in records if r.state is State.WHOLE or r.cause is Cause.CHANGED_BY_HAND}
     unfinished = {record.path: record for record in records if record.path not in ours}
-    for path in _files_below(root_fd):
-        if path not in ours and not (path in unfinished and is_finished(root_fd, unfinished[path])):
+    for path in _files_below(root):
+        if path not in ours and not (path in unfinished and is_finished(root, unfinished[path])):
             yield path
 
 
 def evicted_files(
-    root_fd: int, records: Sequence[ImageRecord], evicted: Mapping[str, int]
+    root: Beneath, records: Sequence[ImageRecord], evicted: Mapping[str, int]
 ) -> Iterator[str]:
     """Yield the paths of plain files that were evicted and are there all the same.
 
@@ -376,7 +433,7 @@ def evicted_files(
     own, to the nanosecond, so it recognises them.
 
     Args:
-        root_fd: the cache directory.
+        root: the cache directory.
         records: the images. What belongs to one of them now is left out.
         evicted: what `SqliteCatalog.evicted` returns.
     """
@@ -384,39 +441,28 @@ def evicted_files(
     for path, created_ns in evicted.items():
         if path not in ours:
             with suppress(FileNotFoundError, NotADirectoryError):
-                found = os.stat(path, dir_fd=root_fd, follow_symlinks=False)
+                found = root.stat(path)
                 if stat.S_ISREG(found.st_mode) and found.st_mtime_ns == created_ns:
                     yield path
 
 
-def remove_durably(root_fd: int, path: str) -> None:
+def remove_durably(root: Beneath, path: str) -> None:
     """Unlink a file of the cache directory, and sync its folder."""
-    os.unlink(path, dir_fd=root_fd)
-    sync_folder(root_fd, os.path.dirname(path))
+    root.unlink(path)
+    root.sync_folder(os.path.dirname(path))
 
 
-def is_finished(root_fd: int, record: ImageRecord) -> bool:
+def is_finished(root: Beneath, record: ImageRecord) -> bool:
     """Return whether the image is whole but the catalog does not know it.
 
     A crash came between linking the file into place and telling the catalog.
     """
     try:
-        ours = os.stat(
-            f"{PARTIAL}/{record.inode}.{record.format}", dir_fd=root_fd, follow_symlinks=False
-        )
-        there = os.stat(record.path, dir_fd=root_fd, follow_symlinks=False)
+        ours = root.stat(f"{PARTIAL}/{record.inode}.{record.format}")
+        there = root.stat(record.path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
-
-
-def list_folder(root_fd: int, name: str) -> list[str]:
-    """Return the names in a folder of the cache directory."""
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
-    try:
-        return os.listdir(fd)
-    finally:
-        os.close(fd)
 
 
 def _is_of_the_disk(name: str) -> bool:
@@ -430,7 +476,7 @@ def _is_of_the_disk(name: str) -> bool:
     )
 
 
-def _files_below(root_fd: int) -> Iterator[str]:
+def _files_below(root: Beneath) -> Iterator[str]:
     """Yield every path below the cache directory that is not a folder.
 
     The state folder and reserved names are left out.
@@ -438,11 +484,11 @@ def _files_below(root_fd: int) -> Iterator[str]:
     pending: list[Sequence[str]] = [[]]
     while pending:
         folder = pending.pop()
-        for name in sorted(list_folder(root_fd, "/".join(folder) or ".")):
+        for name in sorted(root.listdir("/".join(folder))):
             if not folder and (name in RESERVED or _is_of_the_disk(name)):
                 continue
             path = "/".join([*folder, name])
-            if stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode):
+            if stat.S_ISDIR(root.stat(path).st_mode):
                 pending.append([*folder, name])
             else:
                 yield path

@@ -155,7 +155,7 @@ class SqliteCatalog:
             CacheCorrupt: the file is damaged, or a newer lazyfs wrote it.
             NoSpace, OSError.
         """
-        self._reserve = reserve or Reserve(-1)
+        self._reserve = reserve or Reserve(None)
         self._open(path)
 
     @_with_reserve

@@ -9,6 +9,7 @@ import os
 import threading
 from contextlib import suppress
 
+from lazyfs.cache.beneath import Beneath
 from lazyfs.units import KiB, MiB
 
 NAME = ".lazyfs/reserve"
@@ -25,27 +26,26 @@ PLENTY = 4 * MiB
 class Reserve:
     """Holds the reserve of one cache directory. Thread-safe."""
 
-    def __init__(self, root_fd: int) -> None:
+    def __init__(self, root: Beneath | None) -> None:
         """Do nothing yet.
 
         Args:
-            root_fd: the cache directory. -1 means that there is no reserve.
+            root: the cache directory. None means that there is no reserve.
         """
-        self._root_fd = root_fd
+        self._root = root
         self._lock = threading.Lock()
         self._taken = False
 
     def take(self) -> None:
         """Make the file, unless it is there, or the disk is too full for it. Blocks."""
         with self._lock:
-            if self._taken or self._root_fd < 0:
+            if self._taken or self._root is None:
                 return
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             with suppress(OSError):
-                found = os.fstatvfs(self._root_fd)
+                found = os.fstatvfs(self._root.fd)
                 if found.f_blocks and found.f_bavail * found.f_frsize < PLENTY:
                     return
-                fd = os.open(NAME, flags, 0o600, dir_fd=self._root_fd)
+                fd = self._root.open(NAME, os.O_RDWR | os.O_CREAT)
                 try:
                     os.posix_fallocate(fd, 0, RESERVE)
                     self._taken = True
@@ -60,10 +60,10 @@ class Reserve:
         """
         with self._lock:
             self._taken = False
-            if self._root_fd < 0:
+            if self._root is None:
                 return False
             try:
-                os.unlink(NAME, dir_fd=self._root_fd)
+                self._root.unlink(NAME)
             except OSError:
                 return False
             return True
@@ -71,4 +71,4 @@ class Reserve:
     def forget(self) -> None:
         """Do nothing any more, because the cache directory is closed."""
         with self._lock:
-            self._root_fd = -1
+            self._root = None

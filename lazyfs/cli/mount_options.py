@@ -75,6 +75,12 @@ def _add_options(parser: OneLineParser) -> None:
         help="keep the cache in this folder, made if its parent exists (default: the mountpoint)",
     )
     parser.add_argument(
+        "--trust-cache-owner",
+        action="store_true",
+        help="as root, use a cache folder that belongs to another user, or that others may write "
+        "to: they can then change what every VM reads",
+    )
+    parser.add_argument(
         "--format",
         choices=shown_file.FORMATS,
         default=shown_file.RAW,

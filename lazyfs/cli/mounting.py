@@ -187,6 +187,7 @@ def _config(options: argparse.Namespace, mountpoint: str) -> "MountConfig":
         passthrough=not options.no_passthrough,
         allow_evict=options.allow_evict,
         moved=options.moved,
+        trust_cache_owner=options.trust_cache_owner,
         chosen={  # every daemon runs in the foreground, also if its command does not
             name: value for name, value in options.chosen.items() if name != "foreground"
         },

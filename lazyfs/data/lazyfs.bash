@@ -7,7 +7,7 @@
 
 _shtab_lazyfs_subparsers=(mount status prefetch pause resume cancel set-rate evict pin unpin map verify forget pivot detach umount check doctor config)
 
-_shtab_lazyfs_mount_option_strings=(-h --help --config --moved --cache-dir --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
+_shtab_lazyfs_mount_option_strings=(-h --help --config --moved --cache-dir --trust-cache-owner --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
 _shtab_lazyfs_status_option_strings=(-h --help --json --watch --state --sort)
 _shtab_lazyfs_prefetch_option_strings=(-h --help --json --wait --timeout --format)
 _shtab_lazyfs_pause_option_strings=(-h --help --json)
@@ -25,7 +25,7 @@ _shtab_lazyfs_detach_option_strings=(-h --help --wait)
 _shtab_lazyfs_umount_option_strings=(-h --help --lazy)
 _shtab_lazyfs_check_option_strings=(-h --help --repair --json)
 _shtab_lazyfs_doctor_option_strings=(-h --help)
-_shtab_lazyfs_config_option_strings=(-h --help --json --cache-dir --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
+_shtab_lazyfs_config_option_strings=(-h --help --json --cache-dir --trust-cache-owner --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
 _shtab_lazyfs_option_strings=(-h --help --version --data-dir)
 
 _shtab_lazyfs_mount_pos_1_COMPGEN=_shtab_compgen_dirs
@@ -71,6 +71,7 @@ _shtab_lazyfs_pos_0_choices=(mount status prefetch pause resume cancel set-rate 
 _shtab_lazyfs_mount__h_nargs=0
 _shtab_lazyfs_mount___help_nargs=0
 _shtab_lazyfs_mount___moved_nargs=0
+_shtab_lazyfs_mount___trust_cache_owner_nargs=0
 _shtab_lazyfs_mount___no_populate_nargs=0
 _shtab_lazyfs_mount___allow_evict_nargs=0
 _shtab_lazyfs_mount___no_passthrough_nargs=0
@@ -150,6 +151,7 @@ _shtab_lazyfs_doctor___help_nargs=0
 _shtab_lazyfs_config__h_nargs=0
 _shtab_lazyfs_config___help_nargs=0
 _shtab_lazyfs_config___json_nargs=0
+_shtab_lazyfs_config___trust_cache_owner_nargs=0
 _shtab_lazyfs_config___no_populate_nargs=0
 _shtab_lazyfs_config___allow_evict_nargs=0
 _shtab_lazyfs_config___no_passthrough_nargs=0

@@ -34,7 +34,7 @@ class Entry:
     parent_id: int = 0
     """The number of the mount in which it is mounted."""
     propagation: frozenset[str] = frozenset()
-    """How it shares what is mounted in it, such as "shared:9" or "master:1": mount_namespaces(7)."""
+    """How it shares what is mounted in it: "shared:9", "master:1" (mount_namespaces(7))."""
     user_id: int = 0
     """Who has mounted a FUSE file system."""
     layers: tuple[str, ...] = ()

@@ -198,9 +198,11 @@ class Recorder:
     def _wrap_naming(
         self, patch: pytest.MonkeyPatch, kind: str, real: Callable[..., object]
     ) -> None:
-        def wrapped(old: str, new: str, **named: object) -> None:
-            real(old, new, **named)
-            name, target = (path.removeprefix(f"{PARTIAL}/") for path in (old, new))
+        def wrapped(
+            old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int, **named: object
+        ) -> None:
+            real(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, **named)
+            name, target = _name(src_dir_fd, old), _name(dst_dir_fd, new)
             self.events.append(Event(kind, self._file(name), target=target))
             if kind == "rename":
                 self._first_names[target] = self._file(name)
@@ -209,6 +211,12 @@ class Recorder:
 
     def _file(self, name: str) -> str:
         return self._first_names.get(name, name)
+
+
+def _name(folder_fd: int, name: str) -> str:
+    """Return the name of a file as events have it."""
+    folder = os.readlink(f"/proc/self/fd/{folder_fd}")
+    return name if folder.endswith(f"/{PARTIAL}") else f"{os.path.basename(folder)}/{name}"
 
 
 @dataclass

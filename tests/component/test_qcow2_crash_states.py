@@ -24,6 +24,7 @@ from fakes import pattern
 from peers import Peers
 
 from lazyfs import errors
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.store import qcow2
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.core import export_name
@@ -118,7 +119,7 @@ class Lab:
     def opened(self) -> Iterator[Qcow2Store]:
         """Return a store that is not loaded yet."""
         root_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        store = Qcow2Store(root_fd, self.image.record, LOOK, self.backing)
+        store = Qcow2Store(Beneath(root_fd), self.image.record, LOOK, self.backing)
         try:
             yield store
         finally:

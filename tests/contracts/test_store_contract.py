@@ -11,6 +11,7 @@ import pytest
 from fakes import MemoryStores, pattern
 
 from lazyfs import errors
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.store.cache_file import WholeFile
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
@@ -100,14 +101,14 @@ def raw(folder: Path) -> tuple[Disk, Callable[[], None]]:
 
 
 def qcow2(folder: Path) -> tuple[Disk, Callable[[], None]]:
-    def make(root_fd: int, record: ImageRecord, look: FileAttributes) -> Store:
-        return Qcow2Store(root_fd, record, look, "nbd://example.com/team/disk")
+    def make(root: Beneath, record: ImageRecord, look: FileAttributes) -> Store:
+        return Qcow2Store(root, record, look, "nbd://example.com/team/disk")
 
     return on_disk(folder, shown_file.QCOW2, make)
 
 
 def on_disk(
-    folder: Path, image_format: str, make: Callable[[int, ImageRecord, FileAttributes], Store]
+    folder: Path, image_format: str, make: Callable[[Beneath, ImageRecord, FileAttributes], Store]
 ) -> tuple[Disk, Callable[[], None]]:
     (folder / ".lazyfs/partial").mkdir(parents=True)
     root_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -121,8 +122,8 @@ def on_disk(
         return (folder / path).read_bytes() if (folder / path).exists() else None
 
     disk = Disk(
-        lambda record: make(root_fd, record, look),
-        lambda record: WholeFile(root_fd, record),
+        lambda record: make(Beneath(root_fd), record, look),
+        lambda record: WholeFile(Beneath(root_fd), record),
         put,
         get,
         lambda: len({path.stem for path in (folder / ".lazyfs/partial").iterdir()}),

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from lazyfs import errors
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.store.write_behind import WriteBehind
 from lazyfs.core import block_map
 from lazyfs.core.block_map import BlockMap
@@ -40,7 +41,7 @@ cache what other readers need."""
 RESERVE = 1 * MiB
 """Free bytes that data leaves to the catalog and the maps. Without any free bytes, the next mount
 could not write its catalog."""
-OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FLAGS = os.O_RDWR | os.O_CREAT
 
 WRITE_BITS = 0o222
 """The bits of a mode that plain files never get: overlays and the catalog rely on their bytes."""
@@ -171,10 +172,10 @@ class PartialFile(FileReader):
     It implements the part of `interfaces.Store` that does not depend on the format.
     """
 
-    def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes) -> None:
-        """`root_fd` is the cache directory, opened before anything was mounted over it."""
+    def __init__(self, root: Beneath, record: ImageRecord, attributes: FileAttributes) -> None:
+        """`root` is the cache directory, opened before anything was mounted over it."""
         assert record.size is not None
-        self._root_fd = root_fd
+        self._root = root
         self._record = record
         self._file_attributes = attributes
         self._size = record.size
@@ -187,17 +188,15 @@ class PartialFile(FileReader):
 
     def _open_data(self, flags: int = OPEN_FLAGS) -> int:
         try:
-            return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
+            return self._root.open(self._data_name, flags)
         except PermissionError:
             # `finish` set the file's mode, but the daemon ended before the catalog was updated.
-            fd = os.open(
-                self._data_name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd
-            )
+            fd = self._root.open(self._data_name, os.O_PATH)
             try:
                 os.chmod(f"/proc/self/fd/{fd}", 0o600)
             finally:
                 os.close(fd)
-            return os.open(self._data_name, flags, 0o600, dir_fd=self._root_fd)
+            return self._root.open(self._data_name, flags)
 
     def inspect(self) -> BlockMap:
         """Open the existing files for reading, and return what `load` would. Changes nothing.
@@ -232,11 +231,7 @@ class PartialFile(FileReader):
 
     def _open_to_inspect(self, name: str) -> int:
         try:
-            return os.open(
-                name,
-                os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-                dir_fd=self._root_fd,
-            )
+            return self._root.open(name, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise errors.CacheCorrupt(f"{name} is missing") from None
 
@@ -259,7 +254,7 @@ class PartialFile(FileReader):
 
     def _leave_room(self, size: int) -> None:
         """Raise NoSpace if the data would use the disk's last RESERVE bytes. This costs 1 us."""
-        found = os.fstatvfs(self._root_fd)
+        found = os.fstatvfs(self._root.fd)
         if found.f_blocks and found.f_bavail * found.f_frsize < size + RESERVE:
             raise errors.NoSpace
 
@@ -303,20 +298,14 @@ class PartialFile(FileReader):
             try:
                 for folder in folders:
                     with suppress(FileExistsError):
-                        os.mkdir(folder, 0o755, dir_fd=self._root_fd)
+                        self._root.mkdir(folder, 0o755)
                 # A link, not a rename, because a link never replaces a file, and because the
                 # partial name must stay until the catalog says that the image is whole.
-                os.link(
-                    self._data_name,
-                    path,
-                    src_dir_fd=self._root_fd,
-                    dst_dir_fd=self._root_fd,
-                    follow_symlinks=False,
-                )
+                self._root.link(self._data_name, path)
             except (FileExistsError, NotADirectoryError):
                 self.check_path()
             for folder in ["", *folders]:
-                sync_folder(self._root_fd, folder)
+                self._root.sync_folder(folder)
 
     def check_path(self) -> None:
         """Look whether the plain file could be put at the image's path, before much is written.
@@ -346,19 +335,19 @@ class PartialFile(FileReader):
         """
         with suppress(FileNotFoundError, NotADirectoryError):
             if self._is_ours(self._record.path):
-                os.unlink(self._record.path, dir_fd=self._root_fd)
-                sync_folder(self._root_fd, os.path.dirname(self._record.path))
+                self._root.unlink(self._record.path)
+                self._root.sync_folder(os.path.dirname(self._record.path))
 
     def _is_ours(self, path: str) -> bool:
-        there = os.stat(path, dir_fd=self._root_fd, follow_symlinks=False)
-        ours = os.stat(self._data_name, dir_fd=self._root_fd, follow_symlinks=False)
+        there = self._root.stat(path)
+        ours = self._root.stat(self._data_name)
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def remove(self) -> None:
         """Unlink the partial files. The plain file of a whole image stays."""
         for name in self._names():
             with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._root_fd)
+                self._root.unlink(name)
 
     def _names(self) -> list[str]:
         return [self._data_name]
@@ -367,7 +356,7 @@ class PartialFile(FileReader):
 class WholeFile(FileReader):
     """Holds the plain file of a whole image, read-only. Implements `interfaces.PlainFile`."""
 
-    def __init__(self, root_fd: int, record: ImageRecord) -> None:
+    def __init__(self, root: Beneath, record: ImageRecord) -> None:
         """Open the file.
 
         Raises:
@@ -376,7 +365,7 @@ class WholeFile(FileReader):
             OSError: it cannot be opened now.
         """
         super().__init__()
-        self._root_fd = root_fd
+        self._root = root
         self._path = record.path
         self._name = record.path
         """The name that the file has now."""
@@ -384,8 +373,7 @@ class WholeFile(FileReader):
         size = record.file_size
         try:
             # O_NONBLOCK is for the case that somebody has put a fifo there.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            self._fd = os.open(record.path, flags, dir_fd=root_fd)
+            self._fd = root.open(record.path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise errors.PlainFileGone("the plain file is gone") from error
@@ -420,8 +408,8 @@ class WholeFile(FileReader):
         """
         # A name that already leads to the same file must go: rename() would do nothing then.
         with suppress(FileNotFoundError):
-            os.unlink(self._aside, dir_fd=self._root_fd)
-        os.rename(self._path, self._aside, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+            self._root.unlink(self._aside)
+        self._root.rename(self._path, self._aside)
         self._name = self._aside
         try:
             self._sync_folders()
@@ -433,28 +421,19 @@ class WholeFile(FileReader):
     def restore(self) -> None:
         """Undo `set_aside`, unless another file was put at the path meanwhile."""
         with suppress(FileExistsError):
-            os.link(self._aside, self._path, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
-        sync_folder(self._root_fd, os.path.dirname(self._path))
-        os.unlink(self._aside, dir_fd=self._root_fd)
+            self._root.link(self._aside, self._path)
+        self._root.sync_folder(os.path.dirname(self._path))
+        self._root.unlink(self._aside)
         self._name = self._path
 
     def remove(self) -> None:
         """Unlink the plain file. Processes that have it open keep reading it."""
         with suppress(FileNotFoundError):
-            os.unlink(self._name, dir_fd=self._root_fd)
+            self._root.unlink(self._name)
 
     def _sync_folders(self) -> None:
         for folder in (PARTIAL, os.path.dirname(self._path)):
-            sync_folder(self._root_fd, folder)
-
-
-def sync_folder(root_fd: int, name: str) -> None:
-    """Make durable which names are in a folder of the cache directory. "" is its root."""
-    fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            self._root.sync_folder(folder)
 
 
 def _next_data(fd: int, position: int, end: int) -> int:

@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from lazyfs import errors
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.store.cache_file import (
     OPEN_FLAGS,
     PARTIAL,
     PartialFile,
     read_exactly,
     space_errors,
-    sync_folder,
     write_all,
 )
 from lazyfs.core import block_map, map_file, qcow2_layout
@@ -47,10 +47,10 @@ class Qcow2Store(PartialFile):
     """
 
     def __init__(
-        self, root_fd: int, record: ImageRecord, attributes: FileAttributes, backing: str
+        self, root: Beneath, record: ImageRecord, attributes: FileAttributes, backing: str
     ) -> None:
         """`backing` is the export, as QEMU opens it, for the header of a new file."""
-        super().__init__(root_fd, record, attributes)
+        super().__init__(root, record, attributes)
         self._backing = backing
         self._at = qcow2_layout.layout(self._size, record.block_size)
         self._data_offset = self._at.data_offset
@@ -124,7 +124,7 @@ class Qcow2Store(PartialFile):
         """
         header = qcow2_layout.partial_header(self._at, self._own, self._backing, 0)
         fresh = f"{self._data_name}.new"
-        fd = os.open(fresh, OPEN_FLAGS | os.O_TRUNC, 0o600, dir_fd=self._root_fd)
+        fd = self._root.open(fresh, OPEN_FLAGS | os.O_TRUNC)
         try:
             os.ftruncate(fd, self._at.file_size)
             room = os.fstatvfs(fd)
@@ -135,13 +135,13 @@ class Qcow2Store(PartialFile):
             for offset, content in [*qcow2_layout.initial_tables(self._at), (0, header)]:
                 write_all(fd, content, offset)
             os.fsync(fd)
-            os.rename(fresh, self._data_name, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
-            sync_folder(self._root_fd, PARTIAL)
+            self._root.rename(fresh, self._data_name)
+            self._root.sync_folder(PARTIAL)
         except BaseException:
             os.close(fd)
             # On a full disk, the new file may hold the last free space. This frees it.
             with suppress(FileNotFoundError):
-                os.unlink(fresh, dir_fd=self._root_fd)
+                self._root.unlink(fresh)
             raise
         self._fd = fd
 

@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable
 
 from lazyfs import errors
+from lazyfs.cache.beneath import Beneath
 from lazyfs.cache.store.cache_file import (
     OPEN_FLAGS,
     PARTIAL,
     PartialFile,
     read_exactly,
     space_errors,
-    sync_folder,
     write_all,
 )
 from lazyfs.core import map_file
@@ -29,9 +29,9 @@ from lazyfs.engine.interfaces import FileAttributes
 class RawStore(PartialFile):
     """Stores a raw image that is being filled. Implements `interfaces.Store`."""
 
-    def __init__(self, root_fd: int, record: ImageRecord, attributes: FileAttributes) -> None:
-        """`root_fd` is the cache directory, opened before anything was mounted over it."""
-        super().__init__(root_fd, record, attributes)
+    def __init__(self, root: Beneath, record: ImageRecord, attributes: FileAttributes) -> None:
+        """`root` is the cache directory, opened before anything was mounted over it."""
+        super().__init__(root, record, attributes)
         self._map_name = f"{PARTIAL}/{record.inode}.map"
         self._header = map_file.MapHeader(
             record.inode, self._size, record.block_size, record.export, record.identity
@@ -50,7 +50,7 @@ class RawStore(PartialFile):
         """
         with space_errors():
             self._fd = self._open_data()
-            self._map_fd = os.open(self._map_name, OPEN_FLAGS, 0o600, dir_fd=self._root_fd)
+            self._map_fd = self._root.open(self._map_name, OPEN_FLAGS)
             return self._load_map() if self._begun() else self._create_map()
 
     def inspect(self) -> BlockMap:
@@ -90,7 +90,7 @@ class RawStore(PartialFile):
         # The header comes last. Without it, a map of zeroes says nothing.
         write_all(self._map_fd, self._header.encode(), 0)
         os.fdatasync(self._map_fd)
-        sync_folder(self._root_fd, PARTIAL)
+        self._root.sync_folder(PARTIAL)
         return BlockMap(self._size, self._record.block_size)
 
     def _load_map(self) -> BlockMap:

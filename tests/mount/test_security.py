@@ -1,0 +1,129 @@
+"""What those who may write to the cache folder can reach through a lazyfs that runs as root."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from lab import KiB, Lab, wait_until
+
+SIZE = 4 * KiB
+NOBODY = 65534
+SECRET = b"secret".ljust(SIZE, b"!")
+CONTENT = b"* * * * * root id\n".ljust(SIZE, b"#")
+
+
+class Attack:
+    """A cache folder of another user, who can change what is in it while it is mounted."""
+
+    def __init__(self, lab: Lab, beside: bool) -> None:
+        self.lab = lab
+        self.folder = lab.folder / "cache" if beside else lab.mnt
+        self.folder.mkdir(exist_ok=True)
+        os.chown(self.folder, NOBODY, NOBODY)
+        self.fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        """The attacker had the folder open before anything was mounted over it."""
+        self.outside = lab.folder / "outside"
+        self.outside.mkdir(mode=0o700)
+        content = lab.folder / "content"
+        content.write_bytes(CONTENT)
+        names = lab.folder / "names"
+        names.write_text("team/disk\n")
+        server = lab.serve_with(
+            "eval",
+            f"list_exports=cat {names}",
+            f"get_size=echo {SIZE}",
+            f"pread=dd if={content} skip=$4 count=$3 iflag=count_bytes,skip_bytes status=none",
+        )
+        options: list[str | Path] = ["--cache-dir", self.folder] if beside else []
+        lab.mount(server.uri, *options, "--trust-cache-owner", "--no-passthrough")
+        self.image = lab.mnt / "team" / "disk"
+
+    def lead_outside(self, name: str) -> None:
+        """Put a symbolic link to the folder outside in the place of a folder of the cache."""
+        with suppress(FileNotFoundError):
+            os.rename(name, f"{name}.old", src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        os.symlink(self.outside, name, dir_fd=self.fd)
+
+    def make_whole(self) -> None:
+        self.lab.lazyfs("prefetch", self.image, "--wait")
+
+
+@pytest.fixture(params=["beside", "below"])
+def attack(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Attack]:
+    made = Attack(lab, request.param == "beside")
+    yield made
+    os.close(made.fd)
+
+
+def test_nothing_is_written_outside(attack: Attack) -> None:
+    attack.lead_outside("team")
+    lab = attack.lab
+    lab.lazyfs("prefetch", attack.image)
+    wait_until(lambda: lab.image_status("team/disk")["error"], "it cannot be put there")
+    assert attack.image.read_bytes() == CONTENT
+    assert "a file is where its folder belongs" in lab.image_status("team/disk")["error"]
+    assert list(attack.outside.iterdir()) == []
+
+
+def test_nothing_is_read_from_outside(attack: Attack) -> None:
+    attack.make_whole()
+    (attack.outside / "disk").write_bytes(SECRET)
+    attack.lead_outside("team")
+    done = subprocess.run(["cat", attack.image], capture_output=True, check=False, timeout=60)
+    assert b"secret" not in done.stdout
+
+
+def test_nothing_is_removed_outside(attack: Attack) -> None:
+    attack.make_whole()
+    (attack.outside / "disk").write_bytes(SECRET)
+    attack.lead_outside("team")
+    attack.lab.lazyfs("evict", attack.image, check=False)
+    assert (attack.outside / "disk").read_bytes() == SECRET
+
+
+def test_the_state_is_the_one_that_was_opened(attack: Attack) -> None:
+    """Another state folder is not looked at until the next mount, which refuses it."""
+    (attack.outside / "partial").mkdir()
+    attack.lead_outside(".lazyfs")
+    attack.make_whole()
+    assert attack.image.read_bytes() == CONTENT
+    attack.lab.lazyfs("evict", attack.image)
+    assert [path.name for path in attack.outside.rglob("*")] == ["partial"]
+    attack.lab.umount()
+    options: list[str | Path] = []
+    if attack.folder != attack.lab.mnt:
+        options = ["--cache-dir", attack.folder]
+    done = attack.lab.lazyfs(
+        "mount", "nbd://localhost:1", attack.lab.mnt, *options, "--trust-cache-owner", check=False
+    )
+    assert "/.lazyfs is not a folder of this user" in done.stderr
+    assert [path.name for path in attack.outside.rglob("*")] == ["partial"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "said"),
+    [
+        (NOBODY, 0o755, f"is user {NOBODY}'s"),
+        (0, 0o775, "is writable by others"),
+        (0, 0o757, "is writable by others"),
+    ],
+)
+def test_root_refuses_a_folder_in_which_others_can_put_images(
+    lab: Lab, owner: int, mode: int, said: str
+) -> None:
+    lab.image("disk", SIZE)
+    cache = lab.folder / "cache"
+    cache.mkdir()
+    os.chown(cache, owner, owner)
+    cache.chmod(mode)
+    uri = lab.serve().uri
+    done = lab.lazyfs("mount", uri, lab.mnt, "--cache-dir", cache, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "--trust-cache-owner" in done.stderr
+    assert list(cache.iterdir()) == []
+    lab.mount(uri, "--cache-dir", cache, "--trust-cache-owner")
+    assert Path(lab.mnt / "disk").exists()
