@@ -38,6 +38,7 @@ from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.report import tracebacks
 from lazyfs.repository import tls
+from lazyfs.repository.lookups import Resolver
 from lazyfs.repository.nbd_repository import NbdRepository
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class _Daemon:
         """
         config, cache = self._config, self._cache
         root = trio.lowlevel.current_root_task()
+        trio.socket.set_custom_hostname_resolver(Resolver())
         signal.signal(signal.SIGUSR1, lambda _number, _frame: tracebacks.log_soon(root))
         metrics = None if config.metrics is None else _metrics_server(config.metrics)
         async with trio.open_nursery() as nursery:

@@ -3,6 +3,7 @@ do.
 
     LazyfsError
     ├── ConnectionLost      retry, on another connection or later
+    │   ├── Busy            the same: the server is there, and readers have its one connection
     │   ├── HungUp          the same: the server closed the connection without a word
     │   └── ExportRefused   the same, but the server answers: it does not give this export now
     ├── RequestFailed       concerns this request only; the connection and other requests go on
@@ -59,6 +60,14 @@ class ConnectionLost(LazyfsError):
 
     def __str__(self) -> str:
         return f"no connection to {self.uri}: {self.reason}"
+
+
+class Busy(ConnectionLost):
+    """The server is there, but takes one connection at a time, and readers have it."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri, "the server takes one connection at a time, and readers have it")
+        self.args = (uri,)
 
 
 class HungUp(ConnectionLost):

@@ -5,8 +5,9 @@ import functools
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
@@ -73,6 +74,7 @@ class MountConfig:
     """Where to serve the metrics, as "HOST:PORT". None means that they are not served."""
     passthrough: bool
     allow_evict: bool
+    log_level: str = "info"
     moved: bool = False
     """True if the cache was filled from this repository at another address."""
     trust_cache_owner: bool = False
@@ -231,7 +233,10 @@ class Mounted:
                         logger.warning(
                             "files are open on %s; they fail from now on", session.mountpoint
                         )
-                    unmount_quietly(session)
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(
+                            unmount_quietly, session, limiter=self._unmounting
+                        )
                     await self._stop_answering()
 
     async def _reload_on_signal(self, task_status: trio.TaskStatus[None]) -> None:
@@ -258,19 +263,18 @@ class Mounted:
         if new.options.fill_rate != old.options.fill_rate:
             self._parts.filesystem.set_rate(new.options.fill_rate)
         self._overlays.set_folders(new.overlays)
-        now = replace(
+        logging.getLogger().setLevel(new.log_level.upper())
+        self._config = replace(
             old,
             refresh_s=new.refresh_s,
             limits=new.limits,
             overlays=new.overlays,
+            log_level=new.log_level,
             chosen=_reloaded(old.chosen, new.chosen),
             options=replace(old.options, fill_rate=new.options.fill_rate),
         )
-        wanted, applied = _chosen(new), _chosen(now)
-        later = sorted(name for name in wanted if wanted[name] != applied[name])
-        if later:
+        if later := _not_reloaded(old, new):
             logger.warning("this needs a new mount to take effect: %s", ", ".join(later))
-        self._config = now
         reread, self._reread = self._reread, trio.Event()
         reread.set()
         self._parts.population.wake()
@@ -294,8 +298,10 @@ class Mounted:
 
     def _silence(self) -> str:
         """Return since when the repository does not answer reads that wait, or ""."""
-        since = max(self._parts.filesystem.totals.waiting_since, self._repository.heard_at)
-        silent_s = trio.current_time() - since
+        silent_s = min(
+            trio.current_time() - self._parts.filesystem.totals.waiting_since,
+            time.monotonic() - self._repository.heard_at,
+        )
         if silent_s < SILENT_S:
             return ""
         why = f": {self._repository.trouble}" if self._repository.trouble else ""
@@ -378,16 +384,14 @@ def _reloaded(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str,
     return kept | {name: value for name, value in new.items() if name in _RELOADED}
 
 
-def _chosen(config: MountConfig) -> dict[str, object]:
-    """Return what a user has chosen, by name."""
-    found: dict[str, object] = {}
-    for one in (config, config.options):
-        found |= {field.name: getattr(one, field.name) for field in fields(one)}
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in ("options", "chosen", "reread", "reopen_log", "dropped_log_lines", "moved")
-    }
+def _not_reloaded(old: MountConfig, new: MountConfig) -> list[str]:
+    """Return the keys whose values are others now, and take no effect."""
+    names = old.chosen.keys() | new.chosen.keys()
+    changed = {name for name in names if old.chosen.get(name) != new.chosen.get(name)}
+    for name in ("repository", "mountpoint"):
+        if getattr(old, name) != getattr(new, name):
+            changed.add(name)
+    return sorted(changed - _RELOADED)
 
 
 _ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})

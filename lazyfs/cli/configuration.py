@@ -5,6 +5,7 @@ the file, and the file has precedence over the defaults.
 """
 
 import argparse
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -98,6 +99,17 @@ def settings(options: argparse.Namespace) -> tuple[config_file.Setting, ...]:
     keys = mount_options.mount_keys()
     from_file = {} if options.config is None else load(path_of(options.config), keys)
     return config_file.settle(keys, from_file, vars(options))
+
+
+def without_folder(options: argparse.Namespace) -> argparse.Namespace:
+    """Return a copy that means the same in every folder: the daemon leaves the one it began in."""
+    copied = copy.copy(options)
+    if copied.config is not None:
+        copied.config = os.path.abspath(path_of(copied.config))
+    for key in mount_options.mount_keys():
+        if key.is_path and hasattr(copied, key.dest):
+            setattr(copied, key.dest, _absolute(getattr(copied, key.dest)))
+    return copied
 
 
 def apply(options: argparse.Namespace) -> None:

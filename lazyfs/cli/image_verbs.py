@@ -80,6 +80,8 @@ def evict(options: argparse.Namespace) -> int:
     def say(done: dict[str, Any]) -> str:
         what = "would be evicted" if options.dry_run else "evicted"
         freed = f"{format_size(done['bytes'])} {'to be freed' if options.dry_run else 'freed'}"
+        if done["open_bytes"]:
+            freed += f", {format_size(done['open_bytes'])} of that once it is closed"
         stay = f", {done['left']} left (pinned, backing files, or gone)" if done["left"] else ""
         return f"{_images(done['images'])} {what}, {freed}{stay}"
 
@@ -127,6 +129,8 @@ def set_rate(options: argparse.Namespace) -> int:
 
 def prefetch(options: argparse.Namespace) -> int:
     """Populate images without a reader. With --wait, wait until they are whole."""
+    if options.timeout is not None and not options.wait:
+        raise errors.UsageError("--timeout needs --wait")
     begun: list[Target] = []
 
     def begin(target: Target) -> dict[str, Any]:
@@ -137,8 +141,6 @@ def prefetch(options: argparse.Namespace) -> int:
         return result
 
     code = _each(options, begin)
-    if options.timeout is not None and not options.wait:
-        raise errors.UsageError("--timeout needs --wait")
     if options.wait:
         waiting.until_whole(lambda: [_not_whole(target) for target in begun], options.timeout)
     return code

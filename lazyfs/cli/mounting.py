@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Mount a repository."""
-    given = copy.copy(options)
+    given = configuration.without_folder(options)
     configuration.apply(options)
     options.given = given
     options.block_size = _block_size(options)
@@ -157,7 +157,6 @@ def _reread(given: argparse.Namespace, mountpoint: str) -> "MountConfig":
     options = copy.copy(given)
     configuration.apply(options)
     options.block_size = _block_size(options)
-    logging.getLogger().setLevel(options.log_level.upper())
     return _config(options, mountpoint)
 
 
@@ -187,6 +186,7 @@ def _config(options: argparse.Namespace, mountpoint: str) -> "MountConfig":
         passthrough=not options.no_passthrough,
         allow_evict=options.allow_evict,
         moved=options.moved,
+        log_level=options.log_level,
         trust_cache_owner=options.trust_cache_owner,
         chosen={  # every daemon runs in the foreground, also if its command does not
             name: value for name, value in options.chosen.items() if name != "foreground"

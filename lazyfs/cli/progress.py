@@ -63,11 +63,13 @@ def of_all(images: Iterable[Progress]) -> Progress:
     """
     active = [one for one in images if one.active]
     moving = [one for one in active if one.waits in ("", _WAITS["turn"])]
-    reasons = {one.waits for one in active}
+    rate = sum(one.rate for one in moving)
+    reasons = sorted({one.waits for one in active if one.waits})
+    nothing = bool(reasons) and all(one.waits for one in active)
     return Progress(
         sum(one.missing for one in moving),
-        sum(one.rate for one in moving),
-        reasons.pop() if len(reasons) == 1 else "",
+        rate,
+        ", ".join(reasons) if nothing else "",
         bool(active),
     )
 

@@ -216,7 +216,7 @@ class Commands:
 
     async def _evict(self, arguments: Arguments) -> object:
         backing = await self._operations.backing_files()
-        left = freed = 0
+        left = freed = open_bytes = 0
 
         def may_go(image: Image) -> bool:
             nonlocal left
@@ -227,15 +227,17 @@ class Commands:
         images = self._images(arguments["path"], may_go)
 
         async def evict(image: Image) -> None:
-            nonlocal freed
-            amount = image.cached_bytes()
+            nonlocal freed, open_bytes
+            amount, is_open = image.cached_bytes(), image.open_count > 0
             if arguments.get("dry-run"):
                 refuse(image, backing, AGAINST_EVICT)
             else:
                 await self._operations.evict(image, backing)
             freed += amount
+            open_bytes += amount if is_open else 0
 
-        return {**await self._each(images, evict), "bytes": freed, "left": left}
+        done = await self._each(images, evict)
+        return {**done, "bytes": freed, "open_bytes": open_bytes, "left": left}
 
     async def _pin(self, arguments: Arguments) -> object:
         return await self._each(

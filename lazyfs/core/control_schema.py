@@ -330,6 +330,11 @@ COMMANDS = (
         returns=(
             _COUNT,
             Field("bytes", "int", "what they have taken of the disk"),
+            Field(
+                "open_bytes",
+                "int",
+                "how much of that becomes free only when those who have the images open close them",
+            ),
             Field("left", "int", "images in the folder that have something cached and stay"),
         ),
         errors=(

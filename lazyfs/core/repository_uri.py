@@ -5,6 +5,7 @@ parameters.
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 DEFAULT_PORT = 10809
@@ -55,13 +56,17 @@ def parse(text: str) -> RepositoryUri:
     parts = urlsplit(text)
     scheme, _, rest = parts.scheme.partition("+")
     transport = _TRANSPORTS.get(f"+{rest}" if rest else "")
-    if scheme not in ("nbd", "nbds") or transport is None:
+    after = text[len(parts.scheme) :]
+    if scheme not in ("nbd", "nbds") or transport is None or not after.startswith("://"):
         raise ValueError(
             f"{text!r} is not an NBD URI such as nbd://HOST or nbd+unix:///?socket=PATH"
         )
     if parts.path.strip("/"):
-        server = text.replace(parts.path, "/" if parts.query else "", 1)
+        query = f"/?{parts.query}" if parts.query else ""
+        server = f"{parts.scheme}://{parts.netloc}{query}"
         raise ValueError(f"{text!r} names one export; give the server alone: {server}")
+    if parts.fragment or text.endswith("#"):
+        raise ValueError(f"{text!r} has a #, which means nothing here; write %23 in a name")
     if parts.password is not None:
         raise ValueError("the URI has a password, which NBD does not know; leave it out")
     found = _parameters(parts.query)
@@ -70,6 +75,8 @@ def parse(text: str) -> RepositoryUri:
             raise ValueError(f"{text!r} needs an absolute path: {parts.scheme}:///?socket=/PATH")
     elif not parts.hostname:
         raise ValueError(f"{text!r} names no host")
+    elif "socket" in found:
+        raise ValueError(f"the URI has the parameter socket, which is for {scheme}+unix://")
     try:
         port = DEFAULT_PORT if parts.port is None else parts.port
     except ValueError:
@@ -102,11 +109,15 @@ def _host(netloc: str) -> str:
 
 def _parameters(query: str) -> dict[str, str]:
     found: dict[str, str] = {}
+    # A "+" is a plus in the URIs of NBD. It means a space in those of web forms only.
+    query = query.replace("+", "%2B")
     for name, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         if name not in _PARAMETERS:
-            raise ValueError(
-                f"the URI has the parameter {name!r}; there are {', '.join(_PARAMETERS)}"
-            )
+            near = get_close_matches(name, _PARAMETERS, 1)
+            instead = f"did you mean {near[0]}?" if near else f"there are {', '.join(_PARAMETERS)}"
+            raise ValueError(f"the URI has the parameter {name!r}; {instead}")
+        if not value:
+            raise ValueError(f"the URI has the parameter {name} without a value")
         if name in found:
             raise ValueError(f"the URI has the parameter {name} twice")
         found[name] = value
@@ -128,7 +139,11 @@ def _check_tls(uri: RepositoryUri, scheme: str) -> None:
                 f"{scheme.replace('nbd', 'nbds', 1)}://"
             )
         return
-    if len(given) != 1:
+    if len(given) > 1:
+        raise ValueError("the URI has tls-certificates and tls-psk-file; give one of them")
+    if not given and uri.transport != TCP:
+        raise ValueError(f"{scheme}:// needs tls-psk-file=FILE, the key that the server knows")
+    if not given:
         raise ValueError(
             f"{scheme}:// needs either tls-certificates=FOLDER, with the ca-cert.pem that the "
             "server's certificate is checked with, or tls-psk-file=FILE"

@@ -125,6 +125,7 @@ class Filesystem:
         """The images that are being replaced, by inode, until the new image has the name."""
         self._without_room: dict[int, Image] = {}
         """Closed images that are to be filled as soon as there is room, by inode."""
+        self._looking_for_room = False
         self._refreshing = trio.Lock()
         self._reserved: set[str] = set()
         """Paths that images are about to get."""
@@ -197,7 +198,9 @@ class Filesystem:
         handle = await self._in_time(image, image.open)
         if isinstance(handle, PartialHandle) and not image.record.meant:
             handle.on_meant = partial(self._meant, image)
-            self._nursery.start_soon(self._mean_in_a_while, handle)
+            self._nursery.start_soon(
+                log_failure, "noting that an image is used", partial(self._mean_in_a_while, handle)
+            )
         elif first and self._context.populate:
             image.populating.want()
             self.on_fillable()
@@ -237,25 +240,33 @@ class Filesystem:
 
     def _wait_for_room(self, image: Image) -> None:
         self._without_room[image.inode] = image
-        if len(self._without_room) == 1:
+        if not self._looking_for_room:
+            self._looking_for_room = True
             self._nursery.start_soon(log_failure, "waiting for room", self._begin_with_room)
 
     async def _begin_with_room(self) -> None:
         """Begin the caches of images for which there was no room, and that nobody has open."""
-        while self._without_room:
-            await trio.sleep(ROOM_CHECK_S)
-            for inode, image in list(self._without_room.items()):
-                try:
-                    waits = image.record.state is State.PARTIAL and not image.retired
-                    if waits and not image.open_count and self._context.stores.nearly_full():
-                        continue
-                    del self._without_room[inode]
-                    if waits and not image.open_count:
-                        await image.resume()
-                except (errors.LazyfsError, OSError) as error:
-                    logger.warning(
-                        "cannot go on yet: image=%s reason=%s", image.record.export, error
-                    )
+        try:
+            while self._without_room:
+                await trio.sleep(ROOM_CHECK_S)
+                for inode, image in list(self._without_room.items()):
+                    if await self._need_not_wait(image):
+                        self._without_room.pop(inode, None)
+        finally:
+            self._looking_for_room = False
+
+    async def _need_not_wait(self, image: Image) -> bool:
+        """Begin the cache of an image if there is room now; return whether that is settled."""
+        if image.record.state is not State.PARTIAL or image.retired or image.open_count:
+            return True
+        try:
+            if self._context.stores.nearly_full():
+                return False
+            await image.resume()
+        except (errors.LazyfsError, OSError) as error:
+            logger.warning("cannot go on yet: image=%s reason=%s", image.record.export, error)
+            return False
+        return True
 
     def _drop_unused(self, image: Image) -> None:
         self.names.drop_inode(image)
@@ -279,6 +290,8 @@ class Filesystem:
                 await self._check_versions(
                     [i for i in self.names.images() if i.record.export in listed]
                 )
+            except errors.Busy:
+                return  # it is there, but nobody can ask it: nothing is known to have changed
             except (errors.LazyfsError, OSError) as error:
                 self.list_trouble = errors.said(error)
                 raise
@@ -370,7 +383,10 @@ class Filesystem:
         known = [image for image in images if not has_nothing(image)]
         for start in range(0, len(known), DESCRIBE_BATCH):
             batch = known[start : start + DESCRIBE_BATCH]
-            found = await self._repository.describe([image.record.export for image in batch])
+            try:
+                found = await self._repository.describe([image.record.export for image in batch])
+            except errors.ExportRefused:
+                continue  # none of them has answered, which says nothing about others
             for image in batch:
                 export = found[image.record.export]
                 if isinstance(export, Export):
@@ -402,9 +418,13 @@ class Filesystem:
         if filling is None or image.record.state is not State.PARTIAL:
             return
         if filling.kept and filling.samples.due:
-            self._nursery.start_soon(
-                log_failure, "comparing with the repository", filling.reader.compare
-            )
+
+            async def compare() -> None:
+                await filling.reader.compare()
+                if not image.open_count:
+                    filling.reader.drop_connection_when_idle()
+
+            self._nursery.start_soon(log_failure, "comparing with the repository", compare)
 
     async def _export_changed(self, image: Image, error: errors.ExportChanged) -> None:
         if image.retired:
@@ -523,6 +543,10 @@ class Filesystem:
         None means no limit.
         """
         self._context.pace.set_rate(rate)
+
+    def use_time(self) -> int:
+        """Return the time of a use of now, in ns since the epoch, which never goes back."""
+        return self._context.use_clock.now_ns()
 
     @property
     def rate_limit(self) -> int | None:

@@ -32,6 +32,9 @@ from lazyfs.engine.interfaces import Export, Repository
 
 logger = logging.getLogger(__name__)
 
+RECENT_NS = 1_000_000_000
+"""A time that is set and is no older than this means now: the request took a moment to arrive."""
+
 PREFETCH_ANSWER_S = 5.0
 """How long `prefetch` waits for the repository. This is shorter than a client of the control socket
 waits for the answer."""
@@ -192,7 +195,9 @@ class Operations:
 
         A time in the future counts as now.
         """
-        at_ns = max(0, min(used_ns, time.time_ns()))
+        now_ns = time.time_ns()
+        # A time of now is later than those that were given out before the clock was set back.
+        at_ns = self._filesystem.use_time() if used_ns >= now_ns - RECENT_NS else max(0, used_ns)
         if image.retired:  # only its open files lead here, and nobody asks for its last use
             image.note_use(at_ns)
         else:

@@ -24,6 +24,9 @@ MAX_REPEATS = 1000
 """A warning or error that says the same as one before is written once in QUIET_S seconds, and
 counted. The last MAX_REPEATS lines are remembered, about 200 KiB. Both are unmeasured."""
 
+ALWAYS = "always"
+"""The name of an attribute of records that are written even if the same was written just now."""
+
 LAST_LINES_S = 1.0
 """How long the end of the daemon waits for lines that are still to be written."""
 
@@ -87,7 +90,8 @@ class BackgroundLog(logging.Handler):
         try:
             line = logging.makeLogRecord(record.__dict__)
             text = one_line(record.getMessage())
-            if record.levelno >= logging.WARNING and (text := self._once(text)) == "":
+            trouble = record.levelno >= logging.WARNING and not hasattr(record, ALWAYS)
+            if trouble and (text := self._once(text)) == "":
                 return
             line.msg, line.args = text, None
             if record.exc_info:

@@ -8,10 +8,13 @@ import logging
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import FrameType
 
 import trio
+
+from lazyfs.report.background_log import ALWAYS
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +30,9 @@ def log_soon(root: "trio.lowlevel.Task | None") -> None:
 
 def _log(root: "trio.lowlevel.Task | None") -> None:
     try:
-        for line in [*_threads(), *_tasks(root)]:
-            logger.warning("%s", line)
+        for line, count in Counter([*_threads(), *_tasks(root)]).items():
+            several = f"{count} times: " if count > 1 else ""
+            logger.warning("%s%s", several, line, extra={ALWAYS: True})
     except Exception:
         logger.exception("the tracebacks could not be taken")
 

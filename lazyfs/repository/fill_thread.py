@@ -8,6 +8,7 @@ would cut it to a third.
 
 import threading
 import time
+from collections.abc import Callable
 from ctypes import c_int
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,8 @@ class FillConnection:
         self._unit = 1
         self._slots: list[_Slot] = []
         self._last_progress = 0.0
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called in the thread when bytes have come."""
 
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
         """Do what `interfaces.Filler.run` promises, until `stop` is set. Needs a connection.
@@ -127,6 +130,7 @@ class FillConnection:
             timeout_ms = _POLL_MS if not wait_s else max(1, min(_POLL_MS, int(wait_s * 1000)))
             if self._handle.poll(timeout_ms):  # a part of a long answer is progress as well
                 self._last_progress = time.monotonic()
+                self.on_progress()
             busy -= self._collect()
             if time.monotonic() - self._last_progress > self._stall_s:
                 raise errors.ConnectionLost(self._uri, f"no reply in {self._stall_s:g} s")

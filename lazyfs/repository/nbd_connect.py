@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import c_int
@@ -46,7 +47,6 @@ _MAX_PAYLOAD = 32 * MiB
 LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
 """Completion codes which say that the connection ends, not that the request is bad."""
 
-
 REFUSED = frozenset({errno.ENOTSUP, errno.EINVAL, errno.EPERM})
 """How libnbd reports that a server answered an option with NBD_REP_ERR_UNSUP, _INVALID or
 _POLICY."""
@@ -61,11 +61,19 @@ def new_handle() -> NBD:
     return handle
 
 
-def connect(uri: str, abandoned: threading.Event, deadline: float | None = None) -> NBD:
-    """Return a handle in option mode. Blocks, so call it in a thread.
+def connect(
+    uri: str,
+    abandoned: threading.Event,
+    deadline: float | None = None,
+    greeted: threading.Event | None = None,
+) -> NBD:
+    """Return a handle in option mode. Blocks, so call it in a thread that trio has started.
 
     Args:
+        uri: the server.
+        abandoned: set when nobody wants the connection any more.
         deadline: when to give up, by `time.monotonic`; in CONNECT_TIMEOUT_S if it is None.
+        greeted: is set once the server has greeted.
 
     Raises:
         ConnectionLost: it took longer than that, or `abandoned` was set, or the server does not
@@ -88,6 +96,8 @@ def connect(uri: str, abandoned: threading.Event, deadline: float | None = None)
         if not server.tls:
             raise
         raise errors.ConnectionLost(uri, tls.why_not(server, "")) from error
+    if greeted is not None:
+        greeted.set()
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
         keep_alive(connection)
     if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
@@ -128,9 +138,7 @@ def _tcp_socket(uri: RepositoryUri, limit_s: float) -> int:
     async def open_socket() -> int:
         with trio.fail_after(limit_s):
             stream = await trio.open_tcp_stream(uri.host, uri.port, happy_eyeballs_delay=ATTEMPT_S)
-        fd = os.dup(stream.socket.fileno())  # for libnbd; trio knows only its own
-        await stream.aclose()
-        return fd
+        return stream.socket.detach()  # for libnbd
 
     try:
         return trio.from_thread.run(open_socket)
@@ -169,7 +177,9 @@ def keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD, Export]:
+def connect_export(
+    uri: str, name: str, abandoned: threading.Event, greeted: threading.Event | None = None
+) -> tuple[NBD, Export]:
     """Return a handle that is ready to read export `name`, and what the export is now.
 
     Blocks, so call it in a thread.
@@ -180,7 +190,7 @@ def connect_export(uri: str, name: str, abandoned: threading.Event) -> tuple[NBD
         Unsupported: as for `connect`.
     """
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    handle = connect(uri, abandoned, deadline)
+    handle = connect(uri, abandoned, deadline, greeted)
     try:
         handle.set_export_name(name)
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -236,20 +246,28 @@ def compare(
                 deadline = time.monotonic() + CONNECT_TIMEOUT_S
             _check_alive(handle, uri, deadline, abandoned)
         ended = [codes[number] or retire(handle, cookie) for number, cookie in enumerate(cookies)]
+        # Only now, because libnbd may write to the buffers before.
+        found = [
+            bytes(buffer.memory[sample.offset - span.start :][: len(sample.data)])
+            for sample, span, buffer in zip(samples, asked, buffers, strict=True)
+        ]
     except nbd.Error as error:
         raise errors.ConnectionLost(uri, reason(error)) from error
-    # Only now, because libnbd may write to the buffers before.
-    found = [
-        bytes(buffer.memory[sample.offset - span.start :][: len(sample.data)])
-        for sample, span, buffer in zip(samples, asked, buffers, strict=True)
-    ]
-    for buffer in buffers:
-        nbd_buffers.give(buffer)
+    finally:
+        if len(codes) == len(samples):
+            _give_back(buffers)
+        else:  # libnbd may write to them until the handle is gone
+            weakref.finalize(handle, _give_back, buffers)
     for sample, data, code in zip(samples, found, ended, strict=True):
         if code in LOST:
             raise errors.ConnectionLost(uri, "the server hung up")
         if not code:
             sample.check_same(name, data)
+
+
+def _give_back(buffers: Sequence[nbd_buffers.NbdBuffer]) -> None:
+    for buffer in buffers:
+        nbd_buffers.give(buffer)
 
 
 class Watchdog:

@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import nbd
@@ -19,22 +21,26 @@ SECOND_S = 3.0
 
 
 class Shares(Protocol):
-    """What a filler needs of the repository."""
+    """What a filler needs of the connections to its server."""
 
     @property
-    def alone(self) -> bool:
-        """True while the server seems to allow one connection only."""
+    def seen(self) -> bool:
+        """True while the server seems to take one connection only."""
         ...
 
-    def note_alone(self) -> None:
-        """Note that the server seems to allow one connection only."""
+    def note(self) -> None:
+        """Note that the server seems to take one connection only."""
         ...
 
-    def running(self, name: str) -> nbd_handle.NbdHandle | None:
-        """Return the demand connection to an export, if there is one that works."""
+    def reader(self, export: str) -> nbd_handle.NbdHandle | None:
+        """Return the demand connection of an export, if there is one that works."""
         ...
 
-    async def connect(self, export: Export, samples: Samples) -> nbd.NBD:
+
+class Connects(Protocol):
+    """What a filler needs of the repository."""
+
+    async def connect(self, export: Export, samples: Samples, greeted: threading.Event) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.
 
         Raises:
@@ -52,12 +58,23 @@ class Shares(Protocol):
         """Run `connection` in a thread until all its claims have ended, or until `stop` is set."""
         ...
 
+    async def write(self, write: Callable[[], None]) -> None:
+        """Write to the cache in a thread."""
+        ...
+
 
 class NbdFiller:
     """Runs a fill connection in a thread for each turn."""
 
-    def __init__(self, repository: Shares, connection: FillConnection, samples: Samples) -> None:
+    def __init__(
+        self,
+        repository: Connects,
+        shares: Shares,
+        connection: FillConnection,
+        samples: Samples,
+    ) -> None:
         self._repository = repository
+        self._shares = shares
         self._connection = connection
         self._samples = samples
         self._stop = threading.Event()
@@ -69,38 +86,49 @@ class NbdFiller:
 
         If the server takes no connection beside that of the readers, theirs is used.
         """
-        repository, export = self._repository, self._connection.export
+        shares, export = self._shares, self._connection.export
         self._stop = stop = threading.Event()
         self._gives_way = False
         if not self._connection.connected:
-            readers = repository.running(export.name)
+            readers = shares.reader(export.name)
             if readers is None:
-                await self._connect()
-            elif repository.alone or not await self._connected_beside():
-                repository.note_alone()
+                await self._connect(threading.Event())
+            elif shares.seen or not await self._connected_beside():
+                shares.note()
                 await self._share(readers, work, duration_s)
                 return
         self._running_turn = True
         try:
-            await repository.fill(self._connection, work, duration_s, stop)
+            await self._repository.fill(self._connection, work, duration_s, stop)
         finally:
             self._running_turn = False
             if self._gives_way:
                 self._connection.close()
 
-    async def _connect(self) -> None:
-        handle = await self._repository.connect(self._connection.export, self._samples)
+    async def _connect(self, greeted: threading.Event) -> None:
+        handle = await self._repository.connect(self._connection.export, self._samples, greeted)
         self._connection.adopt(handle)
 
     async def _connected_beside(self) -> bool:
-        """Connect, although readers have a connection; return whether the server allows that."""
+        """Connect, although readers have a connection; return whether the server allows that.
+
+        Raises:
+            ConnectionLost: it does, but does not give this export.
+        """
+        greeted = threading.Event()
+        lost: errors.ConnectionLost = errors.ExportRefused(
+            "the repository", f"no answer about an export in {SECOND_S:g} s"
+        )
         with trio.move_on_after(SECOND_S):
             try:
-                await self._connect()
+                await self._connect(greeted)
             except errors.ConnectionLost as error:
                 logger.debug("no second connection: %s", error)
-                return False
-            return True
+                lost = error
+            else:
+                return True
+        if greeted.is_set():
+            raise lost
         return False
 
     async def _share(
@@ -120,7 +148,7 @@ class NbdFiller:
                 for part in claim.parts:
                     buffer = memoryview(bytearray(part.length))
                     await readers.pread(part.start, buffer)
-                    await trio.to_thread.run_sync(claim.write, part.start, buffer)
+                    await self._repository.write(partial(claim.write, part.start, buffer))
                 claim.finish()
             except (errors.RequestFailed, errors.NoSpace, OSError) as failed:
                 error = failed

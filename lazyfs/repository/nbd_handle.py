@@ -165,6 +165,15 @@ class NbdHandle:
             return False
         return True
 
+    async def probe(self) -> None:
+        """Find out whether the server answers on this connection, with a read of a few bytes.
+
+        Raises:
+            ConnectionLost, RequestFailed.
+        """
+        if self._size:
+            await self.pread(0, memoryview(bytearray(min(self._size, 512))))
+
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` as `interfaces.Source.pread` does, but in one attempt
         only.

@@ -7,9 +7,7 @@ import logging
 import math
 import threading
 import time
-import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -28,9 +26,11 @@ from lazyfs.engine.interfaces import (
 )
 from lazyfs.engine.supervision import call_beside
 from lazyfs.repository import nbd_connect, nbd_handle
+from lazyfs.repository.describing import CONNECTIONS, LATE_S, Describing
 from lazyfs.repository.fill_thread import FillConnection
 from lazyfs.repository.nbd_filler import NbdFiller
 from lazyfs.repository.nbd_source import NbdSource
+from lazyfs.repository.sole_connection import SoleConnection
 from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
@@ -42,19 +42,6 @@ hostile."""
 STALL_S = 20.0
 """The longest time without any byte after which a connection is given up, however long readers
 may wait. It is unmeasured: a server that needs longer for the first byte is asked again."""
-
-GIVE_WAY_S = 1.0
-"""After so long, a reader who cannot connect is given the connections of population."""
-
-ALONE_S = 60.0
-"""How long a server that takes one connection is not asked for another. All are unmeasured."""
-
-DESCRIBE_S = 5.0
-"""How long the description of one export may take. It is unmeasured: nbdkit and nbd-server answer
-in milliseconds, and one that opens a remote disk in a second or two."""
-
-DESCRIBING = 8
-"""How many connections describe exports at the same time, once one has given no answer."""
 
 MAX_NAMES_LENGTH = 64 * MiB
 """The most characters that all names may have together. With a million names of 4 KiB the list
@@ -82,23 +69,16 @@ class NbdRepository:
         self.trouble = ""
         """Why the last attempt to reach the repository failed. It is "" if it did not."""
         self.heard_at = -math.inf
-        """When the latest byte has come that a reader or population has asked for, by trio's clock.
-        """
+        """When the latest byte has come that a reader or population has asked for, by
+        `time.monotonic`."""
         self.listed_at = -math.inf
         """When the latest name of a list has come, by `time.monotonic`."""
         self.reconnects = 0
         self._failures = 0
-        self._names_per_connection = MAX_EXPORTS
+        self._at_once = MAX_EXPORTS
         """How many exports the server describes on one connection. It is lowered when the server
         hangs up earlier."""
-        self._running: weakref.WeakValueDictionary[str, nbd_handle.NbdHandle] = (
-            weakref.WeakValueDictionary()
-        )
-        self._fillers: weakref.WeakSet[NbdFiller] = weakref.WeakSet()
-        self._alone_until = -math.inf
-        self._listed: list[str] = []
-        self._some_hang = False
-        """True once an export has given no answer."""
+        self._sole = SoleConnection(uri)
         self._nursery = nursery
         self._stall_s = min(io_timeout_s / 3, STALL_S)
         self._io_timeout_s = io_timeout_s
@@ -116,10 +96,8 @@ class NbdRepository:
 
         A name that is not UTF-8 is left out, and logged.
         """
-        if self.alone and any(not one.broken for one in self._running.values()):
-            return list(self._listed)  # that connection would have to be closed
+        self._sole.check_free()
         names, unreadable, dropped = await self._connecting(self._list)
-        self._listed = list(names)
         if unreadable:
             logger.warning(
                 "%s lists %d exports whose names are not UTF-8; they are not shown",
@@ -132,9 +110,11 @@ class NbdRepository:
             )
         return names
 
-    def _list(self, abandoned: threading.Event) -> tuple[list[str], int, int]:
+    def _list(
+        self, abandoned: threading.Event, greeted: threading.Event
+    ) -> tuple[list[str], int, int]:
         """Return the names, how many more could not be decoded, and how many were dropped."""
-        handle = nbd_connect.connect(self.uri, abandoned)
+        handle = nbd_connect.connect(self.uri, abandoned, greeted=greeted)
         names: list[str] = []
         length = dropped = 0
 
@@ -165,86 +145,52 @@ class NbdRepository:
         return names, count - len(names) - dropped, dropped
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Describe exports, as `interfaces.Repository.describe` does.
-
-        Once an export has given no answer, several connections are used at the same time, so that
-        a few of that kind do not hold up the others.
-        """
-        names = list(dict.fromkeys(names))
-        found: dict[str, Export | str] = {}
+        """Describe exports, as `interfaces.Repository.describe` does."""
+        self._sole.check_free()
+        asking = Describing(self.uri, list(dict.fromkeys(names)), self._at_once)
         failures: list[errors.LazyfsError] = []
 
-        async def some(part: Sequence[str]) -> None:
+        async def ask() -> None:
             try:
-                found.update(await self._connecting(partial(self._describe, part)))
+                await self._connecting(asking.ask)
             except errors.LazyfsError as error:
                 failures.append(error.again())
+            finally:
+                ended.set()
 
-        parts = DESCRIBING if self._some_hang else 1
+        ended = trio.Event()
         async with trio.open_nursery() as nursery:
-            for number in range(min(parts, len(names))):
-                nursery.start_soon(some, names[number::parts])
-        if failures and not found:
-            raise failures[0]
-        for name in names:
-            found.setdefault(name, str(failures[0]) if failures else "no answer")
+            nursery.start_soon(ask)
+            answers = -1
+            while not ended.is_set() and answers != len(asking.found):
+                answers = len(asking.found)
+                with trio.move_on_after(LATE_S):
+                    await ended.wait()
+            for _ in range(0 if ended.is_set() or asking.is_done else CONNECTIONS - 1):
+                nursery.start_soon(ask)
+        self._at_once = asking.at_once
+        failure = failures[0] if failures else asking.failure
+        if failure is not None and not asking.some_answered:
+            raise failure
+        found = {
+            name: asking.found.get(name, str(failure) if failure else "no answer") for name in names
+        }
+        for name, export in found.items():
+            if isinstance(export, Export) and not export.size:
+                found[name] = await self._asked_by_go(name)
         return found
 
-    def _describe(
-        self, names: Sequence[str], abandoned: threading.Event
-    ) -> dict[str, Export | str]:
-        """Describe exports on as few connections as the server allows.
-
-        nbdkit 1.32 hangs up after 32 options on one connection. An export that gives no answer
-        takes its connection with it.
-        """
-        found: dict[str, Export | str] = {}
-        lost: errors.ExportRefused | None = None
-        # A single export has more time: its caller waits for it, and for nothing else.
-        limit_s = DESCRIBE_S if len(names) > 1 else None
-        hung_up_after = 0
-        while len(found) < len(names):
-            before, asked = len(found), ""
-            handle = nbd_connect.connect(self.uri, abandoned)
-            try:
-                with nbd_connect.Watchdog(handle, self.uri, abandoned, limit_s) as watchdog:
-                    for asked in names[before : before + self._names_per_connection]:
-                        found[asked] = _describe_one(handle, asked)
-                        watchdog.progress()
-                        if hung_up_after:  # that was not because of this export
-                            self._names_per_connection = max(1, hung_up_after - 1)
-                            hung_up_after = 0
-                    handle.opt_abort()
-            except errors.ConnectionLost as error:
-                if abandoned.is_set() or len(found) == len(names):
-                    raise
-                self._some_hang = True
-                found[asked] = error.reason
-                lost = errors.ExportRefused(self.uri, f"export {asked!r}: {error.reason}")
-            except nbd.Error as error:
-                reason = nbd_connect.reason(error)
-                if len(found) > before:  # it is asked first on the next connection
-                    hung_up_after = len(found) - before
-                else:
-                    found[asked] = f"the server hangs up: {reason}"
-                    lost = errors.ExportRefused(self.uri, f"export {asked!r}: {found[asked]}")
-                    hung_up_after = 0
-        if lost is not None and not any(isinstance(one, Export) for one in found.values()):
-            raise lost
-        return {
-            name: self._asked_by_go(name, abandoned)
-            if isinstance(export, Export) and not export.size
-            else export
-            for name, export in found.items()
-        }
-
-    def _asked_by_go(self, name: str, abandoned: threading.Event) -> Export | str:
+    async def _asked_by_go(self, name: str) -> Export | str:
         """Describe an export by opening it.
 
         Debian's nbd-server 3.24 answers NBD_OPT_INFO with the size 0.
         """
+
+        def opened(abandoned: threading.Event, greeted: threading.Event) -> Export:
+            return nbd_connect.connect_export(self.uri, name, abandoned, greeted)[1]
+
         try:
-            return nbd_connect.connect_export(self.uri, name, abandoned)[1]
+            return await self._connecting(opened)
         except errors.ConnectionLost as error:
             return error.reason
 
@@ -254,73 +200,60 @@ class NbdRepository:
 
     def filler(self, export: Export, samples: Samples = no_samples) -> Filler:
         """Return a filler, as `interfaces.Repository.filler` does."""
-        filler = NbdFiller(self, FillConnection(self.uri, export, self._stall_s), samples)
-        self._fillers.add(filler)
+        connection = FillConnection(self.uri, export, self._stall_s)
+        connection.on_progress = self._heard
+        filler = NbdFiller(self, self._sole, connection, samples)
+        self._sole.add_filler(filler)
         return filler
-
-    async def _fillers_give_way(self) -> None:
-        """After a while, close the connections of population, as the server may allow no other."""
-        await trio.sleep(GIVE_WAY_S)
-        holding = [filler for filler in self._fillers if filler.holds_connection]
-        if holding:
-            self.note_alone()
-        for filler in holding:
-            filler.give_way()
 
     async def connect_export(
         self, export: Export, samples: Samples = no_samples
     ) -> nbd_handle.NbdHandle:
         """Return a running connection to `export`. Raises what `connect` raises."""
+        greeted = threading.Event()
         running = nbd_handle.NbdHandle(
-            await call_beside(self._fillers_give_way, partial(self.connect, export, samples)),
+            await call_beside(
+                partial(self._sole.give_way, greeted),
+                partial(self.connect, export, samples, greeted),
+            ),
             self.uri,
             export.name,
             self._stall_s,
             self._io_timeout_s,
         )
         running.on_progress = self._heard
-        self._running[export.name] = running
+        self._sole.add_reader(export.name, running)
         self._nursery.start_soon(running.run)
         return running
 
-    def running(self, name: str) -> nbd_handle.NbdHandle | None:
-        """Return the demand connection to an export, if there is one that works."""
-        found = self._running.get(name)
-        return None if found is None or found.broken else found
-
-    def note_alone(self) -> None:
-        """Note that the server seems to allow one connection only, as qemu-nbd does by default."""
-        if not self.alone:
-            logger.info("%s takes one connection at a time: readers share it", self.uri)
-        self._alone_until = trio.current_time() + ALONE_S
-
-    @property
-    def alone(self) -> bool:
-        """True while the server seems to allow one connection only."""
-        return trio.current_time() < self._alone_until
-
     def _heard(self) -> None:
-        self.heard_at = trio.current_time()
+        self.heard_at = time.monotonic()
 
-    async def connect(self, export: Export, samples: Samples = no_samples) -> nbd.NBD:
+    async def connect(self, export: Export, samples: Samples, greeted: threading.Event) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.
+
+        Args:
+            export: what the server must have.
+            samples: what it must have of the export's content.
+            greeted: is set once the server has greeted.
 
         Raises:
             ConnectionLost, Unsupported: as for `nbd_connect.connect_export`.
             ExportChanged: the server has another version. The connection is closed.
         """
-        return await self._connecting(partial(self._connect, export, samples))
 
-    def _connect(self, export: Export, samples: Samples, abandoned: threading.Event) -> nbd.NBD:
-        handle, found = nbd_connect.connect_export(self.uri, export.name, abandoned)
-        try:
+        def connected(abandoned: threading.Event, greeted: threading.Event) -> nbd.NBD:
+            handle, found = nbd_connect.connect_export(self.uri, export.name, abandoned, greeted)
             export.check_same(found)
             if taken := samples():
                 nbd_connect.compare(handle, self.uri, export.name, taken, abandoned)
-        except errors.LazyfsError:
-            del handle  # otherwise the traceback of this error would keep the connection open
-            raise
-        return handle
+            return handle
+
+        return await self._connecting(connected, greeted)
+
+    async def write(self, write: Callable[[], None]) -> None:
+        """Write to the cache in a thread."""
+        await trio.to_thread.run_sync(write, limiter=self._fills)
 
     async def fill(
         self,
@@ -331,59 +264,78 @@ class NbdRepository:
     ) -> None:
         """Run `connection` in a thread until all its claims have ended, or until `stop` is set."""
         call = partial(connection.run, work, duration_s)
-        with self._noting():
+        try:
             await _stoppable(
                 stop, partial(trio.to_thread.run_sync, call, stop, limiter=self._fills)
             )
+        except errors.ConnectionLost as error:
+            self._note_loss(error)
+            raise
+        self._note_success()
 
-    async def _connecting(self, call: Callable[[threading.Event], T]) -> T:
-        """Run `call`, which connects, in a thread. It is given an event that tells it to stop.
+    async def _connecting(
+        self,
+        call: Callable[[threading.Event, threading.Event], T],
+        greeted: threading.Event | None = None,
+    ) -> T:
+        """Run `call`, which connects, in a thread.
 
+        Args:
+            call: is given an event that tells it to stop, and one that it sets once the server has
+                greeted.
+            greeted: that event, if others look at it.
+
+        Raises:
+            Busy: the server takes one connection at a time, and readers have it.
         Cancellation: the thread goes on by itself, because libnbd resolves the host's name in a
             call that cannot be interrupted. What the thread connects is closed with its result.
         """
-        stop = threading.Event()
+        stop, greeted = threading.Event(), greeted or threading.Event()
         try:
-            with self._noting():
-                return await trio.to_thread.run_sync(
-                    call, stop, limiter=self._connects, abandon_on_cancel=True
-                )
+            result = await trio.to_thread.run_sync(
+                _without_frames, partial(call, stop, greeted),
+                limiter=self._connects, abandon_on_cancel=True,
+            )  # fmt: skip
+        except errors.ConnectionLost as error:
+            lost = error
+        else:
+            self._note_success()
+            return result
         finally:
             stop.set()
+        if not greeted.is_set() and await self._sole.is_in_use():
+            raise errors.Busy(self.uri)
+        self._note_loss(lost)
+        raise lost
 
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Note whether the repository can be reached."""
-        try:
-            yield
-        except errors.ExportRefused:
-            raise  # this says nothing about whether the server can be reached
-        except errors.ConnectionLost as error:
-            if self.connected or not self.trouble:
-                logger.warning("repository lost: %s", error)
-            self.connected, self.trouble = False, str(error)
-            self._failures += 1
-            raise
+    def _note_loss(self, error: errors.ConnectionLost) -> None:
+        """Note that the repository cannot be reached, if that is what it means."""
+        if isinstance(error, errors.ExportRefused | errors.Busy):
+            return
+        if self.connected or not self.trouble:
+            logger.warning("repository lost: %s", error)
+        self.connected, self.trouble = False, str(error)
+        self._failures += 1
+
+    def _note_success(self) -> None:
+        """Note that the repository can be reached."""
         if not self.connected and self.trouble:
             self.reconnects += 1
             logger.info("repository %s is back", self.uri)
         self.connected, self.trouble = True, ""
 
 
-def _describe_one(handle: nbd.NBD, name: str) -> Export | str:
-    """Return the export, or why the server will not describe it.
+def _without_frames(call: Callable[[], T]) -> T:
+    """Return what `call` returns. If it fails, raise the same error without its frames.
 
-    Raises:
-        nbd.Error: the connection is lost.
+    The frames hold the connection that has failed, and trio keeps an error that a thread has raised
+    until the next collection of garbage. A server may take no other connection until then.
     """
     try:
-        handle.set_export_name(name)
-        handle.opt_info()
-        return nbd_connect.described(handle, name)
-    except nbd.Error as error:
-        if not handle.aio_is_negotiating():
-            raise
-        return nbd_connect.reason(error)
+        return call()
+    except errors.LazyfsError as error:
+        fresh = error.again()
+    raise fresh
 
 
 async def _stoppable(stop: threading.Event, call: Callable[[], Awaitable[T]]) -> T:

@@ -4,10 +4,14 @@ libnbd 1.14 goes on without looking at the server's certificate where it does no
 user. So the files are looked at here before every connection, and libnbd is told each of them.
 """
 
+import math
 import os
+import re
 import socket
 import ssl
 import struct
+import threading
+import time
 
 import nbd
 from nbd import NBD
@@ -38,16 +42,23 @@ def check_files(uri: RepositoryUri) -> None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(authorities)
         except ssl.SSLError:
-            raise errors.LastingError(f"{authorities} has no certificate") from None
+            raise errors.LastingError(
+                f"{authorities} has no certificate, or a damaged one"
+            ) from None
         mine = [os.path.join(uri.certificates, f"client-{what}.pem") for what in ("cert", "key")]
         if any(os.path.lexists(path) for path in mine):
             for path in mine:
                 _read(path)
     if uri.psk_file:
-        users = [line.partition(b":")[0] for line in _read(uri.psk_file).splitlines()]
-        if os.fsencode(uri.user) not in users:
+        keys = dict(line.partition(b":")[::2] for line in _read(uri.psk_file).splitlines())
+        key = keys.get(os.fsencode(uri.user))
+        if key is None:
             raise errors.LastingError(
                 f"{uri.psk_file} has no key of {uri.user!r}; each line of it is USER:KEY"
+            )
+        if not re.fullmatch(rb"([0-9A-Fa-f]{2})+", key):
+            raise errors.LastingError(
+                f"the key of {uri.user!r} in {uri.psk_file} is no hexadecimal number of whole bytes"
             )
 
 
@@ -80,7 +91,8 @@ def require(handle: NBD, uri: RepositoryUri) -> None:
 def why_not(uri: RepositoryUri, said: str) -> str:
     """Return why a connection with TLS could not be made. Blocks for _DIAGNOSE_S at most.
 
-    libnbd says little. With certificates, the server is asked again in Python, which says more.
+    libnbd says little. With certificates, the server is asked again in Python, which says more. For
+    the same failure that is done once in ASK_AGAIN_S. Thread-safe.
 
     Args:
         uri: the server.
@@ -88,11 +100,33 @@ def why_not(uri: RepositoryUri, said: str) -> str:
     """
     if uri.psk_file:
         return _about_key(uri, said)
-    try:
-        found = _ask_again(uri)
-    except (OSError, ValueError) as error:
-        found = "" if said else f"the server hung up: {error}"
+    at, found = _answers.get((uri.text, said), (-math.inf, ""))
+    if time.monotonic() > at + ASK_AGAIN_S:
+        # In a thread, because looking up a name cannot be interrupted.
+        answer: list[str] = []
+        thread = threading.Thread(
+            target=lambda: answer.append(_diagnosed(uri, said)), name="tls", daemon=True
+        )
+        thread.start()
+        thread.join(_DIAGNOSE_S)
+        found = answer[0] if answer else ""
+        _answers.clear()  # there is one server, and its trouble changes
+        _answers[uri.text, said] = time.monotonic(), found
     return found or said or "the server hung up"
+
+
+ASK_AGAIN_S = 60.0
+"""How long what was found out about a failure is believed. It is unmeasured."""
+
+_answers: dict[tuple[str, str], tuple[float, str]] = {}
+"""When what was found out, by the server and what libnbd says."""
+
+
+def _diagnosed(uri: RepositoryUri, said: str) -> str:
+    try:
+        return _ask_again(uri)
+    except (OSError, ValueError) as error:
+        return "" if said else f"the server hung up: {error}"
 
 
 def _about_key(uri: RepositoryUri, said: str) -> str:
@@ -117,7 +151,7 @@ def _ask_again(uri: RepositoryUri) -> str:
     context = ssl.create_default_context(cafile=os.path.join(uri.certificates, "ca-cert.pem"))
     mine = [os.path.join(uri.certificates, f"client-{what}.pem") for what in ("cert", "key")]
     if all(os.path.exists(path) for path in mine):
-        context.load_cert_chain(*mine)
+        context.load_cert_chain(mine[0], mine[1], _no_password)
     with socket.create_connection((uri.host, uri.port), _DIAGNOSE_S) as connection:
         if not _starts_tls(connection):
             return "the server does not do TLS"
@@ -133,6 +167,11 @@ def _ask_again(uri: RepositoryUri) -> str:
             raise
         except OSError:
             return "the server breaks off TLS; it may want a key, not certificates (tls-psk-file)"
+
+
+def _no_password() -> str:
+    """Refuse to ask for one on the terminal, as OpenSSL would."""
+    raise ValueError("the client's key is encrypted")
 
 
 def _about_us(secured: ssl.SSLSocket, uri: RepositoryUri) -> str:

@@ -20,8 +20,10 @@ from filling import Work
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.engine.interfaces import Export
-from lazyfs.repository import nbd_connect
+from lazyfs.engine.interfaces import Export, Sample
+from lazyfs.repository import nbd_buffers, nbd_connect
+from lazyfs.repository.lookups import Resolver
+from lazyfs.repository.nbd_buffers import NbdBuffer
 from lazyfs.repository.nbd_handle import NbdHandle
 from lazyfs.repository.nbd_repository import NbdRepository
 from lazyfs.units import KiB, MiB
@@ -73,7 +75,7 @@ async def test_an_export_of_another_version_keeps_no_connection(
 ) -> None:
     handles: list[weakref.ref[Handle]] = []
 
-    def connected(_uri: str, name: str, _stop: object) -> tuple[Handle, Export]:
+    def connected(_uri: str, name: str, _stop: object, _greeted: object) -> tuple[Handle, Export]:
         handles.append(weakref.ref(handle := Handle()))
         return handle, Export(name, 2000, "")
 
@@ -100,7 +102,7 @@ async def test_a_connection_that_is_dropped_while_it_is_made_is_closed_when_its_
 ) -> None:
     go_on = threading.Event()
 
-    def slow(_uri: str, name: str, _stop: object) -> tuple[Handle, Export]:
+    def slow(_uri: str, name: str, _stop: object, _greeted: object) -> tuple[Handle, Export]:
         go_on.wait(servers.DEADLINE_S)
         return Handle(), EXPORT
 
@@ -124,7 +126,7 @@ async def test_a_lost_repository_is_asked_as_often_whoever_waits(
 ) -> None:
     attempts = 0
 
-    def down(uri: str, _name: str, _stop: object) -> tuple[Handle, Export]:
+    def down(uri: str, _name: str, _stop: object, _greeted: object) -> tuple[Handle, Export]:
         nonlocal attempts
         attempts += 1
         raise errors.ConnectionLost(uri, "refused")
@@ -354,3 +356,66 @@ async def test_a_link_too_slow_for_the_timeout_still_brings_what_was_asked_for(
             assert found.statistics().failures == 0
             await filler.aclose()
         nursery.cancel_scope.cancel()
+
+
+async def test_look_ups_that_hang_take_no_threads_of_readers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = threading.Event()
+
+    def hangs(*_arguments: object) -> list[object]:
+        go_on.wait(servers.DEADLINE_S)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    resolver, default = Resolver(), trio.to_thread.current_default_thread_limiter()
+    with trio.move_on_after(0.2):
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(resolver.getaddrinfo, b"name.invalid", 1)
+            await trio.sleep_forever()
+    try:
+        assert default.borrowed_tokens == 0
+        assert resolver._limiter.borrowed_tokens == 50
+    finally:
+        go_on.set()
+
+
+async def test_a_comparison_that_fails_halfway_gives_its_buffers_back() -> None:
+    taken: list[NbdBuffer] = []
+    real = nbd_buffers.take
+
+    class Stalls:
+        def get_block_size(self, _which: int) -> int:
+            return 1
+
+        def get_size(self) -> int:
+            return 1 << 20
+
+        def aio_pread(self, _buffer: object, _offset: int, _completed: object) -> int:
+            raise nbd.Error("aio_pread", "failed", 5)
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def take(size: int) -> NbdBuffer:
+            taken.append(buffer := real(size))
+            return buffer
+
+        patch.setattr(nbd_buffers, "take", take)
+        handle = Stalls()
+        sample = Sample(0, b"x" * 512)
+        lost = ""
+        try:
+            nbd_connect.compare(handle, "nbd://x", "disk", [sample], threading.Event())  # type: ignore[arg-type]
+        except errors.ConnectionLost as error:
+            lost = error.reason
+        assert lost
+        assert len(taken) == 1
+        assert taken[0] not in free_buffers(), "libnbd may still write to it"
+        del handle
+        gc.collect()
+        assert taken[0] in free_buffers()
+
+
+def free_buffers() -> list[NbdBuffer]:
+    return [buffer for free in nbd_buffers._free.values() for buffer in free]

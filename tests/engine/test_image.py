@@ -3,6 +3,7 @@
 It is begun by an open, checkpointed, handed off, failed, recovered and retired.
 """
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -578,3 +579,20 @@ async def test_a_disk_that_lost_data_is_not_read_until_a_restart_from_the_last_c
         assert world.repository.bytes_read() == before
         await world.check(image, blocks(8))
         assert world.repository.bytes_read() == before + BLOCK
+
+
+async def test_that_somebody_uses_an_image_is_not_forgotten_by_a_save_under_way() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        image = await world.open("disk")
+        image.record = dataclasses.replace(image.record, meant=False)
+        threads.delay_s = 1.0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.save)
+            await trio.sleep(0.5)
+            image.mean()
+        assert image.record.meant
+        await image.save()
+        threads.delay_s = 0.0
+        (record,) = world.catalog.load()
+        assert record.meant

@@ -206,8 +206,9 @@ def test_pause_resume_cancel(lab: Lab, server: Nbdkit) -> None:
         assert jobs == {"one": "paused", "two": "running"}
         assert re.search(r"one .* paused", lab.lazyfs("status", lab.mnt).stdout)
         # The mountpoint means all: those that are not paused yet.
-        assert json_of(lab, "pause", lab.mnt) == [{"path": str(lab.mnt), "jobs": ["two"]}]
-        assert json_of(lab, "pause", lab.mnt) == [{"path": str(lab.mnt), "jobs": []}]
+        everything = {"path": str(lab.mnt), "population": True}
+        assert json_of(lab, "pause", lab.mnt) == [{**everything, "jobs": ["two"]}]
+        assert json_of(lab, "pause", lab.mnt) == [{**everything, "jobs": []}]
         (shown,) = json_of(lab, "status", lab.mnt / "two")["mounts"]
         assert [job["id"] for job in shown["jobs"]] == ["two"]
         lab.lazyfs("cancel", lab.mnt / "one")

@@ -19,12 +19,12 @@ PACKAGES = {
     "daemon": "",
     "mounted": "",
     "assembly": "",
-    "report": "metrics_server metrics service_manager background_log tracebacks",
+    "report": "metrics_server metrics service_manager tracebacks background_log",
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",
     "cache": "cache_check check_report adopting cache_dir catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
-    "repository": "nbd_repository nbd_filler nbd_source fill_thread nbd_handle nbd_connect tls nbd_buffers",
+    "repository": "lookups nbd_repository sole_connection nbd_filler nbd_source fill_thread nbd_handle describing nbd_connect tls nbd_buffers",
     "engine": (
         "room operations verifying filesystem population sizes name_tree supervision slices"
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"

@@ -46,6 +46,7 @@ def test_all_parts() -> None:
     assert (uri.tls, uri.transport, uri.host, uri.port) == (True, "tcp", "::1", 7)
     assert (uri.user, uri.psk_file, uri.certificates) == ("a@b", "/etc/my keys", "")
     assert repository_uri.parse("nbd+unix:///?socket=/run/%ff").socket == "/run/\udcff"
+    assert repository_uri.parse("nbd+unix:///?socket=/run/a+b").socket == "/run/a+b"
     assert repository_uri.parse("nbd://Host").host == "Host", "a certificate may be compared"
 
 
@@ -62,12 +63,18 @@ def test_all_parts() -> None:
         ("nbd+unix:///?socket=run/s", "absolute path"),
         ("nbd+unix://", "absolute path"),
         ("nbd://alice:secret@h", "password"),
-        ("nbd://h?sockett=/x", "'sockett'; there are socket, tls-certificates, tls-psk-file"),
+        ("nbd://h?x=/x", "'x'; there are socket, tls-certificates, tls-psk-file"),
+        ("nbd://h?sockett=/x", "'sockett'; did you mean socket"),
+        ("nbd://h?socket=/x", "which is for nbd\\+unix://"),
+        ("nbd://h?tls-certificates=", "without a value"),
+        ("nbd://h#x", "has a #"),
+        ("nbd:unix:/run/s", "not an NBD URI"),
+        ("nbd://disk1/disk", "give the server alone: nbd://disk1$"),
         (f"nbds://h?{X509}&tls-verify-peer=false", "tls-verify-peer"),
         (f"nbds://h?{X509}&{X509}", "twice"),
         ("nbds://h", "either tls-certificates=FOLDER"),
-        ("nbds://h?tls-certificates=", "either tls-certificates=FOLDER"),
-        (f"nbds://a@h?{X509}&{PSK}", "either tls-certificates=FOLDER"),
+        ("nbds+unix:///?socket=/s", "needs tls-psk-file"),
+        (f"nbds://a@h?{X509}&{PSK}", "give one of them"),
         ("nbds://h?tls-certificates=pki", "absolute path"),
         (f"nbds://h?{PSK}", "nbds://USER@"),
         (f"nbd://h?{X509}", "not encrypted; write nbds://"),

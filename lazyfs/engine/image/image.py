@@ -596,6 +596,8 @@ class Image:
         before, self.record = self.record, record
         if record.last_used_ns == counted.last_used_ns:  # the image may have been closed meanwhile
             self.record = record.used(max(record.last_used_ns, before.last_used_ns))
+        if before.meant and not counted.meant:  # somebody has begun to use it meanwhile
+            self.record = self.record.meant_to_be_used()
         if record.state is not before.state:
             self._context.on_state_changed(self)
 

@@ -1,0 +1,123 @@
+"""Asks a server about many exports, on as few connections as that takes.
+
+One connection is enough while the server answers. As soon as one answer is late, others ask about
+the rest beside it, so that an export that hangs holds up nothing but its own connection.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import nbd
+
+from lazyfs import errors
+from lazyfs.engine.interfaces import Export
+from lazyfs.repository import nbd_connect
+
+LATE_S = 0.5
+"""After so long without an answer, others ask beside. It is unmeasured: servers answer in
+milliseconds, from afar in tenths of a second."""
+
+DESCRIBE_S = 5.0
+"""How long the description of one export of many may take. It is unmeasured: nbdkit and nbd-server
+answer in milliseconds, and one that opens a remote disk in a second or two."""
+
+CONNECTIONS = 8
+"""How many ask at the same time, once one answer is late. It is unmeasured."""
+
+
+class Describing:
+    """Asks about some exports. `ask` runs in threads, several at the same time."""
+
+    def __init__(self, uri: str, names: Sequence[str], at_once: int) -> None:
+        """Ask nothing yet.
+
+        Args:
+            uri: the server.
+            names: the exports, each once.
+            at_once: how many the server describes on one connection, as far as is known.
+        """
+        self.at_once = at_once
+        """This is lowered when the server hangs up earlier. nbdkit 1.32 does so after 32 options.
+        """
+        self.found: dict[str, Export | str] = {}
+        """What the server says of each export, or why it says nothing."""
+        self.failure: errors.LazyfsError | None = None
+        """Why nobody could be asked at all, or why an export has given no answer."""
+        self._uri = uri
+        self._limit_s = DESCRIBE_S if len(names) > 1 else None
+        self._left = deque(names)
+        self._lock = threading.Lock()
+
+    @property
+    def is_done(self) -> bool:
+        """True if all that is left is being asked about."""
+        return not self._left
+
+    def ask(self, abandoned: threading.Event, greeted: threading.Event) -> None:
+        """Ask about exports until none is left. Blocks.
+
+        Raises:
+            ConnectionLost, Unsupported: the server cannot be reached, or gives no answer about any.
+        """
+        while self._left:
+            handle = nbd_connect.connect(self._uri, abandoned, greeted=greeted)
+            self._ask_on(handle, abandoned)
+        if self.failure is not None and not self.some_answered:
+            raise self.failure.again()
+
+    @property
+    def some_answered(self) -> bool:
+        """True if the server has described an export."""
+        return any(isinstance(found, Export) for found in list(self.found.values()))
+
+    def _next(self) -> str | None:
+        with self._lock:
+            return self._left.popleft() if self._left else None
+
+    def _ask_on(self, handle: nbd.NBD, abandoned: threading.Event) -> None:
+        answered, asked = 0, None
+        try:
+            with nbd_connect.Watchdog(handle, self._uri, abandoned, self._limit_s) as watchdog:
+                while answered < self.at_once and (asked := self._next()) is not None:
+                    found = _describe_one(handle, asked)
+                    watchdog.progress()
+                    self.found[asked] = found
+                    asked = None
+                    answered += 1
+                handle.opt_abort()
+        except errors.ConnectionLost as error:
+            if abandoned.is_set():
+                raise
+            if asked is not None:
+                self._gave_no_answer(asked, error.reason)
+        except nbd.Error as error:
+            if asked is None:
+                return  # it has answered all that it was asked
+            if answered:  # perhaps it takes no more options; another connection asks again
+                self.at_once = min(self.at_once, answered)
+                with self._lock:
+                    self._left.appendleft(asked)
+            else:
+                reason = nbd_connect.reason(error)
+                self._gave_no_answer(asked, f"the server hangs up: {reason}")
+
+    def _gave_no_answer(self, name: str, reason: str) -> None:
+        self.found[name] = reason
+        self.failure = errors.ExportRefused(self._uri, f"export {name!r}: {reason}")
+
+
+def _describe_one(handle: nbd.NBD, name: str) -> Export | str:
+    """Return the export, or why the server will not describe it.
+
+    Raises:
+        nbd.Error: the connection is lost.
+    """
+    try:
+        handle.set_export_name(name)
+        handle.opt_info()
+        return nbd_connect.described(handle, name)
+    except nbd.Error as error:
+        if not handle.aio_is_negotiating():
+            raise
+        return nbd_connect.reason(error)
