@@ -278,9 +278,11 @@ class _Daemon:
                 f"--names sha1 is for images new to this cache: {others} known ones keep their "
                 "names; another --cache-dir gives all of them new ones"
             )
-        if [image.record.export for image in parts.filesystem.names.images()] == [""]:
+        images = list(parts.filesystem.names.images())
+        if [image.record.export for image in images] == [""]:
+            shown = images[0].record.path
             notes.append(
-                "the repository has a single export without a name, shown as %00; a server of "
+                f"the repository has a single export without a name, shown as {shown}; a server of "
                 "images gives each a name, such as nbdkit file dir=FOLDER, or qemu-nbd -x NAME"
             )
         for note in notes:

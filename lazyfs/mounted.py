@@ -298,10 +298,12 @@ class Mounted:
 
     def _silence(self) -> str:
         """Return since when the repository does not answer reads that wait, or ""."""
-        silent_s = min(
+        now = time.monotonic()
+        waiting_s = max(
             trio.current_time() - self._parts.filesystem.totals.waiting_since,
-            time.monotonic() - self._repository.heard_at,
+            now - self._repository.waiting_since,
         )
+        silent_s = min(waiting_s, now - self._repository.heard_at)
         if silent_s < SILENT_S:
             return ""
         why = f": {self._repository.trouble}" if self._repository.trouble else ""

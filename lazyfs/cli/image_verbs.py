@@ -121,7 +121,12 @@ def unpin(options: argparse.Namespace) -> int:
 
 def set_rate(options: argparse.Namespace) -> int:
     """Limit the rate of population."""
-    return _each(options, lambda target: _command("set-rate", target, rate=options.rate))
+    limit = f"at most {format_size(options.rate)}/s" if options.rate else "no limit"
+
+    def say(done: dict[str, Any]) -> str:
+        return f"{limit} for {_images(done['images'])}"
+
+    return _each(options, lambda target: _command("set-rate", target, rate=options.rate), say)
 
 
 # -- prefetch
@@ -189,6 +194,7 @@ def cancel(options: argparse.Namespace) -> int:
         lambda target: _jobs(
             "job-cancel", target, lambda job: job["status"] not in ("concluded", "null")
         ),
+        lambda done: f"{len(done['jobs'])} job{'' if len(done['jobs']) == 1 else 's'} cancelled",
     )
 
 
@@ -309,8 +315,10 @@ def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> st
     job = begun["id"]
     try:
         with waiting.bar(f"{mount.mountpoint}/{name}") as advance:
+            told = Still()
             while (now := _job(mount, job))["status"] != "concluded":
                 advance(now["current-progress"], now["total-progress"])
+                told.look(now["current-progress"], lambda: _message(mount))
                 time.sleep(POLL_S)
     except BaseException:
         with suppress(errors.UserError):
@@ -326,6 +334,28 @@ def _verify_one(mount: mounts.Mount, name: str, arguments: dict[str, Any]) -> st
             f"{image['error']}"
         )
     return "as it should be"
+
+
+class Still:
+    """Tells the user on stderr why a job does not get on, once for each reason."""
+
+    def __init__(self) -> None:
+        self._moved_at, self._seen, self._told = time.monotonic(), -1, ""
+
+    def look(self, progress: int, why: Callable[[], str]) -> None:
+        """Note the progress, and ask for the reason if there has been none for a while."""
+        if progress != self._seen:
+            self._moved_at, self._seen = time.monotonic(), progress
+        if time.monotonic() < self._moved_at + waiting.STILL_S:
+            return
+        if (reason := why()) and reason != self._told:
+            print(f"nothing moves: {reason}", file=sys.stderr)
+            self._told = reason
+
+
+def _message(mount: mounts.Mount) -> str:
+    (status,) = control_client.execute(mount, [("query-mount", {})])
+    return str(status["message"])
 
 
 def _job(mount: mounts.Mount, job: str) -> dict[str, Any]:

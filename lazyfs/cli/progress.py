@@ -46,12 +46,20 @@ class Progress:
         return rate if to_go_s is None else f"{rate}, {format_duration(to_go_s)}"
 
 
-def of_image(image: Mapping[str, Any], job: Mapping[str, Any] | None) -> Progress:
-    """Return how the population of one image goes. `job` is its populate job, or None."""
+def of_image(
+    image: Mapping[str, Any], job: Mapping[str, Any] | None, connected: bool = True
+) -> Progress:
+    """Return how the population of one image goes.
+
+    Args:
+        image: the image.
+        job: its populate job, or None.
+        connected: whether the repository answers its mount.
+    """
     missing = max(0, (image["size"] or 0) - image["present_bytes"] - image["zero_bytes"])
     if job is None or image["state"] != "partial":
         return Progress(missing, 0, "", False)
-    waits = _WAITS.get(job.get("waits_for", ""), "")
+    waits = _WAITS.get(job.get("waits_for", ""), "" if connected else _WAITS["repository"])
     return Progress(missing, 0 if waits else image["fill_rate"], waits, True)
 
 

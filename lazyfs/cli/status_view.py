@@ -37,6 +37,8 @@ _GAP = 2
 _INDENT = 2
 _SHORT_NAME = 12
 """What can be read of a name in the narrowest terminal. It is unmeasured."""
+_ALIGNED = 60
+"""Names of up to so many characters have their columns below each other in a pipe."""
 _FEWEST = 3
 """How many images are shown even if there is no room for them."""
 _ERRORS = 5
@@ -69,10 +71,13 @@ def render(
         return Text("no lazyfs mount")
     above = [_heading(mount) for mount in mounts]
     below = [_below(mount, _ERRORS if height else None) for mount in mounts]
+    if height is not None:
+        for line in (line for part in [*above, *below] for line in part):
+            line.no_wrap, line.overflow = True, "ellipsis"
     rows = None
     if height is not None:
         # A line for the names of columns, one for the sums, one for what is not shown, one between.
-        used = sum(_height(line, width) for part in [*above, *below] for line in part)
+        used = sum(len(part) for part in [*above, *below])
         rows = max(_FEWEST, (height - used) // len(mounts) - 4)
     parts: list[RenderableType] = []
     for number, mount in enumerate(mounts):
@@ -85,11 +90,6 @@ def render(
             parts.append(Text("  no images", style="dim"))
         parts += below[number]
     return Group(*parts)
-
-
-def _height(line: Text, width: int | None) -> int:
-    """Return how many lines of the terminal a line takes."""
-    return 1 if width is None else max(1, -(-line.cell_len // width))
 
 
 # -- around the table
@@ -135,7 +135,8 @@ def _options(mount: MountStatus) -> str:
         if name in ("fill-rate", "max-cache", "min-free"):
             continue  # the rate may be another one now; the limits stand beside the room
         for one in value if isinstance(value, list) else [value]:
-            words.append(f"--{name}" if one is True else f"--{name} {_printable(str(one))}")
+            said = f"{one:g}" if isinstance(one, float) else _printable(str(one))
+            words.append(f"--{name}" if one is True else f"--{name} {said}")
     if mount.get("rate_limit"):
         words.insert(0, f"population at most {format_size(mount['rate_limit'])}/s")
     return "  ".join(words)
@@ -177,7 +178,8 @@ def _table(mount: MountStatus, width: int | None, most: int | None) -> Segments:
     prefix = mount["mountpoint"].rstrip("/") + "/"
     jobs = progress.populate_jobs(mount)
     images = mount["images"]
-    going = [progress.of_image(image, jobs.get(image["path"])) for image in images]
+    connected = mount["connected"]
+    going = [progress.of_image(image, jobs.get(image["path"]), connected) for image in images]
     shown = images if most is None else images[:most]
     lines = [
         _line(image, how, prefix) for image, how in zip(shown, going[: len(shown)], strict=True)
@@ -188,14 +190,14 @@ def _table(mount: MountStatus, width: int | None, most: int | None) -> Segments:
     if len(images) > 1:
         lines.append(_sums(images, going))
     columns, widths = _layout(lines, width)
-    name_width = widths["image"]
-    segments = [Segment(" " * _INDENT + _fitted("image", name_width), _DIM)]
+    name_width, cut = widths["image"], width is not None
+    segments = [Segment(" " * _INDENT + _fitted("image", name_width, cut), _DIM)]
     segments += [Segment(_cell(column, column, widths[column]), _DIM) for column in columns]
     segments.append(Segment.line())
     for number, line in enumerate(lines):
         summed = len(images) > 1 and number == len(lines) - 1
         segments.append(
-            Segment(" " * _INDENT + _fitted(line.name, name_width), _BOLD if summed else None)
+            Segment(" " * _INDENT + _fitted(line.name, name_width, cut), _BOLD if summed else None)
         )
         segments += [
             Segment(
@@ -218,13 +220,15 @@ def _layout(lines: Sequence[_Line], width: int | None) -> tuple[list[str], dict[
         if any(texts):  # a column in which nothing stands only takes room
             columns.append(column)
             widths[column] = max(*texts, len(column))
-    if width is None:
+    if width is None:  # a longer name moves its line to the right
+        widths["image"] = min(longest, _ALIGNED)
         return columns, widths
 
     def left_for_names() -> int:
         return width - _INDENT - sum(widths[column] + _GAP for column in columns)
 
-    for wanted, removable in ((longest, _LEFT_OUT_FOR_NAMES), (_SHORT_NAME, _LEFT_OUT)):
+    half = max(_ALIGNED // 2, width // 2)  # one long name must not cost all others their columns
+    for wanted, removable in ((half, _LEFT_OUT_FOR_NAMES), (_SHORT_NAME, _LEFT_OUT)):
         for column in removable:
             if column in columns and left_for_names() < min(wanted, longest):
                 columns.remove(column)
@@ -236,10 +240,12 @@ def _cell(column: str, text: str, width: int) -> str:
     return " " * _GAP + (text.ljust(width) if column == "state" else text.rjust(width))
 
 
-def _fitted(name: str, width: int) -> str:
-    """Return the name with just this width. The middle of a longer name is left out."""
+def _fitted(name: str, width: int, cut: bool) -> str:
+    """Return the name with just this width. If `cut`, the middle of a longer name is left out."""
     if cell_len(name) <= width:
         return set_cell_size(name, width)
+    if not cut:
+        return name
     head = (width - 1) // 2
     tail = width - 1 - head
     return set_cell_size(f"{name[:head]}…{name[-tail:] if tail else ''}", width)
@@ -280,21 +286,19 @@ def _pace(how: progress.Progress) -> dict[str, str]:
 
 
 def _sums(images: Sequence[Mapping[str, Any]], going: Sequence[progress.Progress]) -> _Line:
-    """Return the line with the sums over all images.
+    """Return the line with the sums over all images whose sizes are known.
 
-    What is present counts in images of which something is cached. The time is that of the work that
-    is under way or waits for its turn.
+    The time is that of the work that is under way or waits for its turn.
     """
-    begun = [image for image in images if image["state"] != "remote"]
-    size = sum(image["size"] or 0 for image in begun)
-    here = sum(image["present_bytes"] + image["zero_bytes"] for image in begun)
+    size = sum(image["size"] or 0 for image in images)
+    here = sum(image["present_bytes"] + image["zero_bytes"] for image in images)
     fetched = sum(image["fetched_bytes"] for image in images)
     opened = sum(image["open_count"] for image in images)
     return _Line(
         f"{len(images)} images",
         {
-            "size": format_size(size) if begun else "",
-            "present": f"{_percent(here, size)} %" if begun else "",
+            "size": format_size(size) if size else "",
+            "present": f"{_percent(here, size)} %" if size else "",
             **_pace(progress.of_all(going)),
             "fetched": format_size(fetched) if fetched else "",
             "open": str(opened or ""),

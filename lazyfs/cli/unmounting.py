@@ -212,7 +212,7 @@ def _detached(mount: mounts.Mount, force: bool) -> str:
             f"{told} {detached['open_count']} open file(s) are served by pid {status['pid']} "
             "until they are closed."
         )
-    if pidfd is None or _ends(pidfd, LINGER_S):
+    if pidfd is None or others or _ends(pidfd, LINGER_S):
         return told
     holders = open_files.holders_without_process(mount.mountpoint)
     what = ", ".join(holders) or "a mapping, or a working directory"

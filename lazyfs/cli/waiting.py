@@ -60,6 +60,9 @@ def until_whole(
             jobs = {
                 path: job for mount in found for path, job in progress.populate_jobs(mount).items()
             }
+            connected = {
+                image["path"]: mount["connected"] for mount in found for image in mount["images"]
+            }
             for image in images:
                 path = image["path"]
                 _check_possible(image)
@@ -73,7 +76,7 @@ def until_whole(
                 bars.update(
                     tasks[path],
                     completed=image["present_bytes"] + image["zero_bytes"],
-                    pace=progress.of_image(image, jobs.get(path)).text,
+                    pace=progress.of_image(image, jobs.get(path), connected[path]).text,
                 )
             here = sum(image["present_bytes"] + image["zero_bytes"] for image in images)
             now = time.monotonic()
@@ -84,6 +87,11 @@ def until_whole(
                 raise errors.UserError(
                     f"{len(images)} of the images are not whole after {timeout_s:g} s"
                     + (f": {why}" if why else "")
+                )
+            if now > moved_at + STILL_S and not why and not any(i["path"] in jobs for i in images):
+                raise errors.UserError(
+                    f"{images[0]['path']} is not being populated any more: somebody has cancelled "
+                    "that, or evicted it"
                 )
             if now > moved_at + STILL_S and why and why != told:
                 console.print(f"nothing moves: {why}", markup=False, soft_wrap=True)

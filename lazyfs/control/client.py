@@ -133,6 +133,8 @@ def execute(mount: mounts.Mount, commands: Sequence[Command]) -> list[Any]:
             f"the daemon of {mount.mountpoint} does not answer in {TIMEOUT_S:g} s"
         ) from None
     except OSError as error:
+        if mount.device not in mounts.devices_at(mount.mountpoint):
+            raise errors.UserError(f"{mount.mountpoint} was unmounted") from error
         if not alive(mount):
             reason = _KILLED
         elif isinstance(error, ConnectionError):

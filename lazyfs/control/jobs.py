@@ -110,7 +110,7 @@ class Jobs:
             return RUNNING  # it is being handed off
         return (
             RUNNING
-            if image.fillable and not image.populating.trouble and not self._population.paused
+            if image.fillable and not image.fill_trouble and not self._population.paused
             else STANDBY
         )
 
@@ -122,7 +122,7 @@ class Jobs:
             status,
             now.present_bytes + now.zero_bytes,
             now.size or 0,
-            image.populating.trouble or self._population.paused,
+            image.fill_trouble or self._population.paused,
             self._population.waits_for(image),
         )
 

@@ -139,12 +139,13 @@ class RoundRate:
     def rate(self, now: float, total: int) -> float:
         """Return the rate at `now`, when `total` bytes have been moved in all.
 
-        It is 0 before the first turn, and for the first tenth of a second, which says little.
+        It is 0 before the first turn. In the first second it is what has been moved so far, because
+        a burst says little.
         """
         began = self._before or self._latest
-        if began is None or now - began[0] < 0.1:
+        if began is None:
             return 0.0
-        return (total - began[1]) / (now - began[0])
+        return (total - began[1]) / max(now - began[0], 1.0)
 
 
 BESIDE_READERS = 128 * KiB

@@ -191,7 +191,8 @@ class Filesystem:
         if image.record.state is State.REMOTE and first:
             # The size is asked for even if it is known, because the cache is about to be made for
             # this size.
-            await self.sizes.learn_again(image, patient=True)
+            with self.totals.waits():
+                await self.sizes.learn_again(image, patient=True)
         if image.record.size is None:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
         self._check_inode(image)

@@ -133,7 +133,7 @@ class Population:
         populating = image.populating
         if populating.paused or self.held:
             return "resume"
-        if populating.trouble:
+        if image.fill_trouble:
             return "repository" if populating.unreachable else "retry"
         if self.paused:
             return "room"
@@ -240,7 +240,8 @@ class Population:
             return
         port, table = filling.port, filling.table
         before, began = table.counters().populated_bytes, trio.current_time()
-        image.populating.rate.begin_turn(began, table.counters().fetched_bytes)
+        if self._busy.count(image) == 1:  # two workers may fill one image
+            image.populating.rate.begin_turn(began, table.counters().fetched_bytes)
         port.forget_trouble()
         try:
             await self._learn(filling)
@@ -291,12 +292,15 @@ class Population:
         An image whose turn failed waits before its next turn, longer each time.
         """
         if trouble is None:
-            image.populating.trouble = ""
+            image.populating.note_trouble("", 0)
             self._backoffs.pop(image.inode, None)
             return
         self._failures += 1
-        image.populating.trouble = str(trouble)
-        image.populating.unreachable = isinstance(trouble, errors.ConnectionLost)
+        image.populating.note_trouble(
+            str(trouble),
+            image.statistics().fetched_bytes,
+            isinstance(trouble, errors.ConnectionLost),
+        )
         if progress:
             self._backoffs.pop(image.inode, None)
         backoff = self._backoffs.setdefault(image.inode, Backoff(first=0.2, limit=MAX_RETRY_S))

@@ -29,12 +29,13 @@ CONNECTIONS = 8
 class Describing:
     """Asks about some exports. `ask` runs in threads, several at the same time."""
 
-    def __init__(self, uri: str, names: Sequence[str], at_once: int) -> None:
+    def __init__(self, uri: str, names: Sequence[str], at_once: int, limit_s: float) -> None:
         """Ask nothing yet.
 
         Args:
             uri: the server.
             names: the exports, each once.
+            limit_s: how long each of several exports may take, if that is less than DESCRIBE_S.
             at_once: how many the server describes on one connection, as far as is known.
         """
         self.at_once = at_once
@@ -45,7 +46,7 @@ class Describing:
         self.failure: errors.LazyfsError | None = None
         """Why nobody could be asked at all, or why an export has given no answer."""
         self._uri = uri
-        self._limit_s = DESCRIBE_S if len(names) > 1 else None
+        self._limit_s = min(DESCRIBE_S, limit_s) if len(names) > 1 else None
         self._left = deque(names)
         self._lock = threading.Lock()
 
@@ -54,15 +55,14 @@ class Describing:
         """True if all that is left is being asked about."""
         return not self._left
 
-    def ask(self, abandoned: threading.Event, greeted: threading.Event) -> None:
+    def ask(self, attempt: nbd_connect.Attempt) -> None:
         """Ask about exports until none is left. Blocks.
 
         Raises:
             ConnectionLost, Unsupported: the server cannot be reached, or gives no answer about any.
         """
         while self._left:
-            handle = nbd_connect.connect(self._uri, abandoned, greeted=greeted)
-            self._ask_on(handle, abandoned)
+            self._ask_on(nbd_connect.connect(self._uri, attempt), attempt)
         if self.failure is not None and not self.some_answered:
             raise self.failure.again()
 
@@ -75,10 +75,10 @@ class Describing:
         with self._lock:
             return self._left.popleft() if self._left else None
 
-    def _ask_on(self, handle: nbd.NBD, abandoned: threading.Event) -> None:
+    def _ask_on(self, handle: nbd.NBD, attempt: nbd_connect.Attempt) -> None:
         answered, asked = 0, None
         try:
-            with nbd_connect.Watchdog(handle, self._uri, abandoned, self._limit_s) as watchdog:
+            with nbd_connect.Watchdog(handle, self._uri, attempt, self._limit_s) as watchdog:
                 while answered < self.at_once and (asked := self._next()) is not None:
                     found = _describe_one(handle, asked)
                     watchdog.progress()
@@ -87,7 +87,7 @@ class Describing:
                     answered += 1
                 handle.opt_abort()
         except errors.ConnectionLost as error:
-            if abandoned.is_set():
+            if attempt.abandoned.is_set():
                 raise
             if asked is not None:
                 self._gave_no_answer(asked, error.reason)

@@ -6,6 +6,7 @@ buffer for each request would halve the speed, because of page faults. One event
 would cut it to a third.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,9 @@ class FillConnection:
         self._last_progress = 0.0
         self.on_progress: Callable[[], None] = lambda: None
         """Called in the thread when bytes have come."""
+        self.waiting_since = math.inf
+        """Since when the server owes an answer, by `time.monotonic`. It is infinite if it owes
+        none."""
 
     def run(self, work: FillWork, duration_s: float, stop: threading.Event) -> None:
         """Do what `interfaces.Filler.run` promises, until `stop` is set. Needs a connection.
@@ -107,8 +111,15 @@ class FillConnection:
 
     def _work(self, work: FillWork, until: float, stop: threading.Event) -> None:
         self._last_progress = time.monotonic()
+        try:
+            self._serve(work, until, stop)
+        finally:
+            self.waiting_since = math.inf
+
+    def _serve(self, work: FillWork, until: float, stop: threading.Event) -> None:
         busy = 0
         while not stop.is_set():
+            self.waiting_since = self._last_progress if busy else math.inf
             wait_s, exhausted = 0.0, time.monotonic() > until
             while busy < IN_FLIGHT and not exhausted and not wait_s:
                 claim = work.claim(REQUEST)

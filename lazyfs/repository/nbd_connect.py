@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import c_int
+from dataclasses import dataclass, field
 from functools import partial
 
 import nbd
@@ -61,32 +62,38 @@ def new_handle() -> NBD:
     return handle
 
 
-def connect(
-    uri: str,
-    abandoned: threading.Event,
-    deadline: float | None = None,
-    greeted: threading.Event | None = None,
-) -> NBD:
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Connects those who want a connection with the thread that makes it."""
+
+    limit_s: float = field(default_factory=lambda: CONNECT_TIMEOUT_S)
+    """How long the server may be silent, or the negotiation may take."""
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody wants the connection any more."""
+    greeted: threading.Event = field(default_factory=threading.Event)
+    """Set once the server has greeted, however it goes on."""
+
+
+def connect(uri: str, attempt: Attempt, deadline: float | None = None) -> NBD:
     """Return a handle in option mode. Blocks, so call it in a thread that trio has started.
 
     Args:
         uri: the server.
-        abandoned: set when nobody wants the connection any more.
-        deadline: when to give up, by `time.monotonic`; in CONNECT_TIMEOUT_S if it is None.
-        greeted: is set once the server has greeted.
+        attempt: who wants it.
+        deadline: when to give up, by `time.monotonic`, if that is not after the attempt's limit.
 
     Raises:
-        ConnectionLost: it took longer than that, or `abandoned` was set, or the server does not
-            prove itself as the URI demands.
+        ConnectionLost: it took longer than that, or nobody wants it any more, or the server does
+            not prove itself as the URI demands.
         Unsupported: the server is too old to choose an export by name.
     """
     handle, server = new_handle(), repository_uri.parse(uri)
-    deadline = deadline or time.monotonic() + CONNECT_TIMEOUT_S
+    deadline = deadline or time.monotonic() + attempt.limit_s
     try:
         if server.tls:
             tls.require(handle, server)
-        _begin(handle, server, deadline)
-        _poll_until_settled(handle, uri, deadline, abandoned)
+        _begin(handle, server, attempt, deadline)
+        _poll_until_settled(handle, uri, deadline, attempt)
     except errors.LastingError as error:
         raise errors.ConnectionLost(uri, str(error)) from error
     except nbd.Error as error:
@@ -96,8 +103,7 @@ def connect(
         if not server.tls:
             raise
         raise errors.ConnectionLost(uri, tls.why_not(server, "")) from error
-    if greeted is not None:
-        greeted.set()
+    attempt.greeted.set()
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
         keep_alive(connection)
     if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
@@ -107,7 +113,7 @@ def connect(
     return handle
 
 
-def _begin(handle: NBD, uri: RepositoryUri, deadline: float) -> None:
+def _begin(handle: NBD, uri: RepositoryUri, attempt: Attempt, deadline: float) -> None:
     """Begin to connect.
 
     trio tries the addresses of a name side by side (RFC 8305), while libnbd waits for one after the
@@ -125,10 +131,10 @@ def _begin(handle: NBD, uri: RepositoryUri, deadline: float) -> None:
     elif uri.certificates:
         handle.aio_connect_tcp(uri.host, str(uri.port))
     else:
-        handle.aio_connect_socket(_tcp_socket(uri, deadline - time.monotonic()))
+        handle.aio_connect_socket(_tcp_socket(uri, attempt, deadline - time.monotonic()))
 
 
-def _tcp_socket(uri: RepositoryUri, limit_s: float) -> int:
+def _tcp_socket(uri: RepositoryUri, attempt: Attempt, limit_s: float) -> int:
     """Return a socket that is connected to the server.
 
     Raises:
@@ -143,7 +149,7 @@ def _tcp_socket(uri: RepositoryUri, limit_s: float) -> int:
     try:
         return trio.from_thread.run(open_socket)
     except trio.TooSlowError:
-        raise errors.ConnectionLost(uri.text, f"no answer in {CONNECT_TIMEOUT_S:g} s") from None
+        raise errors.ConnectionLost(uri.text, f"no answer in {attempt.limit_s:g} s") from None
     except (OSError, ValueError) as error:
         raise errors.ConnectionLost(uri.text, _why_not(error)) from error
     except (trio.RunFinishedError, trio.Cancelled):
@@ -177,9 +183,7 @@ def keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def connect_export(
-    uri: str, name: str, abandoned: threading.Event, greeted: threading.Event | None = None
-) -> tuple[NBD, Export]:
+def connect_export(uri: str, name: str, attempt: Attempt) -> tuple[NBD, Export]:
     """Return a handle that is ready to read export `name`, and what the export is now.
 
     Blocks, so call it in a thread.
@@ -189,8 +193,8 @@ def connect_export(
             a passing state.
         Unsupported: as for `connect`.
     """
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    handle = connect(uri, abandoned, deadline, greeted)
+    deadline = time.monotonic() + attempt.limit_s
+    handle = connect(uri, attempt, deadline)
     try:
         handle.set_export_name(name)
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -201,7 +205,7 @@ def connect_export(
             return 1
 
         handle.aio_opt_go(answered)
-        _poll_until_settled(handle, uri, deadline, abandoned)
+        _poll_until_settled(handle, uri, deadline, attempt)
         if not handle.aio_is_ready():
             why = errno.errorcode.get(refused[0], str(refused[0])) if refused else "it hung up"
             raise errors.ExportRefused(uri, f"the server refuses export {name!r} ({why})")
@@ -213,16 +217,14 @@ def connect_export(
     return handle, found
 
 
-def compare(
-    handle: NBD, uri: str, name: str, samples: Sequence[Sample], abandoned: threading.Event
-) -> None:
+def compare(handle: NBD, uri: str, name: str, samples: Sequence[Sample], attempt: Attempt) -> None:
     """Compare samples with what the server has. Blocks, so call it in a thread.
 
     What the server cannot read is left out.
 
     Raises:
         ContentChanged: some bytes differ.
-        ConnectionLost: the connection is lost, or brings nothing for CONNECT_TIMEOUT_S.
+        ConnectionLost: the connection is lost, or brings nothing within the attempt's limit.
     """
     codes: dict[int, int] = {}
 
@@ -240,11 +242,11 @@ def compare(
             handle.aio_pread(buffer.target(0, span.length), span.start, partial(completed, number))
             for number, (span, buffer) in enumerate(zip(asked, buffers, strict=True))
         ]
-        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        deadline = time.monotonic() + attempt.limit_s
         while len(codes) < len(samples):
             if handle.poll(_POLL_MS):  # a part of a long answer is progress as well
-                deadline = time.monotonic() + CONNECT_TIMEOUT_S
-            _check_alive(handle, uri, deadline, abandoned)
+                deadline = time.monotonic() + attempt.limit_s
+            _check_alive(handle, uri, deadline, attempt)
         ended = [codes[number] or retire(handle, cookie) for number, cookie in enumerate(cookies)]
         # Only now, because libnbd may write to the buffers before.
         found = [
@@ -282,17 +284,17 @@ class Watchdog:
         self,
         handle: NBD,
         uri: str,
-        abandoned: threading.Event,
+        attempt: Attempt,
         limit_s: float | None = None,
     ) -> None:
         """Watch `handle`, which is connected.
 
-        The connection is cut when `abandoned` is set, or when nothing comes in `limit_s`, or in
-        CONNECT_TIMEOUT_S if that is None.
+        The connection is cut when nobody wants it any more, or when nothing comes in `limit_s`, or
+        in the attempt's limit if that is None.
         """
-        self._limit_s = CONNECT_TIMEOUT_S if limit_s is None else limit_s
+        self._limit_s = attempt.limit_s if limit_s is None else limit_s
         self._uri = uri
-        self._abandoned = abandoned
+        self._abandoned = attempt.abandoned
         self._connection = socket.socket(fileno=os.dup(handle.aio_get_fd()))
         self._done = threading.Event()
         self._cut = ""
@@ -359,19 +361,19 @@ def reason(error: nbd.Error) -> str:
     return tail if head.startswith("nbd_") and tail else text
 
 
-def _poll_until_settled(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
+def _poll_until_settled(handle: NBD, uri: str, deadline: float, attempt: Attempt) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
-        _check_alive(handle, uri, deadline, abandoned)
+        _check_alive(handle, uri, deadline, attempt)
         handle.poll(_POLL_MS)
 
 
-def _check_alive(handle: NBD, uri: str, deadline: float, abandoned: threading.Event) -> None:
+def _check_alive(handle: NBD, uri: str, deadline: float, attempt: Attempt) -> None:
     if handle.aio_is_dead() or handle.aio_is_closed():
         raise errors.HungUp(uri, "the server hung up")
-    if abandoned.is_set():
+    if attempt.abandoned.is_set():
         raise errors.ConnectionLost(uri, "not wanted any more")
     if time.monotonic() > deadline:
-        raise errors.ConnectionLost(uri, f"no answer in {CONNECT_TIMEOUT_S:g} s")
+        raise errors.ConnectionLost(uri, f"no answer in {attempt.limit_s:g} s")
 
 
 def retire(handle: NBD, cookie: int) -> int:

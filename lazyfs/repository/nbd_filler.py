@@ -13,6 +13,7 @@ from lazyfs import errors
 from lazyfs.engine.interfaces import Export, FillWork, Samples
 from lazyfs.repository import nbd_handle
 from lazyfs.repository.fill_thread import REQUEST, FillConnection
+from lazyfs.repository.nbd_connect import Attempt
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,11 @@ class Shares(Protocol):
 class Connects(Protocol):
     """What a filler needs of the repository."""
 
-    async def connect(self, export: Export, samples: Samples, greeted: threading.Event) -> nbd.NBD:
+    def attempt(self) -> Attempt:
+        """Return a new attempt to connect."""
+        ...
+
+    async def connect(self, export: Export, samples: Samples, attempt: Attempt) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.
 
         Raises:
@@ -92,7 +97,7 @@ class NbdFiller:
         if not self._connection.connected:
             readers = shares.reader(export.name)
             if readers is None:
-                await self._connect(threading.Event())
+                await self._connect(self._repository.attempt())
             elif shares.seen or not await self._connected_beside():
                 shares.note()
                 await self._share(readers, work, duration_s)
@@ -105,8 +110,8 @@ class NbdFiller:
             if self._gives_way:
                 self._connection.close()
 
-    async def _connect(self, greeted: threading.Event) -> None:
-        handle = await self._repository.connect(self._connection.export, self._samples, greeted)
+    async def _connect(self, attempt: Attempt) -> None:
+        handle = await self._repository.connect(self._connection.export, self._samples, attempt)
         self._connection.adopt(handle)
 
     async def _connected_beside(self) -> bool:
@@ -115,19 +120,19 @@ class NbdFiller:
         Raises:
             ConnectionLost: it does, but does not give this export.
         """
-        greeted = threading.Event()
+        attempt = self._repository.attempt()
         lost: errors.ConnectionLost = errors.ExportRefused(
             "the repository", f"no answer about an export in {SECOND_S:g} s"
         )
         with trio.move_on_after(SECOND_S):
             try:
-                await self._connect(greeted)
+                await self._connect(attempt)
             except errors.ConnectionLost as error:
                 logger.debug("no second connection: %s", error)
                 lost = error
             else:
                 return True
-        if greeted.is_set():
+        if attempt.greeted.is_set():
             raise lost
         return False
 

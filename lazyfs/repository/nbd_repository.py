@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -28,6 +29,7 @@ from lazyfs.engine.supervision import call_beside
 from lazyfs.repository import nbd_connect, nbd_handle
 from lazyfs.repository.describing import CONNECTIONS, LATE_S, Describing
 from lazyfs.repository.fill_thread import FillConnection
+from lazyfs.repository.nbd_connect import Attempt
 from lazyfs.repository.nbd_filler import NbdFiller
 from lazyfs.repository.nbd_source import NbdSource
 from lazyfs.repository.sole_connection import SoleConnection
@@ -79,9 +81,13 @@ class NbdRepository:
         """How many exports the server describes on one connection. It is lowered when the server
         hangs up earlier."""
         self._sole = SoleConnection(uri)
+        self._filling: weakref.WeakSet[FillConnection] = weakref.WeakSet()
         self._nursery = nursery
         self._stall_s = min(io_timeout_s / 3, STALL_S)
         self._io_timeout_s = io_timeout_s
+        self._connect_s = max(1.0, io_timeout_s / 2)
+        """How long one attempt to connect may take, if that is less than CONNECT_TIMEOUT_S: whoever
+        waits for the repository must hear that it is lost."""
         # These are not trio's default limiter, because attempts that hang must not keep cache files
         # from being read.
         self._connects = trio.CapacityLimiter(64)
@@ -110,11 +116,9 @@ class NbdRepository:
             )
         return names
 
-    def _list(
-        self, abandoned: threading.Event, greeted: threading.Event
-    ) -> tuple[list[str], int, int]:
+    def _list(self, attempt: Attempt) -> tuple[list[str], int, int]:
         """Return the names, how many more could not be decoded, and how many were dropped."""
-        handle = nbd_connect.connect(self.uri, abandoned, greeted=greeted)
+        handle = nbd_connect.connect(self.uri, attempt)
         names: list[str] = []
         length = dropped = 0
 
@@ -130,7 +134,7 @@ class NbdRepository:
             return 0
 
         try:
-            with nbd_connect.Watchdog(handle, self.uri, abandoned) as watchdog:
+            with nbd_connect.Watchdog(handle, self.uri, attempt) as watchdog:
                 count = handle.opt_list(found)
                 handle.opt_abort()
         except nbd.Error as error:
@@ -147,7 +151,7 @@ class NbdRepository:
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
         """Describe exports, as `interfaces.Repository.describe` does."""
         self._sole.check_free()
-        asking = Describing(self.uri, list(dict.fromkeys(names)), self._at_once)
+        asking = Describing(self.uri, list(dict.fromkeys(names)), self._at_once, self._connect_s)
         failures: list[errors.LazyfsError] = []
 
         async def ask() -> None:
@@ -186,8 +190,8 @@ class NbdRepository:
         Debian's nbd-server 3.24 answers NBD_OPT_INFO with the size 0.
         """
 
-        def opened(abandoned: threading.Event, greeted: threading.Event) -> Export:
-            return nbd_connect.connect_export(self.uri, name, abandoned, greeted)[1]
+        def opened(attempt: Attempt) -> Export:
+            return nbd_connect.connect_export(self.uri, name, attempt)[1]
 
         try:
             return await self._connecting(opened)
@@ -202,6 +206,7 @@ class NbdRepository:
         """Return a filler, as `interfaces.Repository.filler` does."""
         connection = FillConnection(self.uri, export, self._stall_s)
         connection.on_progress = self._heard
+        self._filling.add(connection)
         filler = NbdFiller(self, self._sole, connection, samples)
         self._sole.add_filler(filler)
         return filler
@@ -210,11 +215,11 @@ class NbdRepository:
         self, export: Export, samples: Samples = no_samples
     ) -> nbd_handle.NbdHandle:
         """Return a running connection to `export`. Raises what `connect` raises."""
-        greeted = threading.Event()
+        attempt = self.attempt()
         running = nbd_handle.NbdHandle(
             await call_beside(
-                partial(self._sole.give_way, greeted),
-                partial(self.connect, export, samples, greeted),
+                partial(self._sole.give_way, attempt.greeted),
+                partial(self.connect, export, samples, attempt),
             ),
             self.uri,
             export.name,
@@ -226,30 +231,39 @@ class NbdRepository:
         self._nursery.start_soon(running.run)
         return running
 
+    @property
+    def waiting_since(self) -> float:
+        """Since when the server owes an answer to population, by `time.monotonic`, or infinity."""
+        return min((one.waiting_since for one in self._filling), default=math.inf)
+
     def _heard(self) -> None:
         self.heard_at = time.monotonic()
 
-    async def connect(self, export: Export, samples: Samples, greeted: threading.Event) -> nbd.NBD:
+    def attempt(self) -> Attempt:
+        """Return a new attempt to connect."""
+        return Attempt(min(self._connect_s, nbd_connect.CONNECT_TIMEOUT_S))
+
+    async def connect(self, export: Export, samples: Samples, attempt: Attempt) -> nbd.NBD:
         """Return a libnbd handle that is ready to read `export`.
 
         Args:
             export: what the server must have.
             samples: what it must have of the export's content.
-            greeted: is set once the server has greeted.
+            attempt: who wants it.
 
         Raises:
             ConnectionLost, Unsupported: as for `nbd_connect.connect_export`.
             ExportChanged: the server has another version. The connection is closed.
         """
 
-        def connected(abandoned: threading.Event, greeted: threading.Event) -> nbd.NBD:
-            handle, found = nbd_connect.connect_export(self.uri, export.name, abandoned, greeted)
+        def connected(attempt: Attempt) -> nbd.NBD:
+            handle, found = nbd_connect.connect_export(self.uri, export.name, attempt)
             export.check_same(found)
             if taken := samples():
-                nbd_connect.compare(handle, self.uri, export.name, taken, abandoned)
+                nbd_connect.compare(handle, self.uri, export.name, taken, attempt)
             return handle
 
-        return await self._connecting(connected, greeted)
+        return await self._connecting(connected, attempt)
 
     async def write(self, write: Callable[[], None]) -> None:
         """Write to the cache in a thread."""
@@ -273,27 +287,22 @@ class NbdRepository:
             raise
         self._note_success()
 
-    async def _connecting(
-        self,
-        call: Callable[[threading.Event, threading.Event], T],
-        greeted: threading.Event | None = None,
-    ) -> T:
+    async def _connecting(self, call: Callable[[Attempt], T], attempt: Attempt | None = None) -> T:
         """Run `call`, which connects, in a thread.
 
         Args:
-            call: is given an event that tells it to stop, and one that it sets once the server has
-                greeted.
-            greeted: that event, if others look at it.
+            call: makes the attempt.
+            attempt: the attempt, if others look at it.
 
         Raises:
             Busy: the server takes one connection at a time, and readers have it.
         Cancellation: the thread goes on by itself, because libnbd resolves the host's name in a
             call that cannot be interrupted. What the thread connects is closed with its result.
         """
-        stop, greeted = threading.Event(), greeted or threading.Event()
+        attempt = attempt or self.attempt()
         try:
             result = await trio.to_thread.run_sync(
-                _without_frames, partial(call, stop, greeted),
+                _without_frames, partial(call, attempt),
                 limiter=self._connects, abandon_on_cancel=True,
             )  # fmt: skip
         except errors.ConnectionLost as error:
@@ -302,8 +311,8 @@ class NbdRepository:
             self._note_success()
             return result
         finally:
-            stop.set()
-        if not greeted.is_set() and await self._sole.is_in_use():
+            attempt.abandoned.set()
+        if not attempt.greeted.is_set() and await self._sole.is_in_use():
             raise errors.Busy(self.uri)
         self._note_loss(lost)
         raise lost

@@ -1,6 +1,5 @@
 """Buffers that libnbd reads into: the process must not grow with what it reads."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_int
@@ -33,7 +32,7 @@ def taken(size: int) -> Iterator[nbd_buffers.NbdBuffer]:
 
 def test_a_gigabyte_of_reads_leaves_nothing_behind(peers: Peers) -> None:
     server = peers.nbdkit("pattern", f"size={MiB}")
-    handle, _ = nbd_connect.connect_export(server.uri, "", threading.Event())
+    handle, _ = nbd_connect.connect_export(server.uri, "", nbd_connect.Attempt())
 
     def read() -> None:
         done: list[int] = []

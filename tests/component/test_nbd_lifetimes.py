@@ -75,7 +75,7 @@ async def test_an_export_of_another_version_keeps_no_connection(
 ) -> None:
     handles: list[weakref.ref[Handle]] = []
 
-    def connected(_uri: str, name: str, _stop: object, _greeted: object) -> tuple[Handle, Export]:
+    def connected(_uri: str, name: str, _attempt: object) -> tuple[Handle, Export]:
         handles.append(weakref.ref(handle := Handle()))
         return handle, Export(name, 2000, "")
 
@@ -102,7 +102,7 @@ async def test_a_connection_that_is_dropped_while_it_is_made_is_closed_when_its_
 ) -> None:
     go_on = threading.Event()
 
-    def slow(_uri: str, name: str, _stop: object, _greeted: object) -> tuple[Handle, Export]:
+    def slow(_uri: str, name: str, _attempt: object) -> tuple[Handle, Export]:
         go_on.wait(servers.DEADLINE_S)
         return Handle(), EXPORT
 
@@ -126,7 +126,7 @@ async def test_a_lost_repository_is_asked_as_often_whoever_waits(
 ) -> None:
     attempts = 0
 
-    def down(uri: str, _name: str, _stop: object, _greeted: object) -> tuple[Handle, Export]:
+    def down(uri: str, _name: str, _attempt: object) -> tuple[Handle, Export]:
         nonlocal attempts
         attempts += 1
         raise errors.ConnectionLost(uri, "refused")
@@ -406,7 +406,7 @@ async def test_a_comparison_that_fails_halfway_gives_its_buffers_back() -> None:
         sample = Sample(0, b"x" * 512)
         lost = ""
         try:
-            nbd_connect.compare(handle, "nbd://x", "disk", [sample], threading.Event())  # type: ignore[arg-type]
+            nbd_connect.compare(handle, "nbd://x", "disk", [sample], nbd_connect.Attempt())  # type: ignore[arg-type]
         except errors.ConnectionLost as error:
             lost = error.reason
         assert lost

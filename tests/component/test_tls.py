@@ -317,6 +317,11 @@ async def test_the_commands_of_the_documentation_make_certificates(
     start = text.index("    openssl req -x509")
     script = text[start : text.index("\n\n", start)].replace("images.example.com", "localhost")
     await trio.run_process(["sh", "-ec", script], cwd=tmp_path, capture_stderr=True)
+    shown = await trio.run_process(
+        ["openssl", "x509", "-in", "server-cert.pem", "-noout", "-ext", "basicConstraints"],
+        cwd=tmp_path, capture_stdout=True,
+    )  # fmt: skip
+    assert b"CA:FALSE" in shown.stdout, "who has this key must not be able to sign for others"
     server = serve("--tls=require", f"--tls-certificates={tmp_path}")
     trusted = tmp_path / "trusted"
     trusted.mkdir()

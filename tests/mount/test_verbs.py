@@ -618,3 +618,20 @@ def test_a_mistake_is_answered_with_what_was_meant(
     assert done.returncode == 2
     assert meant in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["cancel", "evict"])
+def test_prefetch_does_not_wait_for_what_somebody_has_ended(lab: Lab, verb: str) -> None:
+    lab.image("one", 32 * MiB)
+    lab.mount(lab.serve().uri, "--fill-rate", "1M")
+    waits = subprocess.Popen(
+        [sys.executable, "-m", "lazyfs", "prefetch", "--wait", lab.mnt / "one"],
+        stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent,
+    )  # fmt: skip
+    with waits:
+        assert waits.stderr is not None
+        assert "waiting for" in waits.stderr.readline()
+        wait_until(lambda: lab.status()["jobs"], "it is populated")
+        lab.lazyfs(verb, lab.mnt / "one")
+        assert "is not being populated any more" in waits.stderr.read()
+        assert waits.wait(60) == 1

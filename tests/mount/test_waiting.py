@@ -377,6 +377,23 @@ def test_one_export_that_hangs_holds_up_no_other(lab: Lab) -> None:
     wait_until(lambda: os.path.exists(lab.mnt / "bad"), "it answers")
 
 
+def test_a_list_of_sizes_waits_once_for_a_server_that_hangs(lab: Lab) -> None:
+    for number in range(10):
+        lab.image(f"a{number}", MiB)
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate", "--io-timeout", "4", "--refresh", "1000")
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        listed = subprocess.run(
+            ["ls", "-l", lab.mnt], capture_output=True, text=True, check=False, timeout=30
+        )
+        assert listed.stderr.count("\n") == 10
+        assert not lab.status()["connected"]
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
 def test_an_evicted_image_keeps_its_size_without_the_repository(lab: Lab) -> None:
     lab.image("a", MiB)
     server = lab.serve()

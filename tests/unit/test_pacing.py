@@ -250,5 +250,5 @@ def test_a_pause_does_not_count_in_a_rate_of_turns() -> None:
     rate.forget()
     assert not rate.begun
     rate.begin_turn(1000.0, 5000)
-    assert rate.rate(1000.05, 5100) == 0  # too early
+    assert rate.rate(1000.05, 5100) == 100  # as if it was all of the first second
     assert rate.rate(1001.0, 6000) == 1000

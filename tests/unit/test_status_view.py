@@ -277,7 +277,28 @@ def test_a_name_is_cut_only_when_all_columns_are_gone_that_can_be_spared() -> No
     assert "a-rather" in text
     assert "…" in text
     assert "amd64 " in text
-    assert name in drawn(mount(image(name)), width=90)
+    assert name in drawn(mount(image(name)), width=140)
+
+
+def test_one_long_name_costs_the_others_no_columns() -> None:
+    text = drawn(mount(image("x" * 200), image("debian-12")), width=100)
+    for column in ("size", "present", "state", "fetched", "open"):
+        assert column in text.splitlines()[1]
+    assert "40 MiB" in line_of(text, "debian-12")
+
+
+def test_rows_say_what_the_heading_says_of_the_repository() -> None:
+    text = drawn(
+        mount(image("one", fill_rate=5.0 * MiB), jobs=[job("one", "running")], connected=False)
+    )
+    assert "not connected" in line_of(text, "one ")
+    assert "MiB/s" not in text
+
+
+def test_reasons_that_differ_are_said_together() -> None:
+    jobs = [job("one", "standby", waits_for="room"), job("two", "paused", waits_for="resume")]
+    text = drawn(mount(image("one"), image("two"), jobs=jobs))
+    assert "no room, paused" in line_of(text, "2 images")
 
 
 def test_a_terminal_of_little_height_shows_what_fits_and_the_events() -> None:

@@ -565,6 +565,11 @@ class Image:
                 "error when a file was closed: image=%s reason=%s", self.record.export, error
             )
 
+    @property
+    def fill_trouble(self) -> str:
+        """Why population does not get on with this image, or ""."""
+        return self.populating.trouble_now(self._counters().fetched_bytes)
+
     def _counters(self) -> FetchCounters:
         if self.filling is not None:
             return self.filling.table.counters()
@@ -792,9 +797,7 @@ class Image:
         # Nobody waits for room for an image that is closed.
         if self._unkept and (self.filling is not None or _nearly_full(self._context.stores)):
             return UNKEPT
-        return (
-            self.filling.message() if self.filling is not None else ""
-        ) or self.populating.trouble
+        return (self.filling.message() if self.filling is not None else "") or self.fill_trouble
 
 
 def _nearly_full(stores: Stores) -> bool:

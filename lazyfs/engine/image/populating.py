@@ -29,6 +29,16 @@ class Populating:
     """True if the latest turn failed because the repository could not be reached."""
     trouble: str = ""
     """Why the latest turn of population failed. It is "" if it did not."""
+    trouble_at: int = 0
+    """How many bytes had been fetched in all by then."""
+
+    def note_trouble(self, why: str, fetched_bytes: int, unreachable: bool = False) -> None:
+        """Note why a turn has failed, or with "" that it has not."""
+        self.trouble, self.trouble_at, self.unreachable = why, fetched_bytes, unreachable
+
+    def trouble_now(self, fetched_bytes: int) -> str:
+        """Return why the latest turn failed, unless more bytes have come since."""
+        return self.trouble if fetched_bytes == self.trouble_at else ""
 
     @property
     def goes_on(self) -> bool:
