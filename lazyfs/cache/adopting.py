@@ -17,6 +17,7 @@ from lazyfs.core.export_name import EXPORT, shown_path
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import DEFAULT_BLOCK_SIZE
+from lazyfs.engine.interfaces import UNKNOWN
 from lazyfs.units import SECTOR
 
 
@@ -38,7 +39,7 @@ def lost_images(root: Beneath, records: Sequence[ImageRecord]) -> Iterator[Image
                 export=export,
                 path=path,
                 size=found.st_size,
-                identity="",
+                identity=UNKNOWN,
                 format=shown_file.RAW,
                 state=State.WHOLE,
                 error="",

@@ -106,7 +106,7 @@ class _Check:
                 self._check_partial(record)
         self._check_strays()
         evicted = self._check_evicted()
-        if not self._sweeping:
+        if not (self._sweeping and self._records):  # a mount that failed leaves an empty catalog
             self._adopt_whole_images()
         for path in cache_dir.foreign_files(self._root, list(self._records.values())):
             if path in evicted:
@@ -216,6 +216,7 @@ class _Check:
     def _check_catalog(self) -> None:
         cache_dir.check_catalog_file(self._root, self._path)
         if self._stat(CATALOG) is None:
+            self._sweeping = False
             self._found(CATALOG, "missing", "made anew, empty", lambda: self._begin_anew([]))
             self._go_on_only_with_a_catalog()
             return
@@ -225,6 +226,7 @@ class _Check:
         except catalog.TooNew as error:
             raise errors.UserError(f"cannot check {self._path}: {error}") from error
         except errors.CacheCorrupt as error:
+            self._sweeping = False
             self._take(saved := catalog.salvage(copy))
             remedy = f"kept aside and made anew, with the {len(saved)} images that could be read"
             self._found(
@@ -266,7 +268,6 @@ class _Check:
         self._records = {record.inode: record for record in records}
 
     def _begin_anew(self, records: list[ImageRecord]) -> None:
-        self._sweeping = False
         aside = f"{CATALOG}.damaged"
         number = 1
         while self._stat(aside) is not None:

@@ -284,7 +284,8 @@ class CacheDir:
         for path in foreign_files(self.root, self.records):
             raise errors.LastingError(
                 f"{self.path} holds {path!r}, which lazyfs did not put there; "
-                f"move it away, or keep the cache elsewhere with --cache-dir"
+                f"move it away, or keep the cache elsewhere with --cache-dir "
+                f"(if it is an image of a catalog that was lost: lazyfs check --repair)"
             )
 
     def _sweep(self) -> None:

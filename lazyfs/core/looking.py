@@ -18,5 +18,9 @@ LOOK_S = 10.0
 
 
 def is_at_an_edge(shown: ShownFile, offset: int) -> bool:
-    """Return whether a read that begins at `offset` of the file shown is at one of its edges."""
-    return offset < shown.metadata_size + EDGE or offset >= shown.size - EDGE
+    """Return whether a read that begins at `offset` of the file shown is at one of its edges.
+
+    Those of a small image are a quarter of it, so that each image has something between them.
+    """
+    edge = min(EDGE, (shown.size - shown.metadata_size) // 4)
+    return offset < shown.metadata_size + edge or offset >= shown.size - edge

@@ -29,7 +29,7 @@ from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import ROOM_CHECK_S, Image
-from lazyfs.engine.interfaces import Catalog, Export, Repository, Stores
+from lazyfs.engine.interfaces import UNKNOWN, Catalog, Export, Repository, Stores
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes
@@ -404,6 +404,8 @@ class Filesystem:
         except errors.ExportChanged as change:
             await self._export_changed(image, change)
         else:
+            if record.identity == UNKNOWN:
+                await image.identify(export.identity)
             # Once another version of an export has been seen, an equal size alone proves nothing
             # if the export has no identity.
             sure = record.state is State.WHOLE or record.identity != ""

@@ -24,6 +24,10 @@ class FileAttributes:
     gid: int
 
 
+UNKNOWN = "not known (taken in without a catalog)"
+"""The identity of an image of which only the plain file was left. The next list tells."""
+
+
 @dataclass(frozen=True, slots=True)
 class Export:
     """Describes one named disk of the repository, as the server describes it."""
@@ -35,14 +39,14 @@ class Export:
     server gives, or ""."""
 
     def check_same(self, found: "Export") -> None:
-        """Compare this export with what the server says now.
+        """Compare this export with what the server says now. UNKNOWN is the same as anything.
 
         Raises:
             ExportChanged: the size or the identity differs.
         """
         if found.size != self.size:
             raise errors.ExportChanged(self.name, f"{self.size} bytes", f"{found.size} bytes")
-        if found.identity != self.identity:
+        if self.identity not in (UNKNOWN, found.identity):
             raise errors.ExportChanged(self.name, repr(self.identity), repr(found.identity))
 
 

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+from contextlib import nullcontext
 
 from lazyfs.core.escaping import one_line
 
@@ -26,6 +27,9 @@ counted. The last MAX_REPEATS lines are remembered, about 200 KiB. Both are unme
 
 ALWAYS = "always"
 """The name of an attribute of records that are written even if the same was written just now."""
+
+WAKE = logging.LogRecord("", 0, "", 0, "", None, None)
+"""No line: it only wakes the thread."""
 
 LAST_LINES_S = 1.0
 """How long the end of the daemon waits for lines that are still to be written."""
@@ -81,6 +85,8 @@ class BackgroundLog(logging.Handler):
         self._reported = 0
         self._repeats: dict[str, tuple[float, int]] = {}
         """For each line of late: when it was last written, and how often it came since."""
+        self._owes = False
+        """True if some came since, so that the thread must tell how often."""
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_LINES)
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -109,11 +115,28 @@ class BackgroundLog(logging.Handler):
         written_at, since = self._repeats.get(text, (-math.inf, 0))
         if now < written_at + QUIET_S:
             self._repeats[text] = written_at, since + 1
+            if not self._owes:
+                self._owes = True
+                self._lines.put_nowait(WAKE)  # it waits for a limited time from now on
             return ""
         if len(self._repeats) >= MAX_REPEATS:
             self._repeats.clear()
         self._repeats[text] = now, 0
         return f"{text} (and {since} times more)" if since else text
+
+    def _tell_repeats(self, now: float) -> None:
+        """Write how often lines came that are quiet by now, in the thread."""
+        with self.lock or nullcontext():
+            quiet = [
+                (text, since)
+                for text, (written_at, since) in self._repeats.items()
+                if since and now >= written_at + QUIET_S
+            ]
+            for text, _ in quiet:
+                del self._repeats[text]
+            self._owes = any(since for _, since in self._repeats.values())
+        for text, since in quiet:
+            self._handler.emit(_made(f"{text} (and {since} times more)"))
 
     def close(self) -> None:
         """Wait for the lines that are still to be written, for at most 2 * LAST_LINES_S."""
@@ -125,11 +148,23 @@ class BackgroundLog(logging.Handler):
         super().close()
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
+        while True:
+            try:
+                line = self._lines.get(timeout=QUIET_S if self._owes else None)
+            except queue.Empty:
+                self._tell_repeats(time.monotonic())
+                continue
+            if line is WAKE:
+                continue
+            if line is None:
+                self._tell_repeats(math.inf)
+                return
             self._handler.emit(line)
             if (missing := self.dropped - self._reported) and self._lines.empty():
                 self._reported += missing
                 text = f"{missing} lines are missing here: the log could not be written"
-                self._handler.emit(
-                    logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
-                )
+                self._handler.emit(_made(text))
+
+
+def _made(text: str) -> logging.LogRecord:
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)

@@ -87,3 +87,22 @@ def test_a_name_cannot_forge_a_line() -> None:
     logger_to(log).warning("image=%s", "Grüße\n2026-11-27 ERROR\x1b[31m\udcff")
     log.close()
     assert target.lines == ["image=Grüße\\n2026-11-27 ERROR\\x1b[31m\\udcff"]
+
+
+def test_what_was_counted_is_told_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_log, "QUIET_S", 0.2)
+    written: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(record.getMessage())
+
+    log = background_log.BackgroundLog(Keeps())
+    for _ in range(5):
+        log.handle(logging.LogRecord("x", logging.WARNING, "", 0, "it fails", None, None))
+    servers.wait_until(lambda: len(written) == 2, "it is told")
+    assert written == ["it fails", "it fails (and 4 times more)"]
+    log.handle(logging.LogRecord("x", logging.WARNING, "", 0, "again", None, None))
+    log.handle(logging.LogRecord("x", logging.WARNING, "", 0, "again", None, None))
+    log.close()
+    assert written[2:] == ["again", "again (and 1 times more)"]

@@ -27,7 +27,7 @@ from lazyfs.core.block_map import DATA, BlockRun
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, State
 from lazyfs.engine.image import partial_cache
-from lazyfs.engine.interfaces import FileAttributes
+from lazyfs.engine.interfaces import UNKNOWN, FileAttributes
 from lazyfs.units import KiB
 
 BLOCK = 4 * KiB
@@ -366,6 +366,22 @@ def test_a_whole_image_whose_row_is_lost_is_taken_in(cache: Cache) -> None:
         whole = opened.whole(record)
         assert whole.read(0, SIZE) == CONTENT
         whole.close()
+
+
+def test_whole_images_are_taken_in_after_a_mount_has_failed_on_a_lost_catalog(
+    cache: Cache,
+) -> None:
+    """The mount refuses, and leaves an empty catalog behind."""
+    cache.image("disk", "raw", BLOCKS, finish=True, told=True)
+    cache.catalog.unlink()
+    with pytest.raises(errors.UserError, match="lazyfs check --repair"), cache.open():
+        pass
+    found = [finding.remedy for finding in cache.check().findings]
+    assert "taken in as a whole image" in found
+    assert cache.check(repair=True).problems == 0
+    with cache.open() as opened:
+        (record,) = opened.records
+        assert (record.export, record.state, record.identity) == ("team/disk", State.WHOLE, UNKNOWN)
 
 
 def test_a_stranger_is_not_taken_in_while_the_catalog_is_good(cache: Cache) -> None:

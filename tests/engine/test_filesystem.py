@@ -14,6 +14,7 @@ from lazyfs.core import inode_number
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.image.image import Image
+from lazyfs.engine.interfaces import UNKNOWN
 from lazyfs.engine.name_tree import Folder
 from lazyfs.engine.sizes import DESCRIBE_BATCH, NO_SIZES_S
 from lazyfs.engine.slices import SLICE
@@ -548,3 +549,19 @@ async def test_touch_is_the_last_use_and_is_kept_at_once(state: str) -> None:
             assert image.record.last_used_ns > 10**18
     if state != "replaced":
         assert world.catalog.load()[0].last_used_ns == 10**18
+
+
+async def test_an_image_without_a_known_identity_takes_over_that_of_its_export() -> None:
+    world = world_with("disk")
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.read(image, 0, SIZE)
+        await until(lambda: image.record.state is State.WHOLE)
+        image.record = replace(image.record, identity=UNKNOWN)
+        content = bytes(world.repository.exports["disk"].content)
+        world.repository.add("disk", content, identity="2026-11-28")
+        await world.filesystem.refresh()
+        assert (image.record.identity, image.record.error) == ("2026-11-28", "")
+        world.repository.add("disk", content, identity="2026-11-29")
+        await world.filesystem.refresh()
+        assert "changed in the repository" in image.record.error

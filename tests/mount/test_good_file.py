@@ -102,6 +102,20 @@ def test_nobody_writes_to_a_plain_file_under_a_reader_of_the_mount(lab: Lab) -> 
         assert reader.read() == source.read_bytes()
 
 
+def test_nor_under_one_who_has_opened_it_before_it_was_whole(lab: Lab) -> None:
+    source = lab.image("disk", MiB)
+    plain = lab.folder / "cache" / "disk"
+    lab.mount(lab.serve().uri, "--cache-dir", plain.parent, "--no-populate")
+    with (lab.mnt / "disk").open("rb") as reader:
+        reader.read(4096)
+        lab.lazyfs("prefetch", lab.mnt / "disk", "--wait")
+        done = qemu_io(plain)
+        assert done.returncode == 1
+        assert 'Failed to get "write" lock' in done.stderr
+        reader.seek(0)
+        assert reader.read() == source.read_bytes()
+
+
 _OVERLAID = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)

@@ -15,6 +15,9 @@ from lazyfs.units import GiB, KiB, MiB
         ("raw", GiB, GiB - 8 * MiB - 1, False),
         ("raw", GiB, GiB - 8 * MiB, True),
         ("raw", MiB, MiB - 1, True),
+        ("raw", MiB, MiB // 2, False),
+        ("raw", 16 * MiB, 4 * MiB, False),
+        ("raw", 16 * MiB, 4 * MiB - 1, True),
         ("qcow2", GiB, 8 * MiB, True),  # its metadata lies before
         ("qcow2", GiB, 64 * MiB, False),
     ],

@@ -306,6 +306,9 @@ class PartialFile(FileReader):
                 self.check_path()
             for folder in ["", *folders]:
                 self._root.sync_folder(folder)
+        # Who has opened the image before reads this file, until they close it.
+        if not image_lock.lock_as_reader(self._fd):
+            logger.warning("somebody may write to the plain file: path=%s", path)
 
     def check_path(self) -> None:
         """Look whether the plain file could be put at the image's path, before much is written.

@@ -365,6 +365,13 @@ class Image:
             if self.record.state is State.REMOTE and isinstance(self._content, Closed):
                 self.record = self.record.described(size, identity)
 
+    async def identify(self, identity: str) -> None:
+        """Take over the identity of the export, which is not known yet."""
+        async with self._changing:
+            size = self.record.size
+            assert size is not None
+            await self._save(lambda record: record.described(size, identity))
+
     async def prefetch(self) -> None:
         """Begin the cache without a reader, and let population fill it, whatever the mount's
         default.
