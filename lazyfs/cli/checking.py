@@ -5,6 +5,8 @@ import json
 import sys
 from dataclasses import asdict
 
+from lazyfs.cli import printing
+
 
 def run(options: argparse.Namespace) -> int:
     """Check a cache directory, and repair it if the user asked for that."""
@@ -21,6 +23,6 @@ def run(options: argparse.Namespace) -> int:
         print()
     else:
         for finding in report.findings:
-            print(finding.line())
-        print(report.summary())
+            printing.say(finding.line())
+        printing.say(report.summary())
     return 1 if report.problems else 0

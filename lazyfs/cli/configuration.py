@@ -14,6 +14,7 @@ from lazyfs import errors
 from lazyfs.cli import mount_options
 from lazyfs.core import config_file
 from lazyfs.core.config_key import Key
+from lazyfs.core.escaping import one_line
 
 FOLDER = "/etc/lazyfs"
 """The folder in which a configuration is looked for that is given by name."""
@@ -54,7 +55,7 @@ def load(path: str, keys: Sequence[Key]) -> dict[str, object]:
             content = file.read(MAX_SIZE + 1)
     except (OSError, ValueError) as error:  # A ValueError means a NUL in the path.
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        shown = config_file.printable(path)
+        shown = one_line(path)
         raise errors.UserError(
             f"cannot read the configuration {shown}: {reason}{_others(path)}"
         ) from error

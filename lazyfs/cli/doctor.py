@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lazyfs import errors
+from lazyfs.cli import printing
 from lazyfs.control import client as control_client
 from lazyfs.host import fuse_limits, mounts
 from lazyfs.units import GiB, format_size
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         findings += _mount(options.mountpoint)
     width = max(len(one.what) for one in findings)
     for one in findings:
-        print(f"{one.verdict:4}  {one.what:{width}}  {one.text}")
+        printing.say(f"{one.verdict:4}  {one.what:{width}}  {one.text}")
     return 1 if any(one.verdict == BAD for one in findings) else 0
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from lazyfs import errors
-from lazyfs.cli import map_view, waiting
+from lazyfs.cli import map_view, printing, waiting
 from lazyfs.control import client as control_client
 from lazyfs.host import mounts
 from lazyfs.units import format_size
@@ -46,10 +46,10 @@ def _each(
             result = work(control_client.locate(path))
             results.append({"path": path, **result})
             if say is not None and not options.json:
-                print(f"{path}: {say(result)}")
+                printing.say(f"{path}: {say(result)}")
         except errors.UserError as error:
             failed = True
-            print(f"lazyfs: {error}", file=sys.stderr)
+            printing.complain(error)
             results.append({"path": path, "error": str(error)})
     if options.json:
         json.dump(results, sys.stdout, indent=2)
@@ -297,7 +297,7 @@ def _verified(target: Target, arguments: dict[str, Any], quiet: bool) -> dict[st
             damaged.append(str(error))
         else:
             if not quiet:
-                print(f"{mount.mountpoint}/{name}: {outcome}")
+                printing.say(f"{mount.mountpoint}/{name}: {outcome}")
     if damaged:
         raise errors.UserError("; ".join(damaged))
     return {"images": len(names)}
@@ -349,7 +349,7 @@ class Still:
         if time.monotonic() < self._moved_at + waiting.STILL_S:
             return
         if (reason := why()) and reason != self._told:
-            print(f"nothing moves: {reason}", file=sys.stderr)
+            printing.note(f"nothing moves: {reason}")
             self._told = reason
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from lazyfs import errors
 from lazyfs.cli import arguments as arguments_of
-from lazyfs.cli import mounting
+from lazyfs.cli import mounting, printing
 from lazyfs.cli.verbs import VERBS
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
     except errors.UserError as error:
-        print(f"lazyfs: {error}", file=sys.stderr)
+        printing.complain(error)
         return mounting.exit_code(error)
     except KeyboardInterrupt:
         return 130
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"lazyfs: {error.strerror or error}", file=sys.stderr)
+        printing.complain(error.strerror or error)
         return 1
     return code
 

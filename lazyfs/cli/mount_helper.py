@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from lazyfs import errors
 from lazyfs.cli import main as cli
-from lazyfs.cli import mount_options
+from lazyfs.cli import mount_options, printing
 from lazyfs.cli.arguments import OneLineParser
 
 WRONG_ARGUMENTS = 1
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
         words = ["mount", given.spec, given.folder, *translate(given.options, given.sloppy)]
     except errors.UserError as error:
-        print(f"mount.lazyfs: {error}", file=sys.stderr)
+        printing.complain(error, "mount.lazyfs")
         return WRONG_ARGUMENTS
     if given.verbose:
-        print(f"mount.lazyfs: lazyfs {' '.join(words)}", file=sys.stderr)
+        printing.complain(f"lazyfs {' '.join(words)}", "mount.lazyfs")
     if given.fake:
         return 0
     return {0: 0, 2: WRONG_ARGUMENTS}.get(cli.main(words), MOUNT_FAILED)

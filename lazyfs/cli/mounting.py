@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lazyfs import errors
-from lazyfs.cli import configuration, values
+from lazyfs.cli import configuration, printing, values
 from lazyfs.control import client as control_client
 from lazyfs.core import shown_file
 from lazyfs.core.escaping import one_line
@@ -291,7 +291,7 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
         with os.fdopen(read_fd) as answer:
             said = answer.readline().strip()
             while said.startswith(_NOTE):
-                print(f"lazyfs: {said.removeprefix(_NOTE)}", file=sys.stderr)
+                printing.complain(said.removeprefix(_NOTE))
                 said = answer.readline().strip()
     except KeyboardInterrupt:  # the daemon has a session of its own, so it was not interrupted
         child.terminate()

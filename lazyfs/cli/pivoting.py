@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 
 from lazyfs import errors
-from lazyfs.cli import waiting
+from lazyfs.cli import printing, waiting
 from lazyfs.qemu import pivot
 
 
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     named = set(options.sockets)
     chosen = pivot.sockets(options.sockets, options.all_in)
     if not chosen:
-        print(f"lazyfs: there is no socket in {options.all_in!r}", file=sys.stderr)
+        printing.complain(f"there is no socket in {options.all_in!r}")
     reports = pivot.run(
         chosen,
         pivot.Options(options.allow_hmp, options.dry_run),
@@ -39,9 +39,9 @@ def _tell(report: pivot.Report) -> None:
     """Print a report at once, because what follows may take long and be interrupted."""
     _tell_of_errors(report)
     for line in report.lines():
-        print(line, flush=True)
+        printing.say(line)
 
 
 def _tell_of_errors(report: pivot.Report) -> None:
     for line in report.complaints():
-        print(f"lazyfs: {line}", file=sys.stderr)
+        printing.complain(line)

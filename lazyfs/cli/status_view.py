@@ -16,6 +16,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lazyfs.cli import progress
+from lazyfs.core.escaping import one_line
 from lazyfs.units import format_duration, format_size
 
 MountStatus = Mapping[str, Any]
@@ -96,10 +97,10 @@ def render(
 
 
 def _heading(mount: MountStatus) -> list[Text]:
-    text = Text(_printable(mount["mountpoint"]), style="bold")
-    text.append(f"  from {_printable(mount['repository'])}", style="not bold")
+    text = Text(one_line(mount["mountpoint"]), style="bold")
+    text.append(f"  from {one_line(mount['repository'])}", style="not bold")
     if "error" in mount:
-        return [text.append(f"  {_printable(mount['error'])}", style="red")]
+        return [text.append(f"  {one_line(mount['error'])}", style="red")]
     if mount.get("detached"):
         text.append(f"  detached, pid {mount['pid']} serves what is still open", style="yellow")
     text.append(
@@ -112,9 +113,11 @@ def _heading(mount: MountStatus) -> list[Text]:
     if options := _options(mount):
         lines.append(Text(f"  {options}", style="dim"))
     if mount.get("message"):
-        lines.append(Text(f"  {_printable(mount['message'])}", style="red"))
+        lines.append(Text(f"  {one_line(mount['message'])}", style="red"))
     if mount.get("passthrough_trouble"):
-        lines.append(Text(f"  no passthrough: {mount['passthrough_trouble']}", style="dim"))
+        lines.append(
+            Text(f"  no passthrough: {one_line(mount['passthrough_trouble'])}", style="dim")
+        )
     return lines
 
 
@@ -135,7 +138,7 @@ def _options(mount: MountStatus) -> str:
         if name in ("fill-rate", "max-cache", "min-free"):
             continue  # the rate may be another one now; the limits stand beside the room
         for one in value if isinstance(value, list) else [value]:
-            said = f"{one:g}" if isinstance(one, float) else _printable(str(one))
+            said = f"{one:g}" if isinstance(one, float) else one_line(str(one))
             words.append(f"--{name}" if one is True else f"--{name} {said}")
     if mount.get("rate_limit"):
         words.insert(0, f"population at most {format_size(mount['rate_limit'])}/s")
@@ -148,7 +151,7 @@ def _below(mount: MountStatus, most: int | None) -> list[Text]:
     wrong = [image for image in mount.get("images", []) if image["error"]]
     lines = [
         Text(
-            f"  {_printable(image['path'].removeprefix(prefix))}: {_printable(image['error'])}",
+            f"  {one_line(image['path'].removeprefix(prefix))}: {one_line(image['error'])}",
             style="red",
         )
         for image in wrong[:most]
@@ -156,7 +159,7 @@ def _below(mount: MountStatus, most: int | None) -> list[Text]:
     if most is not None and len(wrong) > most:
         lines.append(Text(f"  and {len(wrong) - most} more with an error", style="red"))
     lines += [_job(job) for job in mount.get("jobs", []) if job["type"] != "populate"]
-    return lines + [Text(f"  {_printable(line)}", style="dim") for line in mount.get("events", [])]
+    return lines + [Text(f"  {one_line(line)}", style="dim") for line in mount.get("events", [])]
 
 
 def _job(job: Mapping[str, Any]) -> Text:
@@ -166,8 +169,8 @@ def _job(job: Mapping[str, Any]) -> Text:
         if job["status"] == "running"
         else ""
     )
-    text = Text(f"  job {_printable(job['id'])}: {job['status']}{done}")
-    return text.append(f", {_printable(job['error'])}", style="red") if job.get("error") else text
+    text = Text(f"  job {one_line(job['id'])}: {job['status']}{done}")
+    return text.append(f", {one_line(job['error'])}", style="red") if job.get("error") else text
 
 
 # -- the table
@@ -260,7 +263,7 @@ def _line(image: Mapping[str, Any], how: progress.Progress, prefix: str) -> _Lin
         f"at most {format_size(image['rate_limit'])}/s" if image.get("rate_limit") else "",
     ]
     said = ", ".join(filter(None, notes))
-    name = _printable(image["path"].removeprefix(prefix))
+    name = one_line(image["path"].removeprefix(prefix))
     return _Line(
         f"{name} ({said})" if said else name,
         {
@@ -310,9 +313,3 @@ def _sums(images: Sequence[Mapping[str, Any]], going: Sequence[progress.Progress
 def _percent(here: int, size: int | None) -> int:
     """Return whole percents, rounded down, so that 100 means all of it."""
     return 100 if not size else here * 100 // size
-
-
-def _printable(name: str) -> str:
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)

@@ -5,16 +5,14 @@ import errno
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from lazyfs import errors
-from lazyfs.cli import waiting
+from lazyfs.cli import printing, waiting
 from lazyfs.control import client as control_client
-from lazyfs.core.config_file import printable
 from lazyfs.host import mounts, open_files, peer
 
 NOTICE_S = 2.0
@@ -68,12 +66,12 @@ def umount(options: argparse.Namespace) -> int:
             os.unlink(mounts.socket_path(mount.mountpoint))
         return 0
     if options.lazy:
-        print(_detached(mount, force=True))
+        printing.say(_detached(mount, force=True))
         return 0
     # The kernel tells nobody that a file system is unmounted while it is still mounted elsewhere.
     if others := open_files.other_mounts(mount.device, mount.mountpoint):
         raise errors.UserError(
-            f"{mount.mountpoint} is also mounted on {', '.join(map(printable, others))}; "
+            f"{mount.mountpoint} is also mounted on {', '.join(others)}; "
             "unmount that first, or use --lazy"
         )
     pidfd = _daemon(mount)
@@ -81,7 +79,7 @@ def umount(options: argparse.Namespace) -> int:
     if pidfd is None:
         return 0
     if not _ends(pidfd, NOTICE_S):
-        print("lazyfs: saving what was fetched ...", file=sys.stderr)
+        printing.complain("saving what was fetched ...")
         _ends(pidfd, None)
     os.close(pidfd)
     return 0
@@ -162,7 +160,7 @@ def detach(options: argparse.Namespace) -> int:
         UserError: no lazyfs is mounted at the mountpoint, or an open image is not whole. Then the
             message names the image's readers.
     """
-    print(_detach(options.mountpoint, options.wait))
+    printing.say(_detach(options.mountpoint, options.wait))
     return 0
 
 
@@ -206,7 +204,7 @@ def _detached(mount: mounts.Mount, force: bool) -> str:
             f"mount --bind {status['cache_dir']} {mount.mountpoint} gives them their paths back."
         )
     if others := open_files.other_mounts(mount.device, mount.mountpoint):
-        told += f" It is still mounted on {', '.join(map(printable, others))}: unmount that, too."
+        told += f" It is still mounted on {', '.join(others)}: unmount that, too."
     if detached["open_count"]:
         return (
             f"{told} {detached['open_count']} open file(s) are served by pid {status['pid']} "

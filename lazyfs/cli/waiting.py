@@ -7,8 +7,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lazyfs import errors
-from lazyfs.cli import progress
+from lazyfs.cli import printing, progress
 from lazyfs.control import client as control_client
+from lazyfs.core.escaping import one_line
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -68,11 +69,9 @@ def until_whole(
                 _check_possible(image)
                 if path not in tasks:
                     _populate(path)
-                    tasks[path] = bars.add_task(path, total=image["size"], pace="")
+                    tasks[path] = bars.add_task(one_line(path), total=image["size"], pace="")
                     if not console.is_terminal:
-                        console.print(
-                            f"waiting for {path} to become whole", markup=False, soft_wrap=True
-                        )
+                        printing.note(f"waiting for {path} to become whole")
                 bars.update(
                     tasks[path],
                     completed=image["present_bytes"] + image["zero_bytes"],
@@ -94,7 +93,7 @@ def until_whole(
                     "that, or evicted it"
                 )
             if now > moved_at + STILL_S and why and why != told:
-                console.print(f"nothing moves: {why}", markup=False, soft_wrap=True)
+                console.print(one_line(f"nothing moves: {why}"), markup=False, soft_wrap=True)
                 told = why
             time.sleep(POLL_S)
             found = filling()
@@ -150,5 +149,5 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task(title, total=None)
+        task = bars.add_task(one_line(title), total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

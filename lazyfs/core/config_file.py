@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lazyfs import errors
 from lazyfs.core.config_key import OCTAL, Key
+from lazyfs.core.escaping import one_line
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 """How tomllib ends its messages (Lib/tomllib/_parser.py, suffixed_err)."""
@@ -169,7 +170,7 @@ def render(settings: Sequence[Setting], file: str | None) -> str:
         text = None if value is None else _toml(value)
         origin = setting.origin.value
         if setting.origin is Origin.FILE:
-            origin = f"{printable(file or '')}: {name}"
+            origin = f"{one_line(file or '')}: {name}"
         if value is None:
             lines.append(f"{f'# {name} is not set':<{COMMENT_COLUMN}}  # {origin}")
         elif text is None:
@@ -179,11 +180,6 @@ def render(settings: Sequence[Setting], file: str | None) -> str:
         else:
             lines.append(f"{f'{name} = {text}':<{COMMENT_COLUMN}}  # {origin}")
     return "\n".join(lines) + "\n"
-
-
-def printable(text: str) -> str:
-    """Return `text` in a form that fits a comment, or a message of one line."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def _toml(value: object) -> str | None:

@@ -20,8 +20,8 @@ class TokenBucket:
     debt afterwards, and the next piece waits for that.
     """
 
-    def __init__(self, rate: float | None, burst_s: float = 0.1) -> None:
-        """Begin without any burst saved.
+    def __init__(self, rate: float | None, burst_s: float = 0.1, full: bool = False) -> None:
+        """Begin without any burst saved, or with a whole one if `full`.
 
         Args:
             rate: bytes per second. None means no limit.
@@ -29,7 +29,7 @@ class TokenBucket:
         """
         self.rate = rate
         self._burst_s = burst_s
-        self._tokens = 0.0
+        self._tokens = (rate or 0.0) * burst_s if full else 0.0
         self._at: float | None = None
 
     def wait(self, now: float) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from lazyfs.core.escaping import one_line
 from lazyfs.host import descriptors, mountinfo
 
 
@@ -22,7 +23,7 @@ class Reader:
     command: str
 
     def __str__(self) -> str:
-        return f"{self.command} (pid {self.pid})"
+        return f"{one_line(self.command)} (pid {self.pid})"
 
 
 def readers(device: str, inodes: set[int]) -> dict[int, list[Reader]]:
@@ -120,9 +121,10 @@ def holders_without_process(mountpoint: str) -> list[str]:
                 backing = file.read().rstrip("\n")
             if backing.startswith(inside):
                 found.append(f"the loop device /dev/{name} ({backing})")
-    with suppress(OSError), open("/proc/swaps", encoding="utf-8", errors="replace") as lines:
-        used = [line.split()[0] for line in lines if line.startswith(inside)]
-        found += [f"the swap file {path}" for path in used]
+    with suppress(OSError), open("/proc/swaps", "rb") as file:
+        used = [line.split(b" ")[0] for line in file.read().split(b"\n")]
+        paths = [os.fsdecode(path) for path in used]
+        found += [f"the swap file {path}" for path in paths if path.startswith(inside)]
     for entry in mountinfo.read():
         layers = [place for place in entry.layers if f"{place}/".startswith(inside)]
         if layers:
@@ -159,15 +161,14 @@ def _mount_ids(pid: int, device: str) -> set[int]:
 def _mapped(pid: int, device: str) -> Iterator[int]:
     """Yield the inodes mapped in `pid`. A mapping stays when its descriptor is closed."""
     major, minor = map(int, device.split(":"))
-    with (
-        suppress(OSError),
-        open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines,
-    ):
-        for line in lines:
+    place = f"{major:02x}:{minor:02x}".encode()
+    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
+        # As bytes, because a name may contain what ends a line of text.
+        for line in file.read().split(b"\n"):
             # 7f...-7f... r--p 00000000 00:3c 17    /mnt/debian-12
-            _, _, _, found, inode, *_ = line.split()
-            if found == f"{major:02x}:{minor:02x}":
-                yield int(inode)
+            fields = line.split(b" ", 5)
+            if len(fields) > 4 and fields[3] == place and fields[4].isdigit():
+                yield int(fields[4])
 
 
 def _command(pid: int) -> str:

@@ -15,10 +15,17 @@ import time
 from contextlib import nullcontext
 
 from lazyfs.core.escaping import one_line
+from lazyfs.core.pacing import TokenBucket
 
 MAX_LINES = 10_000
 """How many lines may wait for a log that blocks. That is some minutes of a daemon in trouble,
 and a few MiB of memory. It is unmeasured."""
+
+LINES_PER_S = 200
+BURST_LINES = 2000
+"""However different the lines are, no more than so many are written: 17 million a day, 2 GB. Others
+are dropped and counted. Both are unmeasured. A mount with 10,000 images writes some lines for each
+of them at times."""
 
 QUIET_S = 10.0
 MAX_REPEATS = 1000
@@ -85,6 +92,7 @@ class BackgroundLog(logging.Handler):
         self._reported = 0
         self._repeats: dict[str, tuple[float, int]] = {}
         """For each line of late: when it was last written, and how often it came since."""
+        self._rate = TokenBucket(LINES_PER_S, BURST_LINES / LINES_PER_S, full=True)
         self._owes = False
         """True if some came since, so that the thread must tell how often."""
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_LINES)
@@ -96,6 +104,9 @@ class BackgroundLog(logging.Handler):
         try:
             line = logging.makeLogRecord(record.__dict__)
             text = one_line(record.getMessage())
+            if not self._within_rate():
+                self.dropped += 1
+                return
             trouble = record.levelno >= logging.WARNING and not hasattr(record, ALWAYS)
             if trouble and (text := self._once(text)) == "":
                 return
@@ -108,6 +119,14 @@ class BackgroundLog(logging.Handler):
             self.dropped += 1
         except Exception:
             self.handleError(record)
+
+    def _within_rate(self) -> bool:
+        """Return whether another line may be written now, and count it."""
+        now = time.monotonic()
+        if self._rate.wait(now) > 0:
+            return False
+        self._rate.take(now, 1)
+        return True
 
     def _once(self, text: str) -> str:
         """Return the line, and how often it came since; or "" if it was written a moment ago."""

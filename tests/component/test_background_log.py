@@ -106,3 +106,19 @@ def test_what_was_counted_is_told_when_it_is_over(monkeypatch: pytest.MonkeyPatc
     log.handle(logging.LogRecord("x", logging.WARNING, "", 0, "again", None, None))
     log.close()
     assert written[2:] == ["again", "again (and 1 times more)"]
+
+
+def test_however_different_the_lines_are_they_do_not_flood_the_disk() -> None:
+    written: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(record.getMessage())
+
+    log = BackgroundLog(Keeps())
+    for number in range(5 * background_log.BURST_LINES):
+        log.handle(logging.LogRecord("x", logging.WARNING, "", 0, f"line {number}", None, None))
+    log.close()
+    assert background_log.BURST_LINES <= len(written) < 3 * background_log.BURST_LINES
+    assert log.dropped == 5 * background_log.BURST_LINES - len([w for w in written if "line " in w])
+    assert any("lines are missing here" in line for line in written)

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,37 @@ def test_loop_devices_and_overlays_hold_files_without_a_process(tmp_path: Path) 
             subprocess.run(["umount", merged], check=True)
     finally:
         subprocess.run(["losetup", "-d", loop], check=True)
+
+
+def test_a_name_that_ends_lines_of_text_breaks_nothing() -> None:
+    # On a tmpfs, because the device of a mapping is not always that of the file on an overlayfs.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        check_hostile_mappings(Path(folder))
+
+
+def check_hostile_mappings(folder: Path) -> None:
+    file = folder / "q\rz\x85"
+    file.write_bytes(b"x" * 4096)
+    other = folder / "other"
+    other.write_bytes(b"x" * 4096)
+    script = (
+        "import ctypes, mmap, os, sys\n"
+        "fds = [os.open(name, os.O_RDONLY) for name in sys.argv[1:]]\n"
+        "maps = [mmap.mmap(fd, 0, prot=mmap.PROT_READ) for fd in fds]\n"
+        "ctypes.CDLL(None).prctl(15, b'\\x1b]0;pwn\\x07')\n"  # PR_SET_NAME
+        "print(flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, file, other], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        at = os.stat(other)
+        device = f"{os.major(at.st_dev)}:{os.minor(at.st_dev)}"
+        found = open_files.readers(device, {at.st_ino})
+        process.kill()
+    (reader,) = found[at.st_ino]
+    assert reader.pid == process.pid
+    assert "\x1b" not in str(reader)
+    assert "\\x1b]0;pwn" in str(reader)

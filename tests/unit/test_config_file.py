@@ -194,7 +194,7 @@ def test_each_value_says_where_it_came_from() -> None:
         " ".join(line.split())
         for line in config_file.render(settings, "/etc/a\nb.toml").splitlines()
     ]
-    assert "fill-rate = 5 # /etc/a\\x0ab.toml: fill-rate" in lines
+    assert "fill-rate = 5 # /etc/a\\nb.toml: fill-rate" in lines
     assert "uid = 8 # command line" in lines
     assert "# cache-dir is not set # default" in lines
 

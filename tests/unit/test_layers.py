@@ -14,7 +14,7 @@ PACKAGES = {
     "__main__": "",
     "cli": (
         "mount_helper main verbs mounting configuration mount_options status watching status_view image_verbs map_view"
-        " pivoting unmounting checking doctor waiting progress values arguments"
+        " pivoting unmounting checking doctor waiting progress values arguments printing"
     ),
     "daemon": "",
     "mounted": "",
@@ -267,3 +267,19 @@ def test_a_breach_is_found(name: str, source: str, complaint: str) -> None:
 def test_what_is_permitted_is_not_complained_about(name: str, source: str) -> None:
     package = ".".join(["lazyfs", *name.split(".")[:-1]])
     assert violations(name, source, package) == []
+
+
+def test_text_for_people_is_printed_in_one_place() -> None:
+    """There it is escaped. What else prints, prints JSON, TOML or the completion."""
+    allowed = {"cli/printing.py": 3, "cli/arguments.py": 1, "cli/configuration.py": 1}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+            and node.args
+        ]
+        name = str(path.relative_to(PACKAGE))
+        assert len(calls) == allowed.get(name, 0), f"{name} prints"

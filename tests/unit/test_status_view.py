@@ -128,7 +128,7 @@ def test_events_come_last() -> None:
     )
     assert text.splitlines()[-2:] == [
         "  12:00:01 one: whole",
-        "  12:00:02 job one: gone\N{REPLACEMENT CHARACTER}[2J",
+        "  12:00:02 job one: gone\\x1b[2J",
     ]
 
 
