@@ -343,7 +343,7 @@ def _log_to(options: argparse.Namespace) -> tuple[BackgroundLog, Callable[[], No
 
 
 def _open_log(path: str) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
 
 def _reopen_log(handler: DescriptorHandler, path: str) -> None:

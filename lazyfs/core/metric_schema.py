@@ -192,8 +192,10 @@ http://127.0.0.1:9100/metrics. Without `--metrics` there are none.
 
 - `--metrics ADDRESS:PORT` listens on another address: `[::1]:9100`, or `0.0.0.0:9100` for everybody
   who can reach the host.
-- There is no password. Whoever reaches the port can read the metrics. They name the mountpoint, and
-  no image.
+- There is no password. Whoever reaches the port can read the metrics: with a port alone, every user
+  of the host. They name the mountpoint, and no image.
+- Only GET and HEAD of /metrics are answered. On a loopback address the Host header must be an
+  address or `localhost`, so that no page in a browser of the host can read them under another name.
 - Port 0 takes a free port. The log and `query-mount` say which one.
 - After `lazyfs detach` the port is closed.
 

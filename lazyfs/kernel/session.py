@@ -78,7 +78,7 @@ NOTIFY_INC_EPOCH = 8  # fuse.h: enum fuse_notify_code; Linux 6.16
 
 # mount.h
 MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
-MNT_FORCE, MNT_DETACH = 1, 2
+MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
 MAX_READ = 1 * MiB
 """The longest read request: 256 pages, which is the most that the kernel takes."""
@@ -346,7 +346,9 @@ def unmount(mountpoint: str, lazy: bool) -> None:
             raise OSError(errno.EINVAL if gone else busy, message)
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0):
+    # Not through a symbolic link that somebody has put there since it was looked up.
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
+    if libc.umount2(os.fsencode(mountpoint), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -363,7 +365,8 @@ def clear_away(mount: mounts.Mount) -> None:
     place = mount.mountpoint
     if mounts.devices_at(place)[-1:] != [mount.device]:
         raise OSError(errno.EBUSY, f"another file system is mounted over {place}")
-    if os.geteuid() == 0 and not ctypes.CDLL(None).umount2(os.fsencode(place), MNT_FORCE):
+    flags = MNT_FORCE | UMOUNT_NOFOLLOW
+    if os.geteuid() == 0 and not ctypes.CDLL(None).umount2(os.fsencode(place), flags):
         return
     try:
         if mounts.devices_at(place)[-1:] == [mount.device]:

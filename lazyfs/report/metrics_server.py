@@ -1,24 +1,28 @@
 """Serves a mount's metrics over HTTP, beside everything else that the daemon does.
 
-The trio thread accepts connections. For each of them a thread reads the request and writes the
-text, so that a client which is slow or sends nothing does not delay readers. When the request has
-arrived, the numbers are taken in the trio thread, so no lock is needed. At the daemon's end trio
+The trio thread accepts connections, and reads what clients ask. So a client that is slow or sends
+nothing costs a task, and is dropped in favour of later ones. Once a request is there, a thread
+writes the text, for which the numbers are taken in the trio thread. At the daemon's end trio
 abandons the threads, so the end does not wait for a scrape. (They are daemon threads, and their
 calls into the loop that has ended fail.)
 
 prometheus_client's own server is not used. It asks the DNS for the host's name before it listens,
 starts any number of threads, lets each wait for its client for ever, and cannot be stopped without
-waking up twice a second all the time.
+waking up twice a second all the time. Its WSGI application makes the answers.
 """
 
 import io
+import ipaddress
 import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from http.client import HTTPException, parse_headers
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler
 
 import prometheus_client
 import trio
@@ -29,13 +33,20 @@ from lazyfs.report.metrics import Collector, Picture
 logger = logging.getLogger(__name__)
 
 MAX_SCRAPES = 4
-"""The largest number of scrapes at once. The next one is refused. One Prometheus comes every 15 s
-and takes a few ms."""
+"""How many answers are written at once. One Prometheus comes every 15 s and takes a few ms."""
+
+MAX_CLIENTS = 64
+"""How many clients there can be. The one that has waited longest is dropped for the next."""
+
+MAX_REQUEST = 16 * 1024
+"""The longest request in bytes. One of Prometheus has 300."""
 
 SCRAPE_S = 10.0
 """The time limit for a whole scrape. Prometheus itself gives up after 10 s."""
 
 BACKLOG = 16
+
+PATH = "/metrics"
 
 
 class MetricsServer:
@@ -71,34 +82,48 @@ class MetricsServer:
             f"[{bound[0]}]:{bound[1]}" if family == socket.AF_INET6 else f"{bound[0]}:{bound[1]}"
         )
         """Where the server listens. It is "" after `close`."""
+        self._local = ipaddress.ip_address(bound[0]).is_loopback
         self._scope = trio.CancelScope()
         self._limiter = trio.CapacityLimiter(MAX_SCRAPES)
+        self._clients: dict[object, trio.CancelScope] = {}
+        """Those that are connected, in the order in which they came."""
 
     async def run(self, picture: Callable[[], Awaitable[Picture]]) -> None:
         """Serve until cancelled or closed. `picture` is called in the trio thread."""
         registry = prometheus_client.CollectorRegistry()
         registry.register(Collector(lambda: trio.from_thread.run(picture)))
         app = prometheus_client.make_wsgi_app(registry)
-
-        async def serve(stream: trio.SocketStream) -> None:
-            if self._limiter.available_tokens < 1:
-                await stream.aclose()
-                return
-            connection = socket.socket(fileno=stream.socket.detach())
-            connection.setblocking(True)
-            try:
-                with trio.move_on_after(SCRAPE_S):
-                    await trio.to_thread.run_sync(
-                        _serve, connection, app, limiter=self._limiter, abandon_on_cancel=True
-                    )
-            finally:
-                # If the thread has finished, its socket is closed and this fails. If it has been
-                # abandoned, this ends its waiting.
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
         with self._scope:
-            await trio.serve_listeners(serve, [trio.SocketListener(self._socket)])
+            await trio.serve_listeners(
+                partial(self._serve, app), [trio.SocketListener(self._socket)]
+            )
+
+    async def _serve(self, app: Callable[..., Any], stream: trio.SocketStream) -> None:
+        """Answer one request, and hang up."""
+        if len(self._clients) >= MAX_CLIENTS:
+            next(iter(self._clients.values())).cancel()
+        async with stream:
+            with trio.move_on_after(SCRAPE_S) as scope:
+                self._clients[client := object()] = scope
+                try:
+                    await self._talk(app, stream)
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    logger.debug("a scrape was lost: %s", error)
+                except Exception:
+                    logger.exception("a scrape failed, a bug in lazyfs")
+                finally:
+                    del self._clients[client]
+
+    async def _talk(self, app: Callable[..., Any], stream: trio.SocketStream) -> None:
+        request = await _read_request(stream, self._local)
+        if isinstance(request, HTTPStatus):
+            await stream.send_all(_refused(request))
+            return
+        await stream.send_all(
+            await trio.to_thread.run_sync(
+                _answer, app, request, limiter=self._limiter, abandon_on_cancel=True
+            )
+        )
 
     def close(self) -> None:
         """Stop listening at once, because the next daemon may want to use the port."""
@@ -107,58 +132,114 @@ class MetricsServer:
         self._socket.close()
 
 
-def _serve(connection: socket.socket, app: Callable[..., Any]) -> None:
-    """Answer one request. This runs in a thread, which may have been abandoned."""
-    with connection:
-        try:
-            application: Any = _Application(app)
-            _Handler(connection, connection.getpeername(), application)
-        except OSError as error:
-            logger.debug("a scrape was lost: %s", error)
-        except trio.RunFinishedError:
-            logger.debug("a scrape came too late")
-        except Exception:
-            logger.exception("a scrape failed, a bug in lazyfs")
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Describes a request for the metrics."""
+
+    head_only: bool
+    query: str
+    accept: str
+    accept_encoding: str
 
 
-class _Application:
-    """Gives `WSGIRequestHandler` what it asks of its server."""
+async def _read_request(stream: trio.SocketStream, local: bool) -> _Request | HTTPStatus:
+    """Return what a client asks for, or why it gets nothing.
 
-    def __init__(self, app: Callable[..., Any]) -> None:
-        self._app = app
-        self.base_environ = {
-            "SERVER_NAME": "",
-            "SERVER_PORT": "",
-            "SCRIPT_NAME": "",
-            "GATEWAY_INTERFACE": "CGI/1.1",
-        }
+    Args:
+        stream: the connection.
+        local: whether only programs of this host can connect.
+    """
+    data = b""
+    while b"\r\n\r\n" not in data and b"\n\n" not in data:
+        if len(data) > MAX_REQUEST:
+            return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        more = await stream.receive_some(MAX_REQUEST)
+        if not more:
+            return HTTPStatus.BAD_REQUEST
+        data += more
+    line, _, rest = data.partition(b"\n")
+    words = line.decode("latin-1").split()
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        return HTTPStatus.BAD_REQUEST
+    try:
+        headers = parse_headers(io.BytesIO(rest))
+    except HTTPException:
+        return HTTPStatus.BAD_REQUEST
+    method, target, _ = words
+    path, _, query = target.partition("?")
+    if local and not _is_local(headers.get("Host", "")):
+        return HTTPStatus.FORBIDDEN
+    if path != PATH:
+        return HTTPStatus.NOT_FOUND
+    if method not in ("GET", "HEAD"):
+        return HTTPStatus.METHOD_NOT_ALLOWED
+    return _Request(
+        method == "HEAD", query, headers.get("Accept", ""), headers.get("Accept-Encoding", "")
+    )
 
-    def get_app(self) -> Callable[..., Any]:
-        """Return the WSGI application, which answers any failure of prometheus_client."""
-        return self._answer
 
-    def _answer(
-        self, environ: dict[str, Any], start_response: Callable[..., Any]
-    ) -> Iterable[bytes]:
-        try:
-            answer: Iterable[bytes] = self._app(environ, start_response)
-        except trio.RunFinishedError:
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"the daemon ends\n"]
-        except Exception:
-            logger.exception("a scrape failed, a bug in lazyfs")
-            start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
-            return [b"a bug in lazyfs; the log has the details\n"]
-        return answer
+def _is_local(host: str) -> bool:
+    """Return whether a Host header names this host by its address, or as localhost.
+
+    A page in a browser of this host can have another name that leads here (DNS rebinding).
+    """
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    with suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name.lower() in ("localhost", "")
 
 
-class _Handler(WSGIRequestHandler):
-    """Handles one request on one connection. It prints nothing on stderr."""
+_REASONS = {
+    HTTPStatus.FORBIDDEN: "ask for localhost, or for the address",
+    HTTPStatus.NOT_FOUND: f"there is only {PATH}",
+    HTTPStatus.METHOD_NOT_ALLOWED: "GET and HEAD are known",
+}
 
-    def get_stderr(self) -> io.StringIO:
-        """Return a buffer, so that nothing is printed when a client hangs up."""
-        return io.StringIO()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Write to the log at level DEBUG instead of to stderr."""
-        logger.debug("scrape: %s", format % args)
+def _refused(status: HTTPStatus) -> bytes:
+    text = _REASONS.get(status, "this is no request for metrics")
+    more = [("Allow", "GET, HEAD")] if status is HTTPStatus.METHOD_NOT_ALLOWED else []
+    return _response(
+        f"{status.value} {status.phrase}",
+        [("Content-Type", "text/plain"), *more],
+        f"{text}\n".encode(),
+    )
+
+
+def _response(
+    status: str, headers: Iterable[tuple[str, str]], body: bytes, head_only: bool = False
+) -> bytes:
+    lines = [
+        f"HTTP/1.0 {status}",
+        *(f"{name}: {value}" for name, value in headers),
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if head_only else body)
+
+
+def _answer(app: Callable[..., Any], request: _Request) -> bytes:
+    """Return the answer to a request. This runs in a thread, which may have been abandoned."""
+    status, headers = "200 OK", [("Content-Type", "text/plain")]
+
+    def start_response(said: str, given: list[tuple[str, str]]) -> None:
+        nonlocal status, headers
+        status, headers = said, given
+
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": PATH,
+        "QUERY_STRING": request.query,
+        "HTTP_ACCEPT": request.accept,
+        "HTTP_ACCEPT_ENCODING": request.accept_encoding,
+    }
+    try:
+        body = b"".join(app(environ, start_response))
+    except trio.RunFinishedError:
+        status, headers, body = "503 Service Unavailable", [], b"the daemon ends\n"
+    except Exception:
+        logger.exception("a scrape failed, a bug in lazyfs")
+        status, headers = "500 Internal Server Error", []
+        body = b"a bug in lazyfs; the log has the details\n"
+    return _response(status, headers, body, request.head_only)

@@ -5,10 +5,11 @@ Also checks that the schema is exported.
 
 import errno
 import os
+import re
 import socket
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from lazyfs.core import metric_schema
 from lazyfs.core.histogram import Histogram
 from lazyfs.report import metrics_server
 from lazyfs.report.metrics import Picture
-from lazyfs.report.metrics_server import MAX_SCRAPES, MetricsServer
+from lazyfs.report.metrics_server import MAX_CLIENTS, MetricsServer
 
 pytestmark = pytest.mark.trio
 
@@ -216,22 +217,17 @@ async def test_a_client_that_says_nothing_is_dropped(
     assert (await get(server))[0] == 200
 
 
-async def test_too_many_at_once_are_turned_away(serving: Any) -> None:
+async def test_silent_clients_keep_nobody_out(serving: Any) -> None:
     server = serving()
-    with trio.fail_after(DEADLINE_S):
-        clients = []
-        for _ in range(MAX_SCRAPES):
-            clients.append(silent(server))
-            clients[-1].__enter__()
-        while server._limiter.available_tokens:
-            await trio.sleep(0.01)
-        with silent(server) as late:
-            assert await hung_up(late)
-        for client in clients:
-            client.__exit__(None, None, None)
-        while not server._limiter.available_tokens:
+    with trio.fail_after(DEADLINE_S), ExitStack() as clients:
+        oldest = clients.enter_context(silent(server))
+        for _ in range(MAX_CLIENTS - 1):
+            clients.enter_context(silent(server))
+            await trio.sleep(0.001)  # it is accepted here
+        while len(server._clients) < MAX_CLIENTS:
             await trio.sleep(0.01)
         assert (await get(server))[0] == 200
+        assert await hung_up(oldest)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +241,49 @@ async def test_garbage(serving: Any, sent: bytes) -> None:
     assert (await get(server))[0] == 200
 
 
-async def test_other_paths_and_a_choice_of_metrics(serving: Any) -> None:
+async def test_other_paths_methods_and_a_choice_of_metrics(serving: Any) -> None:
     server = serving()
-    assert (await get(server, "/favicon.ico")) == (200, "")
+    assert (await get(server, "/favicon.ico")) == (404, "there is only /metrics\n")
+    assert (await get(server, "/"))[0] == 404
     assert (await get(server, "/metrics?name[]=lazyfs_images"))[1].count("# HELP") == 1
+    answer = await asked(server, b"POST /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.0 405 ")
+    assert b"Allow: GET, HEAD\r\n" in answer
+    head = await asked(server, b"HEAD /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 ")
+    assert head.endswith(b"\r\n\r\n")
+    assert int(re.findall(rb"Content-Length: (\d+)", head)[0]) > 1000
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        (b"localhost:9100", 200), (b"LOCALHOST", 200), (b"127.0.0.1:9100", 200), (b"[::1]:9100", 200),
+        (b"evil.example", 403), (b"localhost.evil.example:9100", 403),
+    ],
+)  # fmt: skip
+async def test_a_page_whose_name_leads_here_gets_nothing(
+    serving: Any, host: bytes, code: int
+) -> None:
+    """DNS rebinding."""
+    answer = await asked(serving(), b"GET /metrics HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+    assert answer.startswith(f"HTTP/1.0 {code} ".encode())
+    assert (b"lazyfs_" in answer) == (code == 200)
+
+
+async def test_a_server_for_other_hosts_has_any_name(serving: Any) -> None:
+    server = serving("0.0.0.0:0")
+    answer = await asked(server, b"GET /metrics HTTP/1.1\r\nHost: host7.example\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.0 200 ")
+
+
+async def asked(server: MetricsServer, request: bytes) -> bytes:
+    def blocking() -> bytes:
+        with silent(server) as connection, connection.makefile("rb") as answer:
+            connection.sendall(request)
+            return answer.read()
+
+    return await trio.to_thread.run_sync(blocking)
 
 
 async def test_a_bug_is_logged_and_ends_nothing(

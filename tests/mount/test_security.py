@@ -127,3 +127,22 @@ def test_root_refuses_a_folder_in_which_others_can_put_images(
     assert list(cache.iterdir()) == []
     lab.mount(uri, "--cache-dir", cache, "--trust-cache-owner")
     assert Path(lab.mnt / "disk").exists()
+
+
+def test_what_the_readme_says_lets_only_a_group_read(lab: Lab) -> None:
+    lab.image("disk", SIZE)
+    lab.mount(lab.serve().uri, "--mode", "0440", "--gid", str(NOBODY))
+    script = "import os, sys; os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(65533); "
+    script += "print(len(open(sys.argv[1], 'rb').read()))"
+    for group, allowed in ((NOBODY, True), (65532, False)):
+        done = subprocess.run(
+            ["/usr/bin/python3", "-I", "-c", script, "disk", str(group)],
+            cwd=lab.mnt, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode == 0) == allowed, done.stderr
+
+
+def test_a_log_file_is_not_for_everybody(lab: Lab) -> None:
+    lab.image("disk", SIZE)
+    lab.mount(lab.serve().uri)
+    assert lab.log.stat().st_mode & 0o007 == 0
