@@ -215,7 +215,10 @@ def test_a_replaced_image_that_is_open_and_not_whole_counts_and_its_readers_are_
 def disk_below(lab: Lab) -> Iterator[None]:
     """Mount a file system of its own under the mountpoint, as on most hosts. It must never be
     unmounted."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "below", str(lab.mnt)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "mode=755", "-o", "size=64m", "below", str(lab.mnt)],
+        check=True,
+    )
     try:
         yield
         assert _mounted(lab) == ["tmpfs"]
