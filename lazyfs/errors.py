@@ -4,6 +4,7 @@ do.
     LazyfsError
     ├── ConnectionLost      retry, on another connection or later
     │   ├── Busy            the same: the server is there, and readers have its one connection
+    │   ├── Fragmented      the same, but never ask for data and holes again
     │   ├── HungUp          the same: the server closed the connection without a word
     │   └── ExportRefused   the same, but the server answers: it does not give this export now
     ├── RequestFailed       concerns this request only; the connection and other requests go on
@@ -68,6 +69,10 @@ class Busy(ConnectionLost):
     def __init__(self, uri: str) -> None:
         super().__init__(uri, "the server takes one connection at a time, and readers have it")
         self.args = (uri,)
+
+
+class Fragmented(ConnectionLost):
+    """The server has answered a question about data and holes with an absurd number of pieces."""
 
 
 class HungUp(ConnectionLost):

@@ -195,6 +195,7 @@ async def ask(path: str, commands: Sequence[Command]) -> list[Any]:
 
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     client = QMPClient("lazyfs", readbuflen=MAX_ANSWER)
+    client.events.names = {"none"}  # otherwise it keeps every event, and nobody reads them
     try:
         async with asyncio.timeout(TIMEOUT_S) as limit:
             await client.connect(path)

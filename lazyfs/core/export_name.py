@@ -11,6 +11,7 @@ that every shown name is a safe path and no two exports share one:
     .lazyfs             %2Elazyfs             reserved
     (empty)             %00                   the default export: an empty C string is only its NUL
     tab<TAB>            tab%09                control characters
+    a/a/... (over 32)   a%2Fa%2F...           too deep for folders, so it is shown flat
     (over 255 bytes)    <start>%~<sha256>     too long for a file's name; 32 digits of the SHA-256
     a/b beside a        a%2Fb                 a clash: `a` is a file already
     a beside a/b        %61                   a clash: `a` is a folder already
@@ -33,6 +34,10 @@ NAME_MAX = 255
 PATH_MAX = 3072
 """The longest shown path in bytes. Linux accepts 4,095 bytes for a whole path; the difference is
 left for the path of the mountpoint."""
+
+MAX_DEPTH = 32
+"""How many parts a path may have. A name with more is shown flat: each part is a folder in memory,
+and a repository of 300 names with 1,500 parts each took 1.5 GB."""
 
 RESERVED = frozenset({".lazyfs", "lost+found"})
 """Names at the top of the cache directory that no image may get: `.lazyfs` is our own state, and
@@ -132,6 +137,8 @@ def _folders(export: str, suffix: str) -> str | None:
     encoded = _encode(export)
     components = encoded.split("/")
     if any(part in ("", ".", "..") for part in components) or components[0] in RESERVED:
+        return None
+    if len(components) > MAX_DEPTH:
         return None
     if len(encoded.encode()) + len(suffix) > PATH_MAX:
         return None

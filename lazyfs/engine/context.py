@@ -11,6 +11,7 @@ from lazyfs.engine.budget import Budget
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Catalog, Repository, Stores
+from lazyfs.engine.map_memory import MapMemory
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.threads import Threads
 from lazyfs.engine.totals import Totals
@@ -33,6 +34,7 @@ class Context(Generic[ImageT]):
     budget: Budget
     writes: WriteQueue
     under_way: UnderWay
+    map_memory: MapMemory
     populate: bool
     """Whether the first open of an image starts its population."""
     io_timeout_s: float

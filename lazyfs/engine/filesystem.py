@@ -30,6 +30,7 @@ from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import ROOM_CHECK_S, Image
 from lazyfs.engine.interfaces import UNKNOWN, Catalog, Export, Repository, Stores
+from lazyfs.engine.map_memory import MapMemory
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.sizes import DESCRIBE_BATCH, Sizes
@@ -105,6 +106,7 @@ class Filesystem:
             budget=self.budget,
             writes=WriteQueue(nursery, self.threads.writes),
             under_way=UnderWay(),
+            map_memory=MapMemory(),
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,
             threads=self.threads,

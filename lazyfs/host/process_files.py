@@ -13,7 +13,9 @@ absolute symbolic link on the way leads to a place in our own mount namespace.
 Source: proc(5).
 """
 
+import asyncio
 import errno
+import json
 import os
 import select
 import signal
@@ -30,6 +32,15 @@ from lazyfs.host import descriptors, mountinfo, mounts
 ASK_S = 2.0
 """How long file systems have to say whether they are dead. The kernel answers at once for a dead
 one. The value is unmeasured."""
+
+END_S = 1.0
+"""How long a child that was killed has to end."""
+
+_left_behind: list[asyncio.subprocess.Process] = []
+"""Children that did not end. They are kept, because asyncio complains about those that are not."""
+
+LOOK_S = 5.0
+"""How long paths have to be looked up. It is unmeasured: a local file system needs microseconds."""
 
 _ASK = """
 import os, sys
@@ -104,6 +115,13 @@ def mounted_kind(pid: int, fd: int) -> str | None:
     return None
 
 
+def _seen_by(path: str, pid: int | None) -> str:
+    """Return what leads us to where `path` leads the process `pid`."""
+    if pid is None:
+        return path
+    return f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
+
+
 def place_of(path: str, pid: int | None = None) -> Place:
     """Return where `path` leads for process `pid`, or for us if it is None.
 
@@ -112,9 +130,7 @@ def place_of(path: str, pid: int | None = None) -> Place:
     Raises:
         OSError: the path leads nowhere.
     """
-    if pid is not None:
-        path = f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
-    found = os.stat(path)
+    found = os.stat(_seen_by(path, pid))
     return Place(
         found.st_dev,
         found.st_ino,
@@ -122,6 +138,58 @@ def place_of(path: str, pid: int | None = None) -> Place:
         frozenset({found.st_mtime_ns, found.st_ctime_ns}),
         stat.S_ISREG(found.st_mode),
     )
+
+
+_LOOK = """
+import json, os, stat, sys
+for path in json.load(sys.stdin):
+    try:
+        s = os.stat(os.fsencode(path))
+        found = [s.st_dev, s.st_ino, s.st_size, [s.st_mtime_ns, s.st_ctime_ns],
+                 stat.S_ISREG(s.st_mode)]
+    except OSError as error:
+        found = error.errno
+    print(json.dumps(found), flush=True)
+"""
+"""The program of a child that looks paths up, one line for each."""
+
+
+async def places_of(paths: Sequence[str], pid: int | None = None) -> list[Place | OSError]:
+    """Return where paths lead, as `place_of` does, or the error for each that leads nowhere.
+
+    A child looks them up. If a file system hangs, that child is left behind after LOOK_S, and the
+    error for its path and those after it is ETIMEDOUT.
+    """
+    if not paths:
+        return []
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", "-S", "-c", _LOOK,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+    found: list[Place | OSError] = []
+    with suppress(TimeoutError, ValueError, ConnectionError):
+        async with asyncio.timeout(LOOK_S):
+            child.stdin.write(json.dumps([_seen_by(path, pid) for path in paths]).encode())
+            child.stdin.close()
+            for path in paths:
+                answer = json.loads(await child.stdout.readline())
+                if isinstance(answer, int):
+                    found.append(OSError(answer, os.strerror(answer), path))
+                else:
+                    device, inode, size, times_ns, regular = answer
+                    found.append(Place(device, inode, size, frozenset(times_ns), regular))
+    with suppress(ProcessLookupError):
+        child.kill()
+    try:
+        async with asyncio.timeout(END_S):
+            await child.wait()
+    except TimeoutError:
+        _left_behind.append(child)  # it hangs in the kernel, and ends when that lets it go
+    late = [OSError(errno.ETIMEDOUT, "its file system does not answer", p) for p in paths]
+    return found + late[len(found) :]
 
 
 def command_line(pid: int) -> list[str]:

@@ -85,10 +85,11 @@ MAX_READ = 1 * MiB
 MAX_WRITE = 4 * KiB
 """Nothing is ever written. This is small because it also limits the kernel's idea of a request
 buffer."""
-MAX_BACKGROUND = 4096
+MAX_BACKGROUND = 16384
 """The most requests for readahead and for direct reads (ASYNC_DIO) in flight for the whole mount.
-All images share them, so readers of one image whose repository is gone must not use them up. A
-request that waits takes the daemon 15 KiB. For other users than root the kernel lowers it to
+All images share them, so readers of one image whose repository is gone must not use them up
+(`engine.fetch.demand_reader.MAX_WAITING`). A request that waits takes the daemon 15 KiB, all of
+them 240 MiB. For other users than root the kernel lowers it to
 /sys/module/fuse/parameters/max_user_bgreq."""
 
 MAX_STACK_DEPTH = 1

@@ -28,8 +28,9 @@ slowest disk of the VM."""
 OWN_PACKAGE = "lazyfs"
 """The package that lazyfs's own control sockets name in their greeting."""
 
-MAX_ANSWER = 64 * MiB
-"""The longest accepted answer in bytes. An answer has about 1 KiB for each block node."""
+MAX_ANSWER = 4 * MiB
+"""The longest accepted answer in bytes. An answer has about 1 KiB for each block node. A monitor
+may be a stranger's program, and Python takes thirty times as much memory for what it reads."""
 
 
 class NoQemu(errors.UserError):
@@ -98,6 +99,7 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
 
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     client = QMPClient("pivot", readbuflen=MAX_ANSWER)
+    client.events.names = {"none"}  # otherwise it keeps every event, and nobody reads them
     with _connect(path) as connection:
         try:
             pid = peer.of(connection).pid

@@ -98,7 +98,7 @@ async def look(pid: int, graph: Graph, lazyfs: Lazyfs) -> View:
         for node in graph.nodes.values()
         if node.driver == "file" and graph.is_only_read(node.name)
     ]
-    nodes = [_file_node(node, pid, lazyfs) for node in found]
+    nodes = await _file_nodes(found, pid, lazyfs)
     return View(opened, nodes, _images(nodes, opened, lazyfs))
 
 
@@ -108,26 +108,43 @@ def _is_plain(file: OpenFile, pid: int, lazyfs_devices: Collection[int]) -> bool
     return process_files.mounted_kind(pid, file.fd) not in (None, mounts.FS_TYPE)
 
 
-def _file_node(node: Node, pid: int, lazyfs: Lazyfs) -> FileNode:
+async def _file_nodes(nodes: Sequence[Node], pid: int, lazyfs: Lazyfs) -> list[FileNode]:
+    """Return the nodes, with where their paths lead now.
+
+    The paths are QEMU's, which may be a stranger's: they are looked up elsewhere, with a deadline.
+    """
+    troubles = [_trouble(node, lazyfs) for node in nodes]
+    asked = [node.filename for node, why in zip(nodes, troubles, strict=True) if not why]
+    places = iter(await process_files.places_of(asked, pid or None))
+    found = []
+    for node, trouble in zip(nodes, troubles, strict=True):
+        now = None
+        if not trouble:
+            place = next(places)
+            if isinstance(place, OSError):
+                trouble = f"the path leads nowhere now: {place.strerror}"
+            else:
+                now = place
+        on_lazyfs = node.filename.startswith("/") and mounts.mount_of(node.filename) is not None
+        on_detached = now is not None and now.device in lazyfs.detached
+        found.append(
+            FileNode(node.name, node.filename, node.size, now, trouble, on_lazyfs, on_detached)
+        )
+    return found
+
+
+def _trouble(node: Node, lazyfs: Lazyfs) -> str:
+    """Return why the path of a node must not be looked up, or ""."""
     mount = mounts.mount_of(node.filename) if node.filename.startswith("/") else None
-    now, trouble = None, ""
-    if mount is not None and process_files.device_number(mount.device) not in lazyfs.devices:
-        # Looking at a path of a daemon that does not answer could take for ever.
-        trouble = f"the daemon of {mount.mountpoint} does not answer; if it was killed, mount again"
-        if mounts.socket_path(mount.mountpoint) in lazyfs.foreign:
-            trouble = (
-                f"the daemon of {mount.mountpoint} is of another version of lazyfs; "
-                "use that one's pivot"
-            )
-    else:
-        try:
-            now = process_files.place_of(node.filename, pid or None)
-        except OSError as error:
-            trouble = f"the path leads nowhere now: {error.strerror}"
-    on_detached = now is not None and now.device in lazyfs.detached
-    return FileNode(
-        node.name, node.filename, node.size, now, trouble, mount is not None, on_detached
-    )
+    if mount is None or process_files.device_number(mount.device) in lazyfs.devices:
+        return ""
+    # Looking at a path of a daemon that does not answer could take for ever.
+    if mounts.socket_path(mount.mountpoint) in lazyfs.foreign:
+        return (
+            f"the daemon of {mount.mountpoint} is of another version of lazyfs; "
+            "use that one's pivot"
+        )
+    return f"the daemon of {mount.mountpoint} does not answer; if it was killed, mount again"
 
 
 def _images(nodes: Sequence[FileNode], opened: Sequence[OpenFile], lazyfs: Lazyfs) -> list[Image]:

@@ -60,6 +60,11 @@ def _nothing() -> None:
     """Replace a callback that was called already, so that the command no longer refers to it."""
 
 
+MAX_ENTRIES = 2 * 65536
+"""The most numbers in an answer about block status, two for each range: as many as a window of
+256 MiB has pieces of 4 KiB. libnbd takes up to 64 MiB, of which Python makes gigabytes."""
+
+
 class NbdHandle:
     """Drives a connected handle, with many requests in flight at once.
 
@@ -224,11 +229,14 @@ class NbdHandle:
                 entries: list[int] = entries,
             ) -> int:
                 if metacontext == nbd.CONTEXT_BASE_ALLOCATION and not err.value:
-                    entries.extend(found)
+                    entries.extend(found[: MAX_ENTRIES + 2])
                 return 0
 
             submit = partial(self._handle.aio_block_status, asked.length, asked.start, extent)
             await self._ask(submit, f"block status of {self._export}")
+            if len(entries) > MAX_ENTRIES:
+                self.close("it answers block status in more pieces than there can be")
+                raise errors.Fragmented(self._uri, self.broken)
             *ranges, reach = parse_block_status(asked, entries, self._export)
             data.extend(ranges)
             position = reach.start

@@ -37,17 +37,16 @@ from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
 
-MAX_EXPORTS = 1_000_000
-"""If one server lists more names than this, the rest is dropped, because the server is broken or
-hostile."""
+MAX_EXPORTS = 100_000
+"""If one server lists more names than this, the rest is dropped. Each takes 2.3 KiB of memory."""
 
 STALL_S = 20.0
 """The longest time without any byte after which a connection is given up, however long readers
 may wait. It is unmeasured: a server that needs longer for the first byte is asked again."""
 
-MAX_NAMES_LENGTH = 64 * MiB
-"""The most characters that all names may have together. With a million names of 4 KiB the list
-alone would take 4 GiB."""
+MAX_NAMES_LENGTH = 8 * MiB
+"""The most characters that all names may have together: 84 for each of MAX_EXPORTS. A name may have
+4 KiB (NBD protocol), and is in memory several times."""
 
 T = TypeVar("T")
 

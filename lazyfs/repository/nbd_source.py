@@ -45,6 +45,8 @@ class NbdSource:
         self._next_attempt = -math.inf
         self.trouble = ""
         """Why the latest attempt has failed, as `interfaces.Source.trouble` describes."""
+        self._fragmented = False
+        """True if the server's answers about data and holes are not to be asked for again."""
         self._calls: set[object] = set()
         """A token for each `pread` and `block_status` under way."""
         self._dropped: set[object] = set()
@@ -71,7 +73,14 @@ class NbdSource:
 
     async def block_status(self, window: ByteRange) -> list[ByteRange]:
         """Return ranges of data as `interfaces.Source.block_status` describes."""
-        return await self._retry(lambda handle: handle.block_status(window))
+        if self._fragmented:
+            return [window]
+        try:
+            return await self._retry(lambda handle: handle.block_status(window))
+        except errors.Fragmented as error:
+            logger.warning("not asked again: export=%s reason=%s", self._export.name, error.reason)
+            self._fragmented = True
+            return [window]  # as of a server that cannot tell
 
     def drop_connection(self) -> None:
         """Close the connection as `interfaces.Source.drop_connection` describes.
@@ -92,6 +101,8 @@ class NbdSource:
             while True:
                 try:
                     result = await attempt(await self._connected())
+                except errors.Fragmented:
+                    raise
                 except errors.ConnectionLost as error:
                     logger.debug(
                         "demand connection lost: export=%s reason=%s",

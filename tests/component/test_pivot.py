@@ -6,6 +6,7 @@ files, as paths do after a detach.
 """
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -1251,6 +1252,37 @@ def pivot_as_a_user(qemu: ScriptedQemu) -> str:
 
 
 @pytest.mark.fuse
+def test_paths_on_a_file_system_that_hangs_are_given_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A monitor can name any path. Those of other QEMUs are looked up all the same."""
+    (world.folder / "hanging").mkdir()
+    hanging = HangingFuse(world.folder / "hanging", "fuse.other", valid_s=0)
+    world.stack.callback(hanging.close)
+    monkeypatch.setattr(process_files, "LOOK_S", 0.5)
+    monkeypatch.setattr(process_files, "END_S", 0.1)
+    here = world.folder / "here"
+    here.write_text("x")
+
+    async def look() -> Any:
+        return await asyncio.gather(
+            process_files.places_of(
+                [str(here), str(world.folder / "nothing"), str(hanging.path), "/"]
+            ),
+            process_files.places_of([str(here)]),
+        )
+
+    with hanging.stopped():
+        strange, good = asyncio.run(look())
+    assert strange[0] == process_files.place_of(str(here))
+    assert [error.errno for error in strange[1:]] == [
+        errno.ENOENT,
+        errno.ETIMEDOUT,
+        errno.ETIMEDOUT,
+    ]
+    assert good == [process_files.place_of(str(here))]
+
+
 def test_a_foreign_file_system_is_not_asked(world: World, hanging: HangingFuse) -> None:
     qemu = ScriptedQemu(world.folder / "vm.qmp", hanging.path, hanging.path, hanging_fuse.SIZE)
     world.stack.callback(qemu.close)

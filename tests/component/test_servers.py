@@ -900,3 +900,56 @@ async def test_a_tcp_connection_is_kept_alive() -> None:
         assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
     with socket.socket(socket.AF_UNIX) as other:
         nbd_connect.keep_alive(other)  # does nothing
+
+
+# -- data and holes
+
+
+async def test_an_absurd_number_of_pieces_is_not_asked_for_again(
+    peers: Peers, repository_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes gigabytes to look at."""
+    bomb = struct.pack(">IIII", 1, 0, 1, 3) * 70_000
+    asked = 0
+
+    def script(conversation: Conversation) -> None:
+        nonlocal asked
+        conversation.greet()
+        while True:
+            option, _ = conversation.option()
+            if option == nbd.OPT_STRUCTURED_REPLY:
+                conversation.reply(option, nbd.REP_ACK)
+            elif option == nbd.OPT_SET_META:
+                name = b"base:allocation"
+                conversation.reply(option, 4, struct.pack(">I", 7) + name)  # NBD_REP_META_CONTEXT
+                conversation.reply(option, nbd.REP_ACK)
+            elif option == nbd.OPT_GO:
+                conversation.info(option, SIZE)
+                break
+            else:
+                conversation.refuse(option)
+        while True:
+            header = conversation.receive(28)
+            kind, handle = header[6:8], header[8:16]
+            length = int.from_bytes(header[24:], "big")
+            if kind == b"\0\7":  # NBD_CMD_BLOCK_STATUS
+                asked += 1
+                body = struct.pack(">I", 7) + bomb
+                reply = struct.pack(">IHH", 0x668E33EF, 1, 5) + handle
+            elif kind == b"\0\0":
+                body = header[16:24] + b"x" * length
+                reply = struct.pack(">IHH", 0x668E33EF, 1, 1) + handle
+            else:
+                return
+            conversation.send(reply + struct.pack(">I", len(body)) + body)
+
+    repository = repository_of(peers.scripted(script))
+    source = repository.source(Export("", SIZE, ""))
+    everything = ByteRange(0, SIZE)
+    for _ in range(3):
+        with trio.fail_after(servers.DEADLINE_S):
+            assert await source.block_status(everything) == [everything]
+    assert asked == 1
+    assert "more pieces than there can be" in caplog.text
+    assert await read(source, 0, 4096) == b"x" * 4096
+    caplog.clear()

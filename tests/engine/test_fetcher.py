@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from engine_world import BLOCK, IO_TIMEOUT_S, blocks, run, threads, until
+from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, threads, until
 from fakes import FakeRepository, MemoryStores, pattern
 from trio.testing import wait_all_tasks_blocked
 
@@ -16,7 +16,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.image_record import FetchCounters, ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.budget import Budget
-from lazyfs.engine.fetch import write_queue
+from lazyfs.engine.fetch import demand_reader, write_queue
 from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
@@ -765,3 +765,22 @@ async def test_a_server_that_refuses_block_status_is_read_all_the_same() -> None
         b.repository.status = refuses  # type: ignore[method-assign]
         await b.check(blocks(3))
         await b.check(blocks(0, 2))
+
+
+async def test_waiting_reads_of_one_image_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demand_reader, "MAX_WAITING", 3)
+    world = World(block_size=BLOCK)
+    world.repository.add("disk", pattern(16 * BLOCK))
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.read(image, 15 * BLOCK, BLOCK)
+        world.repository.hang()
+        async with trio.open_nursery() as nursery:
+            for block in range(3):
+                nursery.start_soon(world.read, image, block * BLOCK, BLOCK)
+            await wait_all_tasks_blocked()
+            with pytest.raises(errors.RequestFailed, match="3 reads wait already"):
+                await world.read(image, 8 * BLOCK, BLOCK)
+            assert await world.read(image, 15 * BLOCK, BLOCK) is not None, "it is present"
+            world.repository.go_on()
+        await world.read(image, 8 * BLOCK, BLOCK)

@@ -596,3 +596,18 @@ async def test_that_somebody_uses_an_image_is_not_forgotten_by_a_save_under_way(
         threads.delay_s = 0.0
         (record,) = world.catalog.load()
         assert record.meant
+
+
+async def test_maps_of_giant_images_take_a_limited_amount_of_memory() -> None:
+    world = world_with_disk()
+    async with world.daemon():
+        world.filesystem._context.map_memory._limit = 40
+        world.repository.add("small", bytes(2 * BLOCK))
+        world.repository.add("giant", bytes(100 * BLOCK))
+        await world.filesystem.refresh()
+        first = await world.open("small")
+        with pytest.raises(errors.UserError, match="more than 40 B is refused"):
+            await world.open("giant")
+        assert "maps of images" in world.image("giant").statistics().error
+        assert world.image("giant").record.state is State.REMOTE
+        await world.read(first, 0, BLOCK)

@@ -212,7 +212,7 @@ async def test_one_that_is_opened_while_overlays_are_scanned_stays() -> None:
                 # What an open does before it waits for anything; the rest follows when the scan is
                 # over.
                 opened.append(world.image("a"))
-                opened[0]._opening.add("an open under way")
+                opened[0]._opening["an open under way"] = None
             return frozenset()
 
         world.backing_files = scan

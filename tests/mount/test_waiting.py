@@ -141,6 +141,26 @@ def test_two_thousand_readers_of_a_repository_that_hangs(lab: Lab) -> None:
         assert (lab.mnt / "cached").read_bytes() == source.read_bytes()
 
 
+def test_a_crowd_of_readers_of_one_image_stops_no_reader_of_another(lab: Lab) -> None:
+    """Anybody may read, and start threads."""
+    source = lab.image("cached", 2 * MiB)
+    lab.image("hanging", 6000 * MiB, {i * MiB: b"x" * 4096 for i in range(6000)})
+    server = lab.serve()
+    options = ("--no-populate", "--no-passthrough", "--metrics", "127.0.0.1:0")
+    lab.mount(server.uri, *options, "--io-timeout", "100")
+    assert (lab.mnt / "cached").read_bytes() == source.read_bytes()
+    assert len(pread(lab.mnt / "hanging", 0, 4096)) == 4096
+    wait_until(lambda: lab.image_status("cached")["state"] == "whole", "it is whole")
+    with stopped(server), readers(lab.mnt / "hanging", 4700):
+        wait_until(lambda: waiting(lab) >= 4500, "they wait")
+        with (lab.mnt / "cached").open("rb") as cached:
+            os.posix_fadvise(cached.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert (lab.mnt / "cached").read_bytes() == source.read_bytes()
+        assert waiting(lab) >= 4500, "it did not wait for them"
+        assert server.process is not None
+        server.process.send_signal(signal.SIGCONT)  # so that they can end
+
+
 # -- unmounting
 
 

@@ -194,10 +194,19 @@ def test_long_components_are_shortened_each_by_itself() -> None:
 
 
 def test_a_path_too_long_for_folders_is_one_name() -> None:
-    assert "/" in export_name.file_name("x/" * (PATH_MAX // 2 - 1) + "yz")
-    path = export_name.file_name("x/" * (PATH_MAX // 2) + "y")
+    part = "x" * 127 + "/"
+    assert "/" in export_name.file_name(part * (PATH_MAX // 128 - 1) + "y" * 128)
+    path = export_name.file_name(part * (PATH_MAX // 128) + "y")
     assert "/" not in path
-    assert path.startswith("x%2Fx%2F")
+    assert path.startswith("x" * 127 + "%2Fx")
+
+
+def test_a_path_too_deep_for_folders_is_one_name() -> None:
+    deep = "a/" * (export_name.MAX_DEPTH - 1)
+    assert export_name.file_name(deep + "a") == deep + "a"
+    path = export_name.file_name(deep + "a/a")
+    assert "/" not in path
+    assert path.startswith("a%2Fa%2F")
 
 
 # -- --names sha1
@@ -346,8 +355,10 @@ def test_a_suffix_counts_towards_the_length_of_a_name_and_a_path() -> None:
     assert (len(folder), len(name)) == (255, 255)
     assert name.startswith("a" * 215 + "%~")
     assert not folder.endswith(QCOW2)
-    assert "/" in export_name.file_name("x/" * (PATH_MAX // 2 - 4) + "y", suffix=QCOW2)
-    assert "/" not in export_name.file_name("x/" * (PATH_MAX // 2 - 2) + "y", suffix=QCOW2)
+    folders = ("x" * 127 + "/") * (PATH_MAX // 128 - 1)
+    room = PATH_MAX - len(folders) - len(QCOW2)
+    assert "/" in export_name.file_name(folders + "y" * room, suffix=QCOW2)
+    assert "/" not in export_name.file_name(folders + "y" * (room + 1), suffix=QCOW2)
 
 
 # -- URIs for QEMU; what QEMU makes of them is in component/test_qcow2_files.py

@@ -32,7 +32,7 @@ PACKAGES = {
         " context threads"
         " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table fetch.under_way fetch.zeroes"
         " fetch.write_queue"
-        " budget pace totals use_clock interfaces"
+        " budget map_memory pace totals use_clock interfaces"
     ),
     "host": "open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
     "core": (

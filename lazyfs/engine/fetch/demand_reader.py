@@ -38,6 +38,11 @@ SMALLEST_READ = 4 * KiB
 """The unit of reads of parts of a block: what the kernel asks for at least, and what every server
 must accept."""
 
+MAX_WAITING = 12288
+"""How many reads of one image may wait. Further ones fail at once. It is three quarters of those
+that the kernel has under way for a mount (`kernel.session.MAX_BACKGROUND`): the rest is for other
+images. Anybody may read, and start any number of threads."""
+
 
 class DemandReader:
     """Reads ranges that are missing from the cache of one image. Trio thread only."""
@@ -90,6 +95,8 @@ class DemandReader:
         self._read_around = ReadAround(table.block_size)
         self._ahead_until = 0
         """The byte up to which `learn_ahead` has learned the windows with missing blocks."""
+        self._waiting = 0
+        """How many reads wait for missing ranges."""
         self._drop_when_idle = False
         """True if the connection is to be dropped as soon as nothing is under way on it."""
         self._closed = False
@@ -118,7 +125,13 @@ class DemandReader:
         """
         if self._timeouts.is_again(wanted.start, trio.current_time()):
             raise self._timed_out(wanted)
+        if self._waiting >= MAX_WAITING:
+            raise errors.RequestFailed(
+                f"reading {self.export.name}, of which {MAX_WAITING} reads wait already,",
+                errno.EAGAIN,
+            )
         self._drop_when_idle = False
+        self._waiting += 1
         try:
             with self._totals.waits(), trio.fail_at(trio.current_time() + self._io_timeout_s):
                 ahead: int | None = None
@@ -138,6 +151,8 @@ class DemandReader:
         except trio.TooSlowError:
             self._timeouts.note(wanted.start, trio.current_time())
             raise self._timed_out(wanted) from None
+        finally:
+            self._waiting -= 1
         return None
 
     async def _learn_extents(self, wanted: ByteRange, read: Read) -> None:

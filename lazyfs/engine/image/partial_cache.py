@@ -71,10 +71,14 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Lo
         OSError, CacheCorrupt, UserError: the files can neither be used nor begun anew.
     """
     assert record.size is not None
-    unkept = Loaded(stores.unkept(), BlockMap(record.size, record.block_size), False)
+
+    def unkept() -> Loaded:
+        assert record.size is not None
+        return Loaded(stores.unkept(), BlockMap(record.size, record.block_size), False)
+
     reservation = budget.reserve(map_bytes(record) if fresh else 0)
     if reservation is None:
-        return unkept
+        return unkept()
     # Kept at once, because a count of what all images take includes the map of a partial image.
     reservation.keep()
     try:
@@ -90,7 +94,7 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Lo
         logger.warning(
             "no room to cache: image=%s; it is served from the repository", record.export
         )
-        return unkept
+        return unkept()
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise errors.UserError(
