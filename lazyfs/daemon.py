@@ -50,6 +50,9 @@ FIRST_LIST_S = 10.0
 """How long a mount waits for a repository of which no name of the list comes. After that it starts
 from the catalog."""
 
+SCAN_S = 60.0
+"""How long looking for overlays may take. A hundred thousand files on a slow disk take a minute."""
+
 MARGIN_S = 2.0
 """How much earlier than the kernel's limit a read fails by itself. The kernel looks every 15 s, but
 a request that is one jiffy too old at that moment ends the whole mount."""
@@ -296,7 +299,14 @@ class _Daemon:
             UserError: they cannot be found out.
         """
         scan = self._overlays.backing_files
-        return await trio.to_thread.run_sync(scan, limiter=self._scanning, abandon_on_cancel=True)
+        with trio.move_on_after(SCAN_S):
+            return await trio.to_thread.run_sync(
+                scan, limiter=self._scanning, abandon_on_cancel=True
+            )
+        raise errors.UserError(
+            f"the folders of --overlays could not be read in {SCAN_S:g} s: "
+            "perhaps a file system there hangs"
+        )
 
 
 def _metrics_server(address: str) -> "MetricsServer":

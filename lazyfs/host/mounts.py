@@ -52,6 +52,19 @@ def lazyfs_mounts() -> list[Mount]:
     ]
 
 
+def mountpoints_of_users() -> list[str]:
+    """Return where other users than root, and than this one, have mounted FUSE file systems.
+
+    Whoever asks such a file system may wait for ever, or be refused although it is root.
+    """
+    trusted = {0, os.geteuid()}
+    return [
+        entry.mountpoint
+        for entry in mountinfo.read()
+        if entry.kind.startswith("fuse") and entry.user_id not in trusted
+    ]
+
+
 def devices_at(mountpoint: str) -> list[str]:
     """Return the devices of all file systems that are mounted there, of any type.
 

@@ -3,16 +3,20 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import servers
 
 from lazyfs import errors
 from lazyfs.host import mounts
+from lazyfs.qemu import overlay_scan
 from lazyfs.qemu.overlay_scan import OverlayScan
 
 TIMEOUT_S = 20.0
@@ -33,6 +37,7 @@ class Host:
         for folder in (self.vms, self.mnt, self.cache, self.images):
             folder.mkdir()
         self.asked: list[str] = []
+        self.strangers: list[str] = []
         self.mounts = [mounts.Mount(str(self.mnt), "nbd://host", "0:99")]
 
     def create(self, path: str | Path, backing: str, backing_format: str = "raw") -> Path:
@@ -60,6 +65,7 @@ class Host:
             str(self.mnt),
             str(self.cache),
             lambda: self.mounts,
+            lambda: self.strangers,
         )
         del self.asked[:]
         found = scan.backing_files()
@@ -71,13 +77,17 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    made = Host(tmp_path)
+    made, real_readlink = Host(tmp_path), os.readlink
     for name in ("open", "lstat", "stat", "readlink", "scandir", "listdir"):
         real = getattr(os, name)
 
-        def tell(path: object, *args: object, real: object = real, **kwargs: object) -> object:
+        def tell(path: object, *args: object, real: object = real, **kwargs: Any) -> object:
             if isinstance(path, str | bytes | os.PathLike):
-                made.asked.append(os.path.abspath(os.fsdecode(path)))
+                folder = kwargs.get("dir_fd")
+                top = ""
+                with suppress(OSError):  # the path of a folder may be too long for the kernel
+                    top = "" if folder is None else real_readlink(f"/proc/self/fd/{folder}")
+                made.asked.append(os.path.abspath(os.path.join(top, os.fsdecode(path))))
             return real(path, *args, **kwargs)  # type: ignore[operator]
 
         monkeypatch.setattr(os, name, tell)
@@ -282,19 +292,72 @@ def test_what_this_user_may_not_read(what: str) -> None:
         if os.geteuid() == 0:
             os.seteuid(65534)
             try:
-                with pytest.raises(errors.UserError, match=r"secret.*Permission denied"):
-                    host.scan()
+                check_secret(host, what)
             finally:
                 os.seteuid(0)
             secret.chmod(0o755)
             (secret / "b.qcow2").chmod(0o644)
             assert host.scan() == {"a", "b"}
         else:
-            with pytest.raises(errors.UserError, match=r"secret.*Permission denied"):
-                host.scan()
+            check_secret(host, what)
             secret.chmod(0o755)
     finally:
         shutil.rmtree(top)
+
+
+def check_secret(host: Host, what: str) -> None:
+    if what in ("chain", "way"):  # an overlay can name any file
+        assert host.scan() == {"a"}
+    else:
+        with pytest.raises(errors.UserError, match=r"secret.*Permission denied"):
+            host.scan()
+
+
+def test_a_tree_that_is_too_deep_hides_only_itself(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.create("a.qcow2", f"{host.mnt}/a")
+    name, fd = "d" * 200, os.open(host.vms, os.O_RDONLY)
+    for _ in range(overlay_scan.MAX_DEPTH + 5):
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    try:
+        assert host.scan() == {"a"}
+        assert "too deep" in caplog.text
+    finally:
+        subprocess.run(["rm", "-rf", host.vms / name], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a device")
+def test_a_device_that_does_not_open_ends_its_chain(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = host.top / "device"
+    os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(200, 0))
+    host.create("a.qcow2", f"{host.mnt}/a")
+    host.create("strange.qcow2", str(device), "qcow2")
+    assert host.scan() == {"a"}
+    assert f"{device} of an overlay cannot be read" in caplog.text
+
+
+def test_what_other_users_have_mounted_is_not_looked_at(host: Host) -> None:
+    host.create("a.qcow2", f"{host.mnt}/a")
+    private = host.vms / "private"
+    host.create(private / "b.qcow2", f"{host.mnt}/b")
+    host.create("c.qcow2", str(private / "b.qcow2"), "qcow2")
+    host.strangers.append(str(private))
+    assert host.scan() == {"a"}
+    assert not [path for path in host.asked if path.startswith(str(private))]
+
+
+def test_folders_that_protect_nothing_are_told(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert host.scan() == set()
+    assert "--overlays protects nothing" in caplog.text
 
 
 def test_files_that_vanish_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
