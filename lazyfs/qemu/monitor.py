@@ -155,8 +155,11 @@ def _connect(path: str) -> socket.socket:
 
 
 def is_socket(path: str) -> bool:
-    """Return whether `path` names a UNIX socket."""
+    """Return whether `path` is a UNIX socket itself, and no link to one.
+
+    Who can write to a folder of sockets could lead root to any socket of the host.
+    """
     try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
     except OSError:
         return False

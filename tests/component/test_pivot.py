@@ -541,6 +541,16 @@ def test_automatic_names_are_refused_with_a_command_line_that_works(world: World
     assert world.is_moved(again)
 
 
+def test_links_to_sockets_in_a_folder_are_left_out(world: World) -> None:
+    """Who can write there could lead root to any socket."""
+    qemu = world.named()
+    folder = world.folder / "sockets"
+    folder.mkdir()
+    (folder / "link").symlink_to(qemu.socket)
+    assert pivot.sockets([], str(folder)) == []
+    assert pivot.sockets([str(folder / "link")], None) == [str(folder / "link")], "it is named"
+
+
 def test_nobody_waits_for_an_image_whose_node_cannot_be_moved(world: World) -> None:
     disk = world.image("disk")
     overlay = make_overlay(world.folder / "vm.qcow2", disk)

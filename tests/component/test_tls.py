@@ -327,3 +327,23 @@ async def test_the_commands_of_the_documentation_make_certificates(
     trusted.mkdir()
     (tmp_path / "ca-cert.pem").rename(trusted / "ca-cert.pem")
     assert await repository_of(with_certificates(server, trusted)).list_exports() == [""]
+
+
+@pytest.mark.parametrize("trust", ["missing", "empty folder", "no folder", "misspelt", "right"])
+async def test_a_server_of_another_authority_is_never_read(
+    serve: Serve, tmp_path: Path, repository_of: Any, trust: str
+) -> None:
+    folder = certificates(tmp_path / "server", kind="server", issuer="theirs", trust="theirs")
+    server = serve("--tls=require", f"--tls-certificates={folder}")
+    ours = certificates(tmp_path / "ours")
+    if trust in ("missing", "empty folder"):
+        (ours / "ca-cert.pem").unlink()
+    if trust == "no folder":
+        ours = tmp_path / "nothing"
+    uri = with_certificates(server, ours)
+    if trust == "misspelt":
+        with pytest.raises(ValueError, match="did you mean tls-certificates"):
+            repository_uri.parse(uri.replace("tls-certificates", "tls-certificate"))
+        return
+    said = await refused(repository_of(uri))
+    assert ("certificate is refused" if trust == "right" else "ca-cert.pem") in said

@@ -1,7 +1,10 @@
 """What those who may write to the cache folder can reach through a lazyfs that runs as root."""
 
 import os
+import socket
+import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -146,3 +149,80 @@ def test_a_log_file_is_not_for_everybody(lab: Lab) -> None:
     lab.image("disk", SIZE)
     lab.mount(lab.serve().uri)
     assert lab.log.stat().st_mode & 0o007 == 0
+
+
+# -- a repository at its limits
+
+
+REPLY = struct.Struct(">QIII")
+LIST, INFO, GO = 3, 6, 7
+
+
+class ManyExports:
+    """Serves more exports than nbdkit lists. All have 4 KiB of "x"."""
+
+    def __init__(self, path: Path, names: Iterator[bytes]) -> None:
+        self.uri = f"nbd+unix:///?socket={path}"
+        self._list = b"".join(
+            REPLY.pack(0x3E889045565A9, LIST, 2, 4 + len(name))
+            + len(name).to_bytes(4, "big")
+            + name
+            for name in names
+        ) + REPLY.pack(0x3E889045565A9, LIST, 1, 0)
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen(64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with suppress(OSError, struct.error), client, client.makefile("rb") as asked:
+
+            def reply(option: int, kind: int, data: bytes = b"") -> None:
+                client.sendall(REPLY.pack(0x3E889045565A9, option, kind, len(data)) + data)
+
+            client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+            asked.read(4)
+            while True:
+                _, option, length = struct.unpack(">8sII", asked.read(16))
+                asked.read(length)
+                if option == LIST:
+                    client.sendall(self._list)
+                elif option in (INFO, GO):
+                    reply(option, 3, struct.pack(">HQH", 0, SIZE, 3))
+                    reply(option, 1)
+                    if option == GO:
+                        break
+                else:
+                    reply(option, 2**31 + 1)
+            while (header := asked.read(28)) and header[6:8] == b"\0\0":
+                length = int.from_bytes(header[24:], "big")
+                client.sendall(struct.pack(">II", 0x67446698, 0) + header[8:16] + b"x" * length)
+
+
+def test_a_repository_at_its_limits_takes_a_limited_amount_of_memory(lab: Lab) -> None:
+    """100,000 exports with 8 MiB of names. What is beyond is left out, and said."""
+    lab.allow(200)
+    names = (f"{number:06}-{'n' * 70}".encode() for number in range(110_000))
+    server = ManyExports(lab.folder / "many.sock", names)
+    try:
+        lab.mount(server.uri, "--no-populate")
+        assert len(os.listdir(lab.mnt)) == 100_000
+        assert "lists 10000 exports more than lazyfs takes" in lab.log.read_text()
+        assert lab.daemon is not None
+        status = Path(f"/proc/{lab.daemon.pid}/status").read_text()
+        resident = int(status.partition("VmRSS:")[2].split()[0]) * KiB
+        assert resident < 350 * 1024 * KiB, "300 MiB more than a mount without images"
+        assert (lab.mnt / f"000007-{'n' * 70}").read_bytes() == b"x" * SIZE
+        lab.umount()
+    finally:
+        server.close()
