@@ -251,7 +251,7 @@ class Repository(Protocol):
         ...
 
     async def describe(self, names: Sequence[str]) -> dict[str, Export | str]:
-        """Ask the server to describe the exports `names`, all on one connection.
+        """Ask the server to describe the exports `names`, on one connection while it answers.
 
         Returns:
             By name: the export, or the reason why the server would not describe it.
