@@ -126,7 +126,8 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
 async def _disconnect(client: Any) -> None:
     from qemu.qmp import QMPError
 
-    with suppress(QMPError, OSError, EOFError, TimeoutError):
+    # A ValueError says that an answer was longer than MAX_ANSWER, which whoever waited has heard.
+    with suppress(QMPError, OSError, EOFError, TimeoutError, ValueError):
         async with asyncio.timeout(CONNECT_S):
             await client.disconnect()
 

@@ -42,7 +42,7 @@ from servers import wait_until
 from lazyfs import errors
 from lazyfs.cli import main as cli
 from lazyfs.control import client as control_client
-from lazyfs.core import inode_number
+from lazyfs.core import inode_number, qmp_wire
 from lazyfs.core.pivot_choice import OpenFile
 from lazyfs.host import mounts, process_files
 from lazyfs.qemu import monitor as qemu_monitor
@@ -1259,6 +1259,35 @@ def pivot_as_a_user(qemu: ScriptedQemu) -> str:
     """Run `lazyfs pivot` in a process of its own, because the process must be able to end, too."""
     command = [sys.executable, "-m", "lazyfs", "pivot", str(qemu.server.path)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+def test_a_monitor_that_floods_costs_no_memory(tmp_path: Path) -> None:
+    """Events that nobody reads are not kept, and an answer has a limit."""
+    event = qmp_wire.encode(qmp_wire.event("SPAM", {"x": "y" * 100}, 0))
+
+    async def look() -> tuple[int, str]:
+        async with qemu_monitor.connected(str(tmp_path / "qmp")) as (monitor, _):
+            assert await monitor.execute("quick", {}) == {"done": True}
+            kept = monitor._client.events._queue.qsize()
+            try:
+                await monitor.execute("huge", {})
+            except errors.UserError as error:
+                return kept, str(error)
+        return kept, ""
+
+    def answer(command: str, _arguments: dict[str, Any]) -> object:
+        if command == "huge":
+            return "x" * (qemu_monitor.MAX_ANSWER + 1)
+        server._connections[-1].sendall(event * 10_000)
+        return {"done": True}
+
+    server = ScriptedQmp(tmp_path / "qmp", answer)
+    try:
+        kept, said = asyncio.run(look())
+    finally:
+        server.kill()
+    assert kept == 0
+    assert "huge" in said
 
 
 @pytest.mark.fuse
