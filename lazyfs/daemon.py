@@ -266,6 +266,10 @@ class _Daemon:
         notes = []
         if trouble := parts.filesystem.list_trouble:
             notes.append(f"{trouble}; the images that are known from before are shown")
+        if self._cache.downgraded:
+            notes.append(
+                "this cache was filled over TLS, and without it nobody proves what comes now"
+            )
         chosen, records = self._config.chosen, self._cache.records
         wanted = self._config.options.format
         others = sum(record.format != wanted for record in records)

@@ -20,10 +20,11 @@ from dataclasses import replace
 from functools import partial
 
 from lazyfs import errors
-from lazyfs.cache import adopting, cache_dir, catalog
+from lazyfs.cache import adopting, cache_dir, catalog, catalog_file
 from lazyfs.cache.beneath import Beneath
-from lazyfs.cache.cache_dir import CATALOG, LOCK, PARTIAL, STATE
+from lazyfs.cache.cache_dir import LOCK, PARTIAL
 from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.cache.catalog_file import CATALOG, STATE
 from lazyfs.cache.check_report import Finding, Report
 from lazyfs.cache.store.qcow2 import Qcow2Store
 from lazyfs.cache.store.raw import RawStore
@@ -214,7 +215,7 @@ class _Check:
     # -- the catalog
 
     def _check_catalog(self) -> None:
-        cache_dir.check_catalog_file(self._root, self._path)
+        catalog_file.check_catalog_file(self._root, self._path)
         if self._stat(CATALOG) is None:
             self._sweeping = False
             self._found(CATALOG, "missing", "made anew, empty", lambda: self._begin_anew([]))
@@ -242,7 +243,7 @@ class _Check:
         opened.close()
         self._take(records)
         if self._repair:
-            self._catalog = cache_dir.open_catalog(self._root, self._path)
+            self._catalog = catalog_file.open_catalog(self._root, self._path)
             self._stack.callback(self._catalog.close)
         for inode, reason in damaged.items():
             self._forget(inode, f"row {inode} is damaged: {reason}")
@@ -276,7 +277,7 @@ class _Check:
         for suffix in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
                 self._root.rename(CATALOG + suffix, aside + suffix)
-        self._catalog = cache_dir.open_catalog(self._root, self._path)
+        self._catalog = catalog_file.open_catalog(self._root, self._path)
         self._stack.callback(self._catalog.close)
         self._catalog.restore(records)
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, suppress
 
 from lazyfs import errors
 from lazyfs.cache.beneath import Beneath
-from lazyfs.cache.catalog import SqliteCatalog
+from lazyfs.cache.catalog_file import STATE, open_catalog
 from lazyfs.cache.reserve import Reserve
 from lazyfs.cache.store.cache_file import WholeFile
 from lazyfs.cache.store.qcow2 import Qcow2Store
@@ -39,16 +39,16 @@ from lazyfs.units import GiB, MiB
 
 logger = logging.getLogger(__name__)
 
-STATE = ".lazyfs"
-
 ENDING_S = 20.0
 """How long to wait for a daemon that is not mounted any more, but still writes its last
 checkpoint to a slow disk."""
 
 _DETACHED = "the lazyfs detached from"
 PARTIAL = f"{STATE}/partial"
-CATALOG = f"{STATE}/catalog.sqlite"
 LOCK = f"{STATE}/lock"
+
+PROVED = "proved"
+"""The name under which the catalog stores that the server has proved who it is, by TLS."""
 
 REPOSITORY = "repository"
 """The name under which the catalog stores the identity of the repository."""
@@ -96,6 +96,8 @@ class CacheDir:
         """The file that is locked. It also serves as a plain file on the cache's file system
         that always exists."""
         self._mountpoint = mountpoint
+        self.downgraded = False
+        """True if images were filled over TLS, and the repository is now asked without."""
         try:
             if not trust_owner:
                 self._refuse_strangers()
@@ -252,10 +254,8 @@ class CacheDir:
         Raises:
             UserError: the cache belongs to another repository.
         """
-        known, ours = (
-            self.catalog.setting(REPOSITORY),
-            repository_uri.parse(self._repository).identity,
-        )
+        uri = repository_uri.parse(self._repository)
+        known, ours = self.catalog.setting(REPOSITORY), uri.identity
         cached = sum(record.state is not State.REMOTE for record in self.records)
         if known not in ("", ours):
             if cached and not self._moved:
@@ -270,6 +270,10 @@ class CacheDir:
                 self.records = []
         if known != ours:
             self.catalog.set_setting(REPOSITORY, ours)
+        proved = self.catalog.setting(PROVED) != ""
+        self.downgraded = proved and bool(cached) and not uri.tls
+        if uri.tls != proved and not self.downgraded:
+            self.catalog.set_setting(PROVED, "yes" if uri.tls else "")
 
     def _remove_evicted(self) -> None:
         """Remove plain files that were evicted, and that a power cut has brought back."""
@@ -348,54 +352,6 @@ def tell_owner(lock_fd: int, owner: str) -> None:
     with suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(lock_fd, 0)
         os.pwrite(lock_fd, owner.encode(errors="surrogateescape"), 0)
-
-
-def open_catalog(root: Beneath, path: str, reserve: Reserve | None = None) -> SqliteCatalog:
-    """Open the catalog of the cache at `path`, which is open as `root`.
-
-    SQLite takes a path, and follows symbolic links. So it is given the state folder by its
-    descriptor, and what it has opened is compared with what is there.
-
-    Raises:
-        UserError: the catalog is no plain file, or the state folder was replaced meanwhile.
-        CacheCorrupt, NoSpace, OSError: as for `SqliteCatalog`.
-    """
-    check_catalog_file(root, path)
-    catalog = SqliteCatalog(
-        f"/proc/self/fd/{root.keep(STATE)}/{os.path.basename(CATALOG)}", reserve
-    )
-    if not _is_open(root.stat(CATALOG)):
-        catalog.close()
-        raise errors.LastingError(
-            f"{path}/{STATE} was replaced by somebody; look who may write there"
-        )
-    return catalog
-
-
-def _is_open(file: os.stat_result) -> bool:
-    """Return whether this process has a file open."""
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            found = os.stat(f"/proc/self/fd/{name}")
-            if (found.st_dev, found.st_ino) == (file.st_dev, file.st_ino):
-                return True
-    return False
-
-
-def check_catalog_file(root: Beneath, path: str) -> None:
-    """Check that the catalog is a plain file, because SQLite would follow a symbolic link.
-
-    Raises:
-        UserError: the catalog of the cache at `path` is a symbolic link or a folder.
-    """
-    try:
-        found = root.stat(CATALOG)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(found.st_mode):
-        raise errors.UserError(
-            f"{path}/{CATALOG} is not a plain file; remove it, or use --cache-dir"
-        )
 
 
 def whole_now(root: Beneath, record: ImageRecord) -> ImageRecord:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from lab import KiB, Lab, die_with_parent, wait_until
+from lab import KiB, Lab, Nbdkit, die_with_parent, wait_until
 
 BLOCK = 64 * KiB
 NOBODY = 65534
@@ -131,3 +131,25 @@ def test_another_user_is_told_that_the_mount_is_not_theirs(lab: Lab) -> None:
         assert done.returncode == 1, verb
         assert "was mounted by root (uid 0), and only that user" in done.stdout + done.stderr
     assert as_nobody("status", home=lab.folder).returncode == 0, "it was not asked for"
+
+
+def test_a_cache_that_was_filled_over_tls_and_goes_on_without_says_so(lab: Lab) -> None:
+    lab.image("one", BLOCK)
+    keys = lab.folder / "keys.psk"
+    keys.write_text("alice:0123456789abcdef\n")
+    secure = lab.serve_with("--tls=require", f"--tls-psk={keys}", "file", f"dir={lab.repository}")
+    uri = f"nbds+unix://alice@/?socket={secure.socket}&tls-psk-file={keys}"
+    lab.mount(uri)
+    assert lab.notes == []
+    lab.lazyfs("prefetch", lab.mnt / "one", "--wait")
+    lab.umount()
+    secure.kill()
+    plain = Nbdkit(secure.socket, "file", f"dir={lab.repository}", log=lab.folder / "plain.log")
+    try:
+        for _ in range(2):
+            lab.mount(plain.uri)
+            (note,) = lab.notes
+            assert "filled over TLS" in note
+            lab.umount()
+    finally:
+        plain.stop()

@@ -23,7 +23,7 @@ PACKAGES = {
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
     "control": "server commands jobs client",
     "kernel": "fuse_adapter passthrough _passthrough session",
-    "cache": "cache_check check_report adopting cache_dir catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
+    "cache": "cache_check check_report adopting cache_dir catalog_file catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
     "repository": "lookups nbd_repository sole_connection nbd_filler nbd_source fill_thread nbd_handle describing nbd_connect tls nbd_buffers",
     "engine": (
         "room operations verifying filesystem population sizes name_tree supervision slices"
