@@ -4,6 +4,7 @@ do.
     LazyfsError
     ├── ConnectionLost      retry, on another connection or later
     │   ├── Busy            the same: the server is there, and readers have its one connection
+    │   ├── Silent          the same: it has accepted the connection, and says nothing
     │   ├── Fragmented      the same, but never ask for data and holes again
     │   ├── HungUp          the same: the server closed the connection without a word
     │   └── ExportRefused   the same, but the server answers: it does not give this export now
@@ -69,6 +70,10 @@ class Busy(ConnectionLost):
     def __init__(self, uri: str) -> None:
         super().__init__(uri, "the server takes one connection at a time, and readers have it")
         self.args = (uri,)
+
+
+class Silent(ConnectionLost):
+    """The server has accepted a connection, and has not greeted in time."""
 
 
 class Fragmented(ConnectionLost):

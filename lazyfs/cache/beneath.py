@@ -8,6 +8,7 @@ Folders of our own are kept open once they have been checked: what somebody puts
 later is not looked at.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ class Beneath:
         with self._parent(path) as (parent, name):
             os.mkdir(name, mode, dir_fd=parent)
 
+    def rmdir(self, path: str) -> None:
+        """Remove an empty folder as rmdir(2) does."""
+        with self._parent(path) as (parent, name):
+            os.rmdir(name, dir_fd=parent)
+
     def unlink(self, path: str) -> None:
         """Remove a name as unlink(2) does."""
         with self._parent(path) as (parent, name):
@@ -91,7 +97,7 @@ class Beneath:
         An error inside the block names the whole path.
         """
         folder, _, name = path.rpartition("/")
-        assert name not in ("", ".", ".."), path
+        _check(name, path)
         try:
             with self._folder(folder) as fd:
                 yield fd, name
@@ -107,7 +113,7 @@ class Beneath:
         at = self.fd
         try:
             for part in folder.split("/") if folder else []:
-                assert part not in ("", ".", ".."), folder
+                _check(part, folder)
                 below = os.open(part, _FOLDER, dir_fd=at)
                 if at != self.fd:
                     os.close(at)
@@ -116,3 +122,9 @@ class Beneath:
         finally:
             if at != self.fd:
                 os.close(at)
+
+
+def _check(name: str, path: str) -> None:
+    """Raise OSError if a part of a path, which may come from a damaged catalog, is no name."""
+    if name in ("", ".", "..") or "\0" in name:
+        raise OSError(errno.EINVAL, "it is no path in the cache", path)

@@ -107,7 +107,7 @@ class _Check:
                 self._check_partial(record)
         self._check_strays()
         evicted = self._check_evicted()
-        if not (self._sweeping and self._records):  # a mount that failed leaves an empty catalog
+        if not self._sweeping:
             self._adopt_whole_images()
         for path in cache_dir.foreign_files(self._root, list(self._records.values())):
             if path in evicted:

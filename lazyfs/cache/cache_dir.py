@@ -23,7 +23,8 @@ from contextlib import ExitStack, suppress
 
 from lazyfs import errors
 from lazyfs.cache.beneath import Beneath
-from lazyfs.cache.catalog_file import STATE, open_catalog
+from lazyfs.cache.catalog_file import CATALOG, STATE, exists, open_catalog
+from lazyfs.cache.reserve import NAME as RESERVE
 from lazyfs.cache.reserve import Reserve
 from lazyfs.cache.store.cache_file import WholeFile
 from lazyfs.cache.store.qcow2 import Qcow2Store
@@ -150,15 +151,20 @@ class CacheDir:
     def _open(self, mountpoint: str) -> None:
         with ExitStack() as undo:
             undo.callback(self._close_fds)
-            self._make_state_folder()
+            made = self._make_state_folder()
             self._take_lock(mountpoint)
+            existed = exists(self.root, CATALOG)
             self._reserve = Reserve(self.root)
             self.catalog = open_catalog(self.root, self.path, self._reserve)
             undo.callback(self.catalog.close)
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
             self._check_repository()
             self._remove_evicted()
-            self._refuse_foreign()
+            try:
+                self._refuse_foreign(of_a_cache=not made)
+            except errors.LastingError:
+                self._leave_nothing(made, existed)
+                raise
             self._sweep()
             undo.pop_all()
 
@@ -180,10 +186,30 @@ class CacheDir:
                 "(chown root, chmod go-w), or use --trust-cache-owner"
             )
 
-    def _make_state_folder(self) -> None:
+    def _leave_nothing(self, made_folder: bool, had_catalog: bool) -> None:
+        """Remove what this mount has made of a cache in a folder that it refuses.
+
+        An empty catalog would say that nothing in the folder is lazyfs's.
+        """
+        self.catalog.close()
+        names = [] if had_catalog else [CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm"]
+        if made_folder:
+            names += [LOCK, RESERVE]
+        for name in names:
+            with suppress(FileNotFoundError):
+                self.root.unlink(name)
+        if made_folder:
+            for folder in (PARTIAL, STATE):
+                with suppress(OSError):
+                    self.root.rmdir(folder)
+
+    def _make_state_folder(self) -> bool:
+        """Make lazyfs's own folders; return whether there were none."""
+        made = False
         for name in (STATE, PARTIAL):
             try:
                 self.root.mkdir(name, 0o700)
+                made = made or name == STATE
             except FileExistsError:
                 pass
             except OSError as error:
@@ -199,6 +225,7 @@ class CacheDir:
                     f"{self.path}/{name} is not a folder of this user; "
                     "remove it, or use --cache-dir"
                 )
+        return made
 
     def _take_lock(self, mountpoint: str) -> None:
         self.lock_fd = self.root.open(LOCK, os.O_RDWR | os.O_CREAT)
@@ -284,12 +311,13 @@ class CacheDir:
         if evicted:
             self.catalog.forget_evicted()
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_foreign(self, of_a_cache: bool) -> None:
+        hint = " (if it is an image of a catalog that was lost: lazyfs check --repair)"
         for path in foreign_files(self.root, self.records):
             raise errors.LastingError(
                 f"{self.path} holds {path!r}, which lazyfs did not put there; "
-                f"move it away, or keep the cache elsewhere with --cache-dir "
-                f"(if it is an image of a catalog that was lost: lazyfs check --repair)"
+                "move it away, or keep the cache elsewhere with --cache-dir"
+                + (hint if of_a_cache else "")
             )
 
     def _sweep(self) -> None:

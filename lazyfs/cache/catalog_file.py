@@ -15,6 +15,15 @@ STATE = ".lazyfs"
 CATALOG = f"{STATE}/catalog.sqlite"
 
 
+def exists(root: Beneath, path: str) -> bool:
+    """Return whether there is something at a path of the cache."""
+    try:
+        root.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def open_catalog(root: Beneath, path: str, reserve: Reserve | None = None) -> SqliteCatalog:
     """Open the catalog of the cache at `path`, which is open as `root`.
 

@@ -9,6 +9,7 @@ import trio
 from lazyfs import errors
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.fetch.under_way import UnderWay
+from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Catalog, Repository, Stores
 from lazyfs.engine.map_memory import MapMemory
@@ -34,6 +35,7 @@ class Context(Generic[ImageT]):
     budget: Budget
     writes: WriteQueue
     under_way: UnderWay
+    waiting: WaitingReads
     map_memory: MapMemory
     populate: bool
     """Whether the first open of an image starts its population."""

@@ -26,6 +26,7 @@ from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
 from lazyfs.engine.fetch.under_way import UnderWay
+from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import ROOM_CHECK_S, Image
@@ -106,6 +107,7 @@ class Filesystem:
             budget=self.budget,
             writes=WriteQueue(nursery, self.threads.writes),
             under_way=UnderWay(),
+            waiting=WaitingReads(),
             map_memory=MapMemory(),
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,

@@ -88,7 +88,7 @@ buffer."""
 MAX_BACKGROUND = 16384
 """The most requests for readahead and for direct reads (ASYNC_DIO) in flight for the whole mount.
 All images share them, so readers of one image whose repository is gone must not use them up
-(`engine.fetch.demand_reader.MAX_WAITING`). A request that waits takes the daemon 15 KiB, all of
+(`engine.fetch.waiting_reads`). A request that waits takes the daemon 15 KiB, all of
 them 240 MiB. For other users than root the kernel lowers it to
 /sys/module/fuse/parameters/max_user_bgreq."""
 

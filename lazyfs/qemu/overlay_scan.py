@@ -25,11 +25,15 @@ _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
 """Errors for a name that leads nowhere. QEMU could not open it either, or it was removed during the
 scan."""
 
-_CUT_OFF = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.ESTALE}
-)
-"""Errors for a backing file that is there, and cannot be read here. An overlay may belong to a
-tenant, who can name any file: so its chain ends there, with a warning."""
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that say something of this process. Any other error for a backing file ends its chain,
+with a warning: an overlay may belong to a tenant, who can name any file."""
+
+_THEIRS = frozenset({errno.EAGAIN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ESTALE})
+"""Errors that the owner of an overlay can cause for the overlay itself, such as with a lease. It is
+left out, with a warning."""
+
+MAX_WARNINGS = 20
 
 MAX_DEPTH = 64
 """How many folders deep overlays are looked for. Each takes a descriptor meanwhile."""
@@ -86,6 +90,8 @@ class OverlayScan:
             scan.warnings.append(
                 "--overlays protects nothing: no overlay there has an image of this mount"
             )
+        if (more := len(scan.warnings) - MAX_WARNINGS) > 0:
+            scan.warnings[MAX_WARNINGS:] = [f"and {more} more that could not be followed"]
         for warning in scan.warnings:
             if warning not in self._warned:
                 logger.warning("%s", warning)
@@ -185,6 +191,9 @@ class _Scan:
         except OSError as error:
             if error.errno in _GONE or (not only_files and self._cut_off(path, error)):
                 return []
+            if error.errno in _THEIRS:
+                self.warnings.append(f"the overlay {path} cannot be read ({error.strerror})")
+                return []
             raise _unreadable(path, error) from error
         paths = [os.path.join(os.path.dirname(path), name) for name in names]
         for backing in paths:
@@ -212,7 +221,7 @@ class _Scan:
 
     def _cut_off(self, path: str, error: OSError) -> bool:
         """Return whether a chain of backing files ends here, with a warning."""
-        if error.errno not in _CUT_OFF:
+        if error.errno in _OURS:
             return False
         self.warnings.append(
             f"the backing file {path} of an overlay cannot be read ({error.strerror}); "

@@ -88,6 +88,8 @@ class BackgroundLog(logging.Handler):
         super().__init__()
         self.dropped = 0
         """How many lines did not fit."""
+        self._too_many = 0
+        """How many lines were left out because there were too many at once, and are not told of."""
         self._handler = handler
         self._reported = 0
         self._repeats: dict[str, tuple[float, int]] = {}
@@ -104,15 +106,16 @@ class BackgroundLog(logging.Handler):
         try:
             line = logging.makeLogRecord(record.__dict__)
             text = one_line(record.getMessage())
-            if not self._within_rate():
-                self.dropped += 1
-                return
             trouble = record.levelno >= logging.WARNING and not hasattr(record, ALWAYS)
             if trouble and (text := self._once(text)) == "":
                 return
+            if not hasattr(record, ALWAYS) and not self._within_rate():
+                self._too_many += 1
+                return
             line.msg, line.args = text, None
             if record.exc_info:
-                line.exc_text = logging.Formatter().formatException(record.exc_info)
+                trace = logging.Formatter().formatException(record.exc_info)
+                line.exc_text = "\n".join(f"  | {one_line(row)}" for row in trace.split("\n"))
                 line.exc_info = None  # this would keep the frames of the error in memory
             self._lines.put_nowait(line)
         except queue.Full:
@@ -157,6 +160,13 @@ class BackgroundLog(logging.Handler):
         for text, since in quiet:
             self._handler.emit(_made(f"{text} (and {since} times more)"))
 
+    def _tell_left_out(self) -> None:
+        if self._lines.empty() and self._too_many:
+            count, self._too_many = self._too_many, 0
+            self.dropped += count
+            self._reported += count
+            self._handler.emit(_made(f"{count} lines are left out here: there were too many"))
+
     def close(self) -> None:
         """Wait for the lines that are still to be written, for at most 2 * LAST_LINES_S."""
         try:
@@ -172,13 +182,16 @@ class BackgroundLog(logging.Handler):
                 line = self._lines.get(timeout=QUIET_S if self._owes else None)
             except queue.Empty:
                 self._tell_repeats(time.monotonic())
+                self._tell_left_out()
                 continue
             if line is WAKE:
                 continue
             if line is None:
                 self._tell_repeats(math.inf)
+                self._tell_left_out()
                 return
             self._handler.emit(line)
+            self._tell_left_out()
             if (missing := self.dropped - self._reported) and self._lines.empty():
                 self._reported += missing
                 text = f"{missing} lines are missing here: the log could not be written"

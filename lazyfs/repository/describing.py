@@ -48,6 +48,8 @@ class Describing:
         self._uri = uri
         self._limit_s = min(DESCRIBE_S, limit_s) if len(names) > 1 else None
         self._left = deque(names)
+        self._hung_up: dict[str, int] = {}
+        """At which exports a connection ended, and how many it had answered."""
         self._lock = threading.Lock()
 
     @property
@@ -83,6 +85,7 @@ class Describing:
                     found = _describe_one(handle, asked)
                     watchdog.progress()
                     self.found[asked] = found
+                    self._note_limit(asked)
                     asked = None
                     answered += 1
                 handle.opt_abort()
@@ -95,12 +98,21 @@ class Describing:
             if asked is None:
                 return  # it has answered all that it was asked
             if answered:  # perhaps it takes no more options; another connection asks again
-                self.at_once = min(self.at_once, answered)
                 with self._lock:
                     self._left.appendleft(asked)
+                    self._hung_up[asked] = answered
             else:
                 reason = nbd_connect.reason(error)
                 self._gave_no_answer(asked, f"the server hangs up: {reason}")
+
+    def _note_limit(self, name: str) -> None:
+        """Note how many exports a connection takes, if this one was one too many on another.
+
+        Then the server has not hung up because of this export, as it answers now.
+        """
+        with self._lock:
+            if limit := self._hung_up.pop(name, 0):
+                self.at_once = min(self.at_once, limit)
 
     def _gave_no_answer(self, name: str, reason: str) -> None:
         self.found[name] = reason

@@ -93,7 +93,7 @@ def connect(uri: str, attempt: Attempt, deadline: float | None = None) -> NBD:
         if server.tls:
             tls.require(handle, server)
         _begin(handle, server, attempt, deadline)
-        _poll_until_settled(handle, uri, deadline, attempt)
+        _poll_until_settled(handle, uri, deadline, attempt, errors.Silent)
     except errors.LastingError as error:
         raise errors.ConnectionLost(uri, str(error)) from error
     except nbd.Error as error:
@@ -104,8 +104,11 @@ def connect(uri: str, attempt: Attempt, deadline: float | None = None) -> NBD:
             raise
         raise errors.ConnectionLost(uri, tls.why_not(server, "")) from error
     attempt.greeted.set()
-    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
-        keep_alive(connection)
+    try:
+        with socket.socket(fileno=os.dup(handle.aio_get_fd())) as connection:
+            keep_alive(connection)
+    except OSError as error:  # no descriptor is left, or the server has hung up already
+        raise errors.ConnectionLost(uri, error.strerror or str(error)) from error
     if not handle.aio_is_negotiating() or handle.get_protocol() != "newstyle-fixed":
         raise errors.Unsupported(
             f"{uri} is a server without named exports (no fixed newstyle negotiation)"
@@ -361,19 +364,31 @@ def reason(error: nbd.Error) -> str:
     return tail if head.startswith("nbd_") and tail else text
 
 
-def _poll_until_settled(handle: NBD, uri: str, deadline: float, attempt: Attempt) -> None:
+def _poll_until_settled(
+    handle: NBD,
+    uri: str,
+    deadline: float,
+    attempt: Attempt,
+    too_late: type[errors.ConnectionLost] = errors.ConnectionLost,
+) -> None:
     while not (handle.aio_is_negotiating() or handle.aio_is_ready()):
-        _check_alive(handle, uri, deadline, attempt)
+        _check_alive(handle, uri, deadline, attempt, too_late)
         handle.poll(_POLL_MS)
 
 
-def _check_alive(handle: NBD, uri: str, deadline: float, attempt: Attempt) -> None:
+def _check_alive(
+    handle: NBD,
+    uri: str,
+    deadline: float,
+    attempt: Attempt,
+    too_late: type[errors.ConnectionLost] = errors.ConnectionLost,
+) -> None:
     if handle.aio_is_dead() or handle.aio_is_closed():
         raise errors.HungUp(uri, "the server hung up")
     if attempt.abandoned.is_set():
         raise errors.ConnectionLost(uri, "not wanted any more")
     if time.monotonic() > deadline:
-        raise errors.ConnectionLost(uri, f"no answer in {attempt.limit_s:g} s")
+        raise too_late(uri, f"no answer in {attempt.limit_s:g} s")
 
 
 def retire(handle: NBD, cookie: int) -> int:

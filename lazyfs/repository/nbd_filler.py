@@ -17,7 +17,7 @@ from lazyfs.repository.nbd_connect import Attempt
 
 logger = logging.getLogger(__name__)
 
-SECOND_S = 3.0
+SECOND_S = 5.0
 """How long population waits for a connection beside that of readers before it uses theirs."""
 
 

@@ -170,6 +170,11 @@ class NbdHandle:
             return False
         return True
 
+    @property
+    def idle(self) -> bool:
+        """True if nothing has been asked for that is not answered yet."""
+        return not self._in_flight and not self._orphans
+
     async def probe(self) -> None:
         """Find out whether the server answers on this connection, with a read of a few bytes.
 

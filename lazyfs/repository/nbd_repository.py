@@ -152,26 +152,29 @@ class NbdRepository:
         self._sole.check_free()
         asking = Describing(self.uri, list(dict.fromkeys(names)), self._at_once, self._connect_s)
         failures: list[errors.LazyfsError] = []
+        first, ended = self.attempt(), trio.Event()
 
-        async def ask() -> None:
+        async def ask(attempt: Attempt | None = None) -> None:
             try:
-                await self._connecting(asking.ask)
+                await self._connecting(asking.ask, attempt, beside=attempt is None)
             except errors.LazyfsError as error:
                 failures.append(error.again())
             finally:
                 ended.set()
 
-        ended = trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
+            nursery.start_soon(ask, first)
             answers = -1
-            while not ended.is_set() and answers != len(asking.found):
-                answers = len(asking.found)
+            # To connect may take long, and is no answer that is late.
+            while not ended.is_set() and not (
+                first.greeted.is_set() and answers == len(asking.found)
+            ):
+                answers = len(asking.found) if first.greeted.is_set() else -1
                 with trio.move_on_after(LATE_S):
                     await ended.wait()
             for _ in range(0 if ended.is_set() or asking.is_done else CONNECTIONS - 1):
                 nursery.start_soon(ask)
-        self._at_once = asking.at_once
+        self._at_once = min(self._at_once, asking.at_once)
         failure = failures[0] if failures else asking.failure
         if failure is not None and not asking.some_answered:
             raise failure
@@ -217,7 +220,7 @@ class NbdRepository:
         attempt = self.attempt()
         running = nbd_handle.NbdHandle(
             await call_beside(
-                partial(self._sole.give_way, attempt.greeted),
+                partial(self._sole.give_way, attempt),
                 partial(self.connect, export, samples, attempt),
             ),
             self.uri,
@@ -286,12 +289,18 @@ class NbdRepository:
             raise
         self._note_success()
 
-    async def _connecting(self, call: Callable[[Attempt], T], attempt: Attempt | None = None) -> T:
+    async def _connecting(
+        self,
+        call: Callable[[Attempt], T],
+        attempt: Attempt | None = None,
+        beside: bool = False,
+    ) -> T:
         """Run `call`, which connects, in a thread.
 
         Args:
             call: makes the attempt.
             attempt: the attempt, if others look at it.
+            beside: whether others ask the same meanwhile, so that its failure says little.
 
         Raises:
             Busy: the server takes one connection at a time, and readers have it.
@@ -308,13 +317,17 @@ class NbdRepository:
             lost = error
         else:
             self._note_success()
+            self._sole.note_connected()
             return result
         finally:
             attempt.abandoned.set()
-        if not attempt.greeted.is_set() and await self._sole.is_in_use():
+        # Any other failure says something else than that the server has a client already.
+        wordless = isinstance(lost, errors.Silent | errors.HungUp) and not attempt.greeted.is_set()
+        if wordless and await self._sole.is_in_use():
             raise errors.Busy(self.uri)
-        self._note_loss(lost)
-        raise lost
+        if not beside:
+            self._note_loss(lost)
+        raise lost.again()
 
     def _note_loss(self, error: errors.ConnectionLost) -> None:
         """Note that the repository cannot be reached, if that is what it means."""

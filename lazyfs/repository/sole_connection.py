@@ -6,7 +6,6 @@ An export that hangs looks similar, but its server has sent a greeting, and take
 """
 
 import logging
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,14 +13,15 @@ from contextlib import suppress
 import trio
 
 from lazyfs import errors
+from lazyfs.repository.nbd_connect import Attempt
 from lazyfs.repository.nbd_filler import NbdFiller
 from lazyfs.repository.nbd_handle import NbdHandle
 
 logger = logging.getLogger(__name__)
 
-GIVE_WAY_S = 1.0
-"""A reader to whom the server has sent nothing for so long is given the connections of population.
-It is unmeasured: a server that is there greets within milliseconds."""
+GIVE_WAY_S = 2.0
+"""A reader to whom the server has sent nothing for so long is given the connections of others. It
+is unmeasured: a far server with TLS greets after four round trips, a second or less."""
 
 SOLE_S = 60.0
 """How long a server that takes one connection is not asked for another. It is unmeasured."""
@@ -74,33 +74,52 @@ class SoleConnection:
         if self.seen and next(self._working(), None) is not None:
             raise errors.Busy(self._uri)
 
+    def note_connected(self) -> None:
+        """Note that a connection was made. If others worked meanwhile, the server takes several."""
+        if self.seen and next(self._working(), None) is not None:
+            logger.info("%s takes several connections", self._uri)
+            self._until = float("-inf")
+
     # -- who gets them
 
-    async def give_way(self, greeted: threading.Event) -> None:
-        """Close the connections of population, if the server has not greeted after a while.
+    async def give_way(self, attempt: Attempt) -> None:
+        """Close what nobody needs now, if the server has not greeted after a while.
 
-        Run it beside an attempt to connect. It ends only when it is cancelled.
+        That is the connections of population, and those of readers that are idle. Run it beside an
+        attempt to connect. It ends only when it is cancelled.
         """
         await trio.sleep(GIVE_WAY_S)
-        holding = [filler for filler in self._fillers if filler.holds_connection]
-        if greeted.is_set() or not holding:
+        fillers = [filler for filler in self._fillers if filler.holds_connection]
+        idle = [handle for handle in self._working() if handle.idle]
+        if attempt.greeted.is_set() or not (fillers or idle):
             return
-        for filler in holding:
+        for filler in fillers:
             filler.give_way()
+        for handle in idle:
+            handle.close("another reader needs the one connection of the server")
         try:
             await trio.sleep_forever()
         finally:  # the connection is made, or it has failed
-            if greeted.is_set():  # it greets now that they are gone
+            if attempt.greeted.is_set():  # it greets now that they are gone
                 self.note()
 
     async def is_in_use(self) -> bool:
         """Return whether the server answers a reader, although it has not greeted another client.
 
-        Then it is there, and takes one connection only.
+        Then it is there, and takes one connection only. All readers are tried at the same time.
         """
-        for handle in self._working():
-            with trio.move_on_after(PROBE_S), suppress(errors.LazyfsError):
+        answers: list[NbdHandle] = []
+
+        async def probe(handle: NbdHandle) -> None:
+            with suppress(errors.LazyfsError):
                 await handle.probe()
-                self.note()
-                return True
-        return False
+                answers.append(handle)
+                nursery.cancel_scope.cancel()
+
+        with trio.move_on_after(PROBE_S):
+            async with trio.open_nursery() as nursery:
+                for handle in self._working():
+                    nursery.start_soon(probe, handle)
+        if answers:
+            self.note()
+        return bool(answers)

@@ -1,6 +1,7 @@
 """A log that blocks costs lines, which are counted, and holds nobody up."""
 
 import logging
+import sys
 import threading
 import time
 
@@ -45,7 +46,7 @@ def test_lines_come_in_order_formatted_when_they_were_written() -> None:
         logger.exception("second")
     log.close()
     assert target.lines[0] == "INFO first ['before']"
-    assert target.lines[1].startswith("ERROR second\nTraceback (most recent call last)")
+    assert target.lines[1].startswith("ERROR second\n  | Traceback (most recent call last)")
     assert target.lines[1].endswith("ValueError: wrong")
 
 
@@ -121,4 +122,42 @@ def test_however_different_the_lines_are_they_do_not_flood_the_disk() -> None:
     log.close()
     assert background_log.BURST_LINES <= len(written) < 3 * background_log.BURST_LINES
     assert log.dropped == 5 * background_log.BURST_LINES - len([w for w in written if "line " in w])
-    assert any("lines are missing here" in line for line in written)
+    assert any("lines are left out here: there were too many" in line for line in written)
+
+
+def test_repeats_take_nothing_of_the_rate(caplog: pytest.LogCaptureFixture) -> None:
+    """One noisy image must not hide what is said of others."""
+    written: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(record.getMessage())
+
+    log = BackgroundLog(Keeps())
+    for _ in range(3 * background_log.BURST_LINES):
+        log.handle(logging.LogRecord("x", logging.WARNING, "", 0, "same", None, None))
+    log.handle(logging.LogRecord("x", logging.ERROR, "", 0, "other", None, None))
+    log.close()
+    assert written == [
+        "same",
+        "other",
+        f"same (and {3 * background_log.BURST_LINES - 1} times more)",
+    ]
+    assert log.dropped == 0
+
+
+def test_a_traceback_cannot_forge_a_line() -> None:
+    written: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(logging.Formatter("%(message)s").format(record))
+
+    log = BackgroundLog(Keeps())
+    try:
+        raise ValueError("evil\n2026-11-28 ERROR forged\x1b[31m")
+    except ValueError:
+        log.handle(logging.LogRecord("x", logging.ERROR, "", 0, "a bug", None, sys.exc_info()))
+    log.close()
+    assert "\x1b" not in written[0]
+    assert all(row.startswith("  | ") for row in written[0].split("\n")[1:])

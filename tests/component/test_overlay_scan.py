@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -374,3 +375,27 @@ def test_files_that_vanish_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "open", vanish)
     assert host.scan() == {"0", "1", "2", "4"}
+
+
+def test_a_lease_on_an_overlay_hides_only_that(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever owns a file can hold a lease on it for ever."""
+    host.create("a.qcow2", f"{host.mnt}/a")
+    leased = host.create("leased.qcow2", f"{host.mnt}/b")
+    host.create("chain.qcow2", str(leased), "qcow2")
+    script = (
+        "import fcntl, signal, sys; signal.signal(signal.SIGIO, signal.SIG_IGN); "
+        "f = open(sys.argv[1], 'r+b'); fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK); "
+        "print(flush=True); sys.stdin.readline()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, leased], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        try:
+            assert host.scan() == {"a"}
+        finally:
+            holder.kill()
+    assert "leased.qcow2 cannot be read" in caplog.text

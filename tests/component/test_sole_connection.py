@@ -193,3 +193,69 @@ async def test_a_server_that_answers_is_asked_on_one_connection(
     found = await repository.describe(names)
     assert found == {name: Export(name, SIZE, "") for name in names}
     assert exports.most == 1
+
+
+async def test_an_export_at_which_the_server_hangs_up_costs_one_connection(
+    peers: Peers, repository_of: Any
+) -> None:
+    connections = 0
+
+    def script(conversation: Conversation) -> None:
+        nonlocal connections
+        connections += 1
+        conversation.greet()
+        while True:
+            option, data = conversation.option()
+            if option != nbd.OPT_INFO:
+                conversation.refuse(option)
+            elif b"evil" in data:
+                return
+            else:
+                conversation.info(option, SIZE)
+
+    repository = repository_of(peers.scripted(script))
+    names = [f"good-{number}" for number in range(100)]
+    found = await repository.describe([names[0], "evil", *names[1:]])
+    assert "hangs up" in str(found["evil"])
+    assert sum(isinstance(one, Export) for one in found.values()) == 100
+    assert connections == 3  # up to it, at it, and after it
+    connections = 0
+    await repository.describe(names)
+    assert connections == 1, "and is forgotten then"
+
+
+async def test_another_failure_beside_a_reader_is_told_as_what_it_is(
+    peers: Peers, image: Path, tmp_path: Path, repository_of: Any
+) -> None:
+    """The server takes several connections, and it is the key that is wrong now."""
+    keys = tmp_path / "keys.psk"
+    keys.write_text("alice:0123456789abcdef\n")
+    server = peers.nbdkit("--tls=require", f"--tls-psk={keys}", "file", image)
+    mine = tmp_path / "mine.psk"
+    mine.write_text(keys.read_text())
+    uri = f"nbds+unix://alice@/?socket={server.path}&tls-psk-file={mine}"
+    repository = repository_of(uri)
+    source = repository.source((await repository.describe([""]))[""])
+    await read(source)
+    for content, said in (("alice:ffff456789abcdef\n", "refuses the key"), ("", "has no key")):
+        mine.write_text(content)
+        with pytest.raises(errors.ConnectionLost, match=said) as failure:
+            await repository.list_exports()
+        assert not isinstance(failure.value, errors.Busy)
+        assert not repository.connected
+        assert not repository._sole.seen
+    source.drop_connection()
+
+
+async def test_an_idle_reader_gives_the_one_connection_to_another(
+    peers: Peers, image: Path, repository_of: Any
+) -> None:
+    repository = repository_of(peers.qemu_nbd(image, "--shared=1"))
+    export = (await repository.describe([""]))[""]
+    idle, other = repository.source(export), repository.source(export)
+    content = (await trio.Path(image).read_bytes())[: 4 * KiB]
+    assert await read(idle) == content
+    assert await read(other) == content
+    assert await read(idle) == content, "and gets it back"
+    idle.drop_connection()
+    other.drop_connection()

@@ -16,7 +16,7 @@ from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.image_record import FetchCounters, ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.budget import Budget
-from lazyfs.engine.fetch import demand_reader, write_queue
+from lazyfs.engine.fetch import waiting_reads, write_queue
 from lazyfs.engine.fetch.block_table import BlockTable
 from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import KERNEL_RETRY_S
@@ -24,6 +24,7 @@ from lazyfs.engine.fetch.demand_reader import DemandReader
 from lazyfs.engine.fetch.fill_port import FillClaim, FillPort
 from lazyfs.engine.fetch.samples import Compared, Samples
 from lazyfs.engine.fetch.under_way import UnderWay
+from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.image.filling import Filling
 from lazyfs.engine.interfaces import Answered, Export
@@ -71,6 +72,7 @@ class Bench:
             io_timeout_s=IO_TIMEOUT_S,
             totals=self.totals,
             under_way=UnderWay(),
+            waiting=WaitingReads(),
             writes=WriteQueue(nursery, trio.CapacityLimiter(1)),
             on_changed=self.changes.append,
         )
@@ -767,20 +769,31 @@ async def test_a_server_that_refuses_block_status_is_read_all_the_same() -> None
         await b.check(blocks(0, 2))
 
 
-async def test_waiting_reads_of_one_image_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demand_reader, "MAX_WAITING", 3)
+async def test_waiting_reads_leave_room_for_reads_of_other_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting_reads, "DEFAULT", 8)
+    monkeypatch.setattr(waiting_reads, "FEW", 2)
     world = World(block_size=BLOCK)
-    world.repository.add("disk", pattern(16 * BLOCK))
+    for name in ("disk", "other"):
+        world.repository.add(name, pattern(16 * BLOCK))
     async with world.daemon():
-        image = await world.open("disk")
-        await world.read(image, 15 * BLOCK, BLOCK)
+        image, other = await world.open("disk"), await world.open("other")
+        for one in (image, other):
+            await world.read(one, 15 * BLOCK, BLOCK)
         world.repository.hang()
         async with trio.open_nursery() as nursery:
-            for block in range(3):
+            for block in range(6):
                 nursery.start_soon(world.read, image, block * BLOCK, BLOCK)
             await wait_all_tasks_blocked()
-            with pytest.raises(errors.RequestFailed, match="3 reads wait already"):
+            with pytest.raises(errors.RequestFailed, match="too many reads wait already"):
                 await world.read(image, 8 * BLOCK, BLOCK)
             assert await world.read(image, 15 * BLOCK, BLOCK) is not None, "it is present"
+            for block in range(2):
+                nursery.start_soon(world.read, other, block * BLOCK, BLOCK)
+            await wait_all_tasks_blocked()
+            with pytest.raises(errors.RequestFailed, match="too many reads wait already"):
+                await world.read(other, 8 * BLOCK, BLOCK)
             world.repository.go_on()
-        await world.read(image, 8 * BLOCK, BLOCK)
+        for one in (image, other):
+            await world.read(one, 8 * BLOCK, BLOCK)

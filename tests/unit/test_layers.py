@@ -30,7 +30,7 @@ PACKAGES = {
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
         " image.digest_check image.partial_cache"
         " context threads"
-        " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table fetch.under_way fetch.zeroes"
+        " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table fetch.under_way fetch.waiting_reads fetch.zeroes"
         " fetch.write_queue"
         " budget map_memory pace totals use_clock interfaces"
     ),

@@ -26,6 +26,7 @@ from lazyfs.engine.fetch.cache_writer import CacheWriter
 from lazyfs.engine.fetch.demand_fetch import UNFORESEEN, DemandFetch, Miss, ReadCache, assemble
 from lazyfs.engine.fetch.extents import ExtentQuestions
 from lazyfs.engine.fetch.under_way import ImageUnderWay, UnderWay
+from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
 from lazyfs.engine.interfaces import Export, Source
 from lazyfs.engine.pace import Pace, ReaderWait
@@ -37,11 +38,6 @@ logger = logging.getLogger(__name__)
 SMALLEST_READ = 4 * KiB
 """The unit of reads of parts of a block: what the kernel asks for at least, and what every server
 must accept."""
-
-MAX_WAITING = 12288
-"""How many reads of one image may wait. Further ones fail at once. It is three quarters of those
-that the kernel has under way for a mount (`kernel.session.MAX_BACKGROUND`): the rest is for other
-images. Anybody may read, and start any number of threads."""
 
 
 class DemandReader:
@@ -60,6 +56,7 @@ class DemandReader:
         totals: Totals,
         writes: WriteQueue,
         under_way: UnderWay,
+        waiting: WaitingReads,
         on_changed: Callable[[errors.ExportChanged], None],
     ) -> None:
         """Do not connect before a read needs it.
@@ -75,6 +72,7 @@ class DemandReader:
             totals: counts the reads.
             writes: takes the bytes that are to be written.
             under_way: limits the memory of the fetches of all images.
+            waiting: limits how many reads of all images wait.
             on_changed: called when a connection finds another version of the export.
         """
         self.export = export
@@ -95,8 +93,7 @@ class DemandReader:
         self._read_around = ReadAround(table.block_size)
         self._ahead_until = 0
         """The byte up to which `learn_ahead` has learned the windows with missing blocks."""
-        self._waiting = 0
-        """How many reads wait for missing ranges."""
+        self._waiting = waiting
         self._drop_when_idle = False
         """True if the connection is to be dropped as soon as nothing is under way on it."""
         self._closed = False
@@ -125,13 +122,12 @@ class DemandReader:
         """
         if self._timeouts.is_again(wanted.start, trio.current_time()):
             raise self._timed_out(wanted)
-        if self._waiting >= MAX_WAITING:
+        if not self._waiting.may_wait(self):
             raise errors.RequestFailed(
-                f"reading {self.export.name}, of which {MAX_WAITING} reads wait already,",
-                errno.EAGAIN,
+                f"reading {self.export.name}, of which too many reads wait already,", errno.EAGAIN
             )
         self._drop_when_idle = False
-        self._waiting += 1
+        self._waiting.begin(self)
         try:
             with self._totals.waits(), trio.fail_at(trio.current_time() + self._io_timeout_s):
                 ahead: int | None = None
@@ -152,7 +148,7 @@ class DemandReader:
             self._timeouts.note(wanted.start, trio.current_time())
             raise self._timed_out(wanted) from None
         finally:
-            self._waiting -= 1
+            self._waiting.end(self)
         return None
 
     async def _learn_extents(self, wanted: ByteRange, read: Read) -> None:

@@ -141,6 +141,7 @@ def make_filling(
         totals=totals,
         writes=context.writes,
         under_way=context.under_way,
+        waiting=context.waiting,
         on_changed=on_changed,
     )
     port = FillPort(export, table, writer, pace, totals, is_open)
