@@ -61,6 +61,8 @@ def parse(text: str) -> RepositoryUri:
         raise ValueError(
             f"{text!r} is not an NBD URI such as nbd://HOST or nbd+unix:///?socket=PATH"
         )
+    if "\0" in unquote(text):
+        raise ValueError(f"{text!r} has a %00, which no name can have")
     if parts.path.strip("/"):
         query = f"/?{parts.query}" if parts.query else ""
         server = f"{parts.scheme}://{parts.netloc}{query}"

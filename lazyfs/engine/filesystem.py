@@ -23,6 +23,7 @@ from lazyfs.core import looking, shown_file
 from lazyfs.core.export_name import EXPORT, shown_path
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
+from lazyfs.engine import identifying
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
 from lazyfs.engine.fetch.under_way import UnderWay
@@ -409,11 +410,33 @@ class Filesystem:
             await self._export_changed(image, change)
         else:
             if record.identity == UNKNOWN:
-                await image.identify(export.identity)
+                if record.cause is not Cause.CONTENT_CHANGED:
+                    identify = partial(self._identify, image, export)
+                    self._nursery.start_soon(log_failure, "comparing an image", identify)
+                return
             # Once another version of an export has been seen, an equal size alone proves nothing
             # if the export has no identity.
             sure = record.state is State.WHOLE or record.identity != ""
             if sure and record.state is not State.REMOTE and record.cause is Cause.EXPORT_CHANGED:
+                await image.recover()
+
+    async def _identify(self, image: Image, export: Export) -> None:
+        """Take over the identity of the export of an image, if their bytes are the same.
+
+        This is done in the background, because one export that hangs must not hold up others.
+        """
+        source = self._repository.source(export)
+        try:
+            await identifying.compare(image, source, self._options.io_timeout_s)
+        except errors.ExportChanged as change:
+            await self._export_changed(image, change)
+        except (errors.LazyfsError, OSError) as error:
+            logger.info("not compared yet: image=%s reason=%s", image.record.export, error)
+        else:
+            if image.retired or image.record.identity != UNKNOWN:
+                return
+            await image.identify(export.identity)
+            if image.record.cause is Cause.EXPORT_CHANGED:
                 await image.recover()
 
     def _compare_samples(self, image: Image) -> None:

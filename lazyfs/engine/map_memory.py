@@ -5,6 +5,8 @@ long as somebody refers to them, so they are looked up and not counted.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
@@ -20,14 +22,17 @@ class MapMemory:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
         self._maps: weakref.WeakSet[BlockMap] = weakref.WeakSet()
+        self._reserved = 0
+        """The blocks of maps that are being loaded."""
 
-    def check(self, size: int, block_size: int) -> None:
-        """Check that there is room for the map of another image.
+    @contextmanager
+    def reserved(self, size: int, block_size: int) -> Iterator[None]:
+        """Keep room for the map of another image, which is loaded and added inside.
 
         Raises:
             UserError: there is none. Nothing is wrong with the image.
         """
-        used = sum(one.blocks for one in self._maps)
+        used = self._reserved + sum(one.blocks for one in self._maps)
         blocks = -(-size // block_size)
         if used and used + blocks > self._limit:
             raise errors.UserError(
@@ -35,6 +40,11 @@ class MapMemory:
                 f"memory, and this one would take {format_size(blocks)}: more than "
                 f"{format_size(self._limit)} is refused (--block-size makes maps smaller)"
             )
+        self._reserved += blocks
+        try:
+            yield
+        finally:
+            self._reserved -= blocks
 
     def add(self, blocks: BlockMap) -> None:
         """Count a map from now on, until it is gone."""

@@ -73,14 +73,18 @@ def devices_at(mountpoint: str) -> list[str]:
     return [entry.device for entry in mountinfo.read() if entry.mountpoint == mountpoint]
 
 
-def mount_of(path: str) -> Mount | None:
+def mount_of(path: str, among: Sequence[Mount] | None = None) -> Mount | None:
     """Return the lazyfs mount on which `path` lies, or None.
 
     Only the names of mountpoints are compared, so a dead mount does not block this.
+
+    Args:
+        path: the path.
+        among: all mounts. None means that they are to be looked up.
     """
     absolute = os.path.abspath(path)
     best = None
-    for mount in lazyfs_mounts():
+    for mount in lazyfs_mounts() if among is None else among:
         inside = absolute == mount.mountpoint or absolute.startswith(
             mount.mountpoint.rstrip("/") + "/"
         )

@@ -141,7 +141,7 @@ def place_of(path: str, pid: int | None = None) -> Place:
 
 
 _LOOK = """
-import json, os, stat, sys
+import errno, json, os, stat, sys
 for path in json.load(sys.stdin):
     try:
         s = os.stat(os.fsencode(path))
@@ -149,6 +149,8 @@ for path in json.load(sys.stdin):
                  stat.S_ISREG(s.st_mode)]
     except OSError as error:
         found = error.errno
+    except ValueError:  # a zero byte
+        found = errno.EINVAL
     print(json.dumps(found), flush=True)
 """
 """The program of a child that looks paths up, one line for each."""
@@ -186,6 +188,8 @@ async def places_of(paths: Sequence[str], pid: int | None = None) -> list[Place 
     try:
         async with asyncio.timeout(END_S):
             await child.wait()
+            with suppress(ConnectionError):  # it was killed before it has read all
+                await child.stdin.wait_closed()
     except TimeoutError:
         _left_behind.append(child)  # it hangs in the kernel, and ends when that lets it go
     late = [OSError(errno.ETIMEDOUT, "its file system does not answer", p) for p in paths]

@@ -79,6 +79,8 @@ class Monitor:
             ) from None
         except (QMPError, OSError, EOFError) as error:
             raise Lost(f"{command}: QEMU hung up, or has ended") from error
+        except (ValueError, RecursionError) as error:
+            raise Lost(f"{command}: the answer is too long, or is not QMP's") from error
         if command == "human-monitor-command" and answer:
             raise StepFailed(f"{command}: {str(answer).strip()}")
         return answer
@@ -110,7 +112,7 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
                 f"no QMP greeting in {CONNECT_S:g} s: this is not a QEMU, or it hangs, "
                 "or another client is connected"
             ) from None
-        except (QMPError, OSError, EOFError, ValueError) as error:
+        except (QMPError, OSError, EOFError, ValueError, RecursionError) as error:
             hung_up = isinstance(getattr(error, "exc", error), EOFError | OSError)
             reason = "it hung up" if hung_up else "its greeting is not QMP's"
             raise NoQemu(f"this is not a QMP server: {reason}") from error
@@ -126,8 +128,8 @@ async def connected(path: str) -> AsyncIterator[tuple[Monitor, int]]:
 async def _disconnect(client: Any) -> None:
     from qemu.qmp import QMPError
 
-    # A ValueError says that an answer was longer than MAX_ANSWER, which whoever waited has heard.
-    with suppress(QMPError, OSError, EOFError, TimeoutError, ValueError):
+    # The last two say that an answer was too long or no JSON, which whoever waited has heard.
+    with suppress(QMPError, OSError, EOFError, TimeoutError, ValueError, RecursionError):
         async with asyncio.timeout(CONNECT_S):
             await client.disconnect()
 

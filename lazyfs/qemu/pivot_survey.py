@@ -113,11 +113,14 @@ async def _file_nodes(nodes: Sequence[Node], pid: int, lazyfs: Lazyfs) -> list[F
 
     The paths are QEMU's, which may be a stranger's: they are looked up elsewhere, with a deadline.
     """
-    troubles = [_trouble(node, lazyfs) for node in nodes]
+    # This is looked up once, because a stranger's QEMU may have thousands of nodes.
+    table = mounts.lazyfs_mounts()
+    on = [mounts.mount_of(n.filename, table) if n.filename.startswith("/") else None for n in nodes]
+    troubles = [_trouble(mount, lazyfs) for mount in on]
     asked = [node.filename for node, why in zip(nodes, troubles, strict=True) if not why]
     places = iter(await process_files.places_of(asked, pid or None))
     found = []
-    for node, trouble in zip(nodes, troubles, strict=True):
+    for node, mount, trouble in zip(nodes, on, troubles, strict=True):
         now = None
         if not trouble:
             place = next(places)
@@ -125,17 +128,17 @@ async def _file_nodes(nodes: Sequence[Node], pid: int, lazyfs: Lazyfs) -> list[F
                 trouble = f"the path leads nowhere now: {place.strerror}"
             else:
                 now = place
-        on_lazyfs = node.filename.startswith("/") and mounts.mount_of(node.filename) is not None
         on_detached = now is not None and now.device in lazyfs.detached
         found.append(
-            FileNode(node.name, node.filename, node.size, now, trouble, on_lazyfs, on_detached)
+            FileNode(
+                node.name, node.filename, node.size, now, trouble, mount is not None, on_detached
+            )
         )
     return found
 
 
-def _trouble(node: Node, lazyfs: Lazyfs) -> str:
-    """Return why the path of a node must not be looked up, or ""."""
-    mount = mounts.mount_of(node.filename) if node.filename.startswith("/") else None
+def _trouble(mount: mounts.Mount | None, lazyfs: Lazyfs) -> str:
+    """Return why a path on this mount must not be looked up, or ""."""
     if mount is None or process_files.device_number(mount.device) in lazyfs.devices:
         return ""
     # Looking at a path of a daemon that does not answer could take for ever.

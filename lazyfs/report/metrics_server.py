@@ -235,7 +235,11 @@ def _answer(app: Callable[..., Any], request: _Request) -> bytes:
         "HTTP_ACCEPT_ENCODING": request.accept_encoding,
     }
     try:
-        body = b"".join(app(environ, start_response))
+        try:
+            body = b"".join(app(environ, start_response))
+        except (TypeError, ValueError):
+            # prometheus_client fails on some Accept headers that make no sense.
+            body = b"".join(app({**environ, "HTTP_ACCEPT": ""}, start_response))
     except trio.RunFinishedError:
         status, headers, body = "503 Service Unavailable", [], b"the daemon ends\n"
     except Exception:

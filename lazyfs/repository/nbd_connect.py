@@ -5,6 +5,7 @@ repository.
 """
 
 import errno
+import hashlib
 import os
 import socket
 import threading
@@ -44,6 +45,10 @@ _POLL_MS = 100
 
 _MAX_PAYLOAD = 32 * MiB
 """What a server that states no maximum must accept (NBD protocol, "Block size constraints")."""
+
+MAX_IDENTITY = 256
+"""How many characters are kept of an export's description; of a longer one, its digest is kept.
+100,000 exports may have 4 KiB each."""
 
 LOST = frozenset({errno.ESHUTDOWN, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET})
 """Completion codes which say that the connection ends, not that the request is bad."""
@@ -342,9 +347,17 @@ def described(handle: NBD, name: str) -> Export | str:
     if size < 0:  # the Python module of libnbd 1.14 takes the 64 bits for a signed number
         return "the server claims that it has 8 EiB or more"
     try:
-        return Export(name, size, str(handle.get_export_description()))
+        return Export(name, size, _identity(str(handle.get_export_description())))
     except (nbd.Error, UnicodeDecodeError):
         return Export(name, size, "")
+
+
+def _identity(description: str) -> str:
+    """Return what is kept of a description. It may have 4 KiB, for each of many exports."""
+    if len(description) <= MAX_IDENTITY:
+        return description
+    digest = hashlib.sha256(description.encode(errors="surrogateescape")).hexdigest()
+    return f"{description[: MAX_IDENTITY - 80]}... sha256:{digest}"
 
 
 def max_payload(handle: NBD) -> int:

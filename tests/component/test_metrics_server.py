@@ -241,6 +241,15 @@ async def test_garbage(serving: Any, sent: bytes) -> None:
     assert (await get(server))[0] == 200
 
 
+async def test_a_wanted_format_that_makes_no_sense(
+    serving: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serving()
+    accept = "application/openmetrics-text;version=\xff;q=nan"
+    assert (await get(server, Accept=accept))[0] == 200
+    assert "a bug" not in caplog.text
+
+
 async def test_other_paths_methods_and_a_choice_of_metrics(serving: Any) -> None:
     server = serving()
     assert (await get(server, "/favicon.ico")) == (404, "there is only /metrics\n")

@@ -1196,7 +1196,7 @@ def test_a_daemon_of_another_version_is_said(
     world.to_plain()
     assert actions(world.pivot(qemu)) == ["pivoted"], "it is no trouble of others"
     here = mounts.Mount(str(world.folder), "nbd://host", "0:99999")
-    monkeypatch.setattr(mounts, "mount_of", lambda path: here)
+    monkeypatch.setattr(mounts, "mount_of", lambda path, among=None: here)
     monkeypatch.setattr(mounts, "socket_path", lambda mountpoint: str(strange.path))
     node = only(world.pivot(qemu))
     assert (node.action, "another version of lazyfs" in node.message) == ("skipped", True)
@@ -1213,7 +1213,7 @@ def test_wait_goes_on_while_the_path_does_not_lead_to_the_whole_image(
     here = mounts.Mount(
         str(world.folder), "nbd://host", f"{os.major(world.device)}:{os.minor(world.device)}"
     )
-    monkeypatch.setattr(mounts, "mount_of", lambda path: here)
+    monkeypatch.setattr(mounts, "mount_of", lambda path, among=None: here)
     monkeypatch.setattr(
         control_client, "query", lambda mount, path: {"images": [world.rows["disk"]]}
     )
@@ -1290,6 +1290,24 @@ def test_a_monitor_that_floods_costs_no_memory(tmp_path: Path) -> None:
     assert "huge" in said
 
 
+@pytest.mark.parametrize("answer", [b'{"return": ' + b"[" * 200_000, b'{"return": 1' + b"0" * 5000])
+def test_an_answer_that_python_cannot_read(tmp_path: Path, answer: bytes) -> None:
+    async def look() -> None:
+        async with qemu_monitor.connected(str(tmp_path / "qmp")) as (monitor, _):
+            with pytest.raises(qemu_monitor.Lost):
+                await monitor.execute("quick", {})
+
+    def send(_command: str, _arguments: dict[str, Any]) -> object:
+        server._connections[-1].sendall(answer + b"}\r\n")
+        return {}
+
+    server = ScriptedQmp(tmp_path / "qmp", send)
+    try:
+        asyncio.run(look())
+    finally:
+        server.kill()
+
+
 @pytest.mark.fuse
 def test_paths_on_a_file_system_that_hangs_are_given_up(
     world: World, monkeypatch: pytest.MonkeyPatch
@@ -1306,7 +1324,7 @@ def test_paths_on_a_file_system_that_hangs_are_given_up(
     async def look() -> Any:
         return await asyncio.gather(
             process_files.places_of(
-                [str(here), str(world.folder / "nothing"), str(hanging.path), "/"]
+                [str(here), "/\0", str(world.folder / "nothing"), str(hanging.path), "/"]
             ),
             process_files.places_of([str(here)]),
         )
@@ -1315,6 +1333,7 @@ def test_paths_on_a_file_system_that_hangs_are_given_up(
         strange, good = asyncio.run(look())
     assert strange[0] == process_files.place_of(str(here))
     assert [error.errno for error in strange[1:]] == [
+        errno.EINVAL,
         errno.ENOENT,
         errno.ETIMEDOUT,
         errno.ETIMEDOUT,

@@ -656,7 +656,8 @@ def info_script(
 async def test_impossible_sizes_and_descriptions(peers: Peers, repository_of: Any) -> None:
     answers = {
         b"largest": (2**63 - 1, b""), b"too large": (2**63, b""), b"all ones": (2**64 - 1, b"x"),
-        b"empty": (0, b"nothing"), b"odd": (12345, b"d" * 4000), b"not utf-8": (512, b"\xff\xfe"), b"last": (512, b""),
+        b"empty": (0, b"nothing"), b"odd": (12345, b"d" * 4000),
+        b"other": (12345, b"d" * 3999 + b"e"), b"not utf-8": (512, b"\xff\xfe"), b"last": (512, b""),
     }  # fmt: skip
     repository = repository_of(peers.scripted(info_script(answers)))
     found = await repository.describe([name.decode() for name in answers] + ["unknown"])
@@ -664,7 +665,12 @@ async def test_impossible_sizes_and_descriptions(peers: Peers, repository_of: An
     for name in ("too large", "all ones", "unknown"):
         assert isinstance(found[name], str), name
     assert found["empty"] == Export("empty", 0, "nothing")
-    assert found["odd"] == Export("odd", 12345, "d" * 4000)
+    odd, other = found["odd"], found["other"]
+    assert isinstance(odd, Export)
+    assert isinstance(other, Export)
+    assert odd.size == 12345
+    assert odd.identity != other.identity, "they differ, though only the digest of the end is kept"
+    assert len(odd.identity) <= nbd_connect.MAX_IDENTITY
     assert found["last"] == Export("last", 512, ""), (
         "no description is taken over from another export"
     )

@@ -8,6 +8,7 @@ import pytest
 import trio
 from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, threads, until
 from fakes import pattern
+from trio.testing import wait_all_tasks_blocked
 
 from lazyfs import errors
 from lazyfs.core import inode_number
@@ -561,7 +562,26 @@ async def test_an_image_without_a_known_identity_takes_over_that_of_its_export()
         content = bytes(world.repository.exports["disk"].content)
         world.repository.add("disk", content, identity="2026-11-28")
         await world.filesystem.refresh()
-        assert (image.record.identity, image.record.error) == ("2026-11-28", "")
+        await until(lambda: image.record.identity == "2026-11-28")
+        assert image.record.error == ""
         world.repository.add("disk", content, identity="2026-11-29")
         await world.filesystem.refresh()
         assert "changed in the repository" in image.record.error
+
+
+async def test_an_image_without_a_known_identity_is_compared_with_its_export_first() -> None:
+    world = world_with("disk")
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.read(image, 0, SIZE)
+        await until(lambda: image.record.state is State.WHOLE)
+        content = bytes(world.repository.exports["disk"].content)
+        image.record = replace(image.record, identity=UNKNOWN)
+        world.repository.add("disk", content[::-1], identity="2026-11-28")
+        await world.filesystem.refresh()
+        await until(lambda: "changed in the repository" in image.record.error)
+        world.repository.add("disk", content, identity="2026-11-29")
+        await world.filesystem.refresh()
+        await wait_all_tasks_blocked()
+        assert image.record.identity == UNKNOWN
+        assert "changed in the repository" in image.record.error, "it does not come and go"

@@ -16,6 +16,7 @@ from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine.image.image import CHECKPOINT_S, ROOM_CHECK_S
+from lazyfs.engine.map_memory import MapMemory
 from lazyfs.units import MiB
 
 pytestmark = pytest.mark.trio(run=run)
@@ -611,3 +612,17 @@ async def test_maps_of_giant_images_take_a_limited_amount_of_memory() -> None:
         assert "maps of images" in world.image("giant").statistics().error
         assert world.image("giant").record.state is State.REMOTE
         await world.read(first, 0, BLOCK)
+
+
+async def test_maps_that_are_being_loaded_take_memory_too() -> None:
+    memory = MapMemory(40)
+    with memory.reserved(30 * BLOCK, BLOCK):
+        with (
+            pytest.raises(errors.UserError, match="more than 40 B is refused"),
+            memory.reserved(20 * BLOCK, BLOCK),
+        ):
+            raise AssertionError("there is no room")
+        with memory.reserved(10 * BLOCK, BLOCK):
+            pass
+    with memory.reserved(20 * BLOCK, BLOCK):
+        pass

@@ -26,7 +26,7 @@ PACKAGES = {
     "cache": "cache_check check_report adopting cache_dir catalog_file catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
     "repository": "lookups nbd_repository sole_connection nbd_filler nbd_source fill_thread nbd_handle describing nbd_connect tls nbd_buffers",
     "engine": (
-        "room operations verifying filesystem population sizes name_tree supervision slices"
+        "room operations verifying filesystem identifying population sizes name_tree supervision slices"
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
         " image.digest_check image.partial_cache"
         " context threads"

@@ -68,6 +68,8 @@ def test_all_parts() -> None:
         ("nbd://h?socket=/x", "which is for nbd\\+unix://"),
         ("nbd://h?tls-certificates=", "without a value"),
         ("nbd://h#x", "has a #"),
+        ("nbd://h%00x", "has a %00"),
+        ("nbds://h?tls-certificates=/a%00", "has a %00"),
         ("nbd:unix:/run/s", "not an NBD URI"),
         ("nbd://disk1/disk", "give the server alone: nbd://disk1$"),
         (f"nbds://h?{X509}&tls-verify-peer=false", "tls-verify-peer"),

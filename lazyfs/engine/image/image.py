@@ -27,6 +27,7 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -486,16 +487,20 @@ class Image:
             raise _stale()
         if trouble := partial_cache.too_large(self.record):
             raise errors.UserError(trouble)
-        try:
-            self._context.map_memory.check(self.record.size or 0, self.record.block_size)
-        except errors.UserError as error:
-            self._trouble = str(error)
-            raise
-        fresh = self.record.state is State.REMOTE
-        if fresh:
-            await self._save(ImageRecord.begun)
-            self._context.on_attributes_changed(self)
-        filling = self._fill(await self._load(fresh or self._unkept))
+        with ExitStack() as room:
+            try:
+                room.enter_context(
+                    self._context.map_memory.reserved(self.record.size or 0, self.record.block_size)
+                )
+            except errors.UserError as error:
+                self._trouble = str(error)
+                raise
+            fresh = self.record.state is State.REMOTE
+            if fresh:
+                await self._save(ImageRecord.begun)
+                self._context.on_attributes_changed(self)
+            loaded = await self._load(fresh or self._unkept)
+        filling = self._fill(loaded)
         # A crash may have come before the file of a failed image was disowned. This comes last,
         # because it may be cancelled.
         await self._disown()
