@@ -30,6 +30,7 @@ from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.core import repository_uri
 from lazyfs.core.export_name import SHA1, is_named
+from lazyfs.engine.backing_files import BackingFiles
 from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
 from lazyfs.kernel.fuse_adapter import FuseAdapter
@@ -50,16 +51,15 @@ FIRST_LIST_S = 10.0
 """How long a mount waits for a repository of which no name of the list comes. After that it starts
 from the catalog."""
 
-SCAN_S = 60.0
-"""How long looking for overlays may take. A hundred thousand files on a slow disk take a minute."""
-
 MARGIN_S = 2.0
 """How much earlier than the kernel's limit a read fails by itself. The kernel looks every 15 s, but
 a request that is one jiffy too old at that moment ends the whole mount."""
 
 
 def _within_kernel_limits(config: MountConfig) -> MountConfig:
-    """Lower the time that reads wait, if the kernel would abort the mount before."""
+    """Lower how many reads wait, and how long, to what the kernel allows."""
+    queue = fuse_limits.background_requests(config.options.queue)
+    config = replace(config, options=replace(config.options, queue=queue))
     limit_s = fuse_limits.request_timeout_s()
     io_timeout_s = config.options.io_timeout_s
     if not limit_s or io_timeout_s <= limit_s - MARGIN_S:
@@ -163,9 +163,6 @@ class _Daemon:
         self._cache = cache
         self._on_ready = on_ready
         self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
-        self._scanning = trio.CapacityLimiter(1)
-        """Limits the thread that looks at overlays. A network file system that hangs must not
-        take the threads of others."""
 
     async def run(self) -> None:
         """Mount, and serve until it is unmounted.
@@ -188,7 +185,7 @@ class _Daemon:
                 records=cache.records,
                 options=config.options,
                 limits=config.limits,
-                backing_files=self._backing_files,
+                backing_files=BackingFiles(self._overlays.backing_files).find,
                 nursery=nursery,
             )
             try:
@@ -295,22 +292,6 @@ class _Daemon:
         for note in notes:
             logger.info("%s", note)
         return notes
-
-    async def _backing_files(self) -> frozenset[str]:
-        """Return the paths of images that overlays need.
-
-        Raises:
-            UserError: they cannot be found out.
-        """
-        scan = self._overlays.backing_files
-        with trio.move_on_after(SCAN_S):
-            return await trio.to_thread.run_sync(
-                scan, limiter=self._scanning, abandon_on_cancel=True
-            )
-        raise errors.UserError(
-            f"the folders of --overlays could not be read in {SCAN_S:g} s: "
-            "perhaps a file system there hangs"
-        )
 
 
 def _metrics_server(address: str) -> "MetricsServer":

@@ -26,6 +26,7 @@ from lazyfs.core.lifecycle import Cause, State
 from lazyfs.engine import identifying
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
+from lazyfs.engine.fetch import waiting_reads
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
@@ -64,6 +65,8 @@ class Options:
     format: str = "raw"
     names: str = EXPORT
     """How new images are named: one of `export_name.NAMES`."""
+    queue: int = waiting_reads.DEFAULT
+    """How many background requests of this mount the kernel has under way."""
 
 
 class Filesystem:
@@ -108,7 +111,7 @@ class Filesystem:
             budget=self.budget,
             writes=WriteQueue(nursery, self.threads.writes),
             under_way=UnderWay(),
-            waiting=WaitingReads(),
+            waiting=WaitingReads(options.queue),
             map_memory=MapMemory(),
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,

@@ -36,3 +36,15 @@ def test_reads_fail_before_the_kernel_aborts_the_mount(
         "nbd://x", "/m", "/m", FileAttributes(0o444, 0, 0), options, 60, Limits(), [], None, True, False
     )  # fmt: skip
     assert daemon._within_kernel_limits(config).options.io_timeout_s == waits
+
+
+@pytest.mark.parametrize(
+    ("user", "limit", "queue"),
+    [(0, "100", 16384), (1000, "100", 100), (1000, "65535", 16384), (1000, "", 16384)],
+)
+def test_users_have_fewer_requests_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, limit: str, queue: int
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    (tmp_path / "max_user_bgreq").write_text(limit)
+    assert fuse_limits.background_requests(16384, str(tmp_path)) == queue

@@ -137,3 +137,20 @@ async def test_status_answers_when_the_disk_does_not(monkeypatch: pytest.MonkeyP
         found = world.room.statistics()
         assert (found.total, found.free) == (0, 0)
         assert found.message == "the cache's file system fails: Input/output error"
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.EIO, "the cache's disk fails"), (errno.EMFILE, "cannot be opened")],
+)
+async def test_too_few_descriptors_are_no_error_of_the_disk(number: int, reason: str) -> None:
+    def fails() -> None:
+        raise OSError(number, os.strerror(number))
+
+    world = world_with("a")
+    async with world.daemon(populate=True):
+        world.stores.on_call = fails
+        with pytest.raises(OSError, match=os.strerror(number)):
+            await world.open("a")
+        assert reason in world.image("a").statistics().error
+        world.stores.on_call = lambda: None

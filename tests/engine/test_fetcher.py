@@ -772,9 +772,8 @@ async def test_a_server_that_refuses_block_status_is_read_all_the_same() -> None
 async def test_waiting_reads_leave_room_for_reads_of_other_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(waiting_reads, "DEFAULT", 8)
     monkeypatch.setattr(waiting_reads, "FEW", 2)
-    world = World(block_size=BLOCK)
+    world = World(block_size=BLOCK, queue=8)
     for name in ("disk", "other"):
         world.repository.add(name, pattern(16 * BLOCK))
     async with world.daemon():

@@ -29,7 +29,7 @@ PACKAGES = {
         "room operations verifying filesystem identifying population sizes name_tree supervision slices"
         " image.image_map image.image image.populating image.handles image.filling image.image_statistics"
         " image.digest_check image.partial_cache"
-        " context threads"
+        " context backing_files threads"
         " fetch.demand_reader fetch.extents fetch.demand_fetch fetch.fill_port fetch.cache_writer fetch.samples fetch.block_table fetch.under_way fetch.waiting_reads fetch.zeroes"
         " fetch.write_queue"
         " budget map_memory pace totals use_clock interfaces"

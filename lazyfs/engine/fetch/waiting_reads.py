@@ -15,9 +15,8 @@ FEW = 64
 class WaitingReads:
     """Counts the reads of one mount that wait, by image. Trio thread only."""
 
-    def __init__(self, queue: int | None = None) -> None:
-        """Leave a quarter of `queue` (`DEFAULT` if it is None) free for reads that do not wait."""
-        queue = DEFAULT if queue is None else queue
+    def __init__(self, queue: int = DEFAULT) -> None:
+        """Leave a quarter of `queue`, the requests under way, for reads that do not wait."""
         self._most = queue * 3 // 4
         self._all = 0
         self._images: dict[object, int] = {}

@@ -250,7 +250,10 @@ class Image:
         return WholeHandle(self.record.shown, self._content.file, self._closed, self._note_disk)
 
     def _note_disk(self, error: OSError) -> None:
-        self._trouble = f"the cache's disk fails: {error.strerror}"
+        # These say something of the daemon or of the machine, and nothing of the disk.
+        short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        what = "the cache cannot be opened" if short else "the cache's disk fails"
+        self._trouble = f"{what}: {error.strerror}"
 
     async def _closed(self, handle: PartialHandle | WholeHandle) -> None:
         del self._handles[handle]
