@@ -773,7 +773,7 @@ async def test_waiting_reads_leave_room_for_reads_of_other_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(waiting_reads, "FEW", 2)
-    world = World(block_size=BLOCK, queue=8)
+    world = World(block_size=BLOCK, queue=16)
     for name in ("disk", "other"):
         world.repository.add(name, pattern(16 * BLOCK))
     async with world.daemon():
@@ -782,11 +782,11 @@ async def test_waiting_reads_leave_room_for_reads_of_other_images(
             await world.read(one, 15 * BLOCK, BLOCK)
         world.repository.hang()
         async with trio.open_nursery() as nursery:
-            for block in range(6):
+            for block in range(12):
                 nursery.start_soon(world.read, image, block * BLOCK, BLOCK)
             await wait_all_tasks_blocked()
             with pytest.raises(errors.RequestFailed, match="too many reads wait already"):
-                await world.read(image, 8 * BLOCK, BLOCK)
+                await world.read(image, 13 * BLOCK, BLOCK)
             assert await world.read(image, 15 * BLOCK, BLOCK) is not None, "it is present"
             for block in range(2):
                 nursery.start_soon(world.read, other, block * BLOCK, BLOCK)

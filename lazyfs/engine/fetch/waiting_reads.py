@@ -16,8 +16,12 @@ class WaitingReads:
     """Counts the reads of one mount that wait, by image. Trio thread only."""
 
     def __init__(self, queue: int = DEFAULT) -> None:
-        """Leave a quarter of `queue`, the requests under way, for reads that do not wait."""
+        """Leave an eighth of `queue`, the requests under way, for reads that do not wait.
+
+        The eighth before is for images that have few reads waiting.
+        """
         self._most = queue * 3 // 4
+        self._end = queue * 7 // 8
         self._all = 0
         self._images: dict[object, int] = {}
 
@@ -30,6 +34,8 @@ class WaitingReads:
         mine = self._images.get(image, 0)
         if self._all < self._most:
             return True
+        if self._all >= self._end:
+            return False
         share = self._most // max(1, len(self._images) + (image not in self._images))
         return mine < min(FEW, share)
 
