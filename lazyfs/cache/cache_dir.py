@@ -153,18 +153,15 @@ class CacheDir:
             undo.callback(self._close_fds)
             made = self._make_state_folder()
             self._take_lock(mountpoint)
-            existed = exists(self.root, CATALOG)
+            # After the catalog was closed, and only if what follows fails.
+            undo.callback(self._leave_nothing, made, exists(self.root, CATALOG))
             self._reserve = Reserve(self.root)
             self.catalog = open_catalog(self.root, self.path, self._reserve)
             undo.callback(self.catalog.close)
             self.records = [self._checked_whole(record) for record in self.catalog.load()]
             self._check_repository()
             self._remove_evicted()
-            try:
-                self._refuse_foreign(of_a_cache=not made)
-            except errors.LastingError:
-                self._leave_nothing(made, existed)
-                raise
+            self._refuse_foreign(of_a_cache=not made)
             self._sweep()
             undo.pop_all()
 
@@ -187,16 +184,15 @@ class CacheDir:
             )
 
     def _leave_nothing(self, made_folder: bool, had_catalog: bool) -> None:
-        """Remove what this mount has made of a cache in a folder that it refuses.
+        """Remove what this mount has made of a cache in a folder that it cannot use.
 
         An empty catalog would say that nothing in the folder is lazyfs's.
         """
-        self.catalog.close()
         names = [] if had_catalog else [CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm"]
         if made_folder:
             names += [LOCK, RESERVE]
         for name in names:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 self.root.unlink(name)
         if made_folder:
             for folder in (PARTIAL, STATE):

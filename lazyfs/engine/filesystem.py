@@ -52,6 +52,11 @@ DEFAULT_BLOCK_SIZE = 64 * KiB
 doc/BENCHMARKS.md shows how other sizes affect a guest."""
 
 
+COMPARED_AT_ONCE = 2
+"""How many images that were taken in without a catalog are compared at the same time.
+One that hangs must not hold up all others, and readers need the connections. It is unmeasured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Holds what the user chose about images. The daemon chooses the rest."""
@@ -86,6 +91,9 @@ class Filesystem:
         """Why the repository could not be listed, or "" if it could."""
         self.names = NameTree()
         self.threads = Threads()
+        self._comparing = trio.CapacityLimiter(COMPARED_AT_ONCE)
+        self._identified_now: set[Image] = set()
+        """The images that were taken in without a catalog and are being compared."""
         self.sizes = Sizes(repository, catalog, nursery, options.io_timeout_s, self.threads.catalog)
         self.totals = Totals(trio.lowlevel.current_clock().current_time)
         self.budget = Budget()
@@ -413,9 +421,8 @@ class Filesystem:
             await self._export_changed(image, change)
         else:
             if record.identity == UNKNOWN:
-                if record.cause is not Cause.CONTENT_CHANGED:
-                    identify = partial(self._identify, image, export)
-                    self._nursery.start_soon(log_failure, "comparing an image", identify)
+                if record.state is State.WHOLE and record.cause is not Cause.CONTENT_CHANGED:
+                    self._identify_later(image, export)
                 return
             # Once another version of an export has been seen, an equal size alone proves nothing
             # if the export has no identity.
@@ -423,20 +430,37 @@ class Filesystem:
             if sure and record.state is not State.REMOTE and record.cause is Cause.EXPORT_CHANGED:
                 await image.recover()
 
-    async def _identify(self, image: Image, export: Export) -> None:
-        """Take over the identity of the export of an image, if their bytes are the same.
+    def _identify_later(self, image: Image, export: Export) -> None:
+        """Compare an image in the background: one export that hangs must not hold up others."""
 
-        This is done in the background, because one export that hangs must not hold up others.
-        """
-        source = self._repository.source(export)
+        async def identify() -> None:
+            try:
+                async with self._comparing:
+                    await self._identify(image, export)
+            finally:
+                self._identified_now.discard(image)
+
+        if image not in self._identified_now:
+            self._identified_now.add(image)
+            self._nursery.start_soon(log_failure, "comparing an image", identify)
+
+    async def _identify(self, image: Image, export: Export) -> None:
+        """Take over the identity of the export of an image, if their bytes are the same."""
+        record = image.record
         try:
-            await identifying.compare(image, source, self._options.io_timeout_s)
+            await identifying.compare(
+                record,
+                partial(self._context.stores.whole, record),
+                self._repository.source(export),
+                self._options.io_timeout_s,
+                self.threads.jobs,
+            )
         except errors.ExportChanged as change:
             await self._export_changed(image, change)
         except (errors.LazyfsError, OSError) as error:
-            logger.info("not compared yet: image=%s reason=%s", image.record.export, error)
+            logger.info("not compared yet: image=%s reason=%s", record.export, error)
         else:
-            if image.retired or image.record.identity != UNKNOWN:
+            if image.retired or image.record.state is not State.WHOLE:
                 return
             await image.identify(export.identity)
             if image.record.cause is Cause.EXPORT_CHANGED:

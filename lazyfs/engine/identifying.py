@@ -4,16 +4,15 @@ Its record does not say of which version of the export the file is, so its bytes
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import trio
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
-from lazyfs.engine.image.handles import WholeHandle
-from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import Source
+from lazyfs.core.image_record import ImageRecord
+from lazyfs.engine.interfaces import PlainFile, Source
 from lazyfs.units import KiB
 
 PLACES = 8
@@ -22,43 +21,63 @@ LONGEST = 64 * KiB
 that differs only elsewhere is found by `lazyfs verify --against-repository`."""
 
 
-async def compare(image: Image, source: Source, io_timeout_s: float) -> None:
+async def compare(
+    record: ImageRecord,
+    plain_file: Callable[[], PlainFile],
+    source: Source,
+    io_timeout_s: float,
+    limiter: trio.CapacityLimiter,
+) -> None:
     """Compare some of the data of a whole image with what the repository has.
 
+    Nobody is said to have opened or used the image.
+
     Args:
-        image: the image.
+        record: describes the image.
+        plain_file: opens its plain file. Called in a thread.
         source: reads its export.
         io_timeout_s: how long all of it may take.
+        limiter: limits the threads.
 
     Raises:
         ContentChanged: a difference was found.
-        ExportChanged: the size of the export differs.
+        ExportChanged: the size or the identity of the export is another by now.
         LazyfsError, OSError: the cache or the repository cannot be read now.
     Cancellation: nothing is left under way.
     """
+    file = await trio.to_thread.run_sync(plain_file, limiter=limiter)
     try:
         with trio.fail_after(io_timeout_s):
-            handle = await image.open()
-            try:
-                if isinstance(handle, WholeHandle):
-                    await _compare(image, handle, source)
-            finally:
-                await handle.aclose()
+            await _compare(record, file, source, limiter)
     except trio.TooSlowError:
         raise errors.TimedOut(
-            f"comparing {image.record.path}", io_timeout_s, source.trouble
+            f"comparing {record.path}",
+            io_timeout_s,
+            source.trouble or "the repository does not answer",
         ) from None
     finally:
         source.drop_connection()
+        file.close()
 
 
-async def _compare(image: Image, handle: WholeHandle, source: Source) -> None:
-    places = list(_places(handle.file.fileno(), image.record.size or 0))
-    for span in places:
+async def _compare(
+    record: ImageRecord, file: PlainFile, source: Source, limiter: trio.CapacityLimiter
+) -> None:
+    refused: errors.RequestFailed | None = None
+    compared = False
+    for span in _places(file.fileno(), record.size or 0):
         theirs = bytearray(span.length)
-        await source.pread(span.start, memoryview(theirs))
-        if theirs != await handle.read(span.start, span.length):
-            raise errors.ContentChanged(image.record.export, span.start, span.end)
+        try:
+            await source.pread(span.start, memoryview(theirs))
+        except errors.RequestFailed as error:
+            refused = error  # the server cannot read it, which says nothing about its content
+            continue
+        ours = await trio.to_thread.run_sync(file.read, span.start, span.length, limiter=limiter)
+        if theirs != ours:
+            raise errors.ContentChanged(record.export, span.start, span.end)
+        compared = True
+    if refused is not None and not compared:
+        raise refused
 
 
 def _places(fd: int, size: int) -> Iterator[ByteRange]:

@@ -29,9 +29,9 @@ _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors that say something of this process. Any other error for a backing file ends its chain,
 with a warning: an overlay may belong to a tenant, who can name any file."""
 
-_THEIRS = frozenset({errno.EAGAIN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ESTALE})
-"""Errors that the owner of an overlay can cause for the overlay itself, such as with a lease. It is
-left out, with a warning."""
+_THEIRS = frozenset({errno.EAGAIN})
+"""Errors that the owner of an overlay can cause for the overlay itself: a lease. It is left out,
+with a warning. Errors of a file system (ETIMEDOUT, ESTALE) would hide the overlays of all."""
 
 MAX_WARNINGS = 20
 

@@ -192,6 +192,8 @@ class NbdHandle:
             ConnectionLost, RequestFailed.
         """
         what = f"reading {self._export} at {offset}"
+        if self.broken:
+            raise errors.ConnectionLost(self._uri, self.broken)
         for span in self._aligned(offset, len(buffer)).split(self._max_payload):
             try:
                 bounce = nbd_buffers.take(span.length)

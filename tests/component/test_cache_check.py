@@ -1,5 +1,6 @@
 """`lazyfs check` with real caches, damaged as disks, crashes and people damage them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import servers
 from fakes import pattern
 
 from lazyfs import errors
-from lazyfs.cache import cache_check
+from lazyfs.cache import cache_check, cache_dir
 from lazyfs.cache.cache_dir import CacheDir
 from lazyfs.cache.check_report import Report
 from lazyfs.core import map_file, qcow2_layout
@@ -382,6 +383,23 @@ def test_whole_images_are_taken_in_after_a_mount_has_failed_on_a_lost_catalog(
     with cache.open() as opened:
         (record,) = opened.records
         assert (record.export, record.state, record.identity) == ("team/disk", State.WHOLE, UNKNOWN)
+
+
+def test_a_mount_that_fails_otherwise_leaves_no_empty_catalog_either(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.image("disk", "raw", BLOCKS, finish=True, told=True)
+    cache.catalog.unlink()
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_dir, "foreign_files", fails)
+        with pytest.raises((OSError, errors.UserError)), cache.open():
+            pass
+    assert not cache.catalog.exists()
+    assert "taken in as a whole image" in [f.remedy for f in cache.check().findings]
 
 
 def test_a_stranger_is_not_taken_in_while_the_catalog_is_good(cache: Cache) -> None:

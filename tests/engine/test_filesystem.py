@@ -1,5 +1,7 @@
 """Tests names and inodes while the repository's list changes, sizes, versions, start and end."""
 
+import errno
+import os
 from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +10,6 @@ import pytest
 import trio
 from engine_world import BLOCK, IO_TIMEOUT_S, World, blocks, run, threads, until
 from fakes import pattern
-from trio.testing import wait_all_tasks_blocked
 
 from lazyfs import errors
 from lazyfs.core import inode_number
@@ -582,6 +583,32 @@ async def test_an_image_without_a_known_identity_is_compared_with_its_export_fir
         await until(lambda: "changed in the repository" in image.record.error)
         world.repository.add("disk", content, identity="2026-11-29")
         await world.filesystem.refresh()
-        await wait_all_tasks_blocked()
+        await until(lambda: not world.filesystem._identified_now)
         assert image.record.identity == UNKNOWN
         assert "changed in the repository" in image.record.error, "it does not come and go"
+
+
+async def test_an_image_that_cannot_be_compared_stays_unknown() -> None:
+    world = world_with("disk")
+    async with world.daemon():
+        image = await world.open("disk")
+        await world.read(image, 0, SIZE)
+        await until(lambda: image.record.state is State.WHOLE)
+        content = bytes(world.repository.exports["disk"].content)
+        await world.close(image)
+        used_ns = image.record.last_used_ns
+        image.record = replace(image.record, identity=UNKNOWN)
+        world.repository.add("disk", content, identity="2026-11-28")
+
+        def refuses() -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        world.stores.on_call = refuses
+        await world.filesystem.refresh()
+        await until(lambda: not world.filesystem._identified_now)
+        assert (image.record.identity, image.record.error) == (UNKNOWN, "")
+        world.stores.on_call = lambda: None
+        await world.filesystem.refresh()
+        await until(lambda: image.record.identity == "2026-11-28")
+        assert image.record.last_used_ns == used_ns, "nobody has used it"
+        assert image.open_count == 0

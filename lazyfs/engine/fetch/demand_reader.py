@@ -124,7 +124,7 @@ class DemandReader:
             raise self._timed_out(wanted)
         if not self._waiting.may_wait(self):
             raise errors.RequestFailed(
-                f"reading {self.export.name}, of which too many reads wait already,", errno.EAGAIN
+                f"reading {self.export.name} while too many reads wait already", errno.EAGAIN
             )
         self._drop_when_idle = False
         self._waiting.begin(self)

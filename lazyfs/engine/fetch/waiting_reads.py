@@ -20,8 +20,8 @@ class WaitingReads:
 
         The eighth before is for images that have few reads waiting.
         """
-        self._most = queue * 3 // 4
-        self._end = queue * 7 // 8
+        self._most = max(1, queue * 3 // 4)
+        self._end = max(1, queue * 7 // 8)
         self._all = 0
         self._images: dict[object, int] = {}
 
