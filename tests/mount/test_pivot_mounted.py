@@ -452,7 +452,7 @@ def test_a_folder_of_sockets_and_what_people_see(lab: Lab, stack: ExitStack) -> 
     idle = BlockQemu(lab.folder, [], "idle")
     stack.callback(idle.close)
     for one in (qemu, idle):
-        (folder / one.socket.name).symlink_to(one.socket)
+        (folder / one.socket.name).hardlink_to(one.socket)
     (folder / "notes.txt").write_text("no socket")
     (lab.mnt / "disk").read_bytes()
     lab.wait_for_state("disk", "whole")
