@@ -46,7 +46,7 @@ _POLL_MS = 100
 _MAX_PAYLOAD = 32 * MiB
 """What a server that states no maximum must accept (NBD protocol, "Block size constraints")."""
 
-MAX_IDENTITY = 256
+MAX_IDENTITY = 128
 """How many characters are kept of an export's description; of a longer one, its digest is kept.
 100,000 exports may have 4 KiB each."""
 
