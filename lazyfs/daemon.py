@@ -34,7 +34,7 @@ from lazyfs.engine.backing_files import BackingFiles
 from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
 from lazyfs.kernel.fuse_adapter import FuseAdapter
-from lazyfs.kernel.session import KernelSession
+from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
 from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.report import tracebacks
@@ -58,7 +58,7 @@ a request that is one jiffy too old at that moment ends the whole mount."""
 
 def _within_kernel_limits(config: MountConfig) -> MountConfig:
     """Lower how many reads wait, and how long, to what the kernel allows."""
-    queue = fuse_limits.background_requests(config.options.queue)
+    queue = fuse_limits.background_requests(MAX_BACKGROUND)
     config = replace(config, options=replace(config.options, queue=queue))
     limit_s = fuse_limits.request_timeout_s()
     io_timeout_s = config.options.io_timeout_s

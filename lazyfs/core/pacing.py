@@ -32,6 +32,11 @@ class TokenBucket:
         self._tokens = (rate or 0.0) * burst_s if full else 0.0
         self._at: float | None = None
 
+    @property
+    def limit(self) -> int | None:
+        """The rate in whole bytes per second. None means no limit."""
+        return None if self.rate is None else int(self.rate)
+
     def wait(self, now: float) -> float:
         """Return the seconds until the next piece may start, or 0 if it may start now."""
         if self.rate is None:

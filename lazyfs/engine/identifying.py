@@ -1,24 +1,22 @@
 """Compares an image of which only the plain file was left with its export.
 
-Its record does not say of which version of the export the file is, so its bytes have to.
+Its record does not say of which version of the export the file is, so its bytes have to. As much is
+compared as on each new connection (`engine.fetch.samples`). Another version that differs only
+elsewhere is found by `lazyfs verify --against-repository`.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import trio
 
 from lazyfs import errors
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.image_record import ImageRecord
-from lazyfs.engine.interfaces import PlainFile, Source
-from lazyfs.units import KiB
-
-PLACES = 8
-LONGEST = 64 * KiB
-"""So much is compared as `engine.fetch.samples` compares on each new connection. Another version
-that differs only elsewhere is found by `lazyfs verify --against-repository`."""
+from lazyfs.engine.fetch.samples import LONGEST, MOST
+from lazyfs.engine.interfaces import PlainFile, Sample, Source
 
 
 async def compare(
@@ -65,7 +63,8 @@ async def _compare(
 ) -> None:
     refused: errors.RequestFailed | None = None
     compared = False
-    for span in _places(file.fileno(), record.size or 0):
+    places = partial(_places, file.fileno(), record.size or 0)
+    for span in await trio.to_thread.run_sync(places, limiter=limiter):
         theirs = bytearray(span.length)
         try:
             await source.pread(span.start, memoryview(theirs))
@@ -73,19 +72,17 @@ async def _compare(
             refused = error  # the server cannot read it, which says nothing about its content
             continue
         ours = await trio.to_thread.run_sync(file.read, span.start, span.length, limiter=limiter)
-        if theirs != ours:
-            raise errors.ContentChanged(record.export, span.start, span.end)
+        Sample(span.start, ours).check_same(record.export, theirs)
         compared = True
     if refused is not None and not compared:
         raise refused
 
 
-def _places(fd: int, size: int) -> Iterator[ByteRange]:
-    """Yield ranges of data all over the file, or its beginning if it is one hole."""
+def _places(fd: int, size: int) -> list[ByteRange]:
+    """Return ranges of data all over the file, or its beginning if it is one hole. Blocks."""
     starts = {0}
-    for place in range(PLACES):
+    for place in range(MOST):
         with suppress(OSError):  # there is no more data
-            found = os.lseek(fd, size * place // PLACES, os.SEEK_DATA)
+            found = os.lseek(fd, size * place // MOST, os.SEEK_DATA)
             starts.add(min(found, max(0, size - LONGEST)))
-    for start in sorted(starts):
-        yield ByteRange(start, min(start + LONGEST, size))
+    return [ByteRange(start, min(start + LONGEST, size)) for start in sorted(starts)]

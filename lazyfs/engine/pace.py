@@ -95,8 +95,7 @@ class SharedPace:
     @property
     def rate_limit(self) -> int | None:
         """The limit in bytes per second. None means no limit."""
-        rate = self._bucket.rate
-        return None if rate is None else int(rate)
+        return self._bucket.limit
 
     def reader_waits(self) -> ReaderWait:
         """Note that a demand fetch begins. Return the object that ends it."""
@@ -183,8 +182,7 @@ class Pace:
     @property
     def rate_limit(self) -> int | None:
         """The image's own limit in bytes per second. None means no limit."""
-        rate = self._bucket.rate
-        return None if rate is None else int(rate)
+        return self._bucket.limit
 
     def reader_waits(self) -> ReaderWait:
         """Note that a demand fetch begins. Return the object that ends it."""

@@ -553,12 +553,18 @@ async def test_touch_is_the_last_use_and_is_kept_at_once(state: str) -> None:
         assert world.catalog.load()[0].last_used_ns == 10**18
 
 
+async def whole(world: World) -> Image:
+    """Open "disk" and read all of it, until it is whole."""
+    image = await world.open("disk")
+    await world.read(image, 0, SIZE)
+    await until(lambda: image.record.state is State.WHOLE)
+    return image
+
+
 async def test_an_image_without_a_known_identity_takes_over_that_of_its_export() -> None:
     world = world_with("disk")
     async with world.daemon():
-        image = await world.open("disk")
-        await world.read(image, 0, SIZE)
-        await until(lambda: image.record.state is State.WHOLE)
+        image = await whole(world)
         image.record = replace(image.record, identity=UNKNOWN)
         content = bytes(world.repository.exports["disk"].content)
         world.repository.add("disk", content, identity="2026-11-28")
@@ -573,9 +579,7 @@ async def test_an_image_without_a_known_identity_takes_over_that_of_its_export()
 async def test_an_image_without_a_known_identity_is_compared_with_its_export_first() -> None:
     world = world_with("disk")
     async with world.daemon():
-        image = await world.open("disk")
-        await world.read(image, 0, SIZE)
-        await until(lambda: image.record.state is State.WHOLE)
+        image = await whole(world)
         content = bytes(world.repository.exports["disk"].content)
         image.record = replace(image.record, identity=UNKNOWN)
         world.repository.add("disk", content[::-1], identity="2026-11-28")
@@ -591,9 +595,7 @@ async def test_an_image_without_a_known_identity_is_compared_with_its_export_fir
 async def test_an_image_that_cannot_be_compared_stays_unknown() -> None:
     world = world_with("disk")
     async with world.daemon():
-        image = await world.open("disk")
-        await world.read(image, 0, SIZE)
-        await until(lambda: image.record.state is State.WHOLE)
+        image = await whole(world)
         content = bytes(world.repository.exports["disk"].content)
         await world.close(image)
         used_ns = image.record.last_used_ns

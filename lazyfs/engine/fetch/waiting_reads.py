@@ -6,7 +6,7 @@ read, and start any number of threads.
 """
 
 DEFAULT = 16384
-"""How many the kernel has under way for a mount of root (`kernel.session.MAX_BACKGROUND`)."""
+"""What is assumed if nobody says how many the kernel has under way. `daemon.py` does."""
 
 FEW = 64
 """So many reads of an image may wait however many others do: as many as a VM has in flight."""
