@@ -151,19 +151,17 @@ class InFlight(Generic[WaiterT]):
         if waiter in waiters:
             waiters.remove(waiter)
 
-    def settle(self, flight: Flight, kept: int | Mapping[int, int] | None) -> list[WaiterT]:
+    def settle(self, flight: Flight, kept: Mapping[int, int] | None) -> list[WaiterT]:
         """End a flight, and return everybody who waited for it.
 
         Args:
             flight: the flight.
-            kept: how many bytes of data are in the cache file now, in the run or in each of its
-                blocks. The rest is zeroes. None means that nothing was kept.
+            kept: how many bytes of data are in the cache file now, by block. Blocks that are left
+                out are zeroes. None means that nothing was kept.
         """
         waiters = self._waiters.pop(flight)
         if kept is None:
             self._blocks.release(flight.run)
-        elif isinstance(kept, int):
-            self._blocks.mark_present(flight.run, kept)
         else:
             for has_data, blocks in groupby(
                 range(flight.run.first, flight.run.end), lambda block: block in kept

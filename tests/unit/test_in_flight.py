@@ -1,6 +1,8 @@
 """The in-flight table: every flight ends, every waiter is woken, and no block is fetched twice at
 once."""
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -117,13 +119,25 @@ class Model(RuleBasedStateMachine):
             self.waiting.remove(reader)
 
     def _settle(self, flight: Flight, kept_bytes: int | None) -> None:
-        waiters = self.table.settle(flight, kept_bytes)
+        waiters = self.table.settle(flight, self._by_block(flight, kept_bytes))
         self.under_way.remove(flight)
         self.ended.add(flight)
         assert set(waiters) == {reader for reader in self.waiting if reader.waits_for is flight}
         assert len(set(waiters)) == len(waiters)
         for reader in waiters:
             self._go_on(reader)
+
+    def _by_block(self, flight: Flight, kept_bytes: int | None) -> dict[int, int] | None:
+        """Return so many bytes from the beginning of the run, by block."""
+        if kept_bytes is None:
+            return None
+        lengths = {b: self.blocks.bytes_of(BlockRun(b, b + 1)).length for b in range(*flight.run)}
+        ends = accumulate(lengths.values())
+        kept = {
+            block: min(length, kept_bytes - (end - length))
+            for (block, length), end in zip(lengths.items(), ends, strict=True)
+        }
+        return {block: amount for block, amount in kept.items() if amount > 0}
 
     # -- what always holds
 

@@ -232,7 +232,7 @@ class BlockTable:
             self._populated_bytes += amount
         self._totals.add(totals.POPULATED_BYTES, amount)
 
-    def settle(self, flight: Flight, kept: int | Mapping[int, int] | None) -> None:
+    def settle(self, flight: Flight, kept: Mapping[int, int] | None) -> None:
         """End a flight as `InFlight.settle` does, and wake everybody who waits for it."""
         with self._lock:
             waiters = self._flights.settle(flight, kept)
