@@ -22,7 +22,7 @@ PACKAGES = {
     "report": "metrics_server metrics service_manager tracebacks background_log",
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
     "control": "server commands jobs client",
-    "kernel": "fuse_adapter passthrough _passthrough session",
+    "kernel": "fuse_adapter passthrough _passthrough _keeper session",
     "cache": "cache_check check_report adopting cache_dir catalog_file catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
     "repository": "lookups nbd_repository sole_connection nbd_filler nbd_source fill_thread nbd_handle describing nbd_connect tls nbd_buffers",
     "engine": (
@@ -187,7 +187,7 @@ def test_no_module_is_named_twice() -> None:
 
 
 def test_every_module_in_the_order_exists() -> None:
-    there = {name_of(path) for path in module_files()} | {"kernel._passthrough"}
+    there = {name_of(path) for path in module_files()} | {"kernel._passthrough", "kernel._keeper"}
     assert set(ORDER) <= there
 
 
