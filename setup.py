@@ -24,7 +24,7 @@ def flags(what: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
-KEEPER = ("_keeper", "keeper", "requests", "opened", "shown")
+KEEPER = ("_keeper", "keeper", "relay", "requests", "opened", "shown")
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion"]
 
 setup(
@@ -37,8 +37,8 @@ setup(
             extra_link_args=["-pthread"],
         ),
         Extension(
-            "lazyfs.kernel._passthrough",
-            ["lazyfs/kernel/_passthrough.c"],
+            "lazyfs.kernel._replies",
+            ["lazyfs/kernel/_replies.c"],
             extra_compile_args=[*WARNINGS, *flags("--cflags")],
             extra_link_args=flags("--libs"),
         ),

@@ -22,7 +22,7 @@ from lazyfs.core.eviction import Limits
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.engine.filesystem import Filesystem, Options
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import Catalog, Repository, Stores
+from lazyfs.engine.interfaces import Catalog, PresentReader, Repository, Stores
 from lazyfs.engine.operations import Operations
 from lazyfs.engine.population import Population
 from lazyfs.engine.room import Room
@@ -56,6 +56,7 @@ def build(
     limits: Limits,
     backing_files: Callable[[], Awaitable[frozenset[str]]],
     nursery: trio.Nursery,
+    present: PresentReader,
 ) -> Parts:
     """Build all parts. They do nothing before they are wired and `start` is called.
 
@@ -70,8 +71,9 @@ def build(
         backing_files: returns the paths of images that overlays need. Raises UserError if they
             cannot be found out.
         nursery: runs fetches and the tasks of images. It ends after the images are closed.
+        present: reads what is present.
     """
-    filesystem = Filesystem(repository, stores, catalog, records, options, nursery)
+    filesystem = Filesystem(repository, stores, catalog, records, options, nursery, present)
     operations = Operations(filesystem, repository, options, backing_files)
     room = Room(filesystem, stores, limits, backing_files)
     population = Population(repository, stores, filesystem.active_images)

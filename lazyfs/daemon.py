@@ -15,9 +15,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,13 +25,15 @@ import trio
 
 from lazyfs import assembly, errors
 from lazyfs.assembly import Parts
-from lazyfs.cache.cache_dir import CacheDir
+from lazyfs.cache.cache_dir import CacheDir, Opened
 from lazyfs.core import repository_uri
 from lazyfs.core.export_name import SHA1, is_named
 from lazyfs.engine.backing_files import BackingFiles
 from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
+from lazyfs.kernel.channel import CannotMount, Keeper
 from lazyfs.kernel.fuse_adapter import FuseAdapter
+from lazyfs.kernel.present_files import PresentFiles
 from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
 from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
@@ -84,13 +84,11 @@ def _report_uncaught(
     logger.error("uncaught", exc_info=(kind, error, trace))
 
 
-def serve(config: MountConfig, on_ready: Callable[[Sequence[str]], None]) -> None:
-    """Mount, call `on_ready` when the mount answers, and return when it has been unmounted.
-
-    `on_ready` is given what the user should know although it is mounted, a line each.
+def serve(config: MountConfig, keeper: Keeper) -> None:
+    """Mount, or go on where another daemon has ended; return when it has been unmounted.
 
     Raises:
-        UserError: it could not be mounted. Nothing was left behind.
+        UserError: it cannot begin. The message says why.
     """
     tls.check_files(repository_uri.parse(config.repository))
     os.umask(0o022)  # for the folders of whole images
@@ -98,6 +96,8 @@ def serve(config: MountConfig, on_ready: Callable[[Sequence[str]], None]) -> Non
     _raise_file_limit()
     sys.excepthook = _report_uncaught
     gc.disable()  # with 100,000 exports, collections that found nothing took 2.2 s of 2.6
+    root_fd, lock_fd = keeper.take(ROOT), keeper.take(LOCK)
+    known = root_fd is not None and lock_fd is not None
     cache = CacheDir(
         config.cache_dir,
         config.mountpoint,
@@ -105,11 +105,19 @@ def serve(config: MountConfig, on_ready: Callable[[Sequence[str]], None]) -> Non
         config.file_attributes,
         config.moved,
         config.trust_cache_owner,
+        Opened(root_fd, lock_fd) if root_fd is not None and lock_fd is not None else None,
+        keeper.pid,
     )
     try:
+        if not known:
+            keeper.keep(ROOT, cache.root.fd)
+            keeper.keep(LOCK, cache.lock_fd)
         os.chdir("/")
         _survive_signals()
-        trio.run(_Daemon(config, cache, on_ready).run, strict_exception_groups=True)
+        daemon = _Daemon(config, cache, keeper)
+        trio.run(daemon.run, strict_exception_groups=True)
+        if not daemon.hands_over:
+            keeper.ending()
     except BaseExceptionGroup as group:
         for_user, others = group.split(errors.UserError)
         if for_user is None or others is not None:
@@ -118,6 +126,9 @@ def serve(config: MountConfig, on_ready: Callable[[Sequence[str]], None]) -> Non
     finally:
         cache.close()
 
+
+ROOT, LOCK = "root", "lock"
+"""The names under which the keeper keeps the cache directory and its lock."""
 
 _HARMLESS = (
     signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
@@ -156,16 +167,16 @@ def _raise_file_limit() -> None:
 class _Daemon:
     """Builds the parts of a mount, mounts, serves, and takes everything down again."""
 
-    def __init__(
-        self, config: MountConfig, cache: CacheDir, on_ready: Callable[[Sequence[str]], None]
-    ) -> None:
+    def __init__(self, config: MountConfig, cache: CacheDir, keeper: Keeper) -> None:
         self._config = config
         self._cache = cache
-        self._on_ready = on_ready
+        self._keeper = keeper
+        self.hands_over = False
+        """True if another daemon goes on with the mount."""
         self._overlays = OverlayScan(config.overlays, config.mountpoint, config.cache_dir)
 
     async def run(self) -> None:
-        """Mount, and serve until it is unmounted.
+        """Mount, unless another daemon has, and serve until it is unmounted.
 
         Raises:
             UserError: it could not be mounted.
@@ -177,6 +188,7 @@ class _Daemon:
         metrics = None if config.metrics is None else _metrics_server(config.metrics)
         async with trio.open_nursery() as nursery:
             repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
+            present = PresentFiles(self._keeper)
             parts = assembly.build(
                 mountpoint=config.mountpoint,
                 repository=repository,
@@ -187,12 +199,15 @@ class _Daemon:
                 limits=config.limits,
                 backing_files=BackingFiles(self._overlays.backing_files).find,
                 nursery=nursery,
+                present=present,
             )
+            parts.filesystem.totals.read_elsewhere = present.reads
             try:
-                await self._first_list(parts, repository)
+                if not self._keeper.mounted:
+                    await self._first_list(parts, repository)
                 gc.freeze()  # later collections need not look at what is here to stay
                 gc.enable()
-                await self._mount(repository, parts, metrics)
+                await self._mount(repository, parts, metrics, present)
             finally:  # neither the kernel nor a job reads images any more
                 with trio.CancelScope(shield=True):
                     await parts.filesystem.aclose()
@@ -223,40 +238,62 @@ class _Daemon:
         logger.warning("%s; the mount comes up with what is in the catalog", reason)
 
     async def _mount(
-        self, repository: NbdRepository, parts: Parts, metrics: "MetricsServer | None"
+        self,
+        repository: NbdRepository,
+        parts: Parts,
+        metrics: "MetricsServer | None",
+        present: PresentFiles,
     ) -> None:
         config = self._config
-        # Until `_unmount_on_signal` runs, a signal would end the daemon and leave a dead mount.
+        # Until `_unmount_on_signal` runs, a signal would end the daemon, and another would start.
         signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, signal.SIGHUP})
-        session = KernelSession(config.mountpoint, config.repository, config.passthrough)
+        try:
+            connection = self._keeper.mount()
+        except CannotMount as error:
+            raise errors.UserError(str(error)) from None
+        session = KernelSession(
+            config.mountpoint, connection.fuse_fd, connection.device, connection.flags
+        )
         try:
             backings = passthrough.Backings(session, config.passthrough, self._cache.lock_fd)
             logger.info("passthrough: %s", f"off, {backings.trouble}" if backings.trouble else "on")
-            mounted = Mounted(
-                config, self._cache, repository, parts, session, backings, metrics, self._overlays
+            adapter = FuseAdapter(
+                parts.filesystem,
+                config.file_attributes,
+                self._cache.root.fd,
+                parts.operations,
+                backings,
+                session.forget_names,
+                config.allow_evict,
             )
+            mounted = Mounted(
+                config,
+                self._cache,
+                repository,
+                parts,
+                session,
+                backings,
+                metrics,
+                self._overlays,
+                self._keeper,
+                connection,
+                present,
+            )
+            present.count_in(connection.counters_fd)
+            await adapter.restore(connection.opened, self._keeper.orphans, present.withdraw)
+            passthrough.connect(connection)
+            pyfuse3.init(adapter, f"/dev/fd/{connection.relay_fd}", set())
+            try:
+                await mounted.serve(self._notes(parts))
+            finally:
+                pyfuse3.close(unmount=False)
+            self.hands_over = mounted.hands_over
         except BaseException:
-            unmount_quietly(session)
+            if not self._keeper.mounted:
+                unmount_quietly(session)
             raise
-        adapter = FuseAdapter(
-            parts.filesystem,
-            config.file_attributes,
-            self._cache.root.fd,
-            parts.operations,
-            backings,
-            session.connect_libfuse,
-            session.forget_names,
-            config.allow_evict,
-        )
-        try:
-            pyfuse3.init(adapter, session.libfuse_path, set())
-            await mounted.serve(partial(self._on_ready, self._notes(parts)))
-        except BaseException:
-            unmount_quietly(session)
-            raise
-        finally:
-            pyfuse3.close(unmount=False)
-        logger.info("unmounted: %s", config.mountpoint)
+        what = "handed over" if self.hands_over else "unmounted"
+        logger.info("%s: %s", what, config.mountpoint)
 
     def _notes(self, parts: Parts) -> list[str]:
         """Return what the user should know although it is mounted."""
@@ -281,6 +318,11 @@ class _Daemon:
             notes.append(
                 f"--names sha1 is for images new to this cache: {others} known ones keep their "
                 "names; another --cache-dir gives all of them new ones"
+            )
+        if "mode" in self._config.chosen and (others := self._cache.more_open()):
+            notes.append(
+                f"--mode is for files that become whole from now on: more users may read {others} "
+                f"in {self._config.cache_dir} that are whole already (chmod or evict them)"
             )
         images = list(parts.filesystem.names.images())
         if [image.record.export for image in images] == [""]:

@@ -1,10 +1,10 @@
 """Serves a mount: its background tasks, its signals, and the commands that concern all of it."""
 
 import errno
-import functools
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +14,7 @@ from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 import trio
 
+import lazyfs
 from lazyfs import assembly, errors
 from lazyfs.assembly import Parts
 from lazyfs.cache.cache_dir import CacheDir
@@ -27,9 +28,10 @@ from lazyfs.engine.filesystem import Options
 from lazyfs.engine.interfaces import FileAttributes
 from lazyfs.engine.supervision import log_failure
 from lazyfs.host import mounts
+from lazyfs.kernel.channel import Connection, Keeper
+from lazyfs.kernel.present_files import PresentFiles
 from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
 from lazyfs.qemu.overlay_scan import OverlayScan
-from lazyfs.report import service_manager
 from lazyfs.repository.nbd_repository import NbdRepository
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ under way, such as the `detach` that caused it."""
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """The signals that unmount."""
+
+ALIVE_S = 2.0
+"""How often the daemon tells the keeper that it is alive. The keeper waits for ten seconds."""
 
 SILENT_S = 3.0
 """After so long without a byte, while reads wait, `status` says that the repository is not
@@ -102,8 +107,16 @@ class Mounted:
         backings: passthrough.Backings,
         metrics: "MetricsServer | None",
         overlays: OverlayScan,
+        keeper: Keeper,
+        connection: Connection,
+        present: PresentFiles,
     ) -> None:
         self._config = config
+        self._keeper = keeper
+        self._present = present
+        self.hands_over = False
+        """True if another daemon goes on with the mount."""
+        self._handing_over = trio.Event()
         self._overlays = overlays
         self._reread = trio.Event()
         """Set when the configuration has been read again, and renewed then."""
@@ -120,19 +133,31 @@ class Mounted:
         self._unmounting = trio.CapacityLimiter(2)
         """Limits the threads that unmount. They are separate so that a disk that stalls cannot
         take them."""
-        own: dict[str, Handler] = {"query-mount": self._query_mount, "detach": self._detach}
+        own: dict[str, Handler] = {
+            "query-mount": self._query_mount,
+            "detach": self._detach,
+            "upgrade": self._upgrade,
+        }
+        where = (
+            mounts.detached_socket_path(keeper.pid)
+            if session.detached
+            else mounts.socket_path(config.mountpoint)
+        )
         self._control = ControlServer(
-            mounts.socket_path(config.mountpoint), parts.commands.handlers | own
+            where, socket.socket(fileno=connection.control_fd), parts.commands.handlers | own
         )
         assembly.wire(parts, self._control.emit, on_use=lambda: self._used.set())
 
-    async def serve(self, on_ready: Callable[[], None]) -> None:
-        """Answer the kernel until it is unmounted. `on_ready` is called when the mount answers."""
+    async def serve(self, notes: Sequence[str]) -> None:
+        """Answer the kernel until it is unmounted.
+
+        Args:
+            notes: what the user should know although it is mounted.
+        """
         keep_running = self._parts.supervisor.keep_running
         async with trio.open_nursery() as nursery:
             await assembly.start(self._parts, nursery)
-            resume = self._parts.filesystem.resume
-            nursery.start_soon(log_failure, "opening what an earlier daemon left", resume)
+            nursery.start_soon(log_failure, "opening what an earlier daemon left", self._resume)
             nursery.start_soon(self._control.run)
             await nursery.start(self._unmount_on_signal)
             await nursery.start(self._reload_on_signal)
@@ -140,33 +165,34 @@ class Mounted:
             nursery.start_soon(keep_running, "saving when images were used", self._save_uses)
             if self._metrics is not None:
                 nursery.start_soon(keep_running, "serving metrics", self._serve_metrics)
-            on_ready()
-            if manager := service_manager.own():
-                answers = functools.partial(os.stat, os.path.join(self._config.mountpoint, "."))
-                nursery.start_soon(manager.attend, answers, self._status_line)
+            self._keeper.serving(notes, self._config.options.io_timeout_s)
+            nursery.start_soon(self._be_alive)
+            nursery.start_soon(self._hand_over)
             with self._answering:
-                await self._answer_kernel()
+                await pyfuse3.main(max_tasks=MAX_REQUESTS)
             with trio.move_on_after(LAST_ANSWERS_S):
                 await self._control.all_answered()
             nursery.cancel_scope.cancel()
 
-    async def _answer_kernel(self) -> None:
-        try:
-            await pyfuse3.main(max_tasks=MAX_REQUESTS)
-        except BaseExceptionGroup as group:
-            aborted, others = group.split(
-                lambda error: isinstance(error, OSError) and error.errno in _ABORTED
-            )
-            if aborted is None or others is not None:
-                raise
-        except OSError as error:
-            if error.errno not in _ABORTED:
-                raise
-        else:
-            return
-        logger.error(
-            "somebody has aborted the FUSE connection: files that are open fail from now on"
-        )
+    async def _resume(self) -> None:
+        await self._parts.filesystem.resume()
+        self._keeper.restored()
+
+    async def _be_alive(self) -> None:
+        """Tell the keeper from time to time that the loop turns."""
+        while True:
+            self._keeper.alive(self._status_line())
+            await trio.sleep(ALIVE_S)
+
+    async def _hand_over(self) -> None:
+        """Stop to answer when another daemon is to go on.
+
+        Requests under way are not answered: the keeper gives them to the next one.
+        """
+        await self._handing_over.wait()
+        await self._control.all_answered()
+        pyfuse3.terminate()
+        self._answering.cancel()
 
     async def _serve_metrics(self) -> None:
         from lazyfs.report.metrics import Mount
@@ -291,7 +317,12 @@ class Mounted:
 
     def _message(self) -> str:
         parts = self._parts
-        trouble = self._silence() or parts.filesystem.list_trouble or self._repository.trouble
+        trouble = (
+            self._silence()
+            or self._keeper.upgrade_trouble
+            or parts.filesystem.list_trouble
+            or self._repository.trouble
+        )
         return (
             trouble or parts.supervisor.message or parts.population.paused or parts.room.trouble()
         )
@@ -326,7 +357,11 @@ class Mounted:
             and not self._parts.filesystem.list_trouble
             and not self._silence(),
             "control_socket": self._control.path,
-            "pid": os.getpid(),
+            "pid": self._keeper.pid,
+            "daemon_pid": os.getpid(),
+            "restarts": self._keeper.restarts,
+            "version": lazyfs.__version__,
+            "upgrade_trouble": self._keeper.upgrade_trouble,
             "reconnects": self._repository.reconnects,
             "device": self._session.device,
             "metrics": self._metrics.address if self._metrics else "",
@@ -338,6 +373,18 @@ class Mounted:
             "options": dict(self._config.chosen),
             "rate_limit": self._parts.filesystem.rate_limit,
         }
+
+    async def _upgrade(self, arguments: dict[str, Any]) -> object:
+        """Let a daemon of another installed version go on."""
+        python = arguments["python"]
+        if not os.path.isabs(python) or not os.access(python, os.X_OK):
+            raise CommandError(f"{python} is not the absolute path of an interpreter")
+        if self._session.detached:
+            raise CommandError("detached: the mount ends with the last file that is open")
+        self._keeper.hand_over([python, "-P", "-m", "lazyfs"])
+        self.hands_over = self._present.stays = True
+        self._handing_over.set()
+        return {}
 
     async def _detach(self, arguments: dict[str, Any]) -> object:
         """Unmount lazily.
@@ -358,7 +405,7 @@ class Mounted:
         if filling and not force:
             raise CommandError(f"open and not whole: {', '.join(filling)}")
         # The socket moves first, because another daemon may want its place after the unmount.
-        self._control.move(mounts.detached_socket_path(os.getpid()))
+        self._control.move(mounts.detached_socket_path(self._keeper.pid))
         try:
             unmounted = await trio.to_thread.run_sync(
                 self._session.unmount, True, limiter=self._unmounting
@@ -394,11 +441,6 @@ def _not_reloaded(old: MountConfig, new: MountConfig) -> list[str]:
         if getattr(old, name) != getattr(new, name):
             changed.add(name)
     return sorted(changed - _RELOADED)
-
-
-_ABORTED = frozenset({errno.ECONNABORTED, errno.ENODEV})
-"""How reading /dev/fuse ends when somebody has written to the connection's `abort` file, or has
-unmounted with force."""
 
 
 def unmount_quietly(session: KernelSession) -> None:

@@ -25,12 +25,14 @@ from lazyfs.core.extent_map import GRAIN
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import State
 from lazyfs.core.pacing import Backoff
+from lazyfs.core.shown_file import ShownFile
 from lazyfs.engine.interfaces import (
     Answered,
     Claim,
     Export,
     Filler,
     FillWork,
+    ImageFile,
     PlainFile,
     Samples,
     Source,
@@ -479,6 +481,27 @@ class _Disk:
         """True if the file names no export any more."""
 
 
+class FakePresentReader:
+    """Notes what it is shown, and takes nothing over."""
+
+    def __init__(self) -> None:
+        self.shown: dict[int, tuple[ImageFile | None, BlockMap | None]] = {}
+
+    def share(self, inode: int, blocks: BlockMap, file: ImageFile) -> None:
+        pass
+
+    def show(
+        self, inode: int, shown: ShownFile, file: ImageFile | None, blocks: BlockMap | None
+    ) -> None:
+        self.shown[inode] = file, blocks
+
+    def orphan(self, inode: int, record: ImageRecord, may_fetch: bool) -> None:
+        assert inode in self.shown
+
+    def withdraw(self, inode: int) -> None:
+        self.shown.pop(inode, None)
+
+
 class MemoryStores:
     """A cache directory in memory. Implements `interfaces.Stores`."""
 
@@ -567,6 +590,9 @@ class _MemoryReader:
 
     def __init__(self, stores: MemoryStores) -> None:
         self._stores = stores
+
+    def fileno(self) -> int:
+        return -1
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         # The page cache has the even 64 KiB, so that both ways of reading are in use.

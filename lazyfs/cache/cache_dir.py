@@ -13,6 +13,8 @@ All other files in it are foreign. lazyfs neither hides nor touches what it did 
 refuses to use such a directory.
 """
 
+# Longer than 500 lines: to open a cache directory is one sequence of steps.
+
 import fcntl
 import logging
 import os
@@ -20,6 +22,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 
 from lazyfs import errors
 from lazyfs.cache.beneath import Beneath
@@ -55,6 +58,14 @@ REPOSITORY = "repository"
 """The name under which the catalog stores the identity of the repository."""
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Holds the descriptors of a cache directory that is open and locked."""
+
+    root_fd: int
+    lock_fd: int
+
+
 class CacheDir:
     """Holds an open, locked cache directory. Implements `interfaces.Stores`."""
 
@@ -66,6 +77,8 @@ class CacheDir:
         attributes: FileAttributes,
         moved: bool = False,
         trust_owner: bool = False,
+        opened: Opened | None = None,
+        owner_pid: int | None = None,
     ) -> None:
         """Open and lock the cache at `path`, create what is missing, and load its catalog.
 
@@ -77,6 +90,9 @@ class CacheDir:
             moved: the cache belongs to this repository, although it was filled from another
                 address.
             trust_owner: root uses the folder although others own it, or may write to it.
+            opened: what an earlier daemon of the same mount has opened and locked. The mount may
+                hide the path.
+            owner_pid: the process to name as the owner of the lock. None means this one.
 
         Raises:
             UserError: the cache cannot be used. The error says why.
@@ -85,15 +101,13 @@ class CacheDir:
         self._repository = repository
         self._file_attributes = attributes
         self._moved = moved
+        self._owner_pid = os.getpid() if owner_pid is None else owner_pid
         try:
-            # The parent must exist. Otherwise a mistyped name, or a disk that is not mounted yet,
-            # could fill another disk.
-            with suppress(FileExistsError):
-                os.mkdir(path, 0o755)
-            self.root = Beneath(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            root_fd = _open_root(path) if opened is None else opened.root_fd
         except OSError as error:
             raise errors.UserError(f"cannot use {path} as the cache: {error.strerror}") from error
-        self.lock_fd = -1
+        self.root = Beneath(root_fd)
+        self.lock_fd = -1 if opened is None else opened.lock_fd
         """The file that is locked. It also serves as a plain file on the cache's file system
         that always exists."""
         self._mountpoint = mountpoint
@@ -224,6 +238,8 @@ class CacheDir:
         return made
 
     def _take_lock(self, mountpoint: str) -> None:
+        if self.lock_fd >= 0:
+            return  # it is the lock of the mount, which daemons hand on
         self.lock_fd = self.root.open(LOCK, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + ENDING_S
         while not try_lock(self.lock_fd):
@@ -245,7 +261,17 @@ class CacheDir:
                 )
                 + ", or give this mount its own --cache-dir"
             )
-        tell_owner(self.lock_fd, f"the lazyfs on {mountpoint} (pid {os.getpid()})")
+        tell_owner(self.lock_fd, f"the lazyfs on {mountpoint} (pid {self._owner_pid})")
+
+    def more_open(self) -> int:
+        """Return how many plain files more users may read than the mode for new ones allows."""
+        count = 0
+        for record in self.records:
+            if record.state is State.WHOLE:
+                with suppress(OSError):
+                    mode = stat.S_IMODE(self.root.stat(record.path).st_mode)
+                    count += bool(mode & ~self._file_attributes.mode & 0o444)
+        return count
 
     def tell_detached(self) -> None:
         """Say in the lock file that open files of a detached mount keep the cache in use.
@@ -254,7 +280,7 @@ class CacheDir:
         """
         tell_owner(
             self.lock_fd,
-            f"{_DETACHED} {self._mountpoint} (pid {os.getpid()}), "
+            f"{_DETACHED} {self._mountpoint} (pid {self._owner_pid}), "
             "which serves the files still open",
         )
 
@@ -343,6 +369,14 @@ class CacheDir:
         for fd in (self.lock_fd, self.root.fd):
             if fd >= 0:
                 os.close(fd)
+
+
+def _open_root(path: str) -> int:
+    # The parent must exist. Otherwise a mistyped name, or a disk that is not mounted yet, could
+    # fill another disk.
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 # -- what needs no `CacheDir`, only an open cache directory; `cache_check.py` uses it as well

@@ -2,10 +2,10 @@
 
 The catalog is the only authority on names and inodes.
 
-SQLite opens journals by path, and once lazyfs is mounted, the path of the cache directory may lead
-into our own mount. So the catalog is opened before mounting, in WAL mode with exclusive locking.
-Then all later operations use file descriptors that are open already (checked with strace, SQLite
-3.40). Only `close` uses the path again, so it comes after unmounting.
+SQLite opens journals by path, and the path of the cache directory may lead into our own mount. So
+it gets a path through a descriptor (`catalog_file`), and takes that as it is (`sqlite_paths`). In
+WAL mode with exclusive locking, later operations use descriptors that are open already (checked
+with strace, SQLite 3.40). Only `close` uses the path again.
 
 It would be safe to lose the last commits in a power cut: a whole image is finished again, and the
 files of a new inode are removed. But `synchronous=FULL` costs just one fsync for what happens a few
@@ -20,8 +20,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, fields
 from typing import Concatenate, ParamSpec, TypeVar
+from urllib.parse import quote
 
 from lazyfs import errors
+from lazyfs.cache import sqlite_paths
 from lazyfs.cache.reserve import Reserve
 from lazyfs.core import shown_file
 from lazyfs.core.export_name import RESERVED
@@ -162,7 +164,13 @@ class SqliteCatalog:
     def _open(self, path: str) -> None:
         self._lock = threading.Lock()
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            sqlite_paths.register()
+            self._db = sqlite3.connect(
+                f"file:{quote(path)}?vfs={sqlite_paths.NAME}",
+                isolation_level=None,
+                check_same_thread=False,
+                uri=True,
+            )
         except sqlite3.Error as error:
             raise _translate(error, path) from error
         try:

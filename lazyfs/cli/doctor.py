@@ -100,13 +100,9 @@ def _pyfuse3() -> Finding:
 
 
 def _passthrough() -> Finding:
-    from lazyfs.kernel import passthrough
-
-    if passthrough._NO_MODULE:
-        return Finding("passthrough", NOTE, passthrough._NO_MODULE)
     if os.geteuid() != 0:
-        return Finding("passthrough", NOTE, "needs root; whole images are read through the daemon")
-    return Finding("passthrough", GOOD, "the C module is there; status says if a mount has it")
+        return Finding("passthrough", NOTE, "needs root; whole images are read through the keeper")
+    return Finding("passthrough", GOOD, "root; status says if a mount has it")
 
 
 def _files() -> Finding:

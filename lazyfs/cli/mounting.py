@@ -1,7 +1,8 @@
-"""`lazyfs mount`: checks the options, and runs the daemon, in the foreground or the background.
+"""`lazyfs mount`: checks the options, and becomes the keeper, in the foreground or the background.
 
-In the background, the daemon is a new process that runs the same command with --foreground. It
-writes one line to a pipe (--ready-fd): "ready", or the reason why it could not mount.
+In the background, the keeper is a new process that runs the same command with --foreground. It
+writes one line to a pipe (--ready-fd): "ready", or the reason why it could not mount. The keeper's
+daemons run the same command as well, and find in their environment that they are daemons.
 """
 
 import argparse
@@ -10,9 +11,11 @@ import errno
 import logging
 import logging.handlers
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,7 +27,8 @@ from lazyfs.control import client as control_client
 from lazyfs.core import shown_file
 from lazyfs.core.escaping import one_line
 from lazyfs.core.eviction import Limits
-from lazyfs.host import mounts
+from lazyfs.host import fd_store, mounts
+from lazyfs.kernel import channel
 from lazyfs.report.background_log import BackgroundLog, DescriptorHandler
 from lazyfs.units import KiB
 
@@ -38,6 +42,18 @@ def run(options: argparse.Namespace) -> int:
     configuration.apply(options)
     options.given = given
     options.block_size = _block_size(options)
+    if channel.DESCRIPTOR in os.environ:
+        return _be_daemon(options)
+    left = fd_store.inherited(os.environ, os.getpid())
+    if left:
+        from lazyfs import keeper
+
+        # Nothing may use the mount: nobody answers there until this process does.
+        if state := keeper.state_of(left):
+            return _keep(options, state["mountpoint"], state["cache_dir"], left)
+        for fds in left.values():
+            for fd in fds:
+                os.close(fd)
     mountpoint = _mountpoint(options.mountpoint)
     if os.geteuid() != 0 and (options.uid, options.gid) != (os.geteuid(), os.getegid()):
         raise errors.UsageError("only root can give files to others: leave out --uid and --gid")
@@ -45,13 +61,13 @@ def run(options: argparse.Namespace) -> int:
     if not options.foreground:
         return _serve_in_background(options, mountpoint)
     try:
-        _serve(options, mountpoint)
+        cache_dir = os.path.realpath(options.cache_dir or mountpoint)
+        return _keep(options, mountpoint, cache_dir, {}, stale=list(left))
     except errors.UserError as error:
         if options.ready_fd is None:
             raise
         _report(options.ready_fd, str(error))
         return exit_code(error)
-    return 0
 
 
 def exit_code(error: errors.UserError) -> int:
@@ -121,7 +137,64 @@ def _refuse_if_hung(mounted: Sequence[mounts.Mount]) -> None:
             return  # It has ended, or its socket is gone; the mountpoint itself is asked next.
 
 
-def _serve(options: argparse.Namespace, mountpoint: str) -> None:
+def _keep(
+    options: argparse.Namespace,
+    mountpoint: str,
+    cache_dir: str,
+    left: Mapping[str, Sequence[int]],
+    stale: Sequence[str] = (),
+) -> int:
+    """Be the keeper of a mount, until it ends."""
+    from lazyfs import keeper
+
+    _log, _ = _log_to(options)
+    config = keeper.KeeperConfig(
+        mountpoint=mountpoint,
+        cache_dir=cache_dir,
+        repository=options.repository,
+        passthrough=not options.no_passthrough,
+        program=[sys.executable, *_program()],
+        words=options.words,
+        folder=os.getcwd(),
+        left=left,
+        stale=stale,
+    )
+    try:
+        return keeper.keep(config, lambda notes: _report(options.ready_fd, "ready", notes))
+    except errors.UserError:
+        raise
+    except Exception:
+        logging.getLogger(__name__).exception("the keeper failed, a bug in lazyfs")
+        raise errors.UserError(
+            "the keeper failed, a bug in lazyfs; the log has the details"
+        ) from None
+
+
+def _program() -> list[str]:
+    """Return the arguments of the interpreter with which this program was started."""
+    words = len(sys.argv) - 1
+    started = sys.orig_argv[1 : len(sys.orig_argv) - words]
+    # Without -P, Python would import a lazyfs or a trio that lies in the current folder.
+    return started if "-c" in started or "-m" in started else ["-P", "-m", "lazyfs"]
+
+
+def _be_daemon(options: argparse.Namespace) -> int:
+    """Be a daemon of the keeper that has started this process."""
+    keeper = channel.Keeper(
+        channel.Channel(socket.socket(fileno=int(os.environ.pop(channel.DESCRIPTOR))))
+    )
+    try:
+        _serve(options, keeper)
+    except errors.UserError as error:
+        with suppress(channel.Gone):
+            keeper.failed(type(error).__name__, str(error))
+        return exit_code(error)
+    except channel.Gone:
+        return 1  # the keeper was killed
+    return 0
+
+
+def _serve(options: argparse.Namespace, keeper: "channel.Keeper") -> None:
     try:
         # These are imported here, because status and umount need neither pyfuse3 nor libnbd and
         # start in half the time without them.
@@ -130,16 +203,16 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         raise errors.LastingError(_missing_module(error)) from error
     log, reopen = _log_to(options)
     config = replace(
-        _config(options, mountpoint),
+        _config(options, keeper.mountpoint, keeper.cache_dir),
         reread=None
         if options.given.config is None
-        else partial(_reread, options.given, mountpoint),
+        else partial(_reread, options.given, keeper.mountpoint, keeper.cache_dir),
         reopen_log=reopen,
         dropped_log_lines=lambda: log.dropped,
     )
     try:
-        daemon.serve(config, lambda notes: _report(options.ready_fd, "ready", notes))
-    except errors.UserError:
+        daemon.serve(config, keeper)
+    except (errors.UserError, channel.Gone):
         raise
     except Exception:
         logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
@@ -148,7 +221,7 @@ def _serve(options: argparse.Namespace, mountpoint: str) -> None:
         ) from None
 
 
-def _reread(given: argparse.Namespace, mountpoint: str) -> "MountConfig":
+def _reread(given: argparse.Namespace, mountpoint: str, cache_dir: str) -> "MountConfig":
     """Read the configuration again, and return what it says together with the options.
 
     Raises:
@@ -157,10 +230,10 @@ def _reread(given: argparse.Namespace, mountpoint: str) -> "MountConfig":
     options = copy.copy(given)
     configuration.apply(options)
     options.block_size = _block_size(options)
-    return _config(options, mountpoint)
+    return _config(options, mountpoint, cache_dir)
 
 
-def _config(options: argparse.Namespace, mountpoint: str) -> "MountConfig":
+def _config(options: argparse.Namespace, mountpoint: str, cache_dir: str) -> "MountConfig":
     from lazyfs.engine.filesystem import Options
     from lazyfs.engine.interfaces import FileAttributes
     from lazyfs.mounted import MountConfig
@@ -168,7 +241,7 @@ def _config(options: argparse.Namespace, mountpoint: str) -> "MountConfig":
     return MountConfig(
         repository=options.repository,
         mountpoint=mountpoint,
-        cache_dir=os.path.realpath(options.cache_dir or mountpoint),
+        cache_dir=cache_dir,
         file_attributes=FileAttributes(options.mode, options.uid, options.gid),
         options=Options(
             block_size=options.block_size,
@@ -248,22 +321,25 @@ _NOTE = "note: "
 
 
 def _report(ready_fd: int | None, message: str, notes: Sequence[str] = ()) -> None:
-    """Tell the process that waits for this daemon, and close the pipe.
+    """Tell the process that waits for this one, and close the pipe.
 
     In the foreground the log on stderr has the notes already.
     """
     if ready_fd is not None:
         lines = [*(f"{_NOTE}{one_line(note)}" for note in notes), one_line(message)]
-        with suppress(OSError):
+        try:
             os.write(ready_fd, "".join(f"{line}\n" for line in lines).encode())
+        except BrokenPipeError:
+            signal.raise_signal(signal.SIGTERM)  # whoever asked for the mount was killed
+        with suppress(OSError):
             os.close(ready_fd)
 
 
 def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
-    """Start the daemon, and wait until it has mounted. Ctrl-C ends the daemon as well.
+    """Start the keeper, and wait until it has mounted. A signal that ends this ends it as well.
 
     Raises:
-        UserError: it could not mount. The message is the daemon's.
+        UserError: it could not mount. The message is the keeper's.
     """
     read_fd, write_fd = os.pipe()
     # Without -P, Python would import a lazyfs or a trio that lies in the current folder.
@@ -287,13 +363,21 @@ def _serve_in_background(options: argparse.Namespace, mountpoint: str) -> int:
             start_new_session=True,
         )
     os.close(write_fd)
+
+    def end_both(number: int, _frame: object) -> None:
+        child.send_signal(signal.SIGTERM)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_both)
     try:
         with os.fdopen(read_fd) as answer:
             said = answer.readline().strip()
             while said.startswith(_NOTE):
                 printing.complain(said.removeprefix(_NOTE))
                 said = answer.readline().strip()
-    except KeyboardInterrupt:  # the daemon has a session of its own, so it was not interrupted
+    except KeyboardInterrupt:  # the keeper has a session of its own, so it was not interrupted
         child.terminate()
         raise
     if said == "ready":

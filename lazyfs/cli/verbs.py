@@ -13,6 +13,7 @@ from lazyfs.cli import (
     pivoting,
     status,
     unmounting,
+    upgrading,
     values,
 )
 from lazyfs.cli.arguments import OneLineParser, Verb
@@ -156,6 +157,11 @@ def _add_detach(parser: OneLineParser) -> None:
     parser.add_argument(
         "--wait", action="store_true", help="populate every open image, and wait until it is whole"
     )
+
+
+def _add_upgrade(parser: OneLineParser) -> None:
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?")
+    parser.add_argument("--all", action="store_true", help="upgrade every mount of this user")
 
 
 def _add_umount(parser: OneLineParser) -> None:
@@ -326,6 +332,16 @@ VERBS = (
         "/var/lib/imagecache",
         _add_umount,
         unmounting.umount,
+    ),
+    Verb(
+        "upgrade",
+        "let the installed version take over mounts",
+        "Replace the daemon of a mount by one of the version of lazyfs that runs this command. "
+        "Files that are open stay open. If the new version does not answer in 10 s, the one before "
+        "it starts again.",
+        "/var/lib/imagecache",
+        _add_upgrade,
+        upgrading.run,
     ),
     Verb(
         "check",

@@ -43,23 +43,19 @@ class ControlServer:
     def __init__(
         self,
         path: str,
+        listening: socket.socket,
         commands: Mapping[str, Handler],
         schema: Sequence[control_schema.Command] = control_schema.COMMANDS,
     ) -> None:
-        """Bind the socket with mode 0600.
-
-        A socket that is there already is replaced. The caller holds the lock of the cache, so the
-        daemon of that socket is dead.
+        """Serve what connects to `listening`.
 
         Args:
-            path: where the socket is made.
+            path: where the socket lies now.
+            listening: the socket, which others may listen on later, and which they remove.
             commands: the functions by the names of their commands. A function is given the
                 command's arguments. It returns a value that JSON can represent, or raises
                 qmp_wire.CommandError.
             schema: declares all commands, also those that this class answers itself.
-
-        Raises:
-            UserError: the socket cannot be made.
         """
         self.path = path
         self._commands = {
@@ -74,32 +70,15 @@ class ControlServer:
         self._clients: set[_Client] = set()
         self._answering = 0
         self._answered = trio.Event()
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            old = os.umask(0o177)
-            try:
-                listening.bind(path)
-            finally:
-                os.umask(old)
-            self._bound = os.stat(path)
-            listening.listen(MAX_CLIENTS)
-        except OSError as error:
-            listening.close()
-            raise errors.UserError(
-                f"cannot make the control socket {path}: {error.strerror or error}"
-            ) from error
         self._socket = trio.socket.from_stdlib_socket(listening)
+        self._made: os.stat_result | None = None
+        with suppress(FileNotFoundError):
+            self._made = os.stat(path)
 
     async def run(self) -> None:
-        """Serve until cancelled, then remove the socket."""
-        try:
-            # If no descriptor is left for a client, trio waits a moment and tries again.
-            await trio.serve_listeners(self._serve, [trio.SocketListener(self._socket)])
-        finally:
-            self.close()
+        """Serve until cancelled."""
+        # If no descriptor is left for a client, trio waits a moment and tries again.
+        await trio.serve_listeners(self._serve, [trio.SocketListener(self._socket)])
 
     async def all_answered(self) -> None:
         """Wait until no command is under way."""
@@ -115,7 +94,7 @@ class ControlServer:
             UserError: the socket is no longer there.
         """
         try:
-            if not os.path.samestat(os.stat(self.path), self._bound):
+            if self._made is None or not os.path.samestat(os.stat(self.path), self._made):
                 raise FileNotFoundError(errno.ENOENT, "it belongs to another daemon")
             os.rename(self.path, path)
         except OSError as error:
@@ -123,13 +102,6 @@ class ControlServer:
                 f"the control socket {self.path} is gone: {error.strerror}"
             ) from error
         self.path = path
-
-    def close(self) -> None:
-        """Remove the socket if it is still ours."""
-        self._socket.close()
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(self.path), self._bound):
-                os.unlink(self.path)
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
         """Send an event to every client.

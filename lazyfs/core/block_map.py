@@ -9,6 +9,9 @@ of an image.
     2 ZERO      known to read as zeroes; the cache file has a hole there
     3 CLAIMED   a request is under way (in memory only; saved as MISSING)
 
+The bytes may lie in memory that another process reads (`live_in`). It takes DATA and ZERO for what
+it may read from the cache file.
+
 While the file exists, saved bytes only ever change from 0 to 1 or 2. So if a crash leaves a page
 that is a mixture of two versions of itself, what it says is still true. A block with mixed content
 (some extents data, some zeroes) is DATA. `mixed_zero_bytes` counts the zeroes inside such blocks,
@@ -19,7 +22,7 @@ This is not thread-safe. The caller holds the lock (`engine/fetch/block_table.py
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, overload
 
 from lazyfs.core.byte_range import ByteRange
 
@@ -30,6 +33,9 @@ PAGE_BLOCKS = 4096
 
 _ABSENT = re.compile(rb"[\x00\x03]")
 _MISSING_RUN = re.compile(rb"\x00+")
+_RUN = re.compile(rb"\x00+|\x01+|\x02+|\x03+")
+_PRESENT_RUN = re.compile(rb"\x01+|\x02+")
+_BYTE = [bytes([state]) for state in (MISSING, DATA, ZERO, CLAIMED)]
 _SAVED = bytes([MISSING, DATA, ZERO, MISSING])
 
 
@@ -38,6 +44,25 @@ class BlockRun(NamedTuple):
 
     first: int
     end: int
+
+
+class Memory(Protocol):
+    """A bytearray, or an mmap.mmap."""
+
+    def find(self, sub: bytes, start: int = ..., end: int = ..., /) -> int:
+        """Do what bytearray.find does."""
+        ...
+
+    def rfind(self, sub: bytes, /) -> int:
+        """Do what bytearray.rfind does."""
+        ...
+
+    @overload
+    def __getitem__(self, key: int, /) -> int: ...
+    @overload
+    def __getitem__(self, key: slice, /) -> bytes | bytearray: ...
+    def __setitem__(self, key: slice, value: bytes, /) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
 class BlockMap:
@@ -62,7 +87,7 @@ class BlockMap:
         self.block_size = block_size
         self.blocks = -(-size // block_size)
         if saved is None:
-            self._states = bytearray(self.blocks)
+            self._states: Memory = bytearray(self.blocks)
         else:
             if len(saved) != self.blocks:
                 raise ValueError(f"a map of {len(saved)} blocks for an image of {self.blocks}")
@@ -71,6 +96,33 @@ class BlockMap:
         self._zero_bytes = self._bytes_in_state(ZERO)
         self._mixed_zero_bytes = min(mixed_zero_bytes, self._data_bytes)
         self._dirty_pages: set[int] = set()
+
+    def live_in(self, memory: Memory) -> None:
+        """Keep the bytes in `memory` from now on, which has one for each block."""
+        memory[: self.blocks] = bytes(self._states[: self.blocks])
+        self._states = memory
+
+    def take_over(self, known: bytes) -> None:
+        """Take as present what `known` says so of, and is missing here.
+
+        It is the map of the same cache file as a process had it that has ended, one byte per block.
+        Its pages count as changed, because it knew more than the disk.
+
+        Raises:
+            ValueError: it is for another number of blocks.
+        """
+        if len(known) != self.blocks:
+            raise ValueError(f"a map of {len(known)} blocks for an image of {self.blocks}")
+        for match in _PRESENT_RUN.finditer(known):
+            state = known[match.start()]
+            for run in list(self.missing_runs(BlockRun(*match.span()))):
+                self._change(run, MISSING, state)
+                length = self.bytes_of(run).length
+                if state == DATA:
+                    self._data_bytes += length
+                else:
+                    self._zero_bytes += length
+                self._touch(run)
 
     # -- what is here
 
@@ -134,7 +186,7 @@ class BlockMap:
 
         It is at most `max_blocks` long.
         """
-        start = self._states.find(MISSING, first)
+        start = self._states.find(_BYTE[MISSING], first)
         if start < 0:
             return None
         match = _MISSING_RUN.match(self._states, start, min(start + max_blocks, self.blocks))
@@ -143,17 +195,17 @@ class BlockMap:
 
     def next_data(self, first: int) -> int | None:
         """Return the first block at or after `first` that is DATA, or None."""
-        found = self._states.find(DATA, first)
+        found = self._states.find(_BYTE[DATA], first)
         return None if found < 0 else found
 
     def last_data(self) -> int | None:
         """Return the last block that is DATA, or None."""
-        found = self._states.rfind(DATA)
+        found = self._states.rfind(_BYTE[DATA])
         return None if found < 0 else found
 
     def runs(self) -> Iterator[tuple[BlockRun, int]]:
         """Yield maximal runs of blocks in one state, over the whole image, in order."""
-        for match in re.finditer(rb"\x00+|\x01+|\x02+|\x03+", self._states):
+        for match in _RUN.finditer(self._states, 0, self.blocks):
             yield BlockRun(*match.span()), self._states[match.start()]
 
     # -- changes
@@ -208,7 +260,8 @@ class BlockMap:
         """
         pages = []
         for index in sorted(self._dirty_pages):
-            page = self._states[index * PAGE_BLOCKS : (index + 1) * PAGE_BLOCKS]
+            end = min((index + 1) * PAGE_BLOCKS, self.blocks)
+            page = self._states[index * PAGE_BLOCKS : end]
             pages.append((index, bytes(page.translate(_SAVED + bytes(256 - len(_SAVED))))))
         self._dirty_pages.clear()
         return pages
@@ -226,16 +279,15 @@ class BlockMap:
 
     def _change(self, run: BlockRun, old: int, new: int) -> None:
         length = run.end - run.first
-        assert self._states.count(old, run.first, run.end) == length, (
-            f"{run}: not all in state {old}"
-        )
-        self._states[run.first : run.end] = bytes([new]) * length
+        before = self._states[run.first : run.end]
+        assert before.count(old) == length, f"{run}: not all in state {old}"
+        self._states[run.first : run.end] = _BYTE[new] * length
 
     def _touch(self, run: BlockRun) -> None:
         self._dirty_pages.update(range(run.first // PAGE_BLOCKS, (run.end - 1) // PAGE_BLOCKS + 1))
 
     def _bytes_in_state(self, state: int) -> int:
-        total = self._states.count(state) * self.block_size
-        if self.blocks and self._states[-1] == state:
+        total = self._states[: self.blocks].count(state) * self.block_size
+        if self.blocks and self._states[self.blocks - 1] == state:
             total -= self.blocks * self.block_size - self.size
         return total

@@ -125,7 +125,13 @@ COMMANDS = (
                 "connected", "bool", "true if the latest attempt to reach the repository succeeded"
             ),
             Field("control_socket", "str", "absolute path"),
-            Field("pid", "int", "process ID of the daemon"),
+            Field(
+                "pid", "int", "process ID of the keeper, which takes signals and outlives daemons"
+            ),
+            Field("daemon_pid", "int", "process ID of the daemon"),
+            Field("restarts", "int", "how many daemons have been replaced since the mount"),
+            Field("version", "str", "version of the daemon"),
+            Field("upgrade_trouble", "str", 'why the latest upgrade has failed, or ""'),
             Field("reconnects", "int", "number of times that the repository was back after a loss"),
             Field("metrics", "str", '"host:port" where metrics are served; "" if they are not'),
             Field(
@@ -424,6 +430,13 @@ COMMANDS = (
             "an open image is not whole, and `force` is not true",
             "the mount is detached already",
         ),
+    ),
+    Command(
+        "upgrade",
+        "Ends the daemon, and starts one of another installed version. Open files stay open. If it "
+        "does not answer in 10 s, the version before it starts again.",
+        (Argument("python", "str", "absolute path of the interpreter that has the other version"),),
+        errors=("the mount is detached", "there is no such interpreter"),
     ),
 )
 

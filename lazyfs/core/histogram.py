@@ -22,6 +22,12 @@ class HistogramStatistics:
     total: float
     """The sum of all observations."""
 
+    def plus(self, other: "HistogramStatistics") -> "HistogramStatistics":
+        """Return both together. They must have the same bounds."""
+        assert other.bounds == self.bounds
+        counts = tuple(map(sum, zip(self.counts, other.counts, strict=True)))
+        return HistogramStatistics(self.bounds, counts, self.total + other.total)
+
     @property
     def count(self) -> int:
         """Return the number of all observations."""

@@ -39,6 +39,12 @@ class ShownFile(Protocol):
         """Return how many bytes are computed and also need space on the disk."""
         ...
 
+    @property
+    def export_part(self) -> ByteRange:
+        """Return the part that is the export's, byte for byte. In the cache file it is at the same
+        place."""
+        ...
+
     def split(self, wanted: ByteRange) -> list[bytes | ByteRange]:
         """Return the parts of `wanted` in order.
 
@@ -62,6 +68,11 @@ class RawFile:
     size: int
     metadata_size: int = 0
 
+    @property
+    def export_part(self) -> ByteRange:
+        """Return all of it."""
+        return ByteRange(0, self.size)
+
     def split(self, wanted: ByteRange) -> list[bytes | ByteRange]:
         """Return all of `wanted` as one range of the export."""
         return [wanted] if wanted.length else []
@@ -83,6 +94,11 @@ class Qcow2File:
     def metadata_size(self) -> int:
         """Return the size of everything before the data, in bytes."""
         return self.layout.data_offset
+
+    @property
+    def export_part(self) -> ByteRange:
+        """Return the part behind the metadata."""
+        return ByteRange(self.layout.data_offset, self.layout.data_offset + self.export_size)
 
     def split(self, wanted: ByteRange) -> list[bytes | ByteRange]:
         """Return up to three parts: metadata, a range of the export, and zeroes."""

@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/lazyfs
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_lazyfs_subparsers=(mount status prefetch pause resume cancel set-rate evict pin unpin map verify forget pivot detach umount check doctor config)
+_shtab_lazyfs_subparsers=(mount status prefetch pause resume cancel set-rate evict pin unpin map verify forget pivot detach umount upgrade check doctor config)
 
 _shtab_lazyfs_mount_option_strings=(-h --help --config --moved --cache-dir --trust-cache-owner --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
 _shtab_lazyfs_status_option_strings=(-h --help --json --watch --state --sort)
@@ -23,6 +23,7 @@ _shtab_lazyfs_forget_option_strings=(-h --help --json)
 _shtab_lazyfs_pivot_option_strings=(-h --help --all-in --wait --dry-run --allow-hmp --json)
 _shtab_lazyfs_detach_option_strings=(-h --help --wait)
 _shtab_lazyfs_umount_option_strings=(-h --help --lazy)
+_shtab_lazyfs_upgrade_option_strings=(-h --help --all)
 _shtab_lazyfs_check_option_strings=(-h --help --repair --json)
 _shtab_lazyfs_doctor_option_strings=(-h --help)
 _shtab_lazyfs_config_option_strings=(-h --help --json --cache-dir --trust-cache-owner --format --block-size --cluster-size --no-populate --fill-rate --io-timeout --refresh --on-change --max-cache --min-free --overlays --mode --uid --gid --names --allow-evict --no-passthrough --metrics --foreground --log-level --log-file)
@@ -49,6 +50,7 @@ _shtab_lazyfs_pivot_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_lazyfs_pivot___all_in_COMPGEN=_shtab_compgen_dirs
 _shtab_lazyfs_detach_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_lazyfs_umount_pos_0_COMPGEN=_shtab_compgen_dirs
+_shtab_lazyfs_upgrade_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_lazyfs_doctor_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_lazyfs_config_pos_0_COMPGEN=_lazyfs_config_files
 _shtab_lazyfs_config___cache_dir_COMPGEN=_shtab_compgen_dirs
@@ -66,7 +68,7 @@ _shtab_lazyfs_config___format_choices=(raw qcow2)
 _shtab_lazyfs_config___on_change_choices=(keep replace)
 _shtab_lazyfs_config___names_choices=(export sha1)
 _shtab_lazyfs_config___log_level_choices=(debug info warning error)
-_shtab_lazyfs_pos_0_choices=(mount status prefetch pause resume cancel set-rate evict pin unpin map verify forget pivot detach umount check doctor config)
+_shtab_lazyfs_pos_0_choices=(mount status prefetch pause resume cancel set-rate evict pin unpin map verify forget pivot detach umount upgrade check doctor config)
 
 _shtab_lazyfs_mount__h_nargs=0
 _shtab_lazyfs_mount___help_nargs=0
@@ -142,6 +144,9 @@ _shtab_lazyfs_detach___wait_nargs=0
 _shtab_lazyfs_umount__h_nargs=0
 _shtab_lazyfs_umount___help_nargs=0
 _shtab_lazyfs_umount___lazy_nargs=0
+_shtab_lazyfs_upgrade__h_nargs=0
+_shtab_lazyfs_upgrade___help_nargs=0
+_shtab_lazyfs_upgrade___all_nargs=0
 _shtab_lazyfs_check__h_nargs=0
 _shtab_lazyfs_check___help_nargs=0
 _shtab_lazyfs_check___repair_nargs=0

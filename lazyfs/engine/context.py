@@ -11,7 +11,7 @@ from lazyfs.engine.budget import Budget
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
-from lazyfs.engine.interfaces import Catalog, Repository, Stores
+from lazyfs.engine.interfaces import Catalog, PresentReader, Repository, Stores
 from lazyfs.engine.map_memory import MapMemory
 from lazyfs.engine.pace import SharedPace
 from lazyfs.engine.threads import Threads
@@ -37,6 +37,7 @@ class Context(Generic[ImageT]):
     under_way: UnderWay
     waiting: WaitingReads
     map_memory: MapMemory
+    present: PresentReader
     populate: bool
     """Whether the first open of an image starts its population."""
     io_timeout_s: float

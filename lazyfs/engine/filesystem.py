@@ -23,6 +23,7 @@ from lazyfs.core import looking, shown_file
 from lazyfs.core.export_name import EXPORT, shown_path
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import Cause, State
+from lazyfs.core.shown_file import ShownFile
 from lazyfs.engine import identifying
 from lazyfs.engine.budget import Budget
 from lazyfs.engine.context import Context
@@ -30,9 +31,16 @@ from lazyfs.engine.fetch import waiting_reads
 from lazyfs.engine.fetch.under_way import UnderWay
 from lazyfs.engine.fetch.waiting_reads import WaitingReads
 from lazyfs.engine.fetch.write_queue import WriteQueue
-from lazyfs.engine.image.handles import Handle, PartialHandle, WholeHandle
+from lazyfs.engine.image.handles import Handle, OrphanHandle, PartialHandle, WholeHandle
 from lazyfs.engine.image.image import ROOM_CHECK_S, Image
-from lazyfs.engine.interfaces import UNKNOWN, Catalog, Export, Repository, Stores
+from lazyfs.engine.interfaces import (
+    UNKNOWN,
+    Catalog,
+    Export,
+    PresentReader,
+    Repository,
+    Stores,
+)
 from lazyfs.engine.map_memory import MapMemory
 from lazyfs.engine.name_tree import NameTree, TakenNames
 from lazyfs.engine.pace import SharedPace
@@ -85,6 +93,7 @@ class Filesystem:
         records: Sequence[ImageRecord],
         options: Options,
         nursery: trio.Nursery,
+        present: PresentReader,
     ) -> None:
         """Start from the catalog's `records`. `refresh` adds what the repository has."""
         self.list_trouble = ""
@@ -121,6 +130,7 @@ class Filesystem:
             under_way=UnderWay(),
             waiting=WaitingReads(options.queue),
             map_memory=MapMemory(),
+            present=present,
             populate=options.populate,
             io_timeout_s=options.io_timeout_s,
             threads=self.threads,
@@ -213,15 +223,50 @@ class Filesystem:
             raise errors.RequestFailed(f"asking for the size of {image.record.export}", errno.EIO)
         self._check_inode(image)
         handle = await self._in_time(image, image.open)
-        if isinstance(handle, PartialHandle) and not image.record.meant:
-            handle.on_meant = partial(self._meant, image)
-            self._nursery.start_soon(
-                log_failure, "noting that an image is used", partial(self._mean_in_a_while, handle)
-            )
-        elif first and self._context.populate:
+        if not self._is_a_look(image, handle) and first and self._context.populate:
             image.populating.want()
             self.on_fillable()
         return handle
+
+    async def reopen(self, image: Image, whole: bool) -> Handle:
+        """Open `image` again, which the kernel has open since an earlier daemon.
+
+        The repository is not asked.
+
+        Raises:
+            LazyfsError, OSError: it cannot be opened.
+        """
+        if whole:
+            return await image.open_whole()
+        if image.record.size is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        handle = await image.open()
+        self._is_a_look(image, handle)
+        return handle
+
+    def orphan(
+        self, export: Export, shown: ShownFile, may_fetch: bool, closed: Callable[[], None]
+    ) -> Handle:
+        """Return a handle of an image that is in no catalog any more, and that somebody has open.
+
+        Args:
+            export: what it was fetched from.
+            shown: the file that is shown on the mount.
+            may_fetch: whether the export is still the same.
+            closed: called when the handle is closed.
+        """
+        source = self._repository.source(export) if may_fetch else None
+        return OrphanHandle(shown, source, self._options.io_timeout_s, closed)
+
+    def _is_a_look(self, image: Image, handle: Handle) -> bool:
+        """Return whether this open may be just a look. If more comes of it, that is noted."""
+        if not isinstance(handle, PartialHandle) or image.record.meant:
+            return False
+        handle.on_meant = partial(self._meant, image)
+        self._nursery.start_soon(
+            log_failure, "noting that an image is used", partial(self._mean_in_a_while, handle)
+        )
+        return True
 
     def _meant(self, image: Image) -> None:
         image.mean()

@@ -5,6 +5,8 @@ same contract tests. Unless a docstring says otherwise, everything here is calle
 thread only.
 """
 
+# Longer than 500 lines: all that the engine asks of others is in one place.
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +15,7 @@ from lazyfs import errors
 from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.image_record import ImageRecord
+from lazyfs.core.shown_file import ShownFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +283,10 @@ class Repository(Protocol):
 class ImageFile(Protocol):
     """Reads the cache file of one image, partial or whole, which is open. Thread-safe."""
 
+    def fileno(self) -> int:
+        """Return the descriptor of the open file, from which others may read. -1: none."""
+        ...
+
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """Return the bytes if the page cache has all of them, else None.
 
@@ -311,10 +318,6 @@ class ImageFile(Protocol):
 
 class PlainFile(ImageFile, Protocol):
     """Reads and moves the plain file of a whole image."""
-
-    def fileno(self) -> int:
-        """Return the descriptor of the open file, from which the kernel may read."""
-        ...
 
     def set_aside(self) -> None:
         """Free the path durably, so that the catalog may record that nothing is there.
@@ -403,6 +406,53 @@ class Store(ImageFile, Protocol):
         Call it before `remove`. It is durable when it returns. Does nothing if another file is at
         the image's path. Does not need `load`.
         """
+        ...
+
+
+class PresentReader(Protocol):
+    """Reads what is present of images in the place of the engine: another process, the keeper.
+
+    Trio thread only, except for `share`. None of it waits for a disk.
+    """
+
+    def share(self, inode: int, blocks: BlockMap, file: ImageFile) -> None:
+        """Let a map live where the reader sees it, and take over what was known of it before.
+
+        An earlier process may have marked blocks as present that are not saved. They are taken as
+        present if `file` is the file that it had. Thread-safe.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        ...
+
+    def show(
+        self, inode: int, shown: ShownFile, file: ImageFile | None, blocks: BlockMap | None
+    ) -> None:
+        """Let reads of `inode` be answered from `file`, as far as `blocks` are present.
+
+        What was shown under this inode is withdrawn.
+
+        Args:
+            inode: by which the kernel reads it.
+            shown: the file that the mount shows.
+            file: the cache file. None if there is none, and then nothing is read.
+            blocks: its map, which is shared. None if all of it is present.
+        """
+        ...
+
+    def orphan(self, inode: int, record: ImageRecord, may_fetch: bool) -> None:
+        """Note that the image of what is shown as `inode` is in no catalog any more.
+
+        Args:
+            inode: the number.
+            record: the image.
+            may_fetch: whether the export is still the same.
+        """
+        ...
+
+    def withdraw(self, inode: int) -> None:
+        """Let no read of `inode` be answered from now on. May be repeated."""
         ...
 
 

@@ -60,6 +60,9 @@ class Totals:
         self.clock = clock
         self._waits: dict[object, float] = {}
         """Since when each read waits for the repository, the oldest first."""
+        self.read_elsewhere: Callable[[], HistogramStatistics | None] = lambda: None
+        """Returns how many seconds reads of what is present took that another process has
+        answered. Whoever knows it sets it."""
         self.reads = {served: Histogram(READ_BOUNDS_S) for served in SERVED}
         self._opens = 0
         self._lock = threading.Lock()  # population's threads add, too
@@ -124,6 +127,8 @@ class Totals:
     def statistics(self) -> TotalsStatistics:
         """Return all sums as they are now."""
         reads = {served: histogram.statistics() for served, histogram in self.reads.items()}
+        if (elsewhere := self.read_elsewhere()) is not None:
+            reads[PRESENT] = reads[PRESENT].plus(elsewhere)
         with self._lock:
             return TotalsStatistics(
                 dict(self._sums), self._opens, dict(self._errors), self.waiting, reads

@@ -13,7 +13,7 @@
 typedef struct {
     PyObject_HEAD
     struct keeper keeper;
-    int ended_fd, wake_fd;
+    int ended_fd, interrupts_fd, wake_fd;
     bool started;
 } Keeper;
 
@@ -33,19 +33,21 @@ static void *map_shared(int fd, size_t length)
 static int keeper_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     Keeper *self = (Keeper *)object;
-    static char *names[] = {"fuse_fd", "counters_fd", "threads", NULL};
-    int fuse_fd, counters_fd;
+    static char *names[] = {"fuse_fd", "counters_fd", "opened_fd", "threads", NULL};
+    int fuse_fd, counters_fd, opened_fd;
     unsigned threads;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiI", names, &fuse_fd, &counters_fd, &threads))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiI", names, &fuse_fd, &counters_fd, &opened_fd, &threads))
         return -1;
     /* What is mapped and opened here lives as long as the process. */
     struct counters *counters = map_shared(counters_fd, sizeof *counters);
     self->ended_fd = eventfd(0, EFD_CLOEXEC);
+    self->interrupts_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     self->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int error = !counters || self->ended_fd < 0 || self->wake_fd < 0
+    int error = !counters || self->ended_fd < 0 || self->interrupts_fd < 0 || self->wake_fd < 0
                     ? errno
-                    : keeper_start(&self->keeper, fuse_fd, self->ended_fd, self->wake_fd, counters, threads);
+                    : keeper_start(&self->keeper, fuse_fd, self->ended_fd, self->interrupts_fd, self->wake_fd,
+                                   opened_fd, counters, threads);
     if (error) {
         failed(error);
         return -1;
@@ -143,22 +145,25 @@ static PyObject *opened(PyObject *object, PyObject *unused)
     return list;
 }
 
-static PyObject *expire(PyObject *object, PyObject *args)
+static PyObject *unanswered(PyObject *object, PyObject *args)
 {
-    long long timeout_ms;
+    static struct unanswered list[4096]; /* with the interpreter's lock held */
+    long long for_ms;
 
-    if (!PyArg_ParseTuple(args, "L", &timeout_ms))
+    if (!PyArg_ParseTuple(args, "L", &for_ms))
         return NULL;
-    return PyLong_FromUnsignedLong(keeper_expire(&((Keeper *)object)->keeper, timeout_ms));
+    size_t count = keeper_unanswered(&((Keeper *)object)->keeper, for_ms, list, sizeof list / sizeof *list);
+    return PyBytes_FromStringAndSize((const char *)list, (Py_ssize_t)(count * sizeof *list));
 }
 
-static PyObject *oldest(PyObject *object, PyObject *unused)
+static PyObject *fail(PyObject *object, PyObject *args)
 {
-    size_t count;
+    unsigned long long unique;
+    int error;
 
-    (void)unused;
-    int64_t oldest_ms = keeper_oldest(&((Keeper *)object)->keeper, &count);
-    return Py_BuildValue("Ln", (long long)oldest_ms, (Py_ssize_t)count);
+    if (!PyArg_ParseTuple(args, "Ki", &unique, &error))
+        return NULL;
+    return PyBool_FromLong(keeper_fail(&((Keeper *)object)->keeper, unique, error));
 }
 
 static PyObject *ended(PyObject *object, PyObject *unused)
@@ -173,6 +178,12 @@ static PyObject *fileno_of(PyObject *object, PyObject *unused)
     return PyLong_FromLong(((Keeper *)object)->ended_fd);
 }
 
+static PyObject *interrupts_fd(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(((Keeper *)object)->interrupts_fd);
+}
+
 static PyMethodDef methods[] = {
     {"attach", attach, METH_VARARGS, "attach(relay, done_fd, init): give a daemon what is unanswered. Takes relay."},
     {"detach", detach, METH_NOARGS, "detach(): the daemon has ended; wait for what it has answered."},
@@ -181,9 +192,11 @@ static PyMethodDef methods[] = {
      "show(inode, size, data_offset, data_size, block_shift, fd, map_fd): answer reads. Takes both descriptors."},
     {"withdraw", withdraw, METH_VARARGS, "withdraw(inode) -> bool: answer no read from the file any more."},
     {"opened", opened, METH_NOARGS, "opened() -> bytes: (inode, count, backing id) of each, as struct '=Qii'."},
-    {"expire", expire, METH_VARARGS, "expire(timeout_ms) -> int: fail the reads that are older."},
-    {"oldest", oldest, METH_NOARGS, "oldest() -> (ms, count): the age and the number of unanswered requests."},
+    {"unanswered", unanswered, METH_VARARGS,
+     "unanswered(for_ms) -> bytes: an array of struct unanswered, of those that wait for so long or were interrupted."},
+    {"fail", fail, METH_VARARGS, "fail(unique, errno) -> bool: end the wait for a request, if that may be."},
     {"ended", ended, METH_NOARGS, "ended() -> int: the errno with which the connection has ended, or 0."},
+    {"interrupts_fd", interrupts_fd, METH_NOARGS, "interrupts_fd() -> int: an eventfd; somebody who waits has a signal."},
     {"fileno", fileno_of, METH_NOARGS, "fileno() -> int: readable once the connection has ended."},
     {NULL, NULL, 0, NULL},
 };
@@ -193,7 +206,7 @@ static PyTypeObject keeper_type = {
     .tp_name = "lazyfs.kernel._keeper.Keeper",
     .tp_basicsize = sizeof(Keeper),
     .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_doc = "Keeper(fuse_fd, counters_fd, threads): answers what it can, and relays the rest.",
+    .tp_doc = "Keeper(fuse_fd, counters_fd, opened_fd, threads): answers what it can, and relays the rest.",
     .tp_new = PyType_GenericNew,
     .tp_init = keeper_init,
     .tp_methods = methods,

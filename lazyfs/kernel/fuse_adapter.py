@@ -9,11 +9,10 @@ unlink(2) with `--allow-evict`. All other changes are refused here with EROFS.
 
 import errno
 import logging
-import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,16 +20,18 @@ from lazyfs.kernel import passthrough  # isort: skip  # before pyfuse3
 import pyfuse3
 
 from lazyfs import errors
-from lazyfs.core import inode_number
+from lazyfs.core import inode_number, shown_file
 from lazyfs.core.eviction import Obstacle
 from lazyfs.core.lifecycle import State
 from lazyfs.engine.filesystem import Filesystem
-from lazyfs.engine.image.handles import Handle
+from lazyfs.engine.image.handles import Handle, LostHandle
 from lazyfs.engine.image.image import Image
-from lazyfs.engine.interfaces import FileAttributes
+from lazyfs.engine.interfaces import Export, FileAttributes
 from lazyfs.engine.name_tree import Folder, Node
 from lazyfs.engine.operations import Operations, Refused
 from lazyfs.engine.totals import PRESENT, Read
+from lazyfs.kernel.channel import Orphan
+from lazyfs.kernel.complaints import Complaints
 from lazyfs.units import SECTOR
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,6 @@ FILLING_TIMEOUT_S = 1.0
 LARGEST_FILE = 2**63 - 1
 """The largest size in bytes that can be shown. With a qcow2's metadata, the size that an
 untrusted repository states may be larger. Such an image cannot be opened."""
-
-QUIET_S = 10.0
-MAX_COMPLAINTS = 1000
-"""A failure of one kind of one file is logged once in QUIET_S seconds. Up to MAX_COMPLAINTS such
-failures are remembered. Both are unmeasured."""
 
 XATTR_PREFIX = "user.lazyfs."
 _XATTR_PREFIX_BYTES = XATTR_PREFIX.encode()
@@ -70,7 +66,6 @@ class FuseAdapter(pyfuse3.Operations):
         root_fd: int,
         operations: Operations,
         backings: passthrough.Backings,
-        on_connected: Callable[[], None],
         forget_names: Callable[[], bool],
         allow_evict: bool,
     ) -> None:
@@ -82,7 +77,6 @@ class FuseAdapter(pyfuse3.Operations):
             root_fd: the cache directory, for statfs.
             operations: called for utime(2) and unlink(2).
             backings: lets the kernel read plain files.
-            on_connected: called when libfuse has negotiated.
             forget_names: does what `KernelSession.forget_names` does.
             allow_evict: whether unlink(2) evicts.
         """
@@ -92,7 +86,6 @@ class FuseAdapter(pyfuse3.Operations):
         self._file_attributes = attributes
         self._root_fd = root_fd
         self._backings = backings
-        self._on_connected = on_connected
         self._forget_names = forget_names
         self._allow_evict = allow_evict
         self._operations = operations
@@ -100,13 +93,58 @@ class FuseAdapter(pyfuse3.Operations):
         """The open handles, by the inode number by which they were opened. The handles of one
         number are interchangeable."""
         self._mounted_ns = time.time_ns()
-        self._complaints = _Complaints(filesystem.totals.clock)
+        self._complaints = Complaints(filesystem.totals.clock)
 
     def init(self) -> None:
         """Start to notify the kernel, which listens from now on because libfuse is ready."""
-        self._on_connected()
         self._filesystem.names.on_invalid_entry = self._invalidate_entry
         self._filesystem.on_invalid_attributes = _invalidate_attributes
+
+    async def restore(
+        self,
+        opened: Iterable[tuple[int, int, int]],
+        orphans: Iterable[Orphan],
+        withdraw: Callable[[int], None],
+    ) -> None:
+        """Open what the kernel has open, because an earlier daemon has opened it.
+
+        What cannot be opened again is closed as usual, and its reads fail.
+
+        Args:
+            opened: each inode, how many times it is open, and its backing id, or 0.
+            orphans: those of them, or of earlier ones, that no catalog knows.
+            withdraw: called when nobody has an orphan open any more.
+        """
+        known = {one.inode: one for one in orphans}
+        for inode in known.keys() - {inode for inode, _, _ in opened}:
+            withdraw(inode)
+        for inode, count, backing_id in opened:
+            handles = self._open.setdefault(inode, [])
+            for _ in range(count):
+                handles.append(await self._restored(inode, known.get(inode), withdraw))
+            if inode_number.is_whole(inode):
+                self._backings.restored(inode, backing_id, count)
+
+    async def _restored(
+        self, inode: int, orphan: Orphan | None, withdraw: Callable[[int], None]
+    ) -> Handle:
+        try:
+            node = self._filesystem.names.node(inode)
+            if isinstance(node, Image):
+                return await self._filesystem.reopen(node, inode_number.is_whole(inode))
+            if orphan is None:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except (errors.LazyfsError, OSError) as error:
+            logger.warning("an open file is lost: inode=%d reason=%s", inode, error)
+            return LostHandle(error)
+
+        def closed() -> None:
+            if inode not in self._open:
+                withdraw(inode)
+
+        export = Export(orphan.export, orphan.size, orphan.identity)
+        shown = shown_file.of(orphan.format, orphan.size, orphan.block_size)
+        return self._filesystem.orphan(export, shown, orphan.may_fetch, closed)
 
     # -- names and attributes
 
@@ -420,38 +458,6 @@ class FuseAdapter(pyfuse3.Operations):
         if not isinstance(node, Image):
             raise pyfuse3.FUSEError(errno.EISDIR)
         return node
-
-
-class _Complaints:
-    """Logs a failure that is repeated only once in a while.
-
-    A guest that repeats a read that fails must not fill the log.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._said: dict[tuple[str, int, str], tuple[float, int]] = {}
-        """For each kind of failure: when it was last logged, and how often it has happened
-        since."""
-
-    def warn(self, what: str, inode: int, offset: int, error: Exception) -> None:
-        """Log a failure, unless the same failure has been logged in the last QUIET_S seconds."""
-        kind, now = (what, inode, type(error).__name__), self._clock()
-        said_at, since = self._said.get(kind, (-math.inf, 0))
-        if now < said_at + QUIET_S:
-            self._said[kind] = said_at, since + 1
-            return
-        if len(self._said) >= MAX_COMPLAINTS:
-            self._said.clear()
-        self._said[kind] = now, 0
-        logger.warning(
-            "%s failed: inode=%d offset=%d reason=%s%s",
-            what,
-            inode,
-            offset,
-            error,
-            f" (and {since} times more)" if since else "",
-        )
 
 
 def _xattrs(node: Node) -> dict[str, str]:

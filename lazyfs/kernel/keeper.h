@@ -5,7 +5,8 @@
  *   shown.c       the files whose present bytes may be read here, and how
  *   opened.c      how many have each inode open, for the next daemon
  *   requests.c    requests that a daemon has got, or will get, and has not answered
- *   keeper.c      the threads that read /dev/fuse, and the thread that hears the daemon
+ *   relay.c       what the daemon gets and answers
+ *   keeper.c      the threads that read /dev/fuse
  *   _keeper.c     the same for Python
  *
  * All structures on the wire are those of <linux/fuse.h>. Nothing here knows of Python.
@@ -87,9 +88,12 @@ struct opened {
 
 struct opened_table {
     struct opened *slots; /* open addressing; an inode of 0 is an empty slot */
-    size_t slot_count, count;
+    size_t used;
 };
 
+/* Lie in the memory of `fd`, which stays the caller's; what it has is taken over. */
+int opened_map(struct opened_table *table, int fd);
+void opened_unmap(struct opened_table *table);
 int opened_add(struct opened_table *table, uint64_t inode, int32_t backing_id);
 void opened_remove(struct opened_table *table, uint64_t inode);
 /* Return how many there are; fill in at most `room` of them. */
@@ -103,6 +107,7 @@ struct request {
     uint64_t unique;
     int64_t since_ms; /* CLOCK_MONOTONIC */
     bool sent;        /* the present daemon has got it */
+    bool interrupted; /* its thread has a signal: keeper_unanswered lists it at once */
     bool abandoned;   /* an OPEN that was interrupted: if it succeeds, it is closed again */
     uint32_t length;
     _Alignas(8) unsigned char bytes[]; /* the request, from its header on */
@@ -130,7 +135,7 @@ void requests_note_early(struct requests *all, uint64_t unique);
 /* Return whether that happened to this one, and forget it. */
 bool requests_was_early(struct requests *all, uint64_t unique);
 
-/* -- keeper.c */
+/* -- keeper.c and relay.c */
 
 /* Shared with the daemon, which only reads it. */
 struct counters {
@@ -147,6 +152,16 @@ struct done_ring {
     uint64_t uniques[DONE_RING];
 };
 
+struct unanswered {
+    uint64_t unique;
+    int64_t age_ms;
+    uint32_t opcode;
+    uint32_t pid; /* of the thread, as the one who mounted sees it; 0: not to be seen */
+    uint8_t direct; /* a READ of a file that was opened with O_DIRECT */
+    uint8_t interrupted;
+    uint8_t unused[6];
+};
+
 struct keeper {
     int fuse_fd;
     int ended_fd; /* an eventfd, written to when the kernel's connection has ended */
@@ -158,6 +173,7 @@ struct keeper {
     struct requests requests;
     struct opened_table opened;
     int relay; /* the daemon's socket, or -1 */
+    int interrupts_fd; /* an eventfd, written to when something was interrupted */
     int wake_fd; /* an eventfd: the relay's thread looks at `unsent` */
     struct request *unsent; /* the first that the daemon has not got, because its socket was full */
     struct done_ring *done;
@@ -171,23 +187,32 @@ struct keeper {
     struct late_read *late_first, *late_last; /* reads that wait for a thread */
 };
 
-/* Start to read `fuse_fd` with `threads` threads. The descriptors stay the caller's: `ended_fd` and
- * `wake_fd` are eventfds, and `counters` is mapped by it. Returns 0 or an errno. */
-int keeper_start(struct keeper *keeper, int fuse_fd, int ended_fd, int wake_fd, struct counters *counters,
-                 unsigned threads);
+/* Start to read `fuse_fd` with `threads` threads. The descriptors stay the caller's: `ended_fd`,
+ * `interrupts_fd` and `wake_fd` are eventfds, and `counters` is mapped by it. `opened_fd` may have the
+ * table of a keeper that has ended. Returns 0 or an errno. */
+int keeper_start(struct keeper *keeper, int fuse_fd, int ended_fd, int interrupts_fd, int wake_fd, int opened_fd,
+                 struct counters *counters, unsigned threads);
 /* Give a daemon what is unanswered, after `init`, the made-up FUSE_INIT. Takes over `relay`. */
 int keeper_attach(struct keeper *keeper, int relay, struct done_ring *done, const void *init, size_t length);
 /* Take in what the daemon has answered, and wait for the next. `done` is not used any more. */
 void keeper_detach(struct keeper *keeper);
 /* Tell the daemon that no request will come any more; what it still answers is heard. */
 void keeper_hang_up(struct keeper *keeper);
-/* Fail reads that the daemon has not answered for so long. Returns how many. */
-unsigned keeper_expire(struct keeper *keeper, int64_t timeout_ms);
-/* Return for how many ms the oldest request is unanswered, and in `count` how many are. */
-int64_t keeper_oldest(struct keeper *keeper, size_t *count);
+/* List what is unanswered for so long, or was interrupted, at most `room`; return how many. The
+ * caller finds out what the signal is: programs do not expect that one that is harmless, such as a
+ * timer's, ends an open(2). */
+size_t keeper_unanswered(struct keeper *keeper, int64_t for_ms, struct unanswered *list, size_t room);
+/* End the wait for a request with an error. Returns false if it may change something, so that its
+ * answer must be waited for, or if there is no such request. */
+bool keeper_fail(struct keeper *keeper, uint64_t unique, int error);
 /* Wait for the threads to end, after the connection has. */
 void keeper_join(struct keeper *keeper);
 
+/* CLOCK_MONOTONIC. */
+int64_t keeper_now_ns(void);
+void keeper_reply(struct keeper *keeper, uint64_t unique, int error, const void *data, size_t length);
+/* Give a request to the daemon, or to the next one. */
+void keeper_forward(struct keeper *keeper, const struct fuse_in_header *request);
 /* Do with one request what a thread does. For `data` there is room for MAX_READ bytes. */
 void keeper_take(struct keeper *keeper, struct fuse_in_header *request, size_t length, void *data);
 

@@ -1,80 +1,98 @@
-/* How many have each inode open. The kernel knows it, but does not say; the next daemon must. */
+/* How many have each inode open. The kernel knows it, but does not say; the next daemon must.
+ *
+ * The table lies in memory that outlives this process (memfd), for the next keeper. So each change is
+ * a single store: an inode that nobody has open any more keeps its slot, until the table is full. */
+#define _GNU_SOURCE
 #include "keeper.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-static size_t home_of(const struct opened_table *table, uint64_t inode)
+enum { SLOTS = 1 << 20 }; /* 16 MiB, of which only the pages that are used take memory */
+
+int opened_map(struct opened_table *table, int fd)
 {
-    return (size_t)((inode * UINT64_C(0x9E3779B97F4A7C15)) >> 32) & (table->slot_count - 1);
+    size_t length = SLOTS * sizeof *table->slots;
+    void *map = ftruncate(fd, (off_t)length) ? MAP_FAILED : mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    if (map == MAP_FAILED)
+        return errno;
+    *table = (struct opened_table){.slots = map};
+    for (size_t i = 0; i < SLOTS; i++)
+        table->used += table->slots[i].inode != 0;
+    return 0;
 }
 
-/* Return the slot of the inode, or the empty slot where it would be. There is always an empty one. */
+void opened_unmap(struct opened_table *table)
+{
+    munmap(table->slots, SLOTS * sizeof *table->slots);
+}
+
+/* Return the slot of the inode, or the empty slot where it would be. There is always an empty one.
+ * They are scattered: numbers that were given one after the other would make long runs. */
 static struct opened *slot_of(const struct opened_table *table, uint64_t inode)
 {
-    size_t i = home_of(table, inode);
+    size_t i = (size_t)((inode * UINT64_C(0x9E3779B97F4A7C15)) >> 44);
 
     while (table->slots[i].inode && table->slots[i].inode != inode)
-        i = (i + 1) & (table->slot_count - 1);
+        i = (i + 1) % SLOTS;
     return &table->slots[i];
 }
 
-static int grow(struct opened_table *table)
+static int tidy_up(struct opened_table *table)
 {
-    struct opened_table larger = {.slot_count = table->slot_count ? 2 * table->slot_count : 64, .count = table->count};
+    struct opened *open = malloc(SLOTS * sizeof *open);
 
-    larger.slots = calloc(larger.slot_count, sizeof *larger.slots);
-    if (!larger.slots)
+    if (!open)
         return ENOMEM;
-    for (size_t i = 0; i < table->slot_count; i++)
-        if (table->slots[i].inode)
-            *slot_of(&larger, table->slots[i].inode) = table->slots[i];
-    free(table->slots);
-    *table = larger;
-    return 0;
+    size_t count = opened_list(table, open, SLOTS);
+    memset(table->slots, 0, SLOTS * sizeof *table->slots);
+    for (size_t i = 0; i < count; i++)
+        *slot_of(table, open[i].inode) = open[i];
+    table->used = count;
+    free(open);
+    return count < SLOTS / 4 * 3 ? 0 : ENOMEM;
 }
 
 int opened_add(struct opened_table *table, uint64_t inode, int32_t backing_id)
 {
-    if (2 * (table->count + 1) > table->slot_count && grow(table))
-        return ENOMEM;
     struct opened *slot = slot_of(table, inode);
+
     if (!slot->inode) {
-        slot->inode = inode;
+        if (table->used >= SLOTS / 4 * 3) {
+            if (tidy_up(table))
+                return ENOMEM;
+            slot = slot_of(table, inode);
+        }
         slot->count = 0;
-        table->count++;
+        slot->inode = inode;
+        table->used++;
     }
-    slot->count++;
     slot->backing_id = backing_id;
+    slot->count++;
     return 0;
 }
 
 void opened_remove(struct opened_table *table, uint64_t inode)
 {
-    if (!table->slot_count)
-        return;
     struct opened *slot = slot_of(table, inode);
-    if (!slot->inode || --slot->count)
-        return;
-    table->count--;
-    /* Move up those behind it that an empty slot here would hide. */
-    size_t mask = table->slot_count - 1, hole = (size_t)(slot - table->slots);
-    for (size_t i = (hole + 1) & mask; table->slots[i].inode; i = (i + 1) & mask) {
-        size_t home = home_of(table, table->slots[i].inode);
-        if (((i - home) & mask) >= ((i - hole) & mask)) {
-            table->slots[hole] = table->slots[i];
-            hole = i;
-        }
-    }
-    table->slots[hole].inode = 0;
+
+    if (slot->inode && slot->count > 0)
+        slot->count--;
 }
 
 size_t opened_list(const struct opened_table *table, struct opened *list, size_t room)
 {
     size_t found = 0;
 
-    for (size_t i = 0; i < table->slot_count && found < room; i++)
-        if (table->slots[i].inode)
-            list[found++] = table->slots[i];
-    return table->count;
+    for (size_t i = 0; i < SLOTS; i++)
+        if (table->slots[i].inode && table->slots[i].count > 0) {
+            if (found < room)
+                list[found] = table->slots[i];
+            found++;
+        }
+    return found;
 }

@@ -10,35 +10,34 @@ open to the last release. If the kernel could not give one, that is remembered f
 because the kernel refuses to mix both kinds of opens.
 """
 
+import importlib
 import logging
 import os
 import sys
 
+from lazyfs.kernel.channel import Connection
 from lazyfs.kernel.session import PASSTHROUGH, KernelSession
 
 logger = logging.getLogger(__name__)
 
 
-def _load() -> str:
-    """Load the C module in front of libfuse. Return why it cannot be used, or ""."""
-    if "pyfuse3" in sys.modules:
-        return "pyfuse3 was imported first"
+def _load() -> None:
+    """Load the C module in front of libfuse."""
+    assert "pyfuse3" not in sys.modules, "pyfuse3 was imported first"
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
     try:
-        import lazyfs.kernel._passthrough  # noqa: F401
-    except ImportError as error:
-        logger.debug("no C module: %s", error)
-        return (
-            "lazyfs was installed without its C module: "
-            "install gcc, pkg-config and libfuse3-dev, then lazyfs again"
-        )
+        importlib.import_module("lazyfs.kernel._replies")
     finally:
         sys.setdlopenflags(flags)
-    return ""
 
 
-_NO_MODULE = _load()
+_load()
+
+
+def connect(connection: Connection) -> None:
+    """Let libfuse get its requests from the keeper. Call it before pyfuse3.init."""
+    sys.modules["lazyfs.kernel._replies"].connect(connection.fuse_fd, connection.done_fd)
 
 
 class Backings:
@@ -64,8 +63,6 @@ class Backings:
     def _trouble(self, wanted: bool, probe_fd: int) -> str:
         if not wanted:
             return "turned off"
-        if _NO_MODULE:
-            return _NO_MODULE
         if not self._session.flags & PASSTHROUGH:
             return "the kernel has none: it came with Linux 6.9"
         try:
@@ -86,7 +83,7 @@ class Backings:
         self._open[inode] = backing_id, opens + 1
         if backing_id:
             self.opens += 1
-            sys.modules["lazyfs.kernel._passthrough"].reply_with(inode, backing_id)
+            sys.modules["lazyfs.kernel._replies"].reply_with(inode, backing_id)
 
     def _register(self, inode: int, fd: int) -> int:
         if self.trouble:
@@ -98,6 +95,10 @@ class Backings:
                 "read through the daemon, passthrough failed: inode=%d reason=%s", inode, error
             )
             return 0
+
+    def restored(self, inode: int, backing_id: int, opens: int) -> None:
+        """Go on where an earlier daemon has ended: the kernel has this id for the inode."""
+        self._open[inode] = backing_id, opens
 
     def released(self, inode: int) -> None:
         """Note that one open has ended. With the last one, the kernel forgets the backing file."""

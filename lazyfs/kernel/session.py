@@ -1,11 +1,9 @@
-"""Mounts, answers FUSE_INIT, and puts the connection underneath libfuse.
+"""Mounts, and answers FUSE_INIT.
 
 lazyfs opens /dev/fuse, mounts and answers FUSE_INIT itself. libfuse 3.14 and pyfuse3 offer no way
-to set what a cache needs: background requests, readahead, passthrough and resend. pyfuse3 is given
-one end of a socket pair, from which libfuse reads a made-up FUSE_INIT. When libfuse has read that,
-the real connection is put in the place of the socket by dup2. The answer of libfuse to the made-up
-request reaches the kernel as a reply to no request. The kernel refuses it with ENOENT, and that is
-ignored.
+to set what a cache needs: background requests, readahead, passthrough and resend. The keeper does
+this once. Each of its daemons has libfuse, which reads a made-up FUSE_INIT from the socket on which
+the keeper sends requests; libfuse's answer to that goes no further.
 
 All structures are native-endian, as in include/uapi/linux/fuse.h (protocol 7.40, Linux 6.9). Other
 kernels say what they lack, and lazyfs does without that.
@@ -29,6 +27,7 @@ from lazyfs.units import KiB, MiB
 logger = logging.getLogger(__name__)
 
 # fuse.h: opcode and header sizes
+FUSE_READ = 15
 FUSE_INIT = 26
 # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
 IN_HEADER = struct.Struct("=IIQQIIIHH")
@@ -74,6 +73,7 @@ WANTED = BASIC | INIT_EXT | PASSTHROUGH | HAS_RESEND
 FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501
 FUSE_DEV_IOC_BACKING_CLOSE = 0x4004E502
 
+NOTIFY_RESEND = 7  # Linux 6.9
 NOTIFY_INC_EPOCH = 8  # fuse.h: enum fuse_notify_code; Linux 6.16
 
 # mount.h
@@ -134,58 +134,24 @@ def answer_init(request: bytes, wanted: int = WANTED) -> tuple[bytes, int]:
 
 
 class KernelSession:
-    """Holds a FUSE connection that is mounted and negotiated."""
+    """Holds a FUSE connection that is mounted and negotiated.
 
-    def __init__(self, mountpoint: str, source: str, passthrough: bool = True) -> None:
-        """Mount at `mountpoint` and answer FUSE_INIT. Blocks for a few milliseconds.
+    The keeper has the first one. A daemon has another one for the same connection, with a
+    descriptor of its own.
+    """
 
-        The mount does not have MS_RDONLY, because then the kernel would refuse utime(2) and
-        unlink(2) without asking us. `fuse_adapter.py` refuses what it must.
-
-        If root mounts, the mount is open to all users, and the kernel checks permissions. If a user
-        mounts, through fusermount3, it is open to that user only.
-
-        Raises:
-            UserError: it could not be mounted.
-        """
+    def __init__(self, mountpoint: str, fd: int, device: str, flags: int) -> None:
+        """Take over `fd`, the connection."""
         self.mountpoint = mountpoint
-        self.detached = False
+        self.fd = fd
+        self.device = device
+        """The device of the mount as "major:minor"."""
+        self.flags = flags
+        """The flags of FUSE_INIT on which both sides agree (64 bits)."""
+        self.detached = device not in mounts.devices_at(mountpoint)
         """True if it was unmounted. Files that were open still work, and another file system may
         be mounted there."""
         self._unmounting = threading.Lock()
-        self._as_root = os.geteuid() == 0
-        self._fd = self._mount_as_root(source) if self._as_root else self._mount_as_user(source)
-        self.device = mounts.devices_at(mountpoint)[-1]
-        """The device of the mount as "major:minor"."""
-        try:
-            # Passthrough is asked for only if it is used. It makes our file system a layer of a
-            # stack, and a stack may have only two.
-            wanted = WANTED if passthrough else WANTED & ~PASSTHROUGH
-            reply, self.flags = answer_init(os.read(self._fd, _INIT_BUFFER), wanted)
-            os.write(self._fd, reply)
-        except BaseException:
-            self.unmount(lazy=True)
-            raise
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._made_up = ours
-        self._libfuse_fd = os.dup(theirs.fileno())
-        theirs.close()
-        ours.send(encode_init_in(self.flags))
-
-    @property
-    def libfuse_path(self) -> str:
-        """The path that pyfuse3.init takes as its mountpoint."""
-        return f"/dev/fd/{self._libfuse_fd}"
-
-    def connect_libfuse(self) -> None:
-        """Put the real connection in the place of the made-up one.
-
-        Operations.init must call this.
-        """
-        os.dup2(self._fd, self._libfuse_fd, inheritable=False)
-        os.close(self._fd)
-        self._fd = -1
-        self._made_up.close()
 
     def forget_names(self) -> bool:
         """Let the kernel ask again for every name when the name is next used.
@@ -203,9 +169,21 @@ class KernelSession:
             False if the kernel cannot do this, because it is older than Linux 6.16.
         """
         try:
-            os.write(self._connection, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0))
+            os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0))
         except OSError as error:
             return error.errno != errno.EINVAL  # after any other error the mount is gone
+        return True
+
+    def resend(self) -> bool:
+        """Let the kernel send again what was taken and is not answered.
+
+        Returns:
+            False if the kernel cannot do this, because it is older than Linux 6.9.
+        """
+        try:
+            os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0))
+        except OSError as error:
+            return error.errno != errno.EINVAL
         return True
 
     def open_backing(self, fd: int) -> int:
@@ -221,7 +199,7 @@ class KernelSession:
         """
         # With a bytearray, Python returns what the system call returned.
         backing_id: int = fcntl.ioctl(
-            self._connection, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0))
+            self.fd, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0))
         )
         return backing_id
 
@@ -231,11 +209,7 @@ class KernelSession:
         Every file that was opened with the id must have been released, because the kernel resolves
         the id only when it handles the OPEN reply.
         """
-        fcntl.ioctl(self._connection, FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
-
-    @property
-    def _connection(self) -> int:
-        return self._fd if self._fd >= 0 else self._libfuse_fd
+        fcntl.ioctl(self.fd, FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
     def unmount(self, lazy: bool) -> bool:
         """Unmount this mount. Thread-safe.
@@ -269,61 +243,88 @@ class KernelSession:
             self.detached = True
             return self.device in there
 
-    def _mount_as_root(self, source: str) -> int:
+
+def mount(mountpoint: str, source: str, passthrough: bool = True) -> KernelSession:
+    """Mount at `mountpoint`, and answer FUSE_INIT. Blocks for a few milliseconds.
+
+    The mount does not have MS_RDONLY, because then the kernel would refuse utime(2) and unlink(2)
+    without asking us. `fuse_adapter.py` refuses what it must.
+
+    If root mounts, the mount is open to all users, and the kernel checks permissions. If a user
+    mounts, through fusermount3, it is open to that user only.
+
+    Raises:
+        UserError: it could not be mounted.
+    """
+    as_root = os.geteuid() == 0
+    fd = _mount_as_root(mountpoint, source) if as_root else _mount_as_user(mountpoint, source)
+    session = KernelSession(mountpoint, fd, mounts.devices_at(mountpoint)[-1], 0)
+    try:
+        # Passthrough is asked for only if it is used. It makes our file system a layer of a stack,
+        # and a stack may have only two.
+        wanted = WANTED if passthrough else WANTED & ~PASSTHROUGH
+        reply, session.flags = answer_init(os.read(fd, _INIT_BUFFER), wanted)
+        os.write(fd, reply)
+    except BaseException:
+        session.unmount(lazy=True)
+        raise
+    return session
+
+
+def _mount_as_root(mountpoint: str, source: str) -> int:
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise errors.UserError(
+            f"cannot open /dev/fuse: {error.strerror}; load the fuse module"
+        ) from error
+    options = (
+        f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
+        f"max_read={MAX_READ}"
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(source), os.fsencode(mountpoint)
+    if libc.mount(*paths, FS_TYPE.encode(), MS_NOSUID | MS_NODEV | MS_NOATIME, options.encode()):
+        code = ctypes.get_errno()
+        os.close(fd)
+        raise errors.UserError(f"cannot mount on {mountpoint}: {os.strerror(code)}")
+    return fd
+
+
+def _mount_as_user(mountpoint: str, source: str) -> int:
+    """Mount with fusermount3, and return the connection.
+
+    fusermount3 sends it over the socket that _FUSE_COMMFD names (libfuse, lib/mount.c).
+    """
+    subtype = FS_TYPE.partition(".")[2]
+    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    options = (
+        f"rw,nosuid,nodev,noatime,default_permissions,max_read={MAX_READ},"
+        f"subtype={subtype},fsname={name}"
+    )
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
         try:
-            fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise errors.UserError(
-                f"cannot open /dev/fuse: {error.strerror}; load the fuse module"
-            ) from error
-        options = (
-            f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
-            f"max_read={MAX_READ}"
-        )
-        libc = ctypes.CDLL(None, use_errno=True)
-        paths = os.fsencode(source), os.fsencode(self.mountpoint)
-        if libc.mount(
-            *paths, FS_TYPE.encode(), MS_NOSUID | MS_NODEV | MS_NOATIME, options.encode()
-        ):
-            code = ctypes.get_errno()
-            os.close(fd)
-            raise errors.UserError(f"cannot mount on {self.mountpoint}: {os.strerror(code)}")
-        return fd
-
-    def _mount_as_user(self, source: str) -> int:
-        """Mount with fusermount3, and return the connection.
-
-        fusermount3 sends it over the socket that _FUSE_COMMFD names (libfuse, lib/mount.c).
-        """
-        subtype = FS_TYPE.partition(".")[2]
-        name = source.replace("\\", "\\\\").replace(",", "\\,")
-        options = (
-            f"rw,nosuid,nodev,noatime,default_permissions,max_read={MAX_READ},"
-            f"subtype={subtype},fsname={name}"
-        )
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with ours, theirs:
-            try:
-                done = subprocess.run(
-                    ["fusermount3", "-o", options, "--", self.mountpoint],
-                    env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
-                    pass_fds=[theirs.fileno()],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-            except FileNotFoundError as error:
-                raise errors.UserError(
-                    "fusermount3 is missing: install the package fuse3, or mount as root"
-                ) from error
-            theirs.close()
-            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-        if done.returncode or not fds:
-            raise errors.UserError(
-                f"cannot mount on {self.mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}"
+            done = subprocess.run(
+                ["fusermount3", "-o", options, "--", mountpoint],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                capture_output=True,
+                text=True,
+                check=False,
             )
-        os.set_inheritable(fds[0], False)
-        return fds[0]
+        except FileNotFoundError as error:
+            raise errors.UserError(
+                "fusermount3 is missing: install the package fuse3, or mount as root"
+            ) from error
+        theirs.close()
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    if done.returncode or not fds:
+        raise errors.UserError(
+            f"cannot mount on {mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}"
+        )
+    os.set_inheritable(fds[0], False)
+    return fds[0]
 
 
 def unmount(mountpoint: str, lazy: bool) -> None:

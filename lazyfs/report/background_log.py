@@ -148,7 +148,8 @@ class BackgroundLog(logging.Handler):
 
     def _tell_repeats(self, now: float) -> None:
         """Write how often lines came that are quiet by now, in the thread."""
-        with self.lock or nullcontext():
+        # logging.shutdown() holds the lock while `close` waits for this thread.
+        with nullcontext() if now == math.inf or self.lock is None else self.lock:
             quiet = [
                 (text, since)
                 for text, (written_at, since) in self._repeats.items()

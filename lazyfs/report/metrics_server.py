@@ -167,7 +167,10 @@ async def _read_request(stream: trio.SocketStream, local: bool) -> _Request | HT
         return HTTPStatus.BAD_REQUEST
     method, target, _ = words
     path, _, query = target.partition("?")
-    if local and not _is_local(headers.get("Host", "")):
+    hosts = headers.get_all("Host", [])
+    if len(hosts) > 1 or (words[2] != "HTTP/1.0" and (not hosts or not hosts[0].strip())):
+        return HTTPStatus.BAD_REQUEST  # RFC 9112, 3.2
+    if local and not _is_local(hosts[0] if hosts else ""):
         return HTTPStatus.FORBIDDEN
     if path != PATH:
         return HTTPStatus.NOT_FOUND

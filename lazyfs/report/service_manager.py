@@ -1,4 +1,4 @@
-"""Tells the service manager that the daemon is ready, its status, that it lives, and that it stops.
+"""Tells the service manager that the mount is ready, its status, that it lives, and that it stops.
 
 The messages are datagrams to the socket that NOTIFY_SOCKET names. Libraries for this exist
 (sdnotify, which has had no release since 2017; systemd-python, which is written in C and needs
@@ -12,16 +12,15 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, MutableMapping
+import time
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-
-import trio
 
 logger = logging.getLogger(__name__)
 
-LAST_WORD_S = 1.0
-"""How long the daemon tries to report that it stops. If the service manager does not receive within
-that time, the daemon ends without the message."""
+SEND_S = 1.0
+"""How long a message may wait for a service manager that does not receive. Nobody else waits for
+the keeper's main thread for longer than that."""
 
 STATUS_S = 30.0
 """How often the status is sent if it has changed and there is no watchdog."""
@@ -29,61 +28,106 @@ STATUS_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ServiceManager:
-    """Names the service manager that started this daemon and expects messages from it."""
+    """Names the service manager that started this process and expects messages from it."""
 
     address: str
     """The address of its socket: a path, or "@" and a name in the abstract namespace."""
     watchdog_s: float | None
-    """It ends a daemon from which it has heard nothing for so many seconds. None means that it does
-    not watch."""
+    """It ends a process from which it has heard nothing for so many seconds. None means that it
+    does not watch."""
 
-    async def attend(self, answers: Callable[[], object], status: Callable[[], str]) -> None:
-        """Report the state of the daemon until cancelled.
+    def tell(self, *lines: str, fds: Sequence[int] = ()) -> None:
+        """Send `lines` as one message, with descriptors beside it.
 
-        The first message says that the daemon is ready, once `answers` has returned. The next ones
-        report the status and that the daemon lives. The last one says that the daemon stops.
-
-        Args:
-            answers: is called in a thread. It returns once the mount answers, and raises OSError if
-                the mount never will.
-            status: returns one line for people.
-
-        Cancellation: the last message is still sent. A call of `answers` may go on in its thread.
+        A failure is logged; later messages are sent all the same.
         """
-        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            try:
-                try:
-                    await trio.to_thread.run_sync(answers, abandon_on_cancel=True)
-                except OSError as error:  # The mount has been unmounted already.
-                    logger.warning("the mount does not answer: %s", error)
-                    return
-                told = status()
-                await self._send(sender, logging.WARNING, "READY=1", f"STATUS={told}")
-                while True:
-                    # Twice within the time allowed, as sd_watchdog_enabled(3) recommends.
-                    await trio.sleep(STATUS_S if self.watchdog_s is None else self.watchdog_s / 2)
-                    was, told = told, status()
-                    lines = [] if self.watchdog_s is None else ["WATCHDOG=1"]
-                    await self._send(
-                        sender, logging.DEBUG, *lines, *([f"STATUS={told}"] if told != was else [])
-                    )
-            finally:
-                with trio.move_on_after(LAST_WORD_S, shield=True):
-                    await self._send(sender, logging.DEBUG, "STOPPING=1")
-
-    async def _send(self, sender: trio.socket.SocketType, level: int, *lines: str) -> None:
-        """Send `lines` as one message, unless there are none.
-
-        A failure is logged at `level`. Later messages are sent all the same.
-        """
-        if not lines:
-            return
         message = "\n".join(line.replace("\n", " ") for line in lines).encode(errors="replace")
         address = f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
-        try:
-            await sender.sendto(message, address)
-        except OSError as error:
-            logger.log(level, "cannot send to the service manager at %s: %s", self.address, error)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(SEND_S)
+            try:
+                sender.connect(address)
+                socket.send_fds(sender, [message], list(fds))
+            except OSError as error:
+                level = logging.WARNING if "READY=1" in lines else logging.DEBUG
+                logger.log(
+                    level, "cannot send to the service manager at %s: %s", self.address, error
+                )
+
+
+class Attendance:
+    """Reports the state of a mount to a service manager, or to nobody."""
+
+    def __init__(
+        self, manager: ServiceManager | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Report nothing before `ready`. `clock` returns seconds."""
+        self._manager = manager
+        self._clock = clock
+        self._told = ""
+        self._told_at = -math.inf
+        self._ready = False
+        self._kept: set[str] = set()
+
+    @property
+    def wanted(self) -> bool:
+        """True if somebody waits for these messages."""
+        return self._manager is not None
+
+    def ready(self, status: str) -> None:
+        """Say that the mount answers."""
+        if self._manager is not None and not self._ready:
+            self._ready, self._told, self._told_at = True, status, self._clock()
+            self._manager.tell("READY=1", f"STATUS={status}")
+
+    def lives(self, status: str) -> None:
+        """Say that it lives, and how it is. To be called every second or so; most calls do
+        nothing."""
+        manager, now = self._manager, self._clock()
+        if manager is None or not self._ready:
+            return
+        # Twice within the time allowed, as sd_watchdog_enabled(3) recommends.
+        if now < self._told_at + (
+            STATUS_S if manager.watchdog_s is None else manager.watchdog_s / 2
+        ):
+            return
+        lines = [] if manager.watchdog_s is None else ["WATCHDOG=1"]
+        if status != self._told:
+            lines.append(f"STATUS={status}")
+        self._told, self._told_at = status, now
+        if lines:
+            manager.tell(*lines)
+
+    def keep(self, name: str, fd: int) -> None:
+        """Let the service manager keep a descriptor, for the next process.
+
+        It does so if the unit has FileDescriptorStoreMax=. One that is kept under this name already
+        stays as well: `forget` it first.
+        """
+        if self._manager is not None:
+            # FDPOLL: it would drop /dev/fuse when that has an error, and say nothing.
+            self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+            self._kept.add(name)
+
+    def knows(self, names: Iterable[str]) -> None:
+        """Note what an earlier process has let the service manager keep."""
+        self._kept.update(names)
+
+    def forget(self, name: str) -> None:
+        """Undo `keep`."""
+        if self._manager is not None:
+            self._manager.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+            self._kept.discard(name)
+
+    def forget_all(self) -> None:
+        """Undo every `keep`: nobody is to go on."""
+        for name in list(self._kept):
+            self.forget(name)
+
+    def stops(self) -> None:
+        """Say that it stops."""
+        if self._manager is not None:
+            self._manager.tell("STOPPING=1")
 
 
 def from_environment(environment: MutableMapping[str, str], pid: int) -> ServiceManager | None:

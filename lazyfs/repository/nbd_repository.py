@@ -44,6 +44,10 @@ STALL_S = 20.0
 """The longest time without any byte after which a connection is given up, however long readers
 may wait. It is unmeasured: a server that needs longer for the first byte is asked again."""
 
+MAX_LIST_S = 60.0
+"""After so long each name of a list does not count as progress any more. A server could send one
+name a second for a day. 100,000 names come in seconds over 10 Mbit/s."""
+
 MAX_NAMES_LENGTH = 8 * MiB
 """The most characters that all names may have together: 84 for each of MAX_EXPORTS. A name may have
 4 KiB (NBD protocol), and is in memory several times."""
@@ -126,12 +130,14 @@ class NbdRepository:
             if len(names) >= MAX_EXPORTS or length >= MAX_NAMES_LENGTH:
                 dropped += 1  # this does not count as progress, so an endless list is cut off
                 return 0
-            watchdog.progress()
+            if time.monotonic() < began + MAX_LIST_S:
+                watchdog.progress()
             self.listed_at = time.monotonic()
             names.append(name)
             length += len(name)
             return 0
 
+        began = time.monotonic()
         try:
             with nbd_connect.Watchdog(handle, self.uri, attempt) as watchdog:
                 count = handle.opt_list(found)

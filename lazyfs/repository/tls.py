@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import ssl
+import stat
 import struct
 import threading
 import time
@@ -18,6 +19,10 @@ from nbd import NBD
 
 from lazyfs import errors
 from lazyfs.core.repository_uri import RepositoryUri
+from lazyfs.units import MiB
+
+MAX_FILE = 4 * MiB
+"""The longest file of certificates or keys. All authorities that Debian trusts take 220 KiB."""
 
 _DIAGNOSE_S = 5.0
 """How long finding out the reason of a failure may take. It is unmeasured: a few round trips."""
@@ -64,12 +69,18 @@ def check_files(uri: RepositoryUri) -> None:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        # O_NONBLOCK is for the case that it is a FIFO, which would wait for somebody who writes.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise errors.LastingError(f"{path}, which TLS needs, is no plain file")
+            data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise errors.LastingError(
             f"cannot read {path}, which TLS needs: {error.strerror}"
         ) from error
+    if len(data) > MAX_FILE:
+        raise errors.LastingError(f"{path}, which TLS needs, is longer than {MAX_FILE} bytes")
+    return data
 
 
 def require(handle: NBD, uri: RepositoryUri) -> None:

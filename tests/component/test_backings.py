@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.kernel import passthrough
 from lazyfs.kernel import session as kernel_session
 from lazyfs.kernel.passthrough import Backings
 
@@ -50,14 +49,13 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     In this process it may have been loaded too late for pyfuse3, which is not used here.
     """
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(passthrough, "_NO_MODULE", "")
     monkeypatch.setitem(
         sys.modules,
-        "lazyfs.kernel._passthrough",
+        "lazyfs.kernel._replies",
         type("C", (), {"reply_with": lambda *a: told.append(a)}),
     )
     monkeypatch.setattr(
-        "lazyfs.kernel._passthrough", sys.modules["lazyfs.kernel._passthrough"], raising=False
+        "lazyfs.kernel._replies", sys.modules["lazyfs.kernel._replies"], raising=False
     )
     return told
 
@@ -125,23 +123,18 @@ def test_what_the_probe_finds(
     assert not session.last
 
 
-def test_reasons_to_do_without(
-    session: FakeSession, replies: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reasons_to_do_without(session: FakeSession, replies: list[tuple[int, int]]) -> None:
     assert backings(session, wanted=False).trouble == "turned off"
     session.flags &= ~kernel_session.PASSTHROUGH
     assert "Linux 6.9" in backings(session).trouble
-    session.flags = kernel_session.WANTED
-    monkeypatch.setattr(passthrough, "_NO_MODULE", "no C module")
-    assert backings(session).trouble == "no C module"
     assert not session.last
 
 
 PROBE = """
 import os, sys
 from lazyfs.kernel import passthrough
-from lazyfs.kernel.session import KernelSession
-session = KernelSession(sys.argv[1], "nbd://example.com")
+from lazyfs.kernel.session import mount
+session = mount(sys.argv[1], "nbd://example.com")
 probe = os.open(sys.argv[2], os.O_RDONLY)
 print(passthrough.Backings(session, True, probe).trouble or "works")
 os.setresuid(65534, 65534, 65534)
@@ -165,11 +158,3 @@ def test_a_user_without_cap_sys_admin_gets_none(mountpoint: Path, tmp_path: Path
     command = [sys.executable, "-c", PROBE, str(mountpoint), str(tmp_path / "file")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.splitlines() == ["works", "it needs CAP_SYS_ADMIN"]
-
-
-def test_the_module_must_come_before_pyfuse3() -> None:
-    program = "import pyfuse3; from lazyfs.kernel import passthrough; print(passthrough._NO_MODULE)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
-    )
-    assert done.stdout == "pyfuse3 was imported first\n"

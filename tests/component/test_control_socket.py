@@ -25,6 +25,7 @@ from lazyfs import errors
 from lazyfs.control.server import MAX_CLIENTS, MAX_UNREAD, ControlServer
 from lazyfs.core import control_schema
 from lazyfs.core.qmp_wire import MAX_MESSAGE, CommandError
+from lazyfs.host.control_socket import ControlSocket
 
 pytestmark = pytest.mark.trio
 
@@ -86,9 +87,14 @@ SCHEMA = [
 ]
 
 
+def listening(path: Path | str, *rest: Any) -> ControlServer:
+    """Return a server on a socket that is made at `path`."""
+    return ControlServer(str(path), ControlSocket(str(path)).socket, *rest)
+
+
 @pytest.fixture
 async def server(tmp_path: Path, nursery: trio.Nursery) -> ControlServer:
-    made = ControlServer(str(tmp_path / "run" / "control.sock"), COMMANDS, SCHEMA)
+    made = listening(tmp_path / "run" / "control.sock", COMMANDS, SCHEMA)
     nursery.start_soon(made.run)
     return made
 
@@ -621,8 +627,8 @@ async def test_a_client_that_goes_away_does_not_cancel_its_command(
         done.set()
         return {}
 
-    made = ControlServer(
-        str(tmp_path / "s"), {"slow": slow}, [*BUILT_IN, control_schema.Command("slow", "")]
+    made = listening(
+        tmp_path / "s", {"slow": slow}, [*BUILT_IN, control_schema.Command("slow", "")]
     )
     nursery.start_soon(made.run)
     async with connected(made) as client:
@@ -674,28 +680,32 @@ async def test_qmp_shell_works_on_it(server: ControlServer) -> None:
 # -- the socket itself
 
 
-async def test_the_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> None:
+async def test_the_socket_is_private_and_outlives_its_servers(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "control.sock"
     old = os.umask(0)
     try:
-        server = ControlServer(str(path), COMMANDS, SCHEMA)
+        made = ControlSocket(str(path))
     finally:
         os.umask(old)
     found = path.stat()
     assert stat.S_ISSOCK(found.st_mode)
     assert stat.S_IMODE(found.st_mode) == 0o600
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.run)
-        async with connected(server) as client:
-            assert await client.execute("echo") == {}
-            nursery.cancel_scope.cancel()
+    for _ in range(2):
+        server = ControlServer(str(path), made.socket.dup(), COMMANDS, SCHEMA)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.run)
+            async with connected(server) as client:
+                assert await client.execute("echo") == {}
+                nursery.cancel_scope.cancel()
+        assert path.exists()
+    made.remove(str(path.with_name("other")), str(path))
     assert not path.exists()
 
 
 async def test_the_umask_is_left_as_it_was(tmp_path: Path, nursery: trio.Nursery) -> None:
     old = os.umask(0o027)
     try:
-        nursery.start_soon(ControlServer(str(tmp_path / "s"), {}, BUILT_IN).run)
+        nursery.start_soon(listening(tmp_path / "s", {}, BUILT_IN).run)
         assert os.umask(0o027) == 0o027
     finally:
         os.umask(old)
@@ -715,7 +725,7 @@ async def test_what_a_dead_daemon_left_is_replaced(
         path.write_text("stale")
     else:
         path.symlink_to(victim)
-    server = ControlServer(str(path), COMMANDS, SCHEMA)
+    server = listening(path, COMMANDS, SCHEMA)
     nursery.start_soon(server.run)
     async with connected(server) as client:
         assert await client.execute("echo") == {}
@@ -727,14 +737,14 @@ async def test_a_socket_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in ("folder", "file/control.sock", "x" * 200, "y" * 300):
         with pytest.raises(errors.UserError, match="cannot make the control socket") as failure:
-            ControlServer(str(tmp_path / path), {}, BUILT_IN)
+            ControlSocket(str(tmp_path / path))
         assert not str(failure.value).endswith("None")
 
 
 async def test_two_servers_do_not_meet(tmp_path: Path, nursery: trio.Nursery) -> None:
     made = [
-        ControlServer(
-            str(tmp_path / f"{n}.sock"),
+        listening(
+            tmp_path / f"{n}.sock",
             {"who": _who(n)},
             [*BUILT_IN, control_schema.Command("who", "")],
         )

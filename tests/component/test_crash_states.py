@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 from crash_lab import Event, Recorder, present_in, states_after_power_cut
-from fakes import FakeRepository, pattern
+from fakes import FakePresentReader, FakeRepository, pattern
 
 from lazyfs import errors
 from lazyfs.cache import cache_dir
@@ -374,7 +374,13 @@ def test_a_whole_image_whose_file_was_removed_is_remote_again(cache: Cache) -> N
                 block_size=BLOCK, io_timeout_s=10, replace_changed=False, populate=False
             )
             filesystem = Filesystem(
-                repository, opened, opened.catalog, opened.records, options, nursery
+                repository,
+                opened,
+                opened.catalog,
+                opened.records,
+                options,
+                nursery,
+                FakePresentReader(),
             )
             await filesystem.refresh()
             await filesystem.resume()

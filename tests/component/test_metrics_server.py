@@ -280,6 +280,20 @@ async def test_a_page_whose_name_leads_here_gets_nothing(
     assert (b"lazyfs_" in answer) == (code == 200)
 
 
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [
+        (b"GET /metrics HTTP/1.1", 400), (b"GET /metrics HTTP/1.1\r\nHost: ", 400),
+        (b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: evil.example", 400),
+        (b"GET /metrics HTTP/1.1\r\nHost : localhost", 400), (b"GET /metrics HTTP/1.0", 200),
+    ],
+)  # fmt: skip
+async def test_a_request_names_one_host(serving: Any, head: bytes, code: int) -> None:
+    """RFC 9112, 3.2."""
+    answer = await asked(serving(), head + b"\r\n\r\n")
+    assert answer.startswith(f"HTTP/1.0 {code} ".encode())
+
+
 async def test_a_server_for_other_hosts_has_any_name(serving: Any) -> None:
     server = serving("0.0.0.0:0")
     answer = await asked(server, b"GET /metrics HTTP/1.1\r\nHost: host7.example\r\n\r\n")

@@ -1,24 +1,21 @@
 """What the service manager is told on a socket like systemd's, and the unit that systemd gets."""
 
-import errno
 import logging
 import os
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import servers
-import trio
-import trio.testing
 
 from lazyfs.cli import arguments
 from lazyfs.cli.verbs import VERBS
 from lazyfs.report import service_manager
-from lazyfs.report.service_manager import ServiceManager
+from lazyfs.report.service_manager import Attendance, ServiceManager
 
 UNIT = Path(arguments.DATA_DIR) / "lazyfs@.service"
 
@@ -46,39 +43,63 @@ def told(listener: socket.socket) -> list[str]:
     return listener.recv(4096).decode().split("\n")
 
 
-async def attended(
-    manager: ServiceManager,
-    status: Callable[[], str],
-    seconds: float,
-    answers: Callable[[], object] = lambda: None,
-) -> None:
-    with trio.move_on_after(seconds):
-        await manager.attend(answers, status)
+class Times:
+    """A clock that a test moves on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, attendance: Attendance, status: str, seconds: float) -> None:
+        """Let time pass as the keeper does, a second at a time."""
+        for _ in range(int(seconds)):
+            self.now += 1.0
+            attendance.lives(status)
 
 
-def run(manager: ServiceManager, status: Callable[[], str], seconds: float) -> None:
-    trio.run(
-        attended, manager, status, seconds, clock=trio.testing.MockClock(autojump_threshold=0.05)
-    )
+def heard_nothing(heard: socket.socket) -> bool:
+    heard.setblocking(False)
+    try:
+        heard.recv(10)
+    except BlockingIOError:
+        return True
+    finally:
+        heard.settimeout(servers.DEADLINE_S)
+    return False
 
 
 def test_ready_then_alive_twice_in_the_time_allowed_then_stopping(
     listener: tuple[str, socket.socket],
 ) -> None:
     address, heard = listener
-    states = iter(["up", "up", "lost\nthe repository", "lost\nthe repository"])
-    run(ServiceManager(address, 60.0), lambda: next(states), 100.0)
+    attendance = Attendance(ServiceManager(address, 60.0), times := Times())
+    times.pass_by(attendance, "up", 100)
+    assert heard_nothing(heard), "it is not ready"
+    attendance.ready("up")
     assert told(heard) == ["READY=1", "STATUS=up"]
+    times.pass_by(attendance, "up", 30)
     assert told(heard) == ["WATCHDOG=1"]
+    times.pass_by(attendance, "lost\nthe repository", 30)
     assert told(heard) == ["WATCHDOG=1", "STATUS=lost the repository"]
+    times.pass_by(attendance, "lost\nthe repository", 30)
     assert told(heard) == ["WATCHDOG=1"]
+    attendance.ready("up")
+    assert heard_nothing(heard), "once only"
+    attendance.stops()
     assert told(heard) == ["STOPPING=1"]
 
 
-def test_without_a_watchdog_only_what_is_new_is_told(listener: tuple[str, socket.socket]) -> None:
+def test_without_a_watchdog_only_what_is_new_is_told(
+    listener: tuple[str, socket.socket],
+) -> None:
     address, heard = listener
-    states = iter(["up", "up", "lost", "lost"])
-    run(ServiceManager(address, None), lambda: next(states), 3.5 * service_manager.STATUS_S)
+    attendance = Attendance(ServiceManager(address, None), times := Times())
+    attendance.ready("up")
+    times.pass_by(attendance, "up", 100)
+    times.pass_by(attendance, "lost", 100)
+    attendance.stops()
     assert [told(heard) for _ in range(3)] == [
         ["READY=1", "STATUS=up"],
         ["STATUS=lost"],
@@ -86,36 +107,15 @@ def test_without_a_watchdog_only_what_is_new_is_told(listener: tuple[str, socket
     ]
 
 
-def test_not_ready_before_it_answers(listener: tuple[str, socket.socket]) -> None:
-    address, heard = listener
-    order: list[str] = []
-
-    def answers() -> None:
-        heard.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            heard.recv(10)
-        heard.settimeout(servers.DEADLINE_S)
-        order.append("answers")
-
-    def status() -> str:
-        order.append("status")
-        return "up"
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ServiceManager(address, None).attend, answers, status)
-            assert await trio.to_thread.run_sync(told, heard) == ["READY=1", "STATUS=up"]
-            nursery.cancel_scope.cancel()
-
-    trio.run(main)
-    assert order == ["answers", "status"]
-    assert told(heard) == ["STOPPING=1"]
-
-
-def test_nobody_listens_and_the_daemon_goes_on(
+def test_nobody_listens_and_the_keeper_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(ServiceManager(str(tmp_path / "gone"), 10.0), lambda: "up", 20.0)
+    times = Times()
+    for manager in (None, ServiceManager(str(tmp_path / "gone"), 10.0)):
+        attendance = Attendance(manager, times)
+        attendance.ready("up")
+        times.pass_by(attendance, "up", 20)
+        attendance.stops()
     assert [
         record.levelno
         for record in caplog.records
@@ -124,16 +124,13 @@ def test_nobody_listens_and_the_daemon_goes_on(
     assert "cannot send to the service manager" in caplog.text
 
 
-def test_a_mount_that_is_gone_before_it_answered(
-    listener: tuple[str, socket.socket], caplog: pytest.LogCaptureFixture
+def test_one_that_does_not_receive_holds_nobody_up_for_long(
+    listener: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answers() -> None:
-        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
-
-    address, heard = listener
-    trio.run(ServiceManager(address, 1.0).attend, answers, lambda: "up")
-    assert told(heard) == ["STOPPING=1"]
-    assert "does not answer" in caplog.text
+    monkeypatch.setattr(service_manager, "SEND_S", 0.01)
+    manager = ServiceManager(listener[0], None)
+    for _ in range(1000):  # more than its socket takes
+        manager.tell("STATUS=up")
 
 
 @pytest.mark.parametrize(

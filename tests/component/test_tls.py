@@ -275,6 +275,22 @@ async def test_authorities_that_cannot_be_used_are_refused_before_anybody_is_ask
     check_refused(f"{REPOSITORY}?tls-certificates={folder}", f"{folder}/ca-cert.pem")
 
 
+async def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    fifo, folder = tmp_path / "fifo", tmp_path / "certificates"
+    os.mkfifo(fifo)
+    folder.mkdir()
+    (folder / "ca-cert.pem").symlink_to("/dev/zero")
+    (tmp_path / "long").write_bytes(bytes(tls.MAX_FILE + 1))
+    for rest, message in (
+        (f"tls-psk-file={fifo}", "no plain file"),
+        ("tls-psk-file=/dev/zero", "no plain file"),
+        (f"tls-certificates={folder}", "no plain file"),
+        (f"tls-psk-file={tmp_path / 'long'}", "longer than"),
+    ):
+        with pytest.raises(errors.LastingError, match=message):
+            tls.check_files(repository_uri.parse(f"nbds://alice@localhost/?{rest}"))
+
+
 async def test_half_a_certificate_of_ours_is_refused(tmp_path: Path) -> None:
     folder = certificates(tmp_path / "pki", kind="client")
     tls.check_files(repository_uri.parse(f"{REPOSITORY}?tls-certificates={folder}"))

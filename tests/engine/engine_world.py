@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import trio
-from fakes import FakeRepository, MemoryCatalog, MemoryStores, Request
+from fakes import FakePresentReader, FakeRepository, MemoryCatalog, MemoryStores, Request
 from trio.testing import MockClock
 
 from lazyfs import assembly, errors
@@ -135,6 +135,7 @@ class World:
         self.may_leave_files_open = False
         """True if a daemon may end with open files. One that ends during a replacement leaves
         the old file to the operating system."""
+        self.present = FakePresentReader()
         self.filesystem: Filesystem
         self.population: Population
         self.jobs: Jobs
@@ -170,6 +171,7 @@ class World:
                 limits=self.limits,
                 backing_files=self._backing_files,
                 nursery=nursery,
+                present=self.present,
             )
             self.filesystem = filesystem = parts.filesystem
             self.operations, self.room, self.population = (

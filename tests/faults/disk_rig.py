@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -90,6 +91,17 @@ class DiskRig:
         """Let every read and write of the disk fail with EIO from now on."""
         self._fail.touch()
         Path("/proc/sys/vm/drop_caches").write_text("3")
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Let every read and write wait inside the block."""
+        assert self._nbdkit is not None
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        self._nbdkit.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._nbdkit.send_signal(signal.SIGCONT)
 
     def heal(self) -> None:
         """Undo `fail`."""

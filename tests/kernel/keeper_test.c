@@ -68,7 +68,8 @@ static void start(unsigned threads)
     CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, ends));
     kernel_end = ends[0];
     counters = calloc(1, sizeof *counters);
-    CHECK(!keeper_start(&keeper, ends[1], eventfd(0, 0), eventfd(0, EFD_NONBLOCK), counters, threads));
+    CHECK(!keeper_start(&keeper, ends[1], eventfd(0, 0), eventfd(0, EFD_NONBLOCK), eventfd(0, EFD_NONBLOCK),
+                        memfd_create("opened", 0), counters, threads));
     attach();
 }
 
@@ -85,7 +86,7 @@ static void stop(void)
         free(request);
     }
     free(keeper.requests.buckets);
-    free(keeper.opened.slots);
+    opened_unmap(&keeper.opened);
     shown_destroy(&keeper.files);
     free(counters);
     close(kernel_end);
@@ -109,10 +110,22 @@ static void ask_read(uint64_t unique, uint64_t inode, uint64_t offset, uint32_t 
     ask(FUSE_READ, unique, inode, &in, sizeof in);
 }
 
+/* What a signal does, and the supervisor, which finds that it is to end the wait. */
 static void interrupt(uint64_t unique)
 {
     struct fuse_interrupt_in in = {.unique = unique};
     ask(FUSE_INTERRUPT, unique | 1, 0, &in, sizeof in);
+}
+
+static void end_interrupted(uint64_t unique)
+{
+    struct pollfd polled = {.fd = keeper.interrupts_fd, .events = POLLIN};
+    struct unanswered list[4];
+    uint64_t times;
+    CHECK(poll(&polled, 1, 10000) == 1 && read(keeper.interrupts_fd, &times, sizeof times) == sizeof times);
+    CHECK(keeper_unanswered(&keeper, 100000, list, 4) == 1);
+    CHECK(list[0].unique == unique && list[0].interrupted);
+    keeper_fail(&keeper, unique, EINTR);
 }
 
 /* What the kernel is told next, with its body in `body`. */
@@ -241,13 +254,11 @@ static void gives_the_rest_to_the_daemon(void)
     ask(FUSE_FORGET, 10, 1, "12345678", 8);
     ask(FUSE_STATFS, 12, 1, NULL, 0);
     CHECK(got().unique == 12);
-    size_t count;
-    keeper_oldest(&keeper, &count);
-    CHECK(count == 3);
+    struct unanswered list[4];
+    CHECK(keeper_unanswered(&keeper, 0, list, 4) == 3);
     done->uniques[0] = 2, done->uniques[1] = 8;
     atomic_store(&done->tail, 2); /* the daemon has answered these at /dev/fuse */
-    keeper_oldest(&keeper, &count);
-    CHECK(count == 1);
+    CHECK(keeper_unanswered(&keeper, 0, list, 4) == 1);
     stop();
 }
 
@@ -293,11 +304,14 @@ static void interrupts_end_a_wait(void)
     ask_read(2, 5, 0, 100);
     CHECK(got().unique == 2);
     interrupt(2);
+    nobody_is_told(kernel_end); /* not every signal is to end it */
+    end_interrupted(2);
     CHECK(told_error(2) == -EINTR);
     answer(2, 0, "late", 4);
     ask(FUSE_OPEN, 4, 5, "12345678", 8);
     CHECK(got().unique == 4);
     interrupt(4);
+    end_interrupted(4);
     CHECK(told_error(4) == -EINTR);
     answer(4, 0, &opened, sizeof opened); /* it is open in the daemon now, and nobody wants it */
     struct fuse_in_header made_up = got();
@@ -306,20 +320,29 @@ static void interrupts_end_a_wait(void)
     ask(FUSE_UNLINK, 6, 1, "name", 5); /* it may have been done, so it is waited for */
     CHECK(got().unique == 6);
     interrupt(6);
+    end_interrupted(6);
     nobody_is_told(kernel_end);
+    answer(6, -EROFS, NULL, 0);
+    CHECK(told_error(6) == -EROFS);
     interrupt(8); /* before its request */
     ask_read(8, 5, 0, 100);
+    CHECK(got().unique == 8);
+    end_interrupted(8);
     CHECK(told_error(8) == -EINTR);
-    nobody_is_told(daemon_end);
     CHECK(opened_list(&keeper.opened, NULL, 0) == 0);
     ask(FUSE_OPEN, 10, 5, "12345678", 8);
     CHECK(got().unique == 10);
     interrupt(10);
+    end_interrupted(10);
     CHECK(told_error(10) == -EINTR);
+    ask(FUSE_LOOKUP, 12, 1, "name", 5);
+    CHECK(got().unique == 12);
     end_daemon();
     attach();
-    CHECK(got().unique == 6); /* and not the OPEN, which nobody wants */
+    CHECK(got().unique == 12); /* and not the OPEN, which nobody wants */
     nobody_is_told(daemon_end);
+    CHECK(keeper_fail(&keeper, 12, EINTR) && !keeper_fail(&keeper, 12, EINTR));
+    CHECK(told_error(12) == -EINTR);
     stop();
 }
 
@@ -329,9 +352,13 @@ static void reads_that_wait_for_long_fail(void)
     ask_read(2, 5, 0, 100);
     ask(FUSE_LOOKUP, 4, 1, "name", 5);
     CHECK(got().unique == 2 && got().unique == 4);
-    CHECK(keeper_expire(&keeper, 10000) == 0);
+    struct unanswered list[4];
+    CHECK(keeper_unanswered(&keeper, 10000, list, 4) == 0);
     usleep(30000);
-    CHECK(keeper_expire(&keeper, 10) == 1);
+    CHECK(keeper_unanswered(&keeper, 10, list, 4) == 2);
+    CHECK(list[0].unique == 2 && list[0].opcode == FUSE_READ && list[0].age_ms >= 30);
+    CHECK(keeper_unanswered(&keeper, 0, list, 1) == 1);
+    CHECK(keeper_fail(&keeper, 2, EIO));
     CHECK(told_error(2) == -EIO);
     stop();
 }
@@ -450,22 +477,30 @@ static void files_change_under_readers(void)
 static void tables_grow(void)
 {
     enum { MANY = 20000 };
-    struct opened_table table = {0};
+    struct opened_table table, next;
+    int fd = memfd_create("opened", 0);
+    CHECK(!opened_map(&table, fd));
     for (uint64_t inode = 1; inode <= MANY; inode++)
         for (int i = 0; i < 2; i++)
-            CHECK(!opened_add(&table, inode << 3, 0));
-    CHECK(table.count == MANY);
+            CHECK(!opened_add(&table, inode | (inode % 2) << 61, 0));
     for (uint64_t inode = MANY; inode; inode--) {
-        opened_remove(&table, inode << 3);
+        opened_remove(&table, inode | (inode % 2) << 61);
         if (inode % 3)
-            opened_remove(&table, inode << 3);
+            opened_remove(&table, inode | (inode % 2) << 61);
     }
+    for (uint64_t inode = 1 << 20; inode < 3 << 20; inode++) { /* more than there are slots */
+        CHECK(!opened_add(&table, inode, 0));
+        opened_remove(&table, inode);
+    }
+    CHECK(!opened_map(&next, fd)); /* as another process does */
     struct opened *list = calloc(MANY, sizeof *list);
-    CHECK(opened_list(&table, list, MANY) == MANY / 3);
+    CHECK(opened_list(&next, list, MANY) == MANY / 3);
     for (size_t i = 0; i < MANY / 3; i++)
-        CHECK((list[i].inode >> 3) % 3 == 0 && list[i].count == 1);
+        CHECK((list[i].inode & 0xffffff) % 3 == 0 && list[i].count == 1);
     free(list);
-    free(table.slots);
+    opened_unmap(&table);
+    opened_unmap(&next);
+    close(fd);
 
     start(1);
     for (uint64_t inode = 1; inode <= MANY; inode++) {

@@ -54,6 +54,27 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
         time.sleep(0.02)
 
 
+def kill_both(keeper: "subprocess.Popen[str]") -> None:
+    """Kill a keeper and its daemon (kill -9), so that neither does anything about the other."""
+    if keeper.poll() is None:
+        keeper.send_signal(signal.SIGSTOP)  # else it would start another one
+        children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        keeper.kill()
+        for child in children:
+            wait_until(lambda pid=child: has_ended(int(pid)), "the daemon is dead")  # type: ignore[misc]
+    keeper.wait()
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process is gone, or only its parent does not know that yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """Make `folder` a file system of its own of `size`, in the form that mount(8) takes.
@@ -171,6 +192,7 @@ class Lab:
         self.repository.mkdir()
         self.mnt.mkdir()
         self.daemon: subprocess.Popen[str] | None = None
+        """The keeper: the process that users and signals know. Its child is the daemon itself."""
         self.notes: list[str] = []
         """What the latest mount told its user."""
         self._servers: list[Nbdkit] = []
@@ -267,12 +289,24 @@ class Lab:
         assert self.daemon.wait(DEADLINE_S) == 0, self.log_text()
         self.daemon = None
 
+    @property
+    def daemon_pid(self) -> int:
+        """The process ID of the daemon that the keeper has started last, or 0."""
+        assert self.daemon is not None
+        children = Path(f"/proc/{self.daemon.pid}/task/{self.daemon.pid}/children").read_text()
+        return int((children.split() or ["0"])[-1])
+
+    def signal_daemon(self, number: int) -> None:
+        """Send a signal to the daemon, and not to the keeper."""
+        pid = self.daemon_pid
+        assert pid, "there is no daemon"  # 0 would be this process and all of its group
+        os.kill(pid, number)
+
     def kill_daemon(self) -> None:
-        """Kill the daemon (kill -9), and clear the dead mount away as a new mount would."""
+        """Kill the keeper and its daemon at once (kill -9), as a crash of the host does."""
         if self.daemon is not None:
-            self.daemon.kill()
-            self.daemon.wait()
-            self.daemon = None
+            keeper, self.daemon = self.daemon, None
+            kill_both(keeper)
 
     def status_of_all(self, *options: str) -> str:
         """Return what `status` says of all mounts of the machine.
@@ -316,8 +350,7 @@ class Lab:
             try:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+                kill_both(daemon)
         while str(self.mnt) in Path("/proc/self/mountinfo").read_text():
             subprocess.run(["umount", "-l", str(self.mnt)], check=True)
         Path(mounts.socket_path(str(self.mnt))).unlink(missing_ok=True)

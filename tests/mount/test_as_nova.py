@@ -103,11 +103,11 @@ def test_utime_leaves_the_page_cache_alone(lab: Lab) -> None:
     assert os.pread(fd, 128 * KiB, 0) == source[: 128 * KiB]
     os.utime(lab.mnt / "disk")
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     try:
         assert os.pread(fd, 128 * KiB, 0) == source[: 128 * KiB]
     finally:
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
     os.close(fd)
 
 
@@ -273,14 +273,14 @@ def test_an_admin_can_have_it_read_only_for_the_kernel_too(lab: Lab) -> None:
     fd = os.open(lab.mnt / "disk", os.O_RDONLY)
     os.fstat(fd)
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     try:
         os.pread(fd, 4096, 0)
         assert os.fstat(fd).st_size == 1 * MiB, (
             "after a read, too, the kernel need not ask for the attributes"
         )
     finally:
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
     os.close(fd)
 
 

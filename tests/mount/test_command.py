@@ -98,7 +98,7 @@ def test_umount_of_a_daemon_that_hangs_waits_for_it(lab: Lab) -> None:
     lab.mount(server.uri, "--no-populate")
     pread(lab.mnt / "dense", 0, 64 * KiB)
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     umount = subprocess.Popen(
         [sys.executable, "-m", "lazyfs", "umount", str(lab.mnt)], preexec_fn=die_with_parent
     )
@@ -106,7 +106,7 @@ def test_umount_of_a_daemon_that_hangs_waits_for_it(lab: Lab) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             umount.wait(1)
     finally:
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
     assert umount.wait(30) == 0
     assert lab.daemon.wait(30) == 0
     lab.daemon = None
@@ -142,7 +142,10 @@ def test_a_closed_stdout_is_like_dev_null(lab: Lab, command: str) -> None:
     assert (done.returncode, done.stderr) == (as_usual.returncode, as_usual.stderr)
 
 
-def test_an_interrupted_mount_leaves_no_daemon(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
+)
+def test_an_interrupted_mount_leaves_no_daemon(lab: Lab, number: int, code: int) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(lab.folder / "silent"))
         listening.listen()
@@ -158,8 +161,8 @@ def test_an_interrupted_mount_leaves_no_daemon(lab: Lab) -> None:
                 "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             )
             assert daemon != mount.pid
-            mount.send_signal(signal.SIGINT)
-            assert mount.wait(DEADLINE_S) == 130
+            mount.send_signal(number)
+            assert mount.wait(DEADLINE_S) == code
             # By itself it would give up after 10 s.
             wait_until(lambda: not os.path.exists(f"/proc/{daemon}"), "the daemon has ended", 5)
     assert not os.path.ismount(lab.mnt)

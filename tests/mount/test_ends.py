@@ -1,15 +1,12 @@
 """What ends a mount, and what does not: signals, an aborted connection, a disk and a log that
 stall."""
 
-import mmap
 import os
 import re
 import signal
 import subprocess
-import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -100,80 +97,6 @@ def test_an_aborted_connection_ends_the_daemon_cleanly(lab: Lab, connections: Pa
     lab.mount(server.uri, "--no-populate")  # which clears the dead mount away
     assert lab.image_status("disk")["present_bytes"] == present > 0
     lab.umount()
-
-
-# -- a disk that stalls
-
-
-@contextmanager
-def stalled_readers(lab: Lab, connections: Path, count: int) -> Iterator[list[bytes | OSError]]:
-    """A whole image that is read through the daemon by `count` readers, whom its disk holds up.
-
-    Inside, nobody has an answer; what each got is in the list afterwards.
-    """
-    content = lab.image("disk", 8 * MiB).read_bytes()
-    stalled = lab.folder / "stalled"
-    program = PROGRAM.format(patch=STALLS.format(stalled=str(stalled)))
-    lab.mount(lab.serve().uri, "--no-passthrough", program=("-c", program))
-    lab.lazyfs("prefetch", lab.mnt / "disk", "--wait")
-    stalled.touch()
-    answers: list[bytes | OSError] = []
-    fd = os.open(lab.mnt / "disk", os.O_RDONLY | os.O_DIRECT)
-
-    def read(number: int) -> None:
-        buffer = mmap.mmap(-1, 4 * KiB)  # aligned
-        try:
-            os.preadv(fd, [buffer], number * 128 * KiB)
-            got = buffer[:]
-            assert got == content[number * 128 * KiB :][: 4 * KiB]
-            answers.append(got)
-        except OSError as error:
-            answers.append(error)
-
-    readers = [threading.Thread(target=read, args=(number,)) for number in range(count)]
-    for reader in readers:
-        reader.start()
-    waiting = connection_of(connections, lab.mnt) / "waiting"
-    wait_until(lambda: int(waiting.read_text()) >= count, "all readers wait")
-    try:
-        yield answers
-    finally:
-        stalled.unlink(missing_ok=True)
-        for reader in readers:
-            reader.join(DEADLINE_S)
-        with suppress(OSError):  # the daemon has ended
-            os.close(fd)
-    assert len(answers) == count
-
-
-READERS = 60
-"""More than trio's forty threads."""
-
-
-def test_a_disk_that_stalls_under_many_readers_stops_neither_status_nor_detach(
-    lab: Lab, connections: Path
-) -> None:
-    with stalled_readers(lab, connections, READERS) as answers:
-        assert lab.image_status("disk")["open_count"] == 1
-        lab.lazyfs("detach", lab.mnt)
-        assert not os.path.ismount(lab.mnt)
-        assert answers == []
-    assert all(isinstance(answer, bytes) for answer in answers)
-    assert lab.daemon is not None
-    assert lab.daemon.wait(DEADLINE_S) == 0, lab.log_text()
-    lab.daemon = None
-
-
-def test_a_disk_that_stalls_under_many_readers_does_not_stop_sigterm(
-    lab: Lab, connections: Path
-) -> None:
-    with stalled_readers(lab, connections, READERS) as answers:
-        assert lab.daemon is not None
-        lab.daemon.send_signal(signal.SIGTERM)
-        assert lab.daemon.wait(DEADLINE_S) == 0, lab.log_text()
-        assert not os.path.ismount(lab.mnt)
-        lab.daemon = None
-    assert all(isinstance(answer, OSError) for answer in answers)
 
 
 # -- a log that stalls

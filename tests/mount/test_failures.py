@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 from lab import KiB, Lab, MiB, die_with_parent, pread, small_disk, wait_until
 
-from lazyfs.host import process_files
-
 OLD_KERNEL = (
     "-c",
     "from lazyfs.kernel.session import KernelSession\n"
@@ -55,29 +53,22 @@ def test_a_daemon_killed_while_a_lookup_waits_and_names_change(
                 lambda: _waits_in(waiting.pid) == "request_wait_answer", "it waits for the size"
             )
             lab.lazyfs("evict", lab.mnt / "one")
-            daemon = lab.daemon
-            assert daemon is not None
+            daemon = lab.daemon_pid
             if program is OLD_KERNEL:
-                threads = Path(f"/proc/{daemon.pid}/task")
+                threads = Path(f"/proc/{daemon}/task")
                 told = "fuse_reverse_inval_entry"
                 wait_until(
                     lambda: told in [_waits_in(int(task.name)) for task in threads.iterdir()],
                     "it waits, too",
                 )
             assert waiting.poll() is None
-            daemon.kill()
-            wait_until(lambda: process_files.has_ended(daemon.pid), "it is dead")
+            lab.signal_daemon(signal.SIGKILL)
             server.process.send_signal(signal.SIGCONT)
-            if program is OLD_KERNEL:
-                done = lab.lazyfs("status", lab.mnt, check=False)
-                assert (done.returncode, "it was killed; mount again" in done.stdout) == (1, True)
-                lab.lazyfs("umount", lab.mnt)
-            waiting.wait(20)
-        assert waiting.returncode == 1
-        lab.kill_daemon()
-        if program is OLD_KERNEL:
-            lab.mount(server.uri, "--no-populate", "--cache-dir", lab.folder / "cache")
-            assert (lab.mnt / "two").stat().st_size == 1 * MiB
+            waiting.wait(30)
+        # On an old kernel the daemon cannot end before the lookup does, so that is given up.
+        assert waiting.returncode == (1 if program is OLD_KERNEL else 0)
+        assert (lab.mnt / "two").stat().st_size == 1 * MiB
+        assert lab.status()["restarts"] == 1
     finally:
         server.process.send_signal(signal.SIGCONT)
 

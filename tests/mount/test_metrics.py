@@ -309,11 +309,11 @@ def test_a_scrape_of_a_daemon_that_hangs_does_not_keep_it_from_ending(lab: Lab) 
     lab.mount(lab.serve().uri, "--metrics", "0")
     where = port_of(lab)
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     with closing(socket.create_connection(where, DEADLINE_S)) as client:
         client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         lab.daemon.send_signal(signal.SIGTERM)
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
         assert lab.daemon.wait(DEADLINE_S) == 0
         lab.daemon = None
         try:

@@ -93,7 +93,7 @@ def test_ten_thousand_exports(lab: Lab) -> None:
     assert (lab.mnt / "image-09000").stat().st_size == 1 << 30
     assert len(lab.status()["images"]) == 10_000
     assert lab.daemon is not None
-    assert len(os.listdir(f"/proc/{lab.daemon.pid}/fd")) < 50
+    assert len(os.listdir(f"/proc/{lab.daemon_pid}/fd")) < 50
 
 
 def test_files_are_read_only_and_look_as_asked(lab: Lab) -> None:

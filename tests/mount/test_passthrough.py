@@ -18,8 +18,6 @@ from lab import KiB, Lab, MiB, pread, small_disk, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="passthrough needs CAP_SYS_ADMIN")
 
-WITHOUT_THE_MODULE = "import sys; sys.modules['lazyfs.kernel._passthrough'] = None; from lazyfs.cli import main as cli; sys.exit(cli.main())"
-
 
 def whole_image(lab: Lab, *options: str | Path) -> bytes:
     """Mount, and make the image `disk` whole; its plain file is reachable at
@@ -42,11 +40,11 @@ def drop_page_cache(path: Path) -> None:
 def stopped(lab: Lab) -> Iterator[None]:
     """Stop the daemon, so that it answers nothing meanwhile."""
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     try:
         yield
     finally:
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
 
 
 def test_a_whole_image_is_read_cold_with_the_daemon_stopped(lab: Lab) -> None:
@@ -195,7 +193,7 @@ def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
         (lab.mnt / "disk").read_bytes()
         lab.wait_for_state("disk", "whole")
         assert lab.daemon is not None
-        fds = len(os.listdir(f"/proc/{lab.daemon.pid}/fd"))
+        fds = len(os.listdir(f"/proc/{lab.daemon_pid}/fd"))
         # half of the time another open keeps the backing id alive
         held = os.open(lab.mnt / "disk", os.O_RDONLY)
         for i in range(10_000):
@@ -204,7 +202,7 @@ def test_ten_thousand_opens_leave_nothing_behind(lab: Lab) -> None:
             assert pread(lab.mnt / "disk", 4096, 4096) == content
         wait_until(lambda: lab.image_status("disk")["open_count"] == 0, "all closed")
         # Each refresh has a connection for a moment.
-        folder = f"/proc/{lab.daemon.pid}/fd"
+        folder = f"/proc/{lab.daemon_pid}/fd"
         wait_until(
             lambda: len(os.listdir(folder)) <= fds, "the daemon has no more files open than before"
         )
@@ -284,20 +282,6 @@ def test_no_passthrough_reads_through_the_daemon(lab: Lab) -> None:
             resumed.close()
             assert cat.stdout.read() == expected
     os.close(fd)
-
-
-def test_without_the_c_module_everything_but_passthrough_works(lab: Lab) -> None:
-    source = lab.image("disk", 1 * MiB + 3)
-    lab.mount(lab.serve().uri, program=("-c", WITHOUT_THE_MODULE))
-    old = os.open(lab.mnt / "disk", os.O_RDONLY)
-    lab.wait_for_state("disk", "whole")
-    status = lab.status()
-    assert status["passthrough"] is False
-    assert "C module" in status["passthrough_trouble"]
-    assert "no passthrough: " in lab.lazyfs("status", lab.mnt).stdout
-    assert (lab.mnt / "disk").read_bytes() == os.pread(old, 2 * MiB, 0) == source.read_bytes()
-    os.close(old)
-    assert lab.log_text().count("passthrough: off") == 1
 
 
 def test_a_stacked_cache_falls_back_and_says_so(lab: Lab) -> None:

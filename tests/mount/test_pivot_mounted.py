@@ -281,11 +281,11 @@ def test_a_daemon_that_hangs_does_not_make_pivot_hang(
     qemu = start(lab, stack)
     monkeypatch.setattr(control_client, "TIMEOUT_S", 0.5)
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     try:
         (report,) = pivot_module.run([str(qemu.socket)], pivot_module.Options())
     finally:
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
     assert [node.action for node in report.nodes] == ["skipped"]
     assert "does not answer" in report.nodes[0].message
 

@@ -127,11 +127,11 @@ def bytes_in(path: Path, start: int) -> int:
 def stopped(lab: Lab) -> Iterator[None]:
     """Stop the daemon, so that it answers nothing meanwhile."""
     assert lab.daemon is not None
-    lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     try:
         yield
     finally:
-        lab.daemon.send_signal(signal.SIGCONT)
+        lab.signal_daemon(signal.SIGCONT)
 
 
 # -- while it is filled
@@ -534,7 +534,7 @@ from lazyfs.cache.store import cache_file, qcow2
 {patch}
 sys.exit(cli.main())
 """
-DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+DIE = "[os.kill(pid, signal.SIGKILL) for pid in (os.getppid(), os.getpid())]"  # as a host does
 POINTS = {
     "with the tables finished and the old header": f"""
 real = qcow2.write_all

@@ -112,14 +112,14 @@ def test_kill_9_costs_at_most_the_last_checkpoint(lab: Lab) -> None:
 def _below(lab: Lab) -> list[str]:
     """Return the cache's state, seen under the mount through the daemon's own descriptor."""
     assert lab.daemon is not None
-    root = f"/proc/{lab.daemon.pid}/fd"
+    root = f"/proc/{lab.daemon_pid}/fd"
     return [os.readlink(f"{root}/{fd}") for fd in os.listdir(root)]
 
 
 def _saved_blocks(lab: Lab, map_file: str) -> int:
     assert lab.daemon is not None
-    for fd in os.listdir(f"/proc/{lab.daemon.pid}/fd"):
-        path = f"/proc/{lab.daemon.pid}/fd/{fd}"
+    for fd in os.listdir(f"/proc/{lab.daemon_pid}/fd"):
+        path = f"/proc/{lab.daemon_pid}/fd/{fd}"
         if os.readlink(path) == map_file:
             with open(path, "rb") as file:
                 return file.read()[8192:].count(1)

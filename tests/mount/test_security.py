@@ -145,6 +145,21 @@ def test_what_the_readme_says_lets_only_a_group_read(lab: Lab) -> None:
         assert (done.returncode == 0) == allowed, done.stderr
 
 
+def test_who_may_read_whole_images_from_before_is_said(lab: Lab) -> None:
+    lab.image("disk", SIZE)
+    server = lab.serve()
+    lab.mount(server.uri)
+    (lab.mnt / "disk").read_bytes()
+    lab.wait_for_state("disk", "whole")
+    lab.umount()
+    lab.mount(server.uri, "--mode", "0440")
+    assert any("more users may read 1" in note for note in lab.notes)
+    lab.umount()
+    (lab.mnt / "disk").chmod(0o440)
+    lab.mount(server.uri, "--mode", "0440")
+    assert lab.notes == []
+
+
 def test_a_log_file_is_not_for_everybody(lab: Lab) -> None:
     lab.image("disk", SIZE)
     lab.mount(lab.serve().uri)
@@ -219,7 +234,7 @@ def test_a_repository_at_its_limits_takes_a_limited_amount_of_memory(lab: Lab) -
         assert len(os.listdir(lab.mnt)) == 100_000
         assert "lists 10000 exports more than lazyfs takes" in lab.log.read_text()
         assert lab.daemon is not None
-        status = Path(f"/proc/{lab.daemon.pid}/status").read_text()
+        status = Path(f"/proc/{lab.daemon_pid}/status").read_text()
         resident = int(status.partition("VmRSS:")[2].split()[0]) * KiB
         assert resident < 350 * 1024 * KiB, "300 MiB more than a mount without images"
         assert (lab.mnt / f"000007-{'n' * 70}").read_bytes() == b"x" * SIZE

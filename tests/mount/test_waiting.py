@@ -119,7 +119,7 @@ def waiting(lab: Lab) -> float:
 def memory(lab: Lab) -> int:
     """Return the bytes of memory that the daemon has."""
     assert lab.daemon is not None
-    text = Path(f"/proc/{lab.daemon.pid}/status").read_text()
+    text = Path(f"/proc/{lab.daemon_pid}/status").read_text()
     return int(text.partition("VmRSS:")[2].split()[0]) * KiB
 
 
@@ -309,15 +309,30 @@ def test_umount_names_who_uses_it(lab: Lab) -> None:
     lab.umount()
 
 
-def test_mount_over_a_daemon_that_hangs_says_so(lab: Lab) -> None:
+def test_mount_over_a_daemon_that_hangs_waits_for_the_next_one(lab: Lab) -> None:
+    lab.image("a", MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    lab.signal_daemon(signal.SIGSTOP)
+    try:
+        refused = lab.lazyfs("mount", server.uri, lab.mnt, check=False)
+    finally:
+        lab.signal_daemon(signal.SIGCONT)
+    assert refused.returncode == 1
+    assert "is mounted on" in refused.stderr
+
+
+def test_mount_over_a_keeper_that_hangs_says_so(lab: Lab) -> None:
     lab.image("a", MiB)
     server = lab.serve()
     lab.mount(server.uri)
     assert lab.daemon is not None
     lab.daemon.send_signal(signal.SIGSTOP)
+    lab.signal_daemon(signal.SIGSTOP)
     try:
         refused = lab.lazyfs("mount", server.uri, lab.mnt, check=False)
     finally:
+        lab.signal_daemon(signal.SIGCONT)
         lab.daemon.send_signal(signal.SIGCONT)
     assert refused.returncode == 1
     assert "does not answer in 10 s; end it with kill -9, then mount again" in refused.stderr

@@ -1,5 +1,6 @@
 """BlockMap against a dict of states, and what survives on disk against what was really there."""
 
+import mmap
 import re
 from itertools import groupby
 
@@ -326,3 +327,59 @@ def test_a_change_from_any_other_state_is_refused_and_changes_nothing(
         getattr(blocks, operation)(BlockRun(1, 2), *arguments)
     assert (list(blocks.runs()), blocks.present_bytes, blocks.zero_bytes) == before
     assert not blocks.dirty
+
+
+# -- memory that another process reads, and what a process knew that has ended
+
+
+def map_of(states: list[int], tail: int = 0) -> BlockMap:
+    return BlockMap(len(states) * BLOCK - tail, BLOCK, bytes(states))
+
+
+states = st.lists(st.sampled_from([MISSING, DATA, ZERO, CLAIMED]), min_size=1, max_size=40)
+
+
+@given(states, st.data(), st.integers(0, BLOCK - 1))
+def test_taking_over_is_as_if_it_had_been_saved(
+    saved: list[int], data: st.DataObject, tail: int
+) -> None:
+    known = data.draw(st.lists(st.sampled_from(range(5)), min_size=len(saved), max_size=len(saved)))
+    taken = map_of(saved, tail)
+    taken.take_over(bytes(known))
+    absent = (MISSING, CLAIMED)
+    both = [
+        new if old in absent and new in (DATA, ZERO) else old
+        for old, new in zip(saved, known, strict=True)
+    ]
+    expected = map_of(both, tail)
+    assert list(taken.runs()) == list(expected.runs())
+    assert (taken.present_bytes, taken.zero_bytes) == (expected.present_bytes, expected.zero_bytes)
+    assert taken.dirty == (list(taken.runs()) != list(map_of(saved, tail).runs()))
+
+
+def test_a_map_of_another_size_is_not_taken_over() -> None:
+    with pytest.raises(ValueError, match="3 blocks"):
+        map_of([MISSING, DATA]).take_over(bytes(3))
+
+
+@given(states, states)
+def test_it_is_the_same_in_other_memory(first: list[int], second: list[int]) -> None:
+    here, there = map_of(first), map_of(first)
+    with mmap.mmap(-1, len(first)) as memory:
+        there.live_in(memory)
+        for blocks in (here, there):
+            for run in list(blocks.missing_runs(BlockRun(0, len(first)))):
+                if second[run.first % len(second)] == DATA:
+                    blocks.claim(run)
+                    blocks.mark_present(run, blocks.bytes_of(run).length)
+                elif second[run.first % len(second)] == ZERO:
+                    blocks.mark_zero(run)
+        assert list(here.runs()) == list(there.runs())
+        assert here.take_dirty() == there.take_dirty()
+        for block in range(len(first)):
+            wanted = ByteRange(block * BLOCK, (block + 1) * BLOCK)
+            assert here.is_present(wanted) == there.is_present(wanted)
+            assert memory[block] == there.state(block)
+            assert here.next_missing(block, 3) == there.next_missing(block, 3)
+            assert here.next_data(block) == there.next_data(block)
+        assert here.last_data() == there.last_data()

@@ -14,16 +14,17 @@ PACKAGES = {
     "__main__": "",
     "cli": (
         "mount_helper main verbs mounting configuration mount_options status watching status_view image_verbs map_view"
-        " pivoting unmounting checking doctor waiting progress values arguments printing"
+        " pivoting upgrading unmounting checking doctor waiting progress values arguments printing"
     ),
+    "keeper": "",
     "daemon": "",
     "mounted": "",
     "assembly": "",
     "report": "metrics_server metrics service_manager tracebacks background_log",
     "qemu": "pivot pivot_steps pivot_survey monitor overlay_scan",
-    "control": "server commands jobs client",
-    "kernel": "fuse_adapter passthrough _passthrough _keeper session",
-    "cache": "cache_check check_report adopting cache_dir catalog_file catalog reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
+    "control": "stand_in server commands jobs client",
+    "kernel": "fuse_adapter complaints present_files passthrough _replies channel _keeper session",
+    "cache": "cache_check check_report adopting cache_dir catalog_file catalog sqlite_paths reserve store.raw store.qcow2 store.cache_file store.write_behind store.unkept beneath",
     "repository": "lookups nbd_repository sole_connection nbd_filler nbd_source fill_thread nbd_handle describing nbd_connect tls nbd_buffers",
     "engine": (
         "room operations verifying filesystem identifying population sizes name_tree supervision slices"
@@ -34,7 +35,7 @@ PACKAGES = {
         " fetch.write_queue"
         " budget map_memory pace totals use_clock interfaces"
     ),
-    "host": "open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
+    "host": "fd_store leaving control_socket open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
         " config_file config_key eviction overlay digest looking shown_file qcow2_layout map_file export_name repository_uri in_flight fetch_plan pacing"
@@ -187,7 +188,7 @@ def test_no_module_is_named_twice() -> None:
 
 
 def test_every_module_in_the_order_exists() -> None:
-    there = {name_of(path) for path in module_files()} | {"kernel._passthrough", "kernel._keeper"}
+    there = {name_of(path) for path in module_files()} | {"kernel._replies", "kernel._keeper"}
     assert set(ORDER) <= there
 
 

@@ -109,6 +109,10 @@ class FileReader:
         self._users = 0
         self._closed = False
 
+    def fileno(self) -> int:
+        """Return the open file's descriptor. -1 if it is closed."""
+        return self._fd
+
     @contextmanager
     def _using(self) -> Iterator[None]:
         """Keep the files open inside the block. Raises OSError (EBADF) if they are closed."""
@@ -394,10 +398,6 @@ class WholeFile(FileReader):
             raise
         if not locked:
             logger.warning("somebody may write to the plain file: path=%s", record.path)
-
-    def fileno(self) -> int:
-        """Return the open file's descriptor."""
-        return self._fd
 
     def set_aside(self) -> None:
         """Move the plain file to the folder of partial files.

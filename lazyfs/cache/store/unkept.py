@@ -15,6 +15,10 @@ class UnkeptStore:
     It keeps no data, so only zeroes can be present.
     """
 
+    def fileno(self) -> int:
+        """Return -1: there is no file."""
+        return -1
+
     def load(self) -> BlockMap:
         """Raise StateError: this store is never loaded."""
         raise errors.StateError("not loaded")

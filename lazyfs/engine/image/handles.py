@@ -4,18 +4,22 @@ A handle serves reads until `aclose`, whatever becomes of the image:
 
     PartialHandle   reads through the cache file that is being filled, and fetches what is missing
     WholeHandle     reads from the plain file
+    OrphanHandle    was open when a daemon ended, and its image is in no catalog any more
+    LostHandle      was open when a daemon ended, and cannot be opened again
 """
 
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import trio
 
+from lazyfs import errors
 from lazyfs.core import looking
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.shown_file import ShownFile
 from lazyfs.engine.image.filling import Filling, clip, nowait, read_file, read_now
-from lazyfs.engine.interfaces import PlainFile
+from lazyfs.engine.interfaces import PlainFile, Source
 from lazyfs.engine.totals import Read
 
 
@@ -188,3 +192,79 @@ class WholeHandle:
         if self._open:
             self._open = False
             await self._closed(self)
+
+
+class OrphanHandle:
+    """Represents an image that was evicted or replaced, and then a daemon has ended.
+
+    The keeper still reads what is present. The rest is read from the repository each time.
+    """
+
+    def __init__(
+        self,
+        shown: ShownFile,
+        source: Source | None,
+        io_timeout_s: float,
+        closed: Callable[[], None],
+    ) -> None:
+        """Read what the keeper does not.
+
+        Args:
+            shown: the file that is shown on the mount.
+            source: the export. None if it has another version now.
+            io_timeout_s: how long a read waits before it fails.
+            closed: called by the first `aclose`.
+        """
+        self._shown = shown
+        self._source = source
+        self._io_timeout_s = io_timeout_s
+        self._closed: Callable[[], None] | None = closed
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """Return None."""
+        return None
+
+    async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
+        """Read as `Handle.read` describes."""
+        parts = []
+        for part in self._shown.split(clip(self._shown, offset, length)):
+            parts.append(part if isinstance(part, bytes) else await self._fetch(part))
+        return b"".join(parts)
+
+    async def _fetch(self, wanted: ByteRange) -> bytes:
+        if self._source is None:
+            raise errors.RequestFailed("reading what the repository has no more", errno.EIO)
+        data = bytearray(wanted.length)
+        with trio.move_on_after(self._io_timeout_s):
+            await self._source.pread(wanted.start, memoryview(data))
+            return bytes(data)
+        raise errors.TimedOut("reading", self._io_timeout_s, self._source.trouble)
+
+    async def aclose(self) -> None:
+        """Close as `Handle.aclose` describes."""
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            if self._source is not None:
+                self._source.drop_connection()
+            closed()
+
+
+class LostHandle:
+    """Represents a file that the kernel has open, and that a later daemon cannot open."""
+
+    def __init__(self, reason: errors.LazyfsError | OSError) -> None:
+        """Each read fails with `reason`."""
+        self._reason = reason
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """Return None: `read` says what is wrong."""
+        return None
+
+    async def read(self, offset: int, length: int, read: Read | None = None) -> bytes:
+        """Fail as `Handle.read` describes."""
+        if isinstance(self._reason, OSError):
+            raise OSError(self._reason.errno, self._reason.strerror)
+        raise self._reason.again()
+
+    async def aclose(self) -> None:
+        """Do nothing."""

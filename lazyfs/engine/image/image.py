@@ -111,6 +111,8 @@ class Image:
         )
         self._changing = trio.Lock()
         self._scope = trio.CancelScope()
+        self._shown: dict[int, Filling | Whole] = {}
+        """What the keeper answers reads from, by inode number."""
 
     # -- as the file system sees it
 
@@ -246,6 +248,7 @@ class Image:
         if not isinstance(self._content, Whole):
             assert isinstance(self._content, Closed)
             self._content = Whole(await self._open_plain_file())
+            self._show_whole(self._content)
             self._context.on_opened(self)
         return WholeHandle(self.record.shown, self._content.file, self._closed, self._note_disk)
 
@@ -442,6 +445,8 @@ class Image:
             remove = partial(partial_cache.remove, self._context.stores, self.record, take_over)
             taken_over = await trio.to_thread.run_sync(remove, limiter=self._context.threads.opens)
             self.retired = True
+            for inode in self._shown:
+                self._context.present.orphan(inode, self.record, may_fetch=reason is None)
             self.populating.stop()
             self._scope.cancel()
             if self.filling is not None and reason is not None:
@@ -511,7 +516,12 @@ class Image:
 
     async def _load(self, fresh: bool) -> partial_cache.Loaded:
         load = partial(
-            partial_cache.load, self._context.stores, self.record, self._context.budget, fresh
+            partial_cache.load,
+            self._context.stores,
+            self.record,
+            self._context.budget,
+            self._context.present,
+            fresh,
         )
         self._trouble = ""
         try:
@@ -537,6 +547,9 @@ class Image:
             is_open=lambda: self.open_count > 0,
         )
         self._unkept = not loaded.kept
+        file, blocks = (loaded.store, loaded.blocks) if loaded.kept else (None, None)
+        self._context.present.show(record.inode, record.shown, file, blocks)
+        self._shown[record.inode] = filling
         self._context.on_opened(self)
         if self.record.state is State.FAILED:
             filling.table.stop_fetching(errors.UserError(self.record.error))
@@ -551,6 +564,7 @@ class Image:
             trouble = await trio.to_thread.run_sync(disown, limiter=self._context.threads.syncs)
             if trouble is not None:
                 filling.table.stop_reading(trouble)
+                self._withdraw(filling)
 
     async def _open_plain_file(self) -> PlainFile:
         try:
@@ -562,7 +576,21 @@ class Image:
             self.record = self.record.troubled(Cause.PLAIN_FILE, advice)
             raise
 
+    def _show_whole(self, whole: Whole) -> None:
+        # By its first number as well: a daemon before this one may have opened it by that.
+        for inode in (self.record.inode, inode_number.whole(self.record.inode)):
+            if inode not in self._shown:
+                self._context.present.show(inode, self.record.shown, whole.file, None)
+                self._shown[inode] = whole
+
+    def _withdraw(self, content: Filling | Whole) -> None:
+        """Let no read be answered from a file that is about to be closed, or not trusted."""
+        for inode in [inode for inode, one in self._shown.items() if one is content]:
+            self._context.present.withdraw(inode)
+            del self._shown[inode]
+
     async def _close(self, content: Filling | Whole) -> None:
+        self._withdraw(content)
         if content is self._content:
             self._content = Closed()
         if isinstance(content, Whole):
@@ -703,6 +731,7 @@ class Image:
         try:
             await filling.checkpoint(self._context.threads.syncs)
         except errors.CacheCorrupt as error:
+            self._withdraw(filling)
             logger.critical(
                 "reads fail until lazyfs is mounted anew: image=%s reason=%s",
                 self.record.export,

@@ -12,7 +12,7 @@ from lazyfs.core.block_map import BlockMap
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.lifecycle import CHANGED_BY_HAND, Cause, State
 from lazyfs.engine.budget import Budget
-from lazyfs.engine.interfaces import PlainFile, Store, Stores
+from lazyfs.engine.interfaces import PlainFile, PresentReader, Store, Stores
 from lazyfs.units import MiB
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ class Loaded:
     """False if there was no room even for a map, so that the store keeps nothing."""
 
 
-def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Loaded:
+def load(
+    stores: Stores, record: ImageRecord, budget: Budget, present: PresentReader, fresh: bool
+) -> Loaded:
     """Open what is on disk of an image, or begin it. Blocks, so call it in a thread.
 
     What is on disk and cannot be trusted is discarded.
@@ -65,6 +67,7 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Lo
         stores: makes the store.
         record: the image.
         budget: the map takes its share of it.
+        present: the map is shared with it.
         fresh: nothing is there yet, so the map takes its share of the budget now.
 
     Raises:
@@ -83,13 +86,13 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Lo
     reservation.keep()
     try:
         try:
-            return _opened(stores, record)
+            return _opened(stores, record, present)
         except errors.CacheCorrupt as error:
             logger.warning("cached part discarded: image=%s reason=%s", record.export, error)
         damaged = stores.partial(record)
         damaged.unfinish()
         damaged.remove()
-        return _opened(stores, record)
+        return _opened(stores, record, present)
     except errors.NoSpace:
         logger.warning(
             "no room to cache: image=%s; it is served from the repository", record.export
@@ -103,10 +106,12 @@ def load(stores: Stores, record: ImageRecord, budget: Budget, fresh: bool) -> Lo
         raise
 
 
-def _opened(stores: Stores, record: ImageRecord) -> Loaded:
+def _opened(stores: Stores, record: ImageRecord, present: PresentReader) -> Loaded:
     store = stores.partial(record)
     try:
-        return Loaded(store, store.load(), True)
+        blocks = store.load()
+        present.share(record.inode, blocks, store)
+        return Loaded(store, blocks, True)
     except BaseException:
         store.close()
         raise

@@ -11,7 +11,7 @@ import pytest
 import servers
 
 KERNEL = Path(__file__).parents[2] / "lazyfs" / "kernel"
-SOURCES = [KERNEL / f"{name}.c" for name in ("shown", "opened", "requests", "keeper")]
+SOURCES = [KERNEL / f"{name}.c" for name in ("shown", "opened", "requests", "relay", "keeper")]
 HERE = Path(__file__).with_name("keeper_test.c")
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 TESTS = re.findall(r'^        \{"(\w+)", \w+\},$', HERE.read_text(), re.MULTILINE)
