@@ -21,6 +21,8 @@ def flags(what: str) -> list[str]:
         raise SystemExit(
             f"lazyfs has C modules, and libfuse's headers or pkg-config are missing: {NEEDS}"
         ) from None
+    if subprocess.run(["pkg-config", "--atleast-version=3.14", "fuse3"], check=False).returncode:
+        raise SystemExit("lazyfs needs libfuse 3.14 or later (fuse_session_custom_io)")
     return shlex.split(done.stdout)
 
 

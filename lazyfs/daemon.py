@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -31,11 +32,11 @@ from lazyfs.core.export_name import SHA1, is_named
 from lazyfs.engine.backing_files import BackingFiles
 from lazyfs.engine.supervision import call_beside
 from lazyfs.host import fuse_limits
-from lazyfs.kernel.channel import CannotMount, Keeper
+from lazyfs.kernel.channel import CannotMount, Gone, Keeper
 from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.present_files import PresentFiles
 from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
-from lazyfs.mounted import ENDING, MountConfig, Mounted, unmount_quietly
+from lazyfs.mounted import ALIVE_S, ENDING, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.report import tracebacks
 from lazyfs.repository import tls
@@ -135,7 +136,7 @@ _HARMLESS = (
     signal.SIGIO, signal.SIGPWR,
     signal.SIGSTKFLT, signal.SIGHUP, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 )  # fmt: skip
-"""Signals that would end the daemon and leave a dead mount, and that say nothing of a crash."""
+"""Signals that would end the daemon, and that say nothing of a crash."""
 
 
 def _survive_signals() -> None:
@@ -185,7 +186,7 @@ class _Daemon:
         root = trio.lowlevel.current_root_task()
         trio.socket.set_custom_hostname_resolver(Resolver())
         signal.signal(signal.SIGUSR1, lambda _number, _frame: tracebacks.log_soon(root))
-        metrics = None if config.metrics is None else _metrics_server(config.metrics)
+        metrics = self._metrics_server()
         async with trio.open_nursery() as nursery:
             repository = NbdRepository(config.repository, nursery, config.options.io_timeout_s)
             present = PresentFiles(self._keeper)
@@ -210,8 +211,26 @@ class _Daemon:
                 await self._mount(repository, parts, metrics, present)
             finally:  # neither the kernel nor a job reads images any more
                 with trio.CancelScope(shield=True):
-                    await parts.filesystem.aclose()
+                    # It may take long to save much on a slow disk.
+                    await call_beside(self._be_alive, parts.filesystem.aclose)
                 nursery.cancel_scope.cancel()
+
+    async def _be_alive(self) -> None:
+        while True:
+            with suppress(Gone):
+                self._keeper.alive("saving what was fetched")
+            await trio.sleep(ALIVE_S)
+
+    def _metrics_server(self) -> "MetricsServer | None":
+        address = self._config.metrics
+        try:
+            return None if address is None else _metrics_server(address)
+        except errors.UserError as error:
+            if not self._keeper.mounted:
+                raise
+            # Whoever has files open must not suffer from that.
+            logger.warning("%s; the mount goes on without metrics", error)
+            return None
 
     async def _first_list(self, parts: Parts, repository: NbdRepository) -> None:
         began = time.monotonic()
@@ -280,7 +299,7 @@ class _Daemon:
                 present,
             )
             present.count_in(connection.counters_fd)
-            await adapter.restore(connection.opened, self._keeper.orphans, present.withdraw)
+            await adapter.restore(connection.opened, self._keeper.orphans, present)
             passthrough.connect(connection)
             pyfuse3.init(adapter, f"/dev/fd/{connection.relay_fd}", set())
             try:

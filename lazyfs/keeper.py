@@ -28,7 +28,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ two seconds, from its event loop, of which no step takes longer than 0.1 s, with
 well. The rest is for a host that is so busy that nothing gets its turn. It is counted in ticks of
 this process, so a host that was asleep, or both processes stopped, do not count."""
 
-START_TICKS = 120
+START_TICKS = 60
 """The same for one that has started, and does not answer requests yet. A catalog with 100,000
 images takes some seconds, and a busy disk may make minutes of them."""
 
@@ -76,13 +76,15 @@ a request that is repeated had ended it, is replaced after a pause, which grows 
 does."""
 
 FIRST_PAUSE_S = 0.2
+MAX_SHORT_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
-"""The pauses. What is present is read meanwhile, so a daemon that cannot start costs only those who
-wait for the repository. Both are unmeasured."""
+"""The pauses; the short one is for a daemon that has answered requests, however briefly. What is
+present is read meanwhile, so a daemon that cannot start costs only those who wait for the
+repository. All are unmeasured."""
 
 THREADS = 4
 """How many threads wait for requests, if there are as many CPUs. More start while some of them wait
-for a disk. Measured on two CPUs with 8 readers: 2 threads and 4 read as fast, 8 a tenth slower."""
+for a disk. It is unmeasured on more than two CPUs."""
 
 MARGIN_S = 5.0
 """How much later than the daemon this process fails a read. The daemon's error says more."""
@@ -103,6 +105,9 @@ _HARMLESS = (
 _UNANSWERED = struct.Struct("=QqII??6x")
 """struct unanswered of kernel/keeper.h."""
 
+_KINDS = {"user": errors.UserError, "lasting": errors.LastingError, "usage": errors.UsageError}
+"""The errors with which a daemon can fail to begin, as the channel names them."""
+
 _Answer = tuple[Message | None, Sequence[int]]
 """What a daemon is answered, and the descriptors beside it. None if it has been answered."""
 
@@ -119,8 +124,10 @@ class KeeperConfig:
     """The command before `words`, until an upgrade."""
     words: Sequence[str]
     """The arguments of `lazyfs`."""
-    folder: str
-    """Where it is started, if that still exists: its arguments may be relative to it."""
+    folder: int | None
+    """A descriptor of the folder where it is started, if its arguments are relative to that."""
+    reopen_log: Callable[[], None]
+    """Opens the log file again, which may have been renamed."""
     left: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """The descriptors that a keeper of this mount has left, which was killed, by their names."""
     stale: Sequence[str] = ()
@@ -204,19 +211,21 @@ class Keeper:
         self._timeout_ms: int | None = None
         self._status = ""
         self._ticked_at = time.monotonic()
-        self._asked: dict[str, Callable[[_Daemon, Message], _Answer]] = {
+        self._asked: dict[str, Callable[[_Daemon, Message, list[int]], _Answer]] = {
             "hello": self._greet,
+            "orphans": self._list_orphans,
             "take": self._take,
             "mount": self._connect,
             "known": self._known,
+            "show": self._show,
             "withdraw": self._withdrawn,
         }
         self._told: dict[str, Callable[[_Daemon, Message, list[int]], None]] = {
             "keep": self._keep,
-            "show": self._show,
             "serving": self._serving,
             "restored": self._restored,
             "orphan": self._orphan,
+            "keep name": self._keep_name,
             "alive": self._alive,
             "failed": self._failed,
             "ending": self._ends,
@@ -286,16 +295,19 @@ class Keeper:
             path.unanswered(for_ms)
         ):
             reads = opcode == kernel_session.FUSE_READ
-            if not reads and not interrupted:
-                continue
-            if reads and self._timeout_ms is not None and age_ms >= self._timeout_ms:
+            # Other requests have no limit while there is a daemon: it has its own.
+            limited = reads or self._daemon is None or self._daemon.serving_since is None
+            late = self._timeout_ms is not None and age_ms >= self._timeout_ms
+            if limited and late:
                 expired += path.fail(unique, errno.EIO)
+            elif not reads and not interrupted:
+                continue
             # Nobody waits for the readahead of a thread that has ended, but until it ends the file
             # stays open. A direct read may be asynchronous, and others of its process wait for it.
             elif pid and (wants_to_end(pid) or (reads and not direct and is_gone(pid))):
                 path.fail(unique, errno.EINTR)
         if expired:
-            logger.warning("reads have failed, because no daemon has answered: %d", expired)
+            logger.warning("requests have failed, because no daemon has answered: %d", expired)
 
     def _give_up_lookups(self) -> None:
         """End the waits for names, because the daemon cannot end before they do.
@@ -315,7 +327,7 @@ class Keeper:
         why = self._trouble or "it says nothing"
         replaced = f", replaced {self._started - 1} times" if self._started > 1 else ""
         return (
-            f"the daemon does not answer since {silent_s:.0f} s ({why}{replaced}); "
+            f"the daemon has not answered for {silent_s:.0f} s ({why}{replaced}); "
             "what is present is read meanwhile"
         )
 
@@ -345,8 +357,9 @@ class Keeper:
             daemon.killed_for = f"it did not answer in {TRIAL_S:g} s"
             daemon.process.kill()
             return
-        limit = SILENT_TICKS if daemon.serving_since is not None else START_TICKS
-        if daemon.silent_ticks < limit or not daemon.attached:
+        starts = daemon.serving_since is None and not self._ending
+        limit = START_TICKS if starts else SILENT_TICKS
+        if daemon.silent_ticks < limit or self._session is None:
             return
         if not daemon.killed_for:
             daemon.killed_for = f"it was silent for {daemon.silent_ticks} s"
@@ -381,6 +394,8 @@ class Keeper:
     def _heed_signals(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
+            if number == signal.SIGHUP:
+                self._config.reopen_log()
             if number not in ENDING:
                 if self._daemon is not None and self._daemon.serving_since is not None:
                     self._daemon.process.send_signal(number)
@@ -406,7 +421,12 @@ class Keeper:
     def _start_again(self) -> None:
         try:
             self._start_daemon()
-        except OSError as error:  # no memory, or too many processes
+        except OSError as error:  # no memory, too many processes, or no such interpreter
+            if self._before is not None:
+                self._program, self._before = self._before, None
+                self._upgrade_trouble = f"the upgrade has failed: {error}"
+                self._start_at = time.monotonic()
+                return
             self._trouble = f"none can be started: {error.strerror}"
             self._start_at = time.monotonic() + self._pause.next()
             logger.warning("no daemon can be started: %s", error)
@@ -414,11 +434,11 @@ class Keeper:
     def _start_daemon(self) -> None:
         self._start_at = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        folder = self._config.folder if os.path.isdir(self._config.folder) else "/"
         with theirs:
             process = subprocess.Popen(
                 [*self._program, *self._config.words],
-                cwd=folder,
+                # By its descriptor: the path may lead into the mount, where nobody answers now.
+                cwd="/" if self._config.folder is None else f"/proc/self/fd/{self._config.folder}",
                 env={**os.environ, DESCRIPTOR: str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 # A signal from the terminal comes through this process.
@@ -434,6 +454,12 @@ class Keeper:
             message, fds = daemon.channel.receive()
         except Gone:
             self._selector.unregister(daemon.channel)  # its pidfd says the rest
+            return
+        except (OSError, ValueError) as error:  # it may wait for an answer to this
+            logger.warning("a message of the daemon was lost: %s", error)
+            daemon.killed_for = f"a message was lost: {error}"
+            daemon.process.kill()
+            self._selector.unregister(daemon.channel)
             return
         try:
             self._obey(daemon, message, fds)
@@ -499,8 +525,13 @@ class Keeper:
         if since is not None and time.monotonic() > since + LIVED_S:
             self._pause.reset()
             pause_s = 0.0
+        elif code == -signal.SIGKILL and not daemon.killed_for:
+            # Somebody did it, or the kernel for lack of memory: no fault of its own.
+            pause_s = FIRST_PAUSE_S
         else:
             pause_s = self._pause.next()
+            if since is not None:  # it can start, at least
+                pause_s = min(pause_s, MAX_SHORT_PAUSE_S)
         self._start_at = time.monotonic() + pause_s
         logger.error("the daemon has ended (%s); another one starts in %.1f s", why, pause_s)
 
@@ -514,7 +545,13 @@ class Keeper:
         what = message.pop("do")
         try:
             if (ask := self._asked.get(what)) is not None:
-                self._answer(daemon, *ask(daemon, message))
+                try:
+                    answer = ask(daemon, message, fds)
+                except Exception as error:
+                    answer = {"failed": str(error)}, []
+                    raise
+                finally:
+                    self._answer(daemon, *answer)
             elif (tell := self._told.get(what)) is not None:
                 tell(daemon, message, fds)
             else:
@@ -535,7 +572,7 @@ class Keeper:
             with suppress(Gone):
                 daemon.channel.send(message, fds)
 
-    def _greet(self, _daemon: _Daemon, message: Message) -> _Answer:
+    def _greet(self, _daemon: _Daemon, message: Message, _fds: list[int]) -> _Answer:
         if message["version"] != VERSION:
             logger.error("the daemon speaks version %s, not %d", message["version"], VERSION)
         hello = {
@@ -546,9 +583,18 @@ class Keeper:
             "cache_dir": self._config.cache_dir,
             "restarts": self._started - 1,
             "upgrade_trouble": self._upgrade_trouble,
-            "orphans": list(self._orphans.values()),
         }
         return hello, []
+
+    def _list_orphans(self, daemon: _Daemon, _message: Message, _fds: list[int]) -> _Answer:
+        fd = os.memfd_create("orphans")  # a message has not room for all
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(json.dumps(list(self._orphans.values())).encode())
+            self._answer(daemon, {}, [fd])
+        finally:
+            os.close(fd)
+        return None, []
 
     def _keep(self, _daemon: _Daemon, message: Message, fds: list[int]) -> None:
         name = message["name"]
@@ -558,11 +604,11 @@ class Keeper:
         self._kept[name] = fds.pop()
         self._service.keep(f"kept-{name}", self._kept[name])
 
-    def _take(self, _daemon: _Daemon, message: Message) -> _Answer:
+    def _take(self, _daemon: _Daemon, message: Message, _fds: list[int]) -> _Answer:
         kept = self._kept.get(message["name"])
         return {}, [] if kept is None else [kept]
 
-    def _connect(self, daemon: _Daemon, _message: Message) -> _Answer:
+    def _connect(self, daemon: _Daemon, _message: Message, _fds: list[int]) -> _Answer:
         """Mount if that is still to be done, and give the daemon the connection."""
         if self._session is None:
             try:
@@ -573,18 +619,24 @@ class Keeper:
         assert session is not None
         assert path is not None
         assert control is not None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        done_fd = os.memfd_create("done")
-        opened_fd = os.memfd_create("opened")
-        os.write(opened_fd, path.opened())
-        path.attach(ours.detach(), done_fd, kernel_session.encode_init_in(session.flags))
-        daemon.attached = True
-        fds = [session.fd, theirs.fileno(), done_fd]
-        fds += [self._counters_fd, control.socket.fileno(), opened_fd]
-        self._answer(daemon, {"device": session.device, "flags": session.flags}, fds)
-        theirs.close()
-        os.close(done_fd)
-        os.close(opened_fd)
+        with ExitStack() as stack:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(theirs)
+            stack.enter_context(ours)
+            done_fd = os.memfd_create("done")
+            stack.callback(os.close, done_fd)
+            opened_fd = os.memfd_create("opened")
+            stack.callback(os.close, opened_fd)
+            os.write(opened_fd, path.opened())
+            init = kernel_session.encode_init_in(session.flags)
+            path.attach(ours.fileno(), done_fd, init)
+            ours.detach()  # it is the C code's now
+            daemon.attached = True
+            if path.ended():  # it was unmounted while this daemon started
+                path.hang_up()
+            fds = [session.fd, theirs.fileno(), done_fd]
+            fds += [self._counters_fd, control.socket.fileno(), opened_fd]
+            self._answer(daemon, {"device": session.device, "flags": session.flags}, fds)
         return None, []
 
     def _mount(self) -> None:
@@ -660,9 +712,12 @@ class Keeper:
     def _show_left(self, name: str, fd: int, left: Mapping[str, Sequence[int]]) -> None:
         assert self._path is not None
         inode, *where = (int(number) for number in name.removeprefix("shown-").split("-"))
-        map_fd = _first(left, f"map-{inode}")
+        map_fd = _first(left, name.replace("shown", "map", 1))
+        size, data_offset, data_size, block_shift, _ = where
+        if block_shift and map_fd is None:
+            self._service.forget(name)
+            return  # the map was not kept: nobody knows what is present
         kept = () if map_fd is None else (os.dup(map_fd), os.dup(fd))
-        size, data_offset, data_size, block_shift = where
         self._path.show(
             inode,
             size,
@@ -687,21 +742,24 @@ class Keeper:
             self._start_at = None
             self._result = 0
 
-    def _show(self, _daemon: _Daemon, message: Message, fds: list[int]) -> None:
+    def _show(self, _daemon: _Daemon, message: Message, fds: list[int]) -> _Answer:
         assert self._path is not None
         inode = message["inode"]
+        if len(fds) != message["has_file"] + message["has_map"]:
+            raise ValueError(f"{len(fds)} descriptors to show inode {inode}")
+        fd = fds[0] if message["has_file"] else -1
         map_fd = fds[-1] if message["has_map"] else -1
-        fd = fds[0] if len(fds) > message["has_map"] else -1
         self._forget(inode)
         kept: tuple[int, ...] = ()
-        numbers = (message[key] for key in ("size", "data_offset", "data_size", "block_shift"))
+        numbers = [message[key] for key in ("size", "data_offset", "data_size", "block_shift")]
+        numbers.append(time.monotonic_ns())  # so that no map is taken for that of another file
         name = "-".join(map(str, ("shown", inode, *numbers)))
         try:
             if map_fd >= 0 and fd >= 0:
                 kept = os.dup(map_fd), os.dup(fd)
-                self._service.keep(f"map-{inode}", map_fd)
+                self._service.keep(name.replace("shown", "map", 1), map_fd)
             if fd >= 0:
-                self._service.keep(name, fd)
+                self._service.keep(name, kept[1] if kept else fd)
             self._path.show(
                 inode,
                 message["size"],
@@ -715,12 +773,13 @@ class Keeper:
         except OSError as error:
             logger.warning("reads of it go through the daemon: inode=%d reason=%s", inode, error)
         self._shown[inode] = _Shown(self._started, kept, name)
+        return {}, []
 
-    def _known(self, _daemon: _Daemon, message: Message) -> _Answer:
+    def _known(self, _daemon: _Daemon, message: Message, _fds: list[int]) -> _Answer:
         known = self._shown.get(message["inode"])
         return {}, () if known is None else known.fds
 
-    def _withdrawn(self, _daemon: _Daemon, message: Message) -> _Answer:
+    def _withdrawn(self, _daemon: _Daemon, message: Message, _fds: list[int]) -> _Answer:
         self._withdraw(message["inode"])
         return {}, []
 
@@ -729,12 +788,16 @@ class Keeper:
         self._path.withdraw(inode)
         self._forget(inode)
 
+    def _keep_name(self, _daemon: _Daemon, message: Message, _fds: list[int]) -> None:
+        if self._orphans.pop(message["inode"], None) is not None:
+            self._service.forget(f"orphan-{message['inode']}")
+
     def _forget(self, inode: int) -> None:
         if self._orphans.pop(inode, None) is not None:
             self._service.forget(f"orphan-{inode}")
         if (known := self._shown.pop(inode, None)) is not None:
             self._service.forget(known.name)
-            self._service.forget(f"map-{inode}")
+            self._service.forget(known.name.replace("shown", "map", 1))
             for fd in known.fds:
                 os.close(fd)
 
@@ -756,8 +819,7 @@ class Keeper:
         self._status = message["status"]
 
     def _failed(self, daemon: _Daemon, message: Message, _fds: list[int]) -> None:
-        kind = getattr(errors, message["kind"], errors.UserError)
-        daemon.failure = kind(message["message"])
+        daemon.failure = _KINDS[message["kind"]](message["message"])
 
     def _ends(self, daemon: _Daemon, _message: Message, _fds: list[int]) -> None:
         daemon.ends_for_good = True

@@ -129,6 +129,7 @@ class Mounted:
         self._used = trio.Event()
         self._answering = trio.CancelScope()
         """The scope of the kernel's requests that are being answered."""
+        parts.room.may_evict = not session.detached
         self._detaching = trio.Lock()
         self._unmounting = trio.CapacityLimiter(2)
         """Limits the threads that unmount. They are separate so that a disk that stalls cannot
@@ -191,6 +192,7 @@ class Mounted:
         """
         await self._handing_over.wait()
         await self._control.all_answered()
+        self._present.stays = True
         pyfuse3.terminate()
         self._answering.cancel()
 
@@ -317,14 +319,13 @@ class Mounted:
 
     def _message(self) -> str:
         parts = self._parts
-        trouble = (
-            self._silence()
-            or self._keeper.upgrade_trouble
-            or parts.filesystem.list_trouble
-            or self._repository.trouble
-        )
+        trouble = self._silence() or parts.filesystem.list_trouble or self._repository.trouble
         return (
-            trouble or parts.supervisor.message or parts.population.paused or parts.room.trouble()
+            trouble
+            or parts.supervisor.message
+            or parts.population.paused
+            or parts.room.trouble()
+            or self._keeper.upgrade_trouble
         )
 
     def _silence(self) -> str:
@@ -377,12 +378,12 @@ class Mounted:
     async def _upgrade(self, arguments: dict[str, Any]) -> object:
         """Let a daemon of another installed version go on."""
         python = arguments["python"]
-        if not os.path.isabs(python) or not os.access(python, os.X_OK):
-            raise CommandError(f"{python} is not the absolute path of an interpreter")
+        if not os.path.isabs(python):  # whether it is there, the keeper finds out
+            raise CommandError(f"{python} is not an absolute path")
         if self._session.detached:
             raise CommandError("detached: the mount ends with the last file that is open")
         self._keeper.hand_over([python, "-P", "-m", "lazyfs"])
-        self.hands_over = self._present.stays = True
+        self.hands_over = True
         self._handing_over.set()
         return {}
 

@@ -498,7 +498,10 @@ class FakePresentReader:
     def orphan(self, inode: int, record: ImageRecord, may_fetch: bool) -> None:
         assert inode in self.shown
 
-    def withdraw(self, inode: int) -> None:
+    def keep_name(self, inode: int) -> None:
+        assert inode in self.shown
+
+    def withdraw(self, inode: int, *, distrusted: bool = False) -> None:
         self.shown.pop(inode, None)
 
 

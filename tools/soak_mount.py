@@ -27,6 +27,8 @@ MiB = 1024 * 1024
 LENGTHS = (4096, 8192, 65536, 131072)
 SLOW_S = 0.05
 """Reads that took longer are reported one by one, to find the stall that each end has caused."""
+LONG_S = 2.0
+"""A stall that is longer is shown with what the log says of that time."""
 LAZYFS = [sys.executable, "-m", "lazyfs"]
 
 
@@ -169,6 +171,13 @@ def stalls(moments: list[float], reports: list[Report]) -> list[float]:
     return found
 
 
+def _around(log: str, at: time.struct_time, seconds: float) -> list[str]:
+    """Return the lines of the log from a moment on, for so long."""
+    first = time.strftime("%Y-%m-%d %H:%M:%S", at)
+    last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.mktime(at) + seconds + 1))
+    return [line for line in log.splitlines() if first <= line[:19] <= last]
+
+
 def main() -> int:
     """Run one soak, and print what came out."""
     parser = argparse.ArgumentParser(prog="tools/soak", description=__doc__)
@@ -223,7 +232,12 @@ def main() -> int:
     )
     for error in errors[:10]:
         print(error)
-    print("\n".join(line for line in log.splitlines() if "bug" in line or "Traceback" in line))
+    for moment, stall in zip(moments, held, strict=True):
+        if stall > LONG_S:
+            at = time.localtime(time.time() - time.monotonic() + moment)
+            print(f"a stall of {stall:.1f} s after {time.strftime('%H:%M:%S', at)}; the log then:")
+            print("\n".join(_around(log, at, stall)))
+    print("\n".join(line for line in log.splitlines() if "bug" in line or line.startswith("  |")))
     return 1 if errors or any(report.wrong for report in reports) else 0
 
 

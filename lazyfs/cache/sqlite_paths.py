@@ -10,6 +10,7 @@ SQLite is made for that. The structure is fixed, and later versions of it only a
 Source: sqlite.org, "The OS Interface or VFS", and sqlite3.h, struct sqlite3_vfs.
 """
 
+import _sqlite3
 import ctypes
 import functools
 
@@ -60,7 +61,7 @@ def register() -> _Vfs:
     Raises:
         OSError: there is no SQLite library that Python uses.
     """
-    library = ctypes.CDLL("libsqlite3.so.0")
+    library = ctypes.CDLL(_sqlite3.__file__)  # which finds it in what that is linked with, too
     library.sqlite3_vfs_find.restype = ctypes.POINTER(_Vfs)
     library.sqlite3_vfs_find.argtypes = [ctypes.c_char_p]
     library.sqlite3_vfs_register.argtypes = [ctypes.POINTER(_Vfs), ctypes.c_int]

@@ -183,7 +183,7 @@ def _add_options(parser: OneLineParser) -> None:
     parser.add_argument(
         "--no-passthrough",
         action="store_true",
-        help="read whole images through the daemon, too, instead of by the kernel alone",
+        help="read whole images through lazyfs instead of by the kernel alone",
     )
     parser.add_argument(
         "--metrics",

@@ -38,12 +38,9 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Mount a repository."""
-    given = configuration.without_folder(options)
-    configuration.apply(options)
-    options.given = given
-    options.block_size = _block_size(options)
     if channel.DESCRIPTOR in os.environ:
         return _be_daemon(options)
+    _apply_configuration(options)
     left = fd_store.inherited(os.environ, os.getpid())
     if left:
         from lazyfs import keeper
@@ -70,9 +67,20 @@ def run(options: argparse.Namespace) -> int:
         return exit_code(error)
 
 
+def _apply_configuration(options: argparse.Namespace) -> None:
+    given = configuration.without_folder(options)
+    configuration.apply(options)
+    options.given = given
+    options.block_size = _block_size(options)
+
+
+_IN_SERVICE = "NOTIFY_SOCKET" in os.environ
+"""Whether a service manager has started this process. The variable goes when it is told of."""
+
+
 def exit_code(error: errors.UserError) -> int:
     """Return the exit code for an error, in the form that the caller understands."""
-    if isinstance(error, errors.LastingError) and "NOTIFY_SOCKET" in os.environ:
+    if isinstance(error, errors.LastingError) and _IN_SERVICE:
         return error.service_exit_code
     return error.exit_code
 
@@ -147,7 +155,9 @@ def _keep(
     """Be the keeper of a mount, until it ends."""
     from lazyfs import keeper
 
-    _log, _ = _log_to(options)
+    _, reopen = _log_to(options)
+    paths = [options.config or "/", options.cache_dir, options.log_file, *(options.overlays or [])]
+    relative = any(path and not os.path.isabs(path) for path in [*paths, options.mountpoint])
     config = keeper.KeeperConfig(
         mountpoint=mountpoint,
         cache_dir=cache_dir,
@@ -155,7 +165,8 @@ def _keep(
         passthrough=not options.no_passthrough,
         program=[sys.executable, *_program()],
         words=options.words,
-        folder=os.getcwd(),
+        folder=os.open(".", os.O_PATH | os.O_CLOEXEC) if relative else None,
+        reopen_log=reopen,
         left=left,
         stale=stale,
     )
@@ -174,24 +185,35 @@ def _program() -> list[str]:
     """Return the arguments of the interpreter with which this program was started."""
     words = len(sys.argv) - 1
     started = sys.orig_argv[1 : len(sys.orig_argv) - words]
-    # Without -P, Python would import a lazyfs or a trio that lies in the current folder.
-    return started if "-c" in started or "-m" in started else ["-P", "-m", "lazyfs"]
+    # Without -P, Python would import a lazyfs or a trio that lies in the current folder, and look
+    # for that folder by its path, which may lead into the mount.
+    return ["-P", *(started if "-c" in started or "-m" in started else ["-m", "lazyfs"])]
 
 
 def _be_daemon(options: argparse.Namespace) -> int:
     """Be a daemon of the keeper that has started this process."""
-    keeper = channel.Keeper(
-        channel.Channel(socket.socket(fileno=int(os.environ.pop(channel.DESCRIPTOR))))
-    )
+    end = socket.socket(fileno=int(os.environ.pop(channel.DESCRIPTOR)))
     try:
+        keeper = channel.Keeper(channel.Channel(end))
+    except channel.OtherVersion as error:
+        printing.complain(str(error))
+        return 1
+    try:
+        _apply_configuration(options)
         _serve(options, keeper)
     except errors.UserError as error:
         with suppress(channel.Gone):
-            keeper.failed(type(error).__name__, str(error))
+            keeper.failed(_kind(error), str(error))
         return exit_code(error)
     except channel.Gone:
         return 1  # the keeper was killed
     return 0
+
+
+def _kind(error: errors.UserError) -> str:
+    if isinstance(error, errors.UsageError):
+        return "usage"
+    return "lasting" if isinstance(error, errors.LastingError) else "user"
 
 
 def _serve(options: argparse.Namespace, keeper: "channel.Keeper") -> None:

@@ -154,12 +154,13 @@ def _name(user_id: int) -> str:
 
 
 def alive(mount: mounts.Mount) -> bool:
-    """Return whether the mount has a daemon.
+    """Return whether the mount has a keeper.
 
-    If the daemon hangs, this hangs, too.
+    If neither the keeper nor its control socket can be found, the mount is asked, and that may
+    hang.
     """
-    if _has_ended(mount):
-        return False
+    if (ended := _has_ended(mount)) is not None:
+        return not ended
     try:
         os.statvfs(mount.mountpoint)
     except OSError as error:
@@ -167,8 +168,8 @@ def alive(mount: mounts.Mount) -> bool:
     return True
 
 
-def _has_ended(mount: mounts.Mount) -> bool:
-    """Return whether the daemon is known to have ended.
+def _has_ended(mount: mounts.Mount) -> bool | None:
+    """Return whether the keeper has ended, or None if that is not known.
 
     A thread of it that hangs in the kernel may still keep its files, and so the mount, open.
     """
@@ -178,9 +179,9 @@ def _has_ended(mount: mounts.Mount) -> bool:
         try:
             client.connect(mounts.socket_path(mount.mountpoint))
         except OSError:
-            return False
+            return None
         pid = peer.of(client).pid
-        return pid != 0 and process_files.has_ended(pid)
+        return process_files.has_ended(pid) if pid else None
 
 
 async def ask(path: str, commands: Sequence[Command]) -> list[Any]:

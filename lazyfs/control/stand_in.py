@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 CLIENT_S = 10.0
 """How long a client may say nothing. Verbs ask at once, and then hang up."""
+
+PAUSE_S = 0.1
+"""How long to wait after a client could not be accepted, for instance because too many files are
+open."""
 
 MAX_CLIENTS = 16
 """How many are answered at the same time. Others are turned away, and ask again."""
@@ -47,14 +52,17 @@ class StandIn:
         os.close(self._stop_fd)
 
     def _accept(self) -> None:
+        poller = select.poll()
+        poller.register(self._listening, select.POLLIN)
+        poller.register(self._stop_fd, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._listening.fileno(), self._stop_fd], [], [])
-            if self._stop_fd in ready:
+            if self._stop_fd in dict(poller.poll()):
                 return
             try:
                 client, _ = self._listening.accept()
             except OSError as error:
                 logger.debug("no client: %s", error)
+                time.sleep(PAUSE_S)
                 continue
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 

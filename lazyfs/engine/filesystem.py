@@ -39,6 +39,7 @@ from lazyfs.engine.interfaces import (
     Export,
     PresentReader,
     Repository,
+    Samples,
     Stores,
 )
 from lazyfs.engine.map_memory import MapMemory
@@ -245,17 +246,21 @@ class Filesystem:
         return handle
 
     def orphan(
-        self, export: Export, shown: ShownFile, may_fetch: bool, closed: Callable[[], None]
+        self,
+        export: Export,
+        shown: ShownFile,
+        samples: Samples | None,
+        closed: Callable[[], None],
     ) -> Handle:
         """Return a handle of an image that is in no catalog any more, and that somebody has open.
 
         Args:
             export: what it was fetched from.
             shown: the file that is shown on the mount.
-            may_fetch: whether the export is still the same.
+            samples: what the repository must still have. None if it has another version now.
             closed: called when the handle is closed.
         """
-        source = self._repository.source(export) if may_fetch else None
+        source = None if samples is None else self._repository.source(export, samples)
         return OrphanHandle(shown, source, self._options.io_timeout_s, closed)
 
     def _is_a_look(self, image: Image, handle: Handle) -> bool:

@@ -451,8 +451,17 @@ class PresentReader(Protocol):
         """
         ...
 
-    def withdraw(self, inode: int) -> None:
-        """Let no read of `inode` be answered from now on. May be repeated."""
+    def keep_name(self, inode: int) -> None:
+        """Undo `orphan`."""
+        ...
+
+    def withdraw(self, inode: int, *, distrusted: bool = False) -> None:
+        """Let no read of `inode` be answered from now on. May be repeated.
+
+        Args:
+            inode: the number.
+            distrusted: what its file has may be wrong, so that no later process may use it either.
+        """
         ...
 
 

@@ -25,6 +25,7 @@ class ControlSocket:
         self._bound: os.stat_result | None = None
         if made is not None:
             self.socket = socket.socket(fileno=made)
+            self.socket.listen(MAX_WAITING)  # clients take whoever has done this for its owner
             with suppress(OSError):
                 self._bound = os.stat(path)
             return

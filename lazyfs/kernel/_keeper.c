@@ -1,4 +1,4 @@
-/* The keeper for Python: one object, which its supervisor (kernel/keeper.py) owns. */
+/* The keeper for Python: one object, which its supervisor (lazyfs/keeper.py) owns. */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
 #include <Python.h>

@@ -8,6 +8,7 @@ Source: unix(7), SOCK_SEQPACKET and SCM_RIGHTS.
 """
 
 import array
+import errno
 import json
 import os
 import socket
@@ -62,15 +63,20 @@ class Channel:
 
         Raises:
             Gone: the other process has ended.
+            OSError, ValueError: it is no message, or too few files may be open for it.
         """
         try:
-            data, fds, _, _ = socket.recv_fds(self._end, MAX_MESSAGE, MAX_FDS)
+            data, fds, flags, _ = socket.recv_fds(self._end, MAX_MESSAGE, MAX_FDS)
         except ConnectionResetError as error:
             raise Gone(*error.args) from error
         for fd in fds:
             os.set_inheritable(fd, False)
         if not data:
             raise Gone("the other process has ended")
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            for fd in fds:
+                os.close(fd)
+            raise OSError(errno.EMFILE, "a message or its descriptors did not fit")
         message = json.loads(data)
         assert isinstance(message, dict)
         return message, fds
@@ -139,6 +145,10 @@ class Keeper:
         self._channel = channel
         self._lock = threading.Lock()
         hello, _ = self._ask({"do": "hello", "version": VERSION})
+        if hello["version"] != VERSION:
+            raise OtherVersion(
+                f"the keeper speaks version {hello['version']} of the channel, this is {VERSION}"
+            )
         self.pid: int = hello["pid"]
         """The keeper's, which is the one to be signalled."""
         self.mounted: bool = hello["mounted"]
@@ -146,7 +156,10 @@ class Keeper:
         self.mountpoint: str = hello["mountpoint"]
         self.cache_dir: str = hello["cache_dir"]
         self.restarts: int = hello["restarts"]
-        self.orphans = [Orphan(**one) for one in hello["orphans"]]
+        _, (orphans_fd,) = self._ask({"do": "orphans"})
+        with os.fdopen(orphans_fd, "rb") as file:
+            file.seek(0)
+            self.orphans = [Orphan(**one) for one in json.load(file)]
         """Files that earlier daemons have shown, and that no catalog knows any more."""
         self.upgrade_trouble: str = hello["upgrade_trouble"]
         """Why the latest upgrade has failed, or ""."""
@@ -158,7 +171,10 @@ class Keeper:
     def _ask(self, message: Message, fds: Sequence[int] = ()) -> tuple[Message, list[int]]:
         with self._lock:
             self._channel.send(message, fds)
-            return self._channel.receive()
+            answer, answered = self._channel.receive()
+        if "failed" in answer:
+            raise OSError(errno.EIO, f"the keeper cannot do it: {answer['failed']}")
+        return answer, answered
 
     def keep(self, name: str, fd: int) -> None:
         """Leave a descriptor to the next daemon. It replaces one of the same name."""
@@ -202,7 +218,7 @@ class Keeper:
             map_fd: its map in memory. None if all of it is present.
         """
         fds = [one for one in (fd, map_fd) if one is not None]
-        self._tell(
+        self._ask(  # or somebody who has just opened it could seek before it is shown
             {
                 "do": "show",
                 "inode": shown.inode,
@@ -210,6 +226,7 @@ class Keeper:
                 "data_offset": shown.data_offset,
                 "data_size": shown.data_size,
                 "block_shift": shown.block_shift,
+                "has_file": fd is not None,
                 "has_map": map_fd is not None,
             },
             fds,
@@ -227,6 +244,10 @@ class Keeper:
     def orphan(self, orphan: Orphan) -> None:
         """Let the next daemon know what a file was that is shown, until it is withdrawn."""
         self._tell({"do": "orphan", **asdict(orphan)})
+
+    def keep_name(self, inode: int) -> None:
+        """Undo `orphan`."""
+        self._tell({"do": "keep name", "inode": inode})
 
     def withdraw(self, inode: int) -> None:
         """Let the keeper answer no read from a file any more. It has obeyed when this returns."""
@@ -253,7 +274,7 @@ class Keeper:
         """Say why this daemon cannot begin.
 
         Args:
-            kind: the name of a class in `errors`.
+            kind: "user", or "lasting" if to try again does not help, or "usage".
             message: for the user.
         """
         self._tell({"do": "failed", "kind": kind, "message": message})
@@ -269,6 +290,10 @@ class Keeper:
     def ending(self) -> None:
         """Say that this daemon ends because the mount does, and that no other is to be started."""
         self._tell({"do": "ending"})
+
+
+class OtherVersion(Exception):
+    """The keeper and this daemon do not understand each other."""
 
 
 class CannotMount(Exception):

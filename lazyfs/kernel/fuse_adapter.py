@@ -32,6 +32,7 @@ from lazyfs.engine.operations import Operations, Refused
 from lazyfs.engine.totals import PRESENT, Read
 from lazyfs.kernel.channel import Orphan
 from lazyfs.kernel.complaints import Complaints
+from lazyfs.kernel.present_files import PresentFiles
 from lazyfs.units import SECTOR
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class FuseAdapter(pyfuse3.Operations):
         self,
         opened: Iterable[tuple[int, int, int]],
         orphans: Iterable[Orphan],
-        withdraw: Callable[[int], None],
+        present: PresentFiles,
     ) -> None:
         """Open what the kernel has open, because an earlier daemon has opened it.
 
@@ -113,21 +114,19 @@ class FuseAdapter(pyfuse3.Operations):
         Args:
             opened: each inode, how many times it is open, and its backing id, or 0.
             orphans: those of them, or of earlier ones, that no catalog knows.
-            withdraw: called when nobody has an orphan open any more.
+            present: has what is present of orphans, and withdraws what nobody has open any more.
         """
         known = {one.inode: one for one in orphans}
         for inode in known.keys() - {inode for inode, _, _ in opened}:
-            withdraw(inode)
+            present.withdraw(inode)
         for inode, count, backing_id in opened:
             handles = self._open.setdefault(inode, [])
             for _ in range(count):
-                handles.append(await self._restored(inode, known.get(inode), withdraw))
+                handles.append(await self._restored(inode, known.get(inode), present))
             if inode_number.is_whole(inode):
                 self._backings.restored(inode, backing_id, count)
 
-    async def _restored(
-        self, inode: int, orphan: Orphan | None, withdraw: Callable[[int], None]
-    ) -> Handle:
+    async def _restored(self, inode: int, orphan: Orphan | None, present: PresentFiles) -> Handle:
         try:
             node = self._filesystem.names.node(inode)
             if isinstance(node, Image):
@@ -140,11 +139,12 @@ class FuseAdapter(pyfuse3.Operations):
 
         def closed() -> None:
             if inode not in self._open:
-                withdraw(inode)
+                present.withdraw(inode)
 
         export = Export(orphan.export, orphan.size, orphan.identity)
         shown = shown_file.of(orphan.format, orphan.size, orphan.block_size)
-        return self._filesystem.orphan(export, shown, orphan.may_fetch, closed)
+        samples = present.samples_of(orphan, shown) if orphan.may_fetch else None
+        return self._filesystem.orphan(export, shown, samples, closed)
 
     # -- names and attributes
 

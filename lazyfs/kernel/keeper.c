@@ -64,7 +64,8 @@ static int spawn(struct keeper *k)
 static bool may_wait(struct keeper *k)
 {
     pthread_mutex_lock(&k->pool_lock);
-    bool may = k->receiving || (k->threads < MAX_THREADS && !spawn(k));
+    /* The only thread, where there can be no other, must wait: nobody else would do it later. */
+    bool may = k->receiving || (k->threads < MAX_THREADS && !spawn(k)) || k->threads == 1;
     pthread_mutex_unlock(&k->pool_lock);
     return may;
 }
@@ -78,6 +79,7 @@ static bool put_off(struct keeper *k, const struct fuse_in_header *header)
         return false;
     late->next = NULL;
     memcpy(late->bytes, header, sizeof late->bytes);
+    ((struct fuse_in_header *)(void *)late->bytes)->len = sizeof late->bytes;
     pthread_mutex_lock(&k->pool_lock);
     *(k->late_last ? &k->late_last->next : &k->late_first) = late;
     k->late_last = late;

@@ -2,7 +2,7 @@
 inode.
 
 Importing this module loads the C module. That must happen before pyfuse3 is imported, because the C
-module replaces one function of libfuse. So every module that imports pyfuse3 imports this one
+module replaces two functions of libfuse. So every module that imports pyfuse3 imports this one
 first.
 
 An inode has at most one backing id at a time. All who have the inode open share it, from the first
@@ -108,7 +108,9 @@ class Backings:
         elif backing_id:
             try:
                 self._session.close_backing(backing_id)
-            except OSError as error:  # the connection is gone, and the id with it
-                logger.warning(
+            except OSError as error:
+                # An earlier daemon has done it, and ended before the kernel had its answer; or the
+                # connection is gone, and the id with it.
+                logger.debug(
                     "a backing file could not be given back: inode=%d reason=%s", inode, error
                 )

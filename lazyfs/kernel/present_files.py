@@ -6,21 +6,29 @@ Source: memfd_create(2).
 import logging
 import mmap
 import os
+import random
 import struct
 import threading
 
-from lazyfs.core.block_map import BlockMap
+from lazyfs.core.block_map import DATA, BlockMap
 from lazyfs.core.histogram import HistogramStatistics
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.shown_file import ShownFile
-from lazyfs.engine.interfaces import ImageFile
+from lazyfs.engine.interfaces import ImageFile, Sample, Samples
 from lazyfs.engine.totals import READ_BOUNDS_S
 from lazyfs.kernel.channel import Keeper, Orphan, Shown
+from lazyfs.units import KiB
 
 logger = logging.getLogger(__name__)
 
 _COUNTERS = struct.Struct(f"={len(READ_BOUNDS_S) + 1}QQQ")
 """struct counters of kernel/keeper.h: reads by how long they took, nanoseconds, bytes."""
+
+
+SAMPLE = 4 * KiB
+SAMPLES = 6
+"""How many bytes are compared, and at how many places beside the first and the last, when an orphan
+is connected to its export. It is unmeasured; a connection costs more."""
 
 
 class PresentFiles:
@@ -101,11 +109,40 @@ class PresentFiles:
             )
         )
 
-    def withdraw(self, inode: int) -> None:
+    def keep_name(self, inode: int) -> None:
+        """Undo `orphan`."""
+        self._keeper.keep_name(inode)
+
+    def withdraw(self, inode: int, *, distrusted: bool = False) -> None:
         """Withdraw a file as `PresentReader.withdraw` describes."""
         self._replace(inode, None)
-        if not self.stays:
+        if distrusted or not self.stays:
             self._keeper.withdraw(inode)
+
+    def samples_of(self, orphan: Orphan, shown: ShownFile) -> Samples:
+        """Return what reads some of what is present of an orphan, to be compared."""
+
+        def samples() -> list[Sample]:
+            known = self._keeper.known_of(orphan.inode)
+            if known is None:
+                return []
+            map_fd, file_fd = known
+            try:
+                states = os.pread(map_fd, os.fstat(map_fd).st_size, 0)
+                data = [block for block, state in enumerate(states) if state == DATA]
+                chosen = {*data[:1], *data[-1:], *random.sample(data, min(SAMPLES, len(data)))}
+                start = shown.export_part.start
+                return [
+                    Sample(
+                        offset, os.pread(file_fd, SAMPLE, start + offset)[: orphan.size - offset]
+                    )
+                    for offset in (block * orphan.block_size for block in sorted(chosen))
+                ]
+            finally:
+                os.close(map_fd)
+                os.close(file_fd)
+
+        return samples
 
     def count_in(self, counters_fd: int) -> None:
         """Begin to read the keeper's counters."""

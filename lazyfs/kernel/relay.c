@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -239,7 +240,11 @@ int keeper_attach(struct keeper *k, int relay, struct done_ring *done, const voi
     k->relay = relay;
     k->done = done;
     k->unsent = k->requests.first;
+    sigset_t all, before; /* signals are for the thread that waits for them */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(&k->relay_thread, NULL, hear, k); /* which sends what is unsent */
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     k->relay_running = !error;
     if (error)
         k->relay = -1, k->done = NULL;
@@ -278,20 +283,24 @@ size_t keeper_unanswered(struct keeper *k, int64_t for_ms, struct unanswered *li
 
     pthread_mutex_lock(&k->lock);
     take_done(k);
-    for (struct request *request = k->requests.first; request && found < room; request = request->after) {
-        const struct fuse_in_header *header = header_of(request);
-        const struct fuse_read_in *in = (const void *)(header + 1);
-        bool reads = header->opcode == FUSE_READ && request->length >= sizeof *header + sizeof *in;
-        if (!request->abandoned && (request->interrupted || now_ms - request->since_ms >= for_ms))
-            list[found++] = (struct unanswered){
-                .unique = request->unique,
-                .age_ms = now_ms - request->since_ms,
-                .opcode = header->opcode,
-                .pid = header->pid,
-                .direct = reads && in->flags & O_DIRECT,
-                .interrupted = request->interrupted,
-            };
-    }
+    /* Reads last: there may be more of them than room, and somebody may wait for Ctrl-C. */
+    for (int late = 0; late <= 1; late++)
+        for (struct request *request = k->requests.first; request && found < room; request = request->after) {
+            const struct fuse_in_header *header = header_of(request);
+            const struct fuse_read_in *in = (const void *)(header + 1);
+            bool reads = header->opcode == FUSE_READ && request->length >= sizeof *header + sizeof *in;
+            if (request->abandoned || late != (reads && !request->interrupted))
+                continue;
+            if (request->interrupted || now_ms - request->since_ms >= for_ms)
+                list[found++] = (struct unanswered){
+                    .unique = request->unique,
+                    .age_ms = now_ms - request->since_ms,
+                    .opcode = header->opcode,
+                    .pid = header->pid,
+                    .direct = reads && in->flags & O_DIRECT,
+                    .interrupted = request->interrupted,
+                };
+        }
     pthread_mutex_unlock(&k->lock);
     return found;
 }

@@ -156,3 +156,15 @@ async def test_a_clean_end_closes_what_is_still_open() -> None:
         image = await whole(world)
         await world.open_image(image, True)
     assert not world.stores.open_files
+
+
+async def test_resuming_an_image_that_has_become_whole_meanwhile_does_nothing() -> None:
+    """A daemon that goes on opens what is open first, and that may hand it off at once."""
+    world = world_with_disk()
+    async with world.daemon():
+        image = await whole(world)
+        await image.resume()
+        assert image.filling is None
+        handle = await world.filesystem.open_whole(image)
+        assert await handle.read(0, SIZE) == pattern(SIZE)
+        await handle.aclose()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import KiB, Lab, MiB, pread, wait_until
+from lab import KiB, Lab, MiB, die_with_parent, pread, wait_until
 
 from lazyfs.host import mounts
 
@@ -148,6 +148,7 @@ def test_what_the_map_in_memory_knew_is_saved_by_the_next_daemon(lab: Lab) -> No
     lab.mount(server.uri, "--no-populate")
     with (lab.mnt / "disk").open("rb", buffering=0) as file:
         os.pread(file.fileno(), MiB, 0)
+        wait_until(lambda: lab.image_status("disk")["present_bytes"] >= MiB, "it is written")
         kill(lab)
         os.stat(lab.mnt / "disk")
     lab.umount()
@@ -192,6 +193,63 @@ def test_an_evicted_image_that_is_open_is_read_on(lab: Lab, image_format: str) -
                 )
     wait_until(lambda: lab.image_status("disk")["open_count"] == 0, "it is closed")
     assert "lost" not in lab.log_text()
+
+
+def test_an_evicted_image_is_not_mixed_with_another_version(lab: Lab) -> None:
+    image = lab.image("disk", 8 * MiB)
+    content = image.read_bytes()
+    server = lab.serve()
+    lab.mount(server.uri, "--no-populate")
+    with (lab.mnt / "disk").open("rb", buffering=0) as file:
+        os.pread(file.fileno(), MiB, 0)
+        lab.lazyfs("evict", lab.mnt / "disk")
+        server.kill()
+        image.write_bytes(os.urandom(8 * MiB))
+        server.start()
+        kill(lab)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(file.fileno(), 64 * KiB, 0) == content[: 64 * KiB]
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            os.pread(file.fileno(), 64 * KiB, 4 * MiB)
+
+
+def test_a_mount_from_inside_its_mountpoint_goes_on(lab: Lab) -> None:
+    """The folder where daemons are started must not be looked for in the mount."""
+    content = lab.image("disk", MiB).read_bytes()
+    read_fd, write_fd = os.pipe()
+    command = [
+        sys.executable, "-m", "lazyfs", "mount", lab.serve().uri, ".", "--cache-dir", "../cache",
+        "--log-file", "../lazyfs.log", "--foreground", "--ready-fd", str(write_fd),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    lab.daemon = subprocess.Popen(
+        command,
+        cwd=lab.mnt,
+        pass_fds=[write_fd],
+        env=environment,
+        preexec_fn=die_with_parent,
+        text=True,
+    )
+    os.close(write_fd)
+    with os.fdopen(read_fd) as answer:
+        assert answer.read() == "ready\n", lab.log_text()
+    for _ in range(2):
+        kill(lab)
+        assert (lab.mnt / "disk").read_bytes() == content
+    lab.umount()
+
+
+def test_unmounted_while_the_next_daemon_starts(lab: Lab) -> None:
+    lab.image("disk", MiB)
+    server = lab.serve()
+    lab.mount(server.uri)
+    lab.signal_daemon(signal.SIGKILL)
+    time.sleep(0.15)
+    subprocess.run(["umount", str(lab.mnt)], check=True)
+    assert lab.daemon is not None
+    assert lab.daemon.wait(20) == 0
+    lab.daemon = None
+    lab.mount(server.uri)
 
 
 def test_the_cache_stays_locked(lab: Lab) -> None:
@@ -296,6 +354,20 @@ def test_one_that_cannot_start_is_tried_again(lab: Lab) -> None:
     answers = lambda: lab.lazyfs("status", lab.mnt, check=False).returncode == 0  # noqa: E731
     wait_until(answers, "status is well again")
     assert lab.status()["restarts"] >= 1
+
+
+def test_a_configuration_that_became_wrong_is_named(lab: Lab) -> None:
+    content = lab.image("disk", MiB).read_bytes()
+    configuration = lab.folder / "lazyfs.toml"
+    configuration.write_text("refresh = 30\n")
+    lab.mount(lab.serve().uri, "--config", configuration, program=QUICK)
+    configuration.write_text("refresh = never\n")
+    lab.signal_daemon(signal.SIGKILL)
+    wait_until(
+        lambda: "lazyfs.toml" in lab.lazyfs("status", lab.mnt, check=False).stdout, "it is named"
+    )
+    configuration.write_text("refresh = 30\n")
+    assert (lab.mnt / "disk").read_bytes() == content
 
 
 def test_a_read_fails_in_time_although_the_daemon_hangs(lab: Lab) -> None:

@@ -337,7 +337,9 @@ class Image:
             OSError, CacheCorrupt, UserError: it cannot be opened.
         """
         async with self._changing:
-            if isinstance(self._content, Closed):
+            # It may have become whole meanwhile: somebody had it open, and all of it was there.
+            unfinished = self.record.state in (State.PARTIAL, State.FAILED)
+            if unfinished and isinstance(self._content, Closed):
                 await self._begin()
 
     async def fail(self, cause: Cause, reason: errors.LazyfsError) -> None:
@@ -443,10 +445,17 @@ class Image:
         async with self._changing:
             check()
             remove = partial(partial_cache.remove, self._context.stores, self.record, take_over)
-            taken_over = await trio.to_thread.run_sync(remove, limiter=self._context.threads.opens)
-            self.retired = True
-            for inode in self._shown:
+            for inode in self._shown:  # first: a crash may come at any moment
                 self._context.present.orphan(inode, self.record, may_fetch=reason is None)
+            try:
+                taken_over = await trio.to_thread.run_sync(
+                    remove, limiter=self._context.threads.opens
+                )
+            except BaseException:
+                for inode in self._shown:
+                    self._context.present.keep_name(inode)
+                raise
+            self.retired = True
             self.populating.stop()
             self._scope.cancel()
             if self.filling is not None and reason is not None:
@@ -585,9 +594,12 @@ class Image:
 
     def _withdraw(self, content: Filling | Whole) -> None:
         """Let no read be answered from a file that is about to be closed, or not trusted."""
+        distrusted = isinstance(content, Filling) and content.table.distrust is not None
         for inode in [inode for inode, one in self._shown.items() if one is content]:
-            self._context.present.withdraw(inode)
+            self._context.present.withdraw(inode, distrusted=distrusted)
             del self._shown[inode]
+        if isinstance(self._content, Whole) and self._content is not content:
+            self._show_whole(self._content)  # somebody may have opened that by the first number
 
     async def _close(self, content: Filling | Whole) -> None:
         self._withdraw(content)
@@ -778,6 +790,8 @@ class Image:
                 await self._save(ImageRecord.became_whole, must=True)
                 await self._remove_partial_name(filling)
         except (errors.LazyfsError, OSError) as error:
+            if filling.table.distrust is not None:
+                self._withdraw(filling)
             if self.record.error != str(error):
                 logger.warning("cannot hand off: image=%s reason=%s", self.record.export, error)
                 self.record = self.record.troubled(Cause.HAND_OFF, str(error))
