@@ -36,7 +36,7 @@ from lazyfs import errors
 from lazyfs.control.stand_in import StandIn
 from lazyfs.core import qmp_wire
 from lazyfs.core.pacing import Backoff
-from lazyfs.host import mounts
+from lazyfs.host import mounts, writeback
 from lazyfs.host.control_socket import ControlSocket
 from lazyfs.host.leaving import is_gone, wants_to_end
 from lazyfs.kernel import session as kernel_session
@@ -756,7 +756,8 @@ class Keeper:
         name = "-".join(map(str, ("shown", inode, *numbers)))
         try:
             if map_fd >= 0 and fd >= 0:
-                kept = os.dup(map_fd), os.dup(fd)
+                # A daemon may be told that data was lost, and end before it says so.
+                kept = os.dup(map_fd), writeback.reopen(fd)
                 self._service.keep(name.replace("shown", "map", 1), map_fd)
             if fd >= 0:
                 self._service.keep(name, kept[1] if kept else fd)

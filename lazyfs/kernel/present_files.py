@@ -16,6 +16,7 @@ from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.shown_file import ShownFile
 from lazyfs.engine.interfaces import ImageFile, Sample, Samples
 from lazyfs.engine.totals import READ_BOUNDS_S
+from lazyfs.host import writeback
 from lazyfs.kernel.channel import Keeper, Orphan, Shown
 from lazyfs.units import KiB
 
@@ -65,7 +66,11 @@ class PresentFiles:
         map_fd, file_fd = known
         try:
             same = os.path.samestat(os.fstat(file_fd), os.fstat(file.fileno()))
-            if same and os.fstat(map_fd).st_size == blocks.blocks:
+            if writeback.has_failed(file_fd):
+                logger.error(
+                    "data was lost, so the map of the last checkpoint counts: inode=%d", inode
+                )
+            elif same and os.fstat(map_fd).st_size == blocks.blocks:
                 blocks.take_over(os.pread(map_fd, blocks.blocks, 0))
         finally:
             os.close(map_fd)

@@ -11,6 +11,8 @@ from lazyfs.host.leaving import is_gone, wants_to_end
 
 STOPPED = """
 import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):  # a shell lets its background jobs ignore SIGINT
+    signal.signal(number, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_BLOCK, [int(number) for number in sys.argv[1:]])
 os.kill(os.getpid(), signal.SIGSTOP)
 """

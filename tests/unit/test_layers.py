@@ -35,7 +35,7 @@ PACKAGES = {
         " fetch.write_queue"
         " budget map_memory pace totals use_clock interfaces"
     ),
-    "host": "fd_store leaving control_socket open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
+    "host": "writeback fd_store leaving control_socket open_files fuse_limits image_lock process_files descriptors mounts mountinfo peer",
     "core": (
         "image_record lifecycle qemu_arguments qemu_graph pivot_choice inode_number control_schema metric_schema histogram qmp_wire"
         " config_file config_key eviction overlay digest looking shown_file qcow2_layout map_file export_name repository_uri in_flight fetch_plan pacing"
