@@ -172,6 +172,7 @@ async def places_of(paths: Sequence[str], pid: int | None = None) -> list[Place 
     assert child.stdin is not None
     assert child.stdout is not None
     found: list[Place | OSError] = []
+    answered = False
     with suppress(TimeoutError, ValueError, ConnectionError):
         async with asyncio.timeout(LOOK_S):
             child.stdin.write(json.dumps([_seen_by(path, pid) for path in paths]).encode())
@@ -183,8 +184,12 @@ async def places_of(paths: Sequence[str], pid: int | None = None) -> list[Place 
                 else:
                     device, inode, size, times_ns, regular = answer
                     found.append(Place(device, inode, size, frozenset(times_ns), regular))
-    with suppress(ProcessLookupError):
-        child.kill()
+        answered = True
+    # A child that has answered ends by itself. To kill one that has just ended makes asyncio print
+    # that it does not know it: the call looks for its end first, and asyncio misses that then.
+    if not answered:
+        with suppress(ProcessLookupError):
+            child.kill()
     try:
         async with asyncio.timeout(END_S):
             await child.wait()
