@@ -759,8 +759,12 @@ class Keeper:
                 # A daemon may be told that data was lost, and end before it says so.
                 kept = os.dup(map_fd), writeback.reopen(fd)
                 self._service.keep(name.replace("shown", "map", 1), map_fd)
-            if fd >= 0:
-                self._service.keep(name, kept[1] if kept else fd)
+            if fd >= 0 and self._service.wanted:
+                # Opened by itself: of two that are the same, systemd keeps the first, and a whole
+                # image is shown under two numbers.
+                own = writeback.reopen(fd)
+                self._service.keep(name, own)
+                os.close(own)
             self._path.show(
                 inode,
                 message["size"],
