@@ -35,8 +35,8 @@ from lazyfs.host import fuse_limits
 from lazyfs.kernel.channel import CannotMount, Gone, Keeper
 from lazyfs.kernel.fuse_adapter import FuseAdapter
 from lazyfs.kernel.present_files import PresentFiles
-from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
-from lazyfs.mounted import ALIVE_S, ENDING, MountConfig, Mounted, unmount_quietly
+from lazyfs.kernel.session import ENDING, MAX_BACKGROUND, KernelSession
+from lazyfs.mounted import ALIVE_S, MountConfig, Mounted, unmount_quietly
 from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.report import tracebacks
 from lazyfs.repository import tls

@@ -42,6 +42,7 @@ from lazyfs.host.leaving import is_gone, wants_to_end
 from lazyfs.kernel import session as kernel_session
 from lazyfs.kernel._keeper import Keeper as DataPath
 from lazyfs.kernel.channel import DESCRIPTOR, VERSION, Channel, Gone, Message
+from lazyfs.kernel.session import ENDING
 from lazyfs.report import service_manager
 from lazyfs.units import KiB
 
@@ -88,9 +89,6 @@ for a disk. It is unmeasured on more than two CPUs."""
 
 MARGIN_S = 5.0
 """How much later than the daemon this process fails a read. The daemon's error says more."""
-
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
-"""The signals that unmount."""
 
 _FORWARDED = (signal.SIGHUP, signal.SIGUSR1)
 """Signals that are the daemon's: read the configuration again; say where it is."""
@@ -587,10 +585,8 @@ class Keeper:
         return hello, []
 
     def _list_orphans(self, daemon: _Daemon, _message: Message, _fds: list[int]) -> _Answer:
-        fd = os.memfd_create("orphans")  # a message has not room for all
+        fd = _as_json("orphans", list(self._orphans.values()))  # a message has not room for all
         try:
-            with os.fdopen(os.dup(fd), "wb") as file:
-                file.write(json.dumps(list(self._orphans.values())).encode())
             self._answer(daemon, {}, [fd])
         finally:
             os.close(fd)
@@ -649,14 +645,13 @@ class Keeper:
             with suppress(OSError):
                 session.unmount(lazy=True)
             raise
-        state = os.memfd_create("mount")
         facts = {
             "mountpoint": config.mountpoint,
             "cache_dir": config.cache_dir,
             "device": session.device,
             "flags": session.flags,
         }
-        os.write(state, json.dumps(facts).encode())
+        state = _as_json("mount", facts)
         for name, fd in (
             ("fuse", session.fd),
             ("mount", state),
@@ -794,12 +789,14 @@ class Keeper:
         self._forget(inode)
 
     def _keep_name(self, _daemon: _Daemon, message: Message, _fds: list[int]) -> None:
-        if self._orphans.pop(message["inode"], None) is not None:
-            self._service.forget(f"orphan-{message['inode']}")
+        self._forget_orphan(message["inode"])
 
-    def _forget(self, inode: int) -> None:
+    def _forget_orphan(self, inode: int) -> None:
         if self._orphans.pop(inode, None) is not None:
             self._service.forget(f"orphan-{inode}")
+
+    def _forget(self, inode: int) -> None:
+        self._forget_orphan(inode)
         if (known := self._shown.pop(inode, None)) is not None:
             self._service.forget(known.name)
             self._service.forget(known.name.replace("shown", "map", 1))
@@ -815,8 +812,7 @@ class Keeper:
         inode = message["inode"]
         self._orphans[inode] = message
         if self._service.wanted:
-            facts = os.memfd_create("orphan")
-            os.write(facts, json.dumps(message).encode())
+            facts = _as_json("orphan", message)
             self._service.keep(f"orphan-{inode}", facts)
             os.close(facts)
 
@@ -885,6 +881,14 @@ class Keeper:
 
 def _first(left: Mapping[str, Sequence[int]], name: str) -> int | None:
     return left[name][0] if name in left else None
+
+
+def _as_json(name: str, value: object) -> int:
+    """Return a descriptor of memory that has a value as JSON."""
+    fd = os.memfd_create(name)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps(value).encode())
+    return fd
 
 
 def _read_json(fd: int) -> dict[str, Any]:

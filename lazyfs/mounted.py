@@ -30,7 +30,7 @@ from lazyfs.engine.supervision import log_failure
 from lazyfs.host import mounts
 from lazyfs.kernel.channel import Connection, Keeper
 from lazyfs.kernel.present_files import PresentFiles
-from lazyfs.kernel.session import MAX_BACKGROUND, KernelSession
+from lazyfs.kernel.session import ENDING, MAX_BACKGROUND, KernelSession
 from lazyfs.qemu.overlay_scan import OverlayScan
 from lazyfs.repository.nbd_repository import NbdRepository
 
@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 LAST_ANSWERS_S = 1.0
 """How long the end of the daemon waits for requests of the kernel, and for control commands
 under way, such as the `detach` that caused it."""
-
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
-"""The signals that unmount."""
 
 ALIVE_S = 2.0
 """How often the daemon tells the keeper that it is alive. The keeper waits for ten seconds."""

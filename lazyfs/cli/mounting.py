@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -170,14 +170,21 @@ def _keep(
         left=left,
         stale=stale,
     )
-    try:
+    with _bugs_in_one_line("keeper"):
         return keeper.keep(config, lambda notes: _report(options.ready_fd, "ready", notes))
-    except errors.UserError:
+
+
+@contextmanager
+def _bugs_in_one_line(process: str) -> Iterator[None]:
+    """Turn what is not for the user into a line for the user, and a traceback in the log."""
+    try:
+        yield
+    except (errors.UserError, channel.Gone):
         raise
     except Exception:
-        logging.getLogger(__name__).exception("the keeper failed, a bug in lazyfs")
+        logging.getLogger(__name__).exception("the %s failed, a bug in lazyfs", process)
         raise errors.UserError(
-            "the keeper failed, a bug in lazyfs; the log has the details"
+            f"the {process} failed, a bug in lazyfs; the log has the details"
         ) from None
 
 
@@ -232,15 +239,8 @@ def _serve(options: argparse.Namespace, keeper: "channel.Keeper") -> None:
         reopen_log=reopen,
         dropped_log_lines=lambda: log.dropped,
     )
-    try:
+    with _bugs_in_one_line("daemon"):
         daemon.serve(config, keeper)
-    except (errors.UserError, channel.Gone):
-        raise
-    except Exception:
-        logging.getLogger(__name__).exception("the daemon failed, a bug in lazyfs")
-        raise errors.UserError(
-            "the daemon failed, a bug in lazyfs; the log has the details"
-        ) from None
 
 
 def _reread(given: argparse.Namespace, mountpoint: str, cache_dir: str) -> "MountConfig":

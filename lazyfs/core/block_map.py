@@ -21,7 +21,7 @@ This is not thread-safe. The caller holds the lock (`engine/fetch/block_table.py
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, overload
 
 from lazyfs.core.byte_range import ByteRange
@@ -202,6 +202,25 @@ class BlockMap:
         """Return the last block that is DATA, or None."""
         found = self._states.rfind(_BYTE[DATA])
         return None if found < 0 else found
+
+    def some_data(self, most: int, longest: int, dice: Callable[[], float]) -> list[ByteRange]:
+        """Return ranges of data: of the first block, of the last, of some at random.
+
+        Args:
+            most: how many ranges at most.
+            longest: the bytes of a range at most, a power of two.
+            dice: returns random numbers from 0 to 1, without 1.
+        """
+        chosen = [self.next_data(0), self.last_data()][:most]
+        for _ in range(most - len(chosen)):
+            found = self.next_data(int(dice() * self.blocks))
+            chosen.append(self.next_data(0) if found is None else found)
+        pieces = []
+        for block in sorted({block for block in chosen if block is not None}):
+            span = self.bytes_of(BlockRun(block, block + 1))
+            start = span.start + int(dice() * span.length) // longest * longest
+            pieces.append(ByteRange(start, min(start + longest, span.end)))
+        return pieces
 
     def runs(self) -> Iterator[tuple[BlockRun, int]]:
         """Yield maximal runs of blocks in one state, over the whole image, in order."""

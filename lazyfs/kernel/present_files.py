@@ -10,26 +10,20 @@ import random
 import struct
 import threading
 
-from lazyfs.core.block_map import DATA, BlockMap
+from lazyfs.core.block_map import BlockMap
 from lazyfs.core.histogram import HistogramStatistics
 from lazyfs.core.image_record import ImageRecord
 from lazyfs.core.shown_file import ShownFile
+from lazyfs.engine.fetch.samples import LONGEST, MOST, read_samples
 from lazyfs.engine.interfaces import ImageFile, Sample, Samples
 from lazyfs.engine.totals import READ_BOUNDS_S
 from lazyfs.host import writeback
 from lazyfs.kernel.channel import Keeper, Orphan, Shown
-from lazyfs.units import KiB
 
 logger = logging.getLogger(__name__)
 
 _COUNTERS = struct.Struct(f"={len(READ_BOUNDS_S) + 1}QQQ")
 """struct counters of kernel/keeper.h: reads by how long they took, nanoseconds, bytes."""
-
-
-SAMPLE = 4 * KiB
-SAMPLES = 6
-"""How many bytes are compared, and at how many places beside the first and the last, when an orphan
-is connected to its export. It is unmeasured; a connection costs more."""
 
 
 class PresentFiles:
@@ -132,17 +126,14 @@ class PresentFiles:
             if known is None:
                 return []
             map_fd, file_fd = known
+            data_offset = shown.export_part.start
             try:
                 states = os.pread(map_fd, os.fstat(map_fd).st_size, 0)
-                data = [block for block, state in enumerate(states) if state == DATA]
-                chosen = {*data[:1], *data[-1:], *random.sample(data, min(SAMPLES, len(data)))}
-                start = shown.export_part.start
-                return [
-                    Sample(
-                        offset, os.pread(file_fd, SAMPLE, start + offset)[: orphan.size - offset]
-                    )
-                    for offset in (block * orphan.block_size for block in sorted(chosen))
-                ]
+                blocks = BlockMap(orphan.size, orphan.block_size, states)
+                return read_samples(
+                    blocks.some_data(MOST, LONGEST, random.random),
+                    lambda start, length: os.pread(file_fd, length, data_offset + start),
+                )
             finally:
                 os.close(map_fd)
                 os.close(file_fd)

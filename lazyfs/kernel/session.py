@@ -14,6 +14,7 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -79,6 +80,9 @@ NOTIFY_INC_EPOCH = 8  # fuse.h: enum fuse_notify_code; Linux 6.16
 # mount.h
 MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+"""The signals that unmount."""
 
 MAX_READ = 1 * MiB
 """The longest read request: 256 pages, which is the most that the kernel takes."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 import trio
 
 from lazyfs import errors
-from lazyfs.core.block_map import BlockMap, BlockRun
+from lazyfs.core.block_map import BlockMap
 from lazyfs.core.byte_range import ByteRange
 from lazyfs.core.extent_map import ExtentMap
 from lazyfs.core.image_record import FetchCounters
@@ -122,29 +122,9 @@ class BlockTable:
             return [(self._blocks.bytes_of(run), state) for run, state in self._blocks.runs()]
 
     def some_data(self, most: int, longest: int, dice: Callable[[], float]) -> list[ByteRange]:
-        """Return ranges of data in the cache: of the first block, of the last, of some at random.
-
-        Args:
-            most: how many ranges at most.
-            longest: the bytes of a range at most, a power of two.
-            dice: returns random numbers from 0 to 1, without 1.
-        """
+        """Return ranges of data as `BlockMap.some_data` does."""
         with self._lock:
-            chosen = [self._blocks.next_data(0), self._blocks.last_data()][:most]
-            for _ in range(most - len(chosen)):
-                first = int(dice() * self._blocks.blocks)
-                found = self._blocks.next_data(first)
-                chosen.append(self._blocks.next_data(0) if found is None else found)
-            spans = [
-                self._blocks.bytes_of(BlockRun(block, block + 1))
-                for block in sorted({block for block in chosen if block is not None})
-            ]
-        pieces = []
-        for span in spans:
-            skipped = int(dice() * span.length) // longest * longest
-            start = span.start + skipped
-            pieces.append(ByteRange(start, min(start + longest, span.end)))
-        return pieces
+            return self._blocks.some_data(most, longest, dice)
 
     def whole_blocks(self, wanted: ByteRange) -> ByteRange:
         """Return `wanted`, widened to whole blocks."""

@@ -6,6 +6,7 @@ fetched, compares a few blocks of the cache with the repository before more is f
 """
 
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lazyfs import errors
@@ -58,15 +59,10 @@ class Samples:
         self._taken_at = self._fetched()
         if self._table.distrust is not None:
             return []
-        taken = []
         share = self._table.present_bytes // SHARE // LONGEST
+        spans = self._table.some_data(min(max(share, FEWEST), MOST), LONGEST, random.random)
         try:
-            for span in self._table.some_data(
-                min(max(share, FEWEST), MOST), LONGEST, random.random
-            ):
-                start, data = _without_zeroes(self._store.read(span.start, span.length))
-                if data:
-                    taken.append(Sample(span.start + start, data))
+            taken = read_samples(spans, self._store.read)
         except (errors.LazyfsError, OSError):
             return []  # the file was closed, or its disk fails: a read of it will say so
         amount = sum(len(sample.data) for sample in taken)
@@ -78,6 +74,21 @@ class Samples:
     def _fetched(self) -> int:
         counters = self._table.counters()
         return counters.fetched_bytes
+
+
+def read_samples(spans: Iterable[ByteRange], read: Callable[[int, int], bytes]) -> list[Sample]:
+    """Return samples of ranges of data. Blocks. Raises what `read` raises.
+
+    Args:
+        spans: the ranges of the export.
+        read: returns bytes of the cache, given an offset and a length.
+    """
+    samples = []
+    for span in spans:
+        start, data = _without_zeroes(read(span.start, span.length))
+        if data:
+            samples.append(Sample(span.start + start, data))
+    return samples
 
 
 def _without_zeroes(data: bytes) -> tuple[int, bytes]:
